@@ -1,0 +1,96 @@
+/* Which of the compiled kernels this machine can run: asked once, of the CPU and of the system.
+ *
+ * A CPU may have registers that the system does not save on a context switch; XGETBV tells. The file
+ * itself must run anywhere, so it must not be compiled with the flags whose absence it detects. */
+#include "kernels.h"
+
+#include <string.h>
+
+#if defined(__AVX__) && !defined(FUSEDOPT_ANY_DISPATCH)
+#error "dispatch.c is compiled for AVX: ISA flags belong to kernels.c alone (-march in CFLAGS?)"
+#endif
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+
+extern const fo_kernels fo_kernels_sse2, fo_kernels_avx2, fo_kernels_avx512;
+
+static uint64_t saved_registers(void)
+{
+    uint32_t low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return ((uint64_t)high << 32) | low;
+}
+
+enum { YMM = 0x6, ZMM = 0xe6 }; /* XCR0: xmm and ymm; those, masks and both halves of zmm */
+
+static void detect(int *avx2, int *avx512)
+{
+    const unsigned wide = bit_AVX512F | bit_AVX512DQ | bit_AVX512BW | bit_AVX512VL;
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE))
+        return;
+    uint64_t saved = saved_registers();
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d))
+        return;
+    *avx2 = (b & bit_AVX2) && (saved & YMM) == YMM;
+    *avx512 = *avx2 && (b & wide) == wide && (saved & ZMM) == ZMM;
+}
+
+static int list_kernels(const fo_kernels **list)
+{
+    int n = 0, avx2 = 0, avx512 = 0;
+    detect(&avx2, &avx512);
+    if (avx512)
+        list[n++] = &fo_kernels_avx512;
+    if (avx2)
+        list[n++] = &fo_kernels_avx2;
+    list[n++] = &fo_kernels_sse2;
+    return n;
+}
+#elif defined(__aarch64__)
+extern const fo_kernels fo_kernels_neon;
+
+static int list_kernels(const fo_kernels **list)
+{
+    list[0] = &fo_kernels_neon;
+    return 1;
+}
+#else
+extern const fo_kernels fo_kernels_generic;
+
+static int list_kernels(const fo_kernels **list)
+{
+    list[0] = &fo_kernels_generic;
+    return 1;
+}
+#endif
+
+enum { MOST = 4 };
+static const fo_kernels *usable[MOST];
+static const char *names[MOST + 1];
+static const fo_kernels *active;
+
+/* Before anything else of the library can run, so that no call has to ask whether it was done. */
+__attribute__((constructor)) static void detect_once(void)
+{
+    int n = list_kernels(usable);
+    for (int i = 0; i < n; i++)
+        names[i] = usable[i]->isa;
+    active = usable[0];
+}
+
+const char *const *fo_isas(void) { return names; }
+const char *fo_isa(void) { return active->isa; }
+const fo_kernels *fo_active_kernels(void) { return active; }
+const fo_rule *fo_rules(void) { return active->rules; }
+
+fo_status fo_select_isa(const char *name)
+{
+    for (int i = 0; names[i] != NULL; i++)
+        if (strcmp(names[i], name) == 0) {
+            active = usable[i];
+            return FO_OK;
+        }
+    return FO_BAD_ARGUMENT;
+}

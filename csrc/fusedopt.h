@@ -1,0 +1,92 @@
+/* fusedopt: optimizer steps over many arrays, in place, in one pass over memory.
+ *
+ * The whole interface of the C library, which knows nothing of Python. A step is a list of leaves
+ * (one leaf = one parameter, its gradient and its state) and a list of hyper-parameter sets that the
+ * leaves point into. The caller owns every array and every list; nothing here allocates, prints or
+ * aborts, so a step cannot fail half-way. */
+#ifndef FUSEDOPT_H
+#define FUSEDOPT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum {
+    FO_TILE = 512,      /* elements of the unit of work; a tile never crosses a tensor */
+    FO_MAX_STATES = 3,  /* state arrays of a rule */
+    FO_MAX_SCALARS = 12 /* constants of a rule */
+};
+
+typedef enum fo_status {
+    FO_OK = 0,
+    FO_BAD_ARGUMENT, /* unknown rule, format, hyper index or a missing state; nothing was written */
+} fo_status;
+
+/* How the elements of an array are stored. */
+typedef enum fo_format { FO_F32, FO_F64, FO_FORMATS } fo_format;
+
+typedef struct fo_array {
+    void *data; /* any alignment; NULL: this leaf has no such array */
+    fo_format format;
+} fo_array;
+
+/* One set of constants, in double; rounded once to the compute type inside the kernel. */
+typedef struct fo_hyper {
+    double grad_scale;              /* g = grad_scale * g; -1 maximizes; 1 leaves g alone */
+    double l2;                      /* g = g + l2 * p, unless 0 */
+    double l1;                      /* g = g + l1 * sign(p), unless 0 */
+    double scalars[FO_MAX_SCALARS]; /* the rule's own, in the order of fo_rule.scalars */
+} fo_hyper;
+
+/* One parameter with all that a step on it needs. The arrays of one leaf hold n elements each, in the
+ * same memory order, and overlap neither one another nor those of another leaf (gradients, which are
+ * only read, may be shared). Arithmetic is in double where the parameter is FO_F64, else in float. */
+typedef struct fo_leaf {
+    ptrdiff_t n;
+    fo_array param;
+    fo_array grad; /* data NULL: the leaf is left out of the step */
+    fo_array state[FO_MAX_STATES];
+    ptrdiff_t hyper; /* index into the hyper list of the call */
+    ptrdiff_t start; /* scratch of the call: where the leaf begins in the work to split */
+} fo_leaf;
+
+/* A rule of the table, as a binding needs it. */
+typedef struct fo_rule {
+    const char *name;
+    const char *const *scalars; /* names, ended by NULL */
+    int states;                 /* state arrays that it knows, optional ones last */
+    int required;               /* how many of them every leaf must have */
+} fo_rule;
+
+/* The rules, ended by a row whose name is NULL. Constant. */
+const fo_rule *fo_rules(void);
+
+/* One step of rule number `rule` on n leaves. Leaves are updated as if one after the other, and with
+ * the same bits for every thread count and instruction set. Writes leaf->start; reads the rest.
+ * Thread-safe as long as concurrent calls have no array and no list in common. */
+fo_status fo_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
+                  ptrdiff_t n_hypers, int threads);
+
+/* Fills the state arrays of n leaves with zeros, split over threads as fo_step splits them: on first
+ * touch each page lands near the thread that will use it. */
+fo_status fo_zero_state(fo_leaf *leaves, ptrdiff_t n, int threads);
+
+/* The memory's limit for a step: reads and writes the same arrays as fo_step with next to no
+ * arithmetic (every array that the step writes gets x = x + tiny * g). For measurements. */
+fo_status fo_stream(fo_leaf *leaves, ptrdiff_t n, int threads);
+
+/* Memory for state: 64-byte aligned, not yet touched; where it is large, on huge pages if the system
+ * grants them. NULL if there is none. Released by fo_release. */
+void *fo_allocate(size_t bytes);
+void fo_release(void *memory);
+
+/* Instruction sets: the names this CPU and system can run, best first, ended by NULL; the one in use;
+ * and a choice among them (FO_BAD_ARGUMENT if it is not in the list). The first call decides for the
+ * best; fo_select_isa is not for use during a step. */
+const char *const *fo_isas(void);
+const char *fo_isa(void);
+fo_status fo_select_isa(const char *name);
+
+/* What splits the work: "openmp", "pool" or "serial". */
+const char *fo_backend(void);
+
+#endif

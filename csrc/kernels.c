@@ -1,0 +1,62 @@
+/* The arithmetic: the only file that is compiled once per instruction set (FO_ISA names it), so the
+ * only one that may hold wider instructions than the baseline. Compute types times rules, one table.
+ *
+ * Everything here is static but that table, and every function's name ends in the ISA, so that no
+ * linker can mix them up and a disassembly shows who is who. */
+#include "kernels.h"
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define FO_CAT3_(a, b, c) a##_##b##_##c
+#define FO_CAT3(a, b, c) FO_CAT3_(a, b, c)
+#define FO_CAT_(a, b) a##_##b
+#define FO_CAT(a, b) FO_CAT_(a, b)
+#define FO_STRING_(x) #x
+#define FO_STRING(x) FO_STRING_(x)
+
+#define FO_TYPED(name) FO_CAT3(name, FO_TYPE, FO_ISA) /* adam_f32_avx2 */
+#define FO_RULE(name) FO_TYPED(name)
+#define FO_SIMD _Pragma("omp simd") /* the arrays do not overlap: no check at run time */
+
+/* A rule's constants by name, rounded once: const REAL keep = (REAL)h[at_keep]; ... */
+#define FO_INDEX(name) at_##name,
+#define FO_CONSTANT(name) const REAL name = (REAL)h[at_##name];
+#define FO_SCALARS(LIST)                                                                           \
+    enum { LIST(FO_INDEX) fo_count };                                                              \
+    _Static_assert((int)fo_count <= (int)FO_MAX_SCALARS, "raise FO_MAX_SCALARS");                  \
+    LIST(FO_CONSTANT)
+
+#define REAL float
+#define FO_TYPE f32
+#define FO_NATIVE FO_F32
+#define FO_SQRT sqrtf
+#include "tile.h"
+#undef REAL
+#undef FO_TYPE
+#undef FO_NATIVE
+#undef FO_SQRT
+
+#define REAL double
+#define FO_TYPE f64
+#define FO_NATIVE FO_F64
+#define FO_SQRT sqrt
+#include "tile.h"
+
+#define FO_NAME(name) #name,
+#define FO_NAMES(rule, LIST, states, required)                                                     \
+    static const char *const FO_CAT3(rule, names, FO_ISA)[] = {LIST(FO_NAME) NULL};
+FO_RULES(FO_NAMES)
+
+#define FO_ROW(rule, LIST, states, required)                                                       \
+    {#rule, FO_CAT3(rule, names, FO_ISA), states, required},
+static const fo_rule FO_CAT(rules, FO_ISA)[] = {FO_RULES(FO_ROW){NULL, NULL, 0, 0}};
+
+extern const fo_kernels FO_CAT(fo_kernels, FO_ISA);
+const fo_kernels FO_CAT(fo_kernels, FO_ISA) = {
+    .isa = FO_STRING(FO_ISA),
+    .rules = FO_CAT(rules, FO_ISA),
+    .step = {FO_CAT3(step, f32, FO_ISA), FO_CAT3(step, f64, FO_ISA)},
+    .stream = {FO_CAT3(stream, f32, FO_ISA), FO_CAT3(stream, f64, FO_ISA)},
+};

@@ -1,0 +1,132 @@
+/* fo_parallel on a small pool of POSIX threads, for wheels that must not bring an OpenMP runtime.
+ *
+ * The caller publishes a job and works on it with everyone else; chunks are claimed by an atomic
+ * counter. A worker enters a job only under the lock and only while the job is open, and the caller
+ * closes it under the same lock before it waits, so it waits for chunks already claimed and never for
+ * a worker that is late to wake. Idle workers sleep: nothing spins on cores that others need. A second
+ * caller while a job runs does its own work serially. In the child of a fork the pool starts empty. */
+#include "fusedopt.h"
+#include "threads.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+enum { MAX_WORKERS = 255, SPINS = 2000 };
+
+typedef struct job {
+    fo_body *body;
+    void *context;
+    ptrdiff_t chunks;
+    atomic_ptrdiff_t next;
+} job;
+
+static struct {
+    pthread_mutex_t one_caller; /* held while a job runs */
+    pthread_mutex_t lock;       /* guards all below */
+    pthread_cond_t posted, left;
+    job *open;      /* the job that workers may enter, or NULL */
+    int seats;      /* workers that may still enter it */
+    atomic_int inside; /* workers in it; changed under the lock, polled without */
+    int workers;    /* threads that exist */
+} pool = {
+    .one_caller = PTHREAD_MUTEX_INITIALIZER,
+    .lock = PTHREAD_MUTEX_INITIALIZER,
+    .posted = PTHREAD_COND_INITIALIZER,
+    .left = PTHREAD_COND_INITIALIZER,
+};
+
+const char *fo_backend(void) { return "pool"; }
+
+/* Only the thread that called fork lives on in the child, and the locks may be in any state. */
+static void in_child(void)
+{
+    pthread_mutex_init(&pool.one_caller, NULL);
+    pthread_mutex_init(&pool.lock, NULL);
+    pthread_cond_init(&pool.posted, NULL);
+    pthread_cond_init(&pool.left, NULL);
+    pool.open = NULL;
+    pool.seats = 0;
+    pool.workers = 0;
+    atomic_store(&pool.inside, 0);
+}
+
+__attribute__((constructor)) static void watch_forks(void)
+{
+    pthread_atfork(NULL, NULL, in_child);
+}
+
+static void work(job *j)
+{
+    for (;;) {
+        ptrdiff_t chunk = atomic_fetch_add_explicit(&j->next, 1, memory_order_relaxed);
+        if (chunk >= j->chunks)
+            return;
+        j->body(j->context, chunk);
+    }
+}
+
+static void *worker(void *unused)
+{
+    (void)unused;
+    pthread_mutex_lock(&pool.lock);
+    for (;;) {
+        while (pool.open == NULL || pool.seats == 0)
+            pthread_cond_wait(&pool.posted, &pool.lock);
+        job *j = pool.open;
+        pool.seats--;
+        atomic_fetch_add(&pool.inside, 1);
+        pthread_mutex_unlock(&pool.lock);
+        work(j);
+        pthread_mutex_lock(&pool.lock);
+        if (atomic_fetch_sub(&pool.inside, 1) == 1)
+            pthread_cond_signal(&pool.left);
+    }
+    return NULL;
+}
+
+/* Under the lock: starts threads until there are `wanted`, or as many as the system gives. */
+static void hire(int wanted)
+{
+    pthread_attr_t detached;
+    if (pool.workers >= wanted || pthread_attr_init(&detached) != 0)
+        return;
+    pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
+    pthread_t id;
+    while (pool.workers < wanted && pthread_create(&id, &detached, worker, NULL) == 0)
+        pool.workers++;
+    pthread_attr_destroy(&detached);
+}
+
+void fo_parallel(fo_body *body, void *context, ptrdiff_t chunks, int threads)
+{
+    job j = {.body = body, .context = context, .chunks = chunks};
+    atomic_init(&j.next, 0);
+    ptrdiff_t helpers = (threads < chunks ? threads : chunks) - 1;
+    if (helpers > MAX_WORKERS)
+        helpers = MAX_WORKERS;
+
+    if (helpers < 1 || pthread_mutex_trylock(&pool.one_caller) != 0) {
+        work(&j);
+        return;
+    }
+    pthread_mutex_lock(&pool.lock);
+    hire((int)helpers);
+    pool.open = &j;
+    pool.seats = (int)helpers;
+    pthread_cond_broadcast(&pool.posted);
+    pthread_mutex_unlock(&pool.lock);
+
+    work(&j);
+
+    pthread_mutex_lock(&pool.lock);
+    pool.open = NULL; /* from here on nobody enters */
+    pthread_mutex_unlock(&pool.lock);
+    /* the claimed chunks end within microseconds: cheaper to poll for than to sleep on */
+    for (int i = 0; i < SPINS && atomic_load(&pool.inside) > 0; i++)
+        ;
+    pthread_mutex_lock(&pool.lock);
+    while (atomic_load(&pool.inside) > 0)
+        pthread_cond_wait(&pool.left, &pool.lock);
+    pthread_mutex_unlock(&pool.lock);
+    pthread_mutex_unlock(&pool.one_caller);
+}

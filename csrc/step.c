@@ -1,0 +1,164 @@
+/* Splits a list of leaves over threads: one parallel loop over chunks that depend on the list alone.
+ *
+ * All leaves lie one after the other on a line on which a tile takes the room of its elements and of
+ * its overhead. The line is cut into chunks of equal room, and a tile belongs to the chunk in which it
+ * begins: chunks cost about the same whatever the mixture of sizes, and a tile is never cut. */
+#include "kernels.h"
+#include "threads.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+enum {
+    TILE_ROOM = FO_TILE + 32,   /* elements that cost as much as a tile: 32 is its overhead */
+    CHUNK_ROOM = 8 * TILE_ROOM, /* measured: large enough to hide the claim, small enough to balance */
+    SERIAL_ROOM = 64 * 1024,    /* measured: below, waking threads costs more than they bring */
+    CACHE_LINE = 64,
+    HUGE_PAGE = 2 << 20,
+};
+
+typedef struct work {
+    fo_leaf *leaves;
+    ptrdiff_t n, room;
+    int rule;
+    fo_range *const *range; /* by compute type; NULL where the state is to be zeroed */
+    const fo_hyper *hypers;
+} work;
+
+/* Writes each leaf's start; returns the room of all. A leaf without work has none. */
+static ptrdiff_t lay_out(fo_leaf *leaves, ptrdiff_t n, int needs_grad)
+{
+    ptrdiff_t room = 0;
+    for (ptrdiff_t i = 0; i < n; i++) {
+        fo_leaf *leaf = &leaves[i];
+        leaf->start = room;
+        if (leaf->n > 0 && (leaf->grad.data != NULL || !needs_grad)) {
+            ptrdiff_t full = leaf->n / FO_TILE, rest = leaf->n % FO_TILE;
+            room += full * TILE_ROOM + (rest > 0 ? rest + (TILE_ROOM - FO_TILE) : 0);
+        }
+    }
+    return room;
+}
+
+/* The last leaf that starts at or before a place on the line. */
+static ptrdiff_t leaf_at(const work *w, ptrdiff_t place)
+{
+    ptrdiff_t low = 0, high = w->n;
+    while (high - low > 1) {
+        ptrdiff_t middle = low + (high - low) / 2;
+        if (w->leaves[middle].start <= place)
+            low = middle;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+static void zero_state(const fo_leaf *leaf, ptrdiff_t begin, ptrdiff_t end)
+{
+    for (int k = 0; k < FO_MAX_STATES; k++) {
+        const fo_array *state = &leaf->state[k];
+        const ptrdiff_t size = state->format == FO_F64 ? sizeof(double) : sizeof(float);
+        if (state->data != NULL)
+            memset((char *)state->data + begin * size, 0, (size_t)((end - begin) * size));
+    }
+}
+
+/* The first tile of a leaf that begins at or after a place on the line. */
+static ptrdiff_t tile_from(const fo_leaf *leaf, ptrdiff_t place)
+{
+    return place <= leaf->start ? 0 : (place - leaf->start + TILE_ROOM - 1) / TILE_ROOM;
+}
+
+static void run_chunk(void *context, ptrdiff_t chunk)
+{
+    const work *w = context;
+    const ptrdiff_t from = chunk * CHUNK_ROOM, to = from + CHUNK_ROOM;
+    const ptrdiff_t line_end = to < w->room ? to : w->room;
+
+    for (ptrdiff_t i = leaf_at(w, from); i < w->n && w->leaves[i].start < line_end; i++) {
+        const fo_leaf *leaf = &w->leaves[i];
+        const ptrdiff_t next = i + 1 < w->n ? w->leaves[i + 1].start : w->room;
+        if (next == leaf->start)
+            continue; /* nothing to do in this leaf */
+        ptrdiff_t begin = tile_from(leaf, from) * FO_TILE, end = tile_from(leaf, to) * FO_TILE;
+        if (end > leaf->n)
+            end = leaf->n;
+        if (begin >= end)
+            continue;
+        if (w->range == NULL)
+            zero_state(leaf, begin, end);
+        else
+            w->range[fo_compute_type(leaf)](leaf, w->hypers ? &w->hypers[leaf->hyper] : NULL,
+                                            w->rule, begin, end);
+    }
+}
+
+static void run(work *w, int threads)
+{
+    w->room = lay_out(w->leaves, w->n, w->range != NULL);
+    ptrdiff_t chunks = (w->room + CHUNK_ROOM - 1) / CHUNK_ROOM;
+    fo_parallel(run_chunk, w, chunks, w->room < SERIAL_ROOM ? 1 : threads);
+}
+
+static int is_valid(const fo_leaf *leaf, const fo_rule *rule, ptrdiff_t n_hypers)
+{
+    const int compute = leaf->param.format; /* state is stored as the parameter is, so far */
+    if (leaf->n < 0 || compute >= FO_FORMATS || leaf->grad.format >= FO_FORMATS)
+        return 0;
+    for (int k = 0; k < FO_MAX_STATES; k++)
+        if (leaf->state[k].data == NULL ? k < rule->required && leaf->n > 0
+                                        : (int)leaf->state[k].format != compute)
+            return 0;
+    return leaf->grad.data == NULL || (leaf->hyper >= 0 && leaf->hyper < n_hypers);
+}
+
+fo_status fo_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
+                  ptrdiff_t n_hypers, int threads)
+{
+    const fo_kernels *kernels = fo_active_kernels();
+    for (int i = 0; i <= rule; i++)
+        if (kernels->rules[i].name == NULL)
+            return FO_BAD_ARGUMENT;
+    if (rule < 0)
+        return FO_BAD_ARGUMENT;
+    for (ptrdiff_t i = 0; i < n; i++)
+        if (!is_valid(&leaves[i], &kernels->rules[rule], n_hypers))
+            return FO_BAD_ARGUMENT;
+    work w = {.leaves = leaves, .n = n, .rule = rule, .range = kernels->step, .hypers = hypers};
+    run(&w, threads);
+    return FO_OK;
+}
+
+fo_status fo_stream(fo_leaf *leaves, ptrdiff_t n, int threads)
+{
+    work w = {.leaves = leaves, .n = n, .range = fo_active_kernels()->stream};
+    run(&w, threads);
+    return FO_OK;
+}
+
+fo_status fo_zero_state(fo_leaf *leaves, ptrdiff_t n, int threads)
+{
+    work w = {.leaves = leaves, .n = n};
+    run(&w, threads);
+    return FO_OK;
+}
+
+void *fo_allocate(size_t bytes)
+{
+    const size_t alignment = bytes >= 2 * HUGE_PAGE ? HUGE_PAGE : CACHE_LINE;
+    void *memory = NULL;
+    if (bytes > SIZE_MAX - alignment || posix_memalign(&memory, alignment, bytes + (bytes == 0)))
+        return NULL;
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    if (alignment == HUGE_PAGE)
+        (void)madvise(memory, bytes, MADV_HUGEPAGE); /* advice: without it the memory is as good */
+#endif
+    return memory;
+}
+
+void fo_release(void *memory) { free(memory); }

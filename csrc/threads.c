@@ -1,0 +1,41 @@
+/* fo_parallel on OpenMP, or serially where the compiler has none.
+ *
+ * libgomp keeps its team over a fork, but the team's threads are not there in the child: a parallel
+ * region in the child waits for them for ever. So the child of a fork runs serially. */
+#include "threads.h"
+#include "fusedopt.h"
+
+#ifdef _OPENMP
+#include <pthread.h>
+
+static int forked = 0;
+
+static void in_child(void) { forked = 1; }
+
+__attribute__((constructor)) static void watch_forks(void)
+{
+    pthread_atfork(NULL, NULL, in_child);
+}
+
+const char *fo_backend(void) { return "openmp"; }
+#else
+const char *fo_backend(void) { return "serial"; }
+#endif
+
+void fo_parallel(fo_body *body, void *context, ptrdiff_t chunks, int threads)
+{
+#ifdef _OPENMP
+    if (threads > 1 && chunks > 1 && !forked) {
+        /* static: each thread gets one contiguous range, the same in every step, so that what a core
+         * has in its cache serves it again */
+#pragma omp parallel for schedule(static) num_threads(threads)
+        for (ptrdiff_t chunk = 0; chunk < chunks; chunk++)
+            body(context, chunk);
+        return;
+    }
+#else
+    (void)threads;
+#endif
+    for (ptrdiff_t chunk = 0; chunk < chunks; chunk++)
+        body(context, chunk);
+}

@@ -1,0 +1,45 @@
+"""fusedopt: optimizer steps in place, in one pass over memory, on the CPU.
+
+>>> import numpy as np, fusedopt
+>>> params = {"W": np.zeros((784, 10), np.float32), "b": np.zeros(10, np.float32)}
+>>> opt = fusedopt.AdamW(params, lr=3e-4)
+>>> grads = {"W": np.ones((784, 10), np.float32), "b": np.ones(10, np.float32)}
+>>> opt.step(grads)
+StepResult(step=1, updated=2)
+"""
+
+import os as _os
+
+from fusedopt import _core
+
+_isa = _os.environ.get("FUSEDOPT_ISA")
+if _isa is not None:
+    try:
+        _core.select_isa(_isa)
+    except ValueError as exc:
+        raise ImportError(
+            f"FUSEDOPT_ISA={_isa!r}: this machine and build can run "
+            f"{', '.join(_core.available_isas())}"
+        ) from exc
+
+from fusedopt import functional, reference, schedules  # noqa: E402 (after the choice of ISA)
+from fusedopt._info import __version__, info  # noqa: E402
+from fusedopt._threads import get_num_threads, set_num_threads  # noqa: E402
+from fusedopt.optim.adam import Adam, AdamW  # noqa: E402
+from fusedopt.optim.sgd import SGD  # noqa: E402
+from fusedopt.optimizer import Optimizer, StepResult  # noqa: E402
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Optimizer",
+    "StepResult",
+    "__version__",
+    "functional",
+    "get_num_threads",
+    "info",
+    "reference",
+    "schedules",
+    "set_num_threads",
+]

@@ -1,0 +1,46 @@
+"""csrc/fusedopt.h as Cython sees it, nothing else."""
+
+cdef extern from "fusedopt.h" nogil:
+    enum:
+        FO_TILE
+        FO_MAX_STATES
+        FO_MAX_SCALARS
+
+    ctypedef enum fo_status:
+        FO_OK
+        FO_BAD_ARGUMENT
+
+    ctypedef enum fo_format:
+        FO_F32
+        FO_F64
+
+    ctypedef struct fo_array:
+        void *data
+        fo_format format
+
+    ctypedef struct fo_hyper:
+        double grad_scale, l2, l1
+        double *scalars
+
+    ctypedef struct fo_leaf:
+        ptrdiff_t n
+        fo_array param, grad
+        fo_array *state
+        ptrdiff_t hyper
+
+    ctypedef struct fo_rule:
+        const char *name
+        const char *const *scalars
+        int states, required
+
+    const fo_rule *fo_rules()
+    fo_status fo_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
+                      ptrdiff_t n_hypers, int threads)
+    fo_status fo_zero_state(fo_leaf *leaves, ptrdiff_t n, int threads)
+    fo_status fo_stream(fo_leaf *leaves, ptrdiff_t n, int threads)
+    void *fo_allocate(size_t bytes)
+    void fo_release(void *memory)
+    const char *const *fo_isas()
+    const char *fo_isa()
+    fo_status fo_select_isa(const char *name)
+    const char *fo_backend()

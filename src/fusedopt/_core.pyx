@@ -1,0 +1,460 @@
+# cython: language_level=3, binding=False, boundscheck=False, wraparound=False, freethreading_compatible=True
+"""The border: arrays become pointers, a C status becomes an exception.
+
+What is usual (a plain array of the right dtype and layout) is checked here, in C, without a Python
+call; what is not is handed to `_check`, which either explains the fault or returns an array that will
+do. So every rule about input is written once, in `_check`, and this file holds only its fast side.
+"""
+from libc.stdint cimport int64_t, uintptr_t
+from libc.stdlib cimport calloc, free, qsort, realloc
+from libc.string cimport memset
+
+from cpython.buffer cimport (
+    PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_IsContiguous, PyBuffer_Release,
+    PyObject_GetBuffer,
+)
+
+from fusedopt._c cimport *
+
+import numpy
+
+from fusedopt import _check
+
+cdef object ndarray = numpy.ndarray
+cdef object float32 = numpy.dtype(numpy.float32)
+cdef object float64 = numpy.dtype(numpy.float64)
+
+TILE = FO_TILE
+
+
+cdef int check(fo_status status) except -1:
+    """Turn a C status into an exception: the one place where that happens."""
+    if status == FO_OK:
+        return 0
+    raise SystemError(f"fusedopt: internal status {<int>status}; please report")
+
+
+# ------------------------------------------------------------------ arrays
+
+cdef inline int format_of(object array) except -1:
+    """The storage format of an array that `_check` has passed or would pass."""
+    dtype = array.dtype
+    return FO_F32 if dtype is float32 else FO_F64 if dtype is float64 else (
+        FO_F64 if dtype == float64 else FO_F32)
+
+
+cdef inline bint is_usual(object array):
+    """Whether this is a plain array of a supported dtype: the rest is for `_check` to judge."""
+    if type(array) is not ndarray:
+        return False
+    dtype = array.dtype
+    return dtype is float32 or dtype is float64
+
+
+cdef bint same_layout(const Py_buffer *a, const Py_buffer *b) noexcept:
+    """Whether element i of both, in memory order, has the same index."""
+    cdef int k
+    if a.ndim != b.ndim:
+        return False
+    for k in range(a.ndim):
+        if a.shape[k] != b.shape[k]:
+            return False
+    for k in range(a.ndim):
+        if a.shape[k] > 1 and a.strides[k] // a.itemsize != b.strides[k] // b.itemsize:
+            return a.len == 0
+    return True
+
+
+cdef class Memory:
+    """Bytes from fo_allocate as a writable buffer, released with the last array on them."""
+    cdef void *start
+    cdef Py_ssize_t size
+
+    def __cinit__(self, Py_ssize_t size):
+        self.start = fo_allocate(size)
+        if self.start == NULL:
+            raise MemoryError(f"fusedopt: no memory for {size} bytes of optimizer state")
+        self.size = size
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        PyBuffer_FillInfo(view, self, self.start, self.size, 0, flags)
+
+    def __dealloc__(self):
+        fo_release(self.start)
+
+
+def allocate_states(list params, list counts):
+    """State arrays for each parameter, in its layout, on one block of memory, not yet written.
+
+    They start on cache lines and lie leaf by leaf, so that the arrays of a small leaf are close.
+    """
+    sizes = [-(-p.nbytes // 64) * 64 for p in params]
+    memory = Memory(sum(size * count for size, count in zip(sizes, counts)))
+    offset, states = 0, []
+    for param, size, count in zip(params, sizes, counts):
+        arrays = []
+        for _ in range(count):
+            arrays.append(ndarray(param.shape, param.dtype, memory, offset, param.strides))
+            offset += size
+        states.append(arrays)
+    return states
+
+
+# ------------------------------------------------------------------ the work list
+
+cdef struct Held:
+    # what the binding knows of a leaf beside fo_leaf; views stay exported while it lives
+    Py_buffer views[4]  # the parameter, then the state arrays (FO_MAX_STATES of them)
+    Py_buffer grad      # exported during a step only
+    int64_t step        # steps that this leaf has taken
+    int group
+
+
+cdef struct Extent:
+    # bytes [low, high) of one held array
+    uintptr_t low, high
+    ptrdiff_t leaf
+    int slot
+
+
+cdef int by_address(const void *a, const void *b) noexcept nogil:
+    cdef uintptr_t x = (<const Extent *>a).low, y = (<const Extent *>b).low
+    return (x > y) - (x < y)
+
+
+cdef class WorkList:
+    """The leaves of an optimizer as C sees them, with what must be held so that they stay valid.
+
+    Parameters
+    ----------
+    rule : str
+        Name of a rule of the C table.
+    state_names : tuple of str
+        Names of the rule's state arrays, for messages.
+    """
+    cdef int rule
+    cdef const fo_rule *about
+    cdef tuple state_names
+    cdef list scalar_names
+    cdef readonly list names, params, states
+    cdef ptrdiff_t n, n_hypers, room_hypers, n_extents
+    cdef fo_leaf *leaves
+    cdef Held *held
+    cdef fo_hyper *hypers
+    cdef Extent *extents      # of all held arrays, by address
+    cdef ptrdiff_t gap        # a gradient lay between extents[gap - 1] and extents[gap] last time
+    cdef readonly object count  # steps of the whole list, a Python int
+
+    def __cinit__(self, str rule, tuple state_names):
+        names = [row[0] for row in rules()]
+        self.rule = names.index(rule)
+        self.about = &fo_rules()[self.rule]
+        self.scalar_names = rules()[self.rule][1]
+        self.state_names = state_names
+        self.names, self.params, self.states = [], [], []
+        self.count = 0
+
+    def __dealloc__(self):
+        cdef ptrdiff_t i
+        for i in range(self.n):
+            release(&self.held[i])
+        free(self.leaves)
+        free(self.held)
+        free(self.hypers)
+        free(self.extents)
+
+    def __len__(self):
+        return self.n
+
+    def add(self, list names, list params, list states, int group, bint zero, int threads):
+        """Add leaves, all or none: check and export every array, then zero the state if asked."""
+        cdef ptrdiff_t i, old = self.n, total = old + len(names)
+        self.leaves = <fo_leaf *>grow(self.leaves, total, sizeof(fo_leaf))
+        self.held = <Held *>grow(self.held, total, sizeof(Held))
+        self.extents = <Extent *>grow(self.extents, total * 4, sizeof(Extent))
+        memset(&self.leaves[old], 0, (total - old) * sizeof(fo_leaf))
+        memset(&self.held[old], 0, (total - old) * sizeof(Held))
+        try:
+            for i in range(total - old):
+                self.n += 1
+                self.names.append(names[i])
+                self.params.append(params[i])
+                self.states.append(states[i])
+                self.export(self.n - 1, names[i], params[i], states[i], group)
+            self.refuse_overlap()
+        except BaseException:
+            for i in range(old, self.n):
+                release(&self.held[i])
+            self.n = old
+            del self.names[old:], self.params[old:], self.states[old:]
+            self.refuse_overlap()
+            raise
+        if zero:
+            with nogil:
+                fo_zero_state(&self.leaves[old], total - old, threads)
+
+    cdef int export(self, ptrdiff_t i, str name, object param, list states, int group) except -1:
+        cdef fo_leaf *leaf = &self.leaves[i]
+        cdef Held *held = &self.held[i]
+        cdef int k
+        export_array(param, &held.views[0], name, None)
+        leaf.n = held.views[0].len // held.views[0].itemsize
+        leaf.param.data = held.views[0].buf
+        leaf.param.format = <fo_format>format_of(param)
+        held.group = group
+        for k, state in enumerate(states):
+            if state is None:
+                continue
+            export_array(state, &held.views[1 + k], f"{name}.{self.state_names[k]}", param)
+            if not same_layout(&held.views[1 + k], &held.views[0]):
+                _check.state(f"{name}.{self.state_names[k]}", state, param)
+            leaf.state[k].data = held.views[1 + k].buf
+            leaf.state[k].format = leaf.param.format
+        return 0
+
+    cdef int refuse_overlap(self) except -1:
+        """Sort the extents of all held arrays and let no two have a byte in common."""
+        cdef ptrdiff_t i
+        cdef int k
+        cdef Py_buffer *view
+        cdef Extent *extent
+        self.n_extents = self.gap = 0
+        for i in range(self.n):
+            for k in range(1 + FO_MAX_STATES):
+                view = &self.held[i].views[k]
+                if <void *>view.obj != NULL and view.len > 0:
+                    extent = &self.extents[self.n_extents]
+                    extent.low = <uintptr_t>view.buf
+                    extent.high = extent.low + view.len
+                    extent.leaf, extent.slot = i, k
+                    self.n_extents += 1
+        qsort(self.extents, self.n_extents, sizeof(Extent), by_address)
+        for i in range(1, self.n_extents):
+            if self.extents[i].low < self.extents[i - 1].high:
+                a, b = self.extent_name(i - 1), self.extent_name(i)
+                _check.overlap(min(a, b), max(a, b))
+        return 0
+
+    cdef str extent_name(self, ptrdiff_t i):
+        cdef int slot = self.extents[i].slot
+        name = self.names[self.extents[i].leaf]
+        return name if slot == 0 else f"{name}.{self.state_names[slot - 1]}"
+
+    cdef int refuse_alias(self, const Py_buffer *view, str name) except -1:
+        """Refuse a gradient that shares memory with a held array.
+
+        Gradients often lie side by side: the gap in which the last one lay is tried first.
+        """
+        cdef uintptr_t low = <uintptr_t>view.buf, high = low + view.len
+        cdef ptrdiff_t a = 0, b = self.n_extents, middle
+        if view.len == 0:
+            return 0
+        middle = self.gap
+        if ((middle == 0 or self.extents[middle - 1].high <= low)
+                and (middle == b or high <= self.extents[middle].low)):
+            return 0
+        while a < b:  # a: the first extent that begins after low
+            middle = (a + b) // 2
+            if self.extents[middle].low <= low:
+                a = middle + 1
+            else:
+                b = middle
+        if a > 0 and self.extents[a - 1].high > low:
+            _check.alias("grads" + name[len("params"):], self.extent_name(a - 1))
+        if a < self.n_extents and self.extents[a].low < high:
+            _check.alias("grads" + name[len("params"):], self.extent_name(a))
+        self.gap = a
+        return 0
+
+    cdef int take_gradient(self, ptrdiff_t i, object grad) except -1:
+        cdef Held *held = &self.held[i]
+        cdef fo_leaf *leaf = &self.leaves[i]
+        usual = is_usual(grad)
+        if usual:
+            PyObject_GetBuffer(grad, &held.grad, PyBUF_STRIDES)
+            usual = same_layout(&held.grad, &held.views[0])
+            if not usual:
+                PyBuffer_Release(&held.grad)
+        if not usual:
+            name = self.names[i]
+            grad = _check.gradient("grads" + name[len("params"):], grad, self.params[i])
+            PyObject_GetBuffer(grad, &held.grad, PyBUF_STRIDES)
+        leaf.grad.data = held.grad.buf
+        leaf.grad.format = <fo_format>format_of(grad)
+        return self.refuse_alias(&held.grad, self.names[i])
+
+    cdef ptrdiff_t hyper(self, dict seen, int group, object step, object hyper_of) except -1:
+        """Index of the constants of a group at a step; computed once per step of the list."""
+        index = seen.get((group, step))
+        if index is not None:
+            return index
+        cdef fo_hyper *h
+        cdef int k
+        cdef dict values = hyper_of(group, step)
+        if self.n_hypers == self.room_hypers:
+            self.hypers = <fo_hyper *>grow(self.hypers, 2 * self.room_hypers + 4, sizeof(fo_hyper))
+            self.room_hypers = 2 * self.room_hypers + 4
+        h = &self.hypers[self.n_hypers]
+        h.grad_scale, h.l2, h.l1 = values["grad_scale"], values["l2"], values["l1"]
+        for k, name in enumerate(self.scalar_names):
+            h.scalars[k] = values[name]
+        seen[(group, step)] = self.n_hypers
+        self.n_hypers += 1
+        return self.n_hypers - 1
+
+    def step(self, list grads, hyper_of, int threads, plain=None):
+        """One step of all leaves that have a gradient; either all of it happens or none.
+
+        Parameters
+        ----------
+        grads : list of array or None
+            One entry for each leaf; None leaves it out.
+        hyper_of : callable(group, step) -> dict
+            The rule's scalars by name, and grad_scale, l2 and l1.
+        threads : int
+        plain : callable(leaf, grad, step), optional
+            Does the arithmetic in the place of C, after the same checks.
+
+        Returns
+        -------
+        int
+            Number of leaves updated.
+        """
+        cdef ptrdiff_t i, n = self.n, updated = 0, index = 0
+        cdef int group = -1
+        cdef int64_t step = -1
+        cdef fo_status status
+        cdef dict seen = {}
+        if len(grads) != n:
+            raise ValueError(f"grads: {len(grads)} arrays for {n} parameters")
+        self.n_hypers = 0
+        try:
+            for i in range(n):
+                grad = grads[i]
+                if grad is None:
+                    self.leaves[i].grad.data = NULL
+                    continue
+                self.take_gradient(i, grad)
+                updated += 1
+                if self.held[i].group != group or self.held[i].step != step:
+                    group, step = self.held[i].group, self.held[i].step
+                    index = self.hyper(seen, group, step + 1, hyper_of)
+                self.leaves[i].hyper = index
+            if plain is None:
+                with nogil:
+                    status = fo_step(self.rule, self.leaves, n, self.hypers, self.n_hypers, threads)
+                check(status)
+            else:
+                for i in range(n):
+                    if grads[i] is not None:
+                        plain(i, grads[i], self.held[i].step + 1)
+            for i in range(n):
+                if grads[i] is not None:
+                    self.held[i].step += 1
+            self.count += 1
+        finally:
+            for i in range(n):
+                if <void *>self.held[i].grad.obj != NULL:
+                    PyBuffer_Release(&self.held[i].grad)
+        return updated
+
+    def stream(self, list grads, int threads):
+        """Move the bytes of a step without its arithmetic (changes every array): the memory's limit."""
+        cdef ptrdiff_t i
+        try:
+            for i in range(self.n):
+                self.take_gradient(i, grads[i])
+            with nogil:
+                fo_stream(self.leaves, self.n, threads)
+        finally:
+            for i in range(self.n):
+                if <void *>self.held[i].grad.obj != NULL:
+                    PyBuffer_Release(&self.held[i].grad)
+
+    def use_states(self, ptrdiff_t i, tuple used):
+        """Hide from C the state arrays that the leaf's options do not ask for."""
+        cdef int k
+        for k in range(len(used)):
+            self.leaves[i].state[k].data = self.held[i].views[1 + k].buf if used[k] else NULL
+
+    def get_step(self, ptrdiff_t i):
+        """Steps that leaf i has taken."""
+        return self.held[i].step
+
+    def set_steps(self, count, list steps):
+        """Set the number of steps of the list and of each leaf."""
+        cdef ptrdiff_t i
+        self.count = count
+        for i in range(self.n):
+            self.held[i].step = steps[i]
+
+
+cdef void *grow(void *memory, Py_ssize_t count, size_t size) except NULL:
+    cdef void *larger = realloc(memory, max(count, 1) * size)
+    if larger == NULL:
+        raise MemoryError("fusedopt: no memory for the work list")
+    return larger
+
+
+cdef void release(Held *held) noexcept:
+    cdef int k
+    for k in range(1 + FO_MAX_STATES):
+        if <void *>held.views[k].obj != NULL:
+            PyBuffer_Release(&held.views[k])
+
+
+cdef int export_array(object array, Py_buffer *view, str name, object param) except -1:
+    """Export a parameter, or (param given) a state array, which this writes to."""
+    if not is_usual(array) or (param is not None and array.dtype is not param.dtype):
+        _check.parameter(name, array) if param is None else _check.state(name, array, param)
+    try:
+        PyObject_GetBuffer(array, view, PyBUF_STRIDES | PyBUF_WRITABLE)
+    except (BufferError, ValueError):  # NumPy raises the second for read-only
+        _check.parameter(name, array)
+        raise
+    if not PyBuffer_IsContiguous(view, b"A"):
+        _check.parameter(name, array)
+    return 0
+
+
+# ------------------------------------------------------------------ the library
+
+def rules():
+    """The rules of the C table: (name, [scalars], states, required states)."""
+    cdef const fo_rule *row = fo_rules()
+    cdef const char *const *scalar
+    rows = []
+    while row.name != NULL:
+        names, scalar = [], row.scalars
+        while scalar[0] != NULL:
+            names.append(scalar[0].decode())
+            scalar += 1
+        rows.append((row.name.decode(), names, row.states, row.required))
+        row += 1
+    return rows
+
+
+def available_isas():
+    """Names of the instruction sets that this machine can run, best first."""
+    cdef const char *const *name = fo_isas()
+    names = []
+    while name[0] != NULL:
+        names.append(name[0].decode())
+        name += 1
+    return names
+
+
+def isa():
+    """Name of the instruction set in use."""
+    return fo_isa().decode()
+
+
+def select_isa(str name):
+    """Use another instruction set; ValueError if this machine cannot run it."""
+    if fo_select_isa(name.encode()) != FO_OK:
+        raise ValueError(f"instruction set {name!r} is not one of {', '.join(available_isas())}")
+
+
+def backend():
+    """What splits the work over threads: "openmp", "pool" or "serial"."""
+    return fo_backend().decode()

@@ -1,0 +1,116 @@
+"""How many threads a step may use, and why that many.
+
+The default is the least of what the system grants this process: the CPUs of its affinity mask, the
+CPU quota of its control groups (a container's ``--cpus``), rounded up, and ``OMP_NUM_THREADS``.
+``FUSEDOPT_NUM_THREADS`` overrides it, and `set_num_threads` overrides both.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from fusedopt import _check, _core
+
+_MOST = 256
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _group_folders(root: Path, controller: str) -> Iterator[Path]:
+    """Folders of this process's control group and of all above it (v2, or v1 with a controller)."""
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controller in controllers.split(","):
+            top = root / "sys/fs/cgroup" / controller
+            inside = Path(path.lstrip("/"))
+            yield from (top / folder for folder in (inside, *inside.parents))
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """Return the CPUs' worth of time that control groups v1 and v2 grant, or None if all."""
+    quotas = []
+    for folder in _group_folders(root, ""):  # v2: "<quota or max> <period>"
+        match _read(folder / "cpu.max").split():
+            case [quota, period] if quota != "max":
+                quotas.append(int(quota) / int(period))
+    for folder in _group_folders(root, "cpu"):  # v1: microseconds, quota -1 for none
+        quota = _read(folder / "cpu.cfs_quota_us").strip()
+        period = _read(folder / "cpu.cfs_period_us").strip()
+        if period and int(quota or -1) > 0:
+            quotas.append(int(quota) / int(period))
+    return min(quotas, default=None)
+
+
+def _affinity() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def default_threads(
+    environ: Mapping[str, str] = os.environ, root: Path = Path("/")
+) -> tuple[int, str]:
+    """Return the number of threads and what decided it.
+
+    Raises
+    ------
+    ValueError
+        If ``FUSEDOPT_NUM_THREADS`` is not a whole number from 1 to 256.
+    """
+    wish = environ.get("FUSEDOPT_NUM_THREADS")
+    if wish is not None:
+        if not (wish.isascii() and wish.isdigit() and 1 <= int(wish) <= _MOST):
+            raise ValueError(
+                f"FUSEDOPT_NUM_THREADS={wish!r}: expected a whole number from 1 to {_MOST}"
+            )
+        return int(wish), "FUSEDOPT_NUM_THREADS"
+    limits = [(_affinity(), "CPU affinity")]
+    quota = cpu_quota(root)
+    if quota is not None:
+        limits.append((max(1, math.ceil(quota)), "CPU quota of the control group"))
+    openmp = environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list: one for each level
+    if openmp.isascii() and openmp.isdigit() and int(openmp) > 0:
+        limits.append((int(openmp), "OMP_NUM_THREADS"))
+    count, why = min(limits, key=lambda limit: limit[0])
+    return min(count, _MOST), why
+
+
+_count, _why = default_threads()
+
+
+def set_num_threads(n: int) -> None:
+    """Use at most `n` threads for each step from now on, in the whole process.
+
+    Parameters
+    ----------
+    n : int
+        From 1 to 256. The results do not depend on it, bit for bit.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If `n` is not such a number.
+    """
+    global _count, _why
+    n = _check.count("n", n, least=1)
+    if n > _MOST:
+        raise ValueError(f"n: must be at most {_MOST}, got {n}")
+    _count, _why = n, "set_num_threads"
+
+
+def get_num_threads() -> int:
+    """Return the most threads that a step uses; small steps use one."""
+    return _count
+
+
+def why() -> str:
+    """Return what decided the number of threads."""
+    return "built without threads" if _core.backend() == "serial" else _why

@@ -1,0 +1,90 @@
+"""Nestings of lists, tuples and dicts: from a tree of arrays to a flat list, and to names.
+
+A leaf's name is the expression that leads to it: ``params['dense1']['W']``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+Nodes = Iterator[tuple[str, Any]]
+
+
+def leaves(name: str, tree: Any) -> Nodes:
+    """Yield (name, leaf) in order; whatever is not a list, tuple or dict is a leaf."""
+    if isinstance(tree, dict):
+        for key, node in tree.items():
+            yield from leaves(f"{name}[{key!r}]", node)
+    elif isinstance(tree, (list, tuple)):
+        for i, node in enumerate(tree):
+            yield from leaves(f"{name}[{i}]", node)
+    else:
+        yield name, tree
+
+
+Reader = Callable[[str, Any, list[Any]], None]
+
+
+def reader(tree: Any) -> Reader:
+    """Return a function (name, other, out) that appends to `out` the leaves of `other`.
+
+    `other` must be nested as `tree` is, but None may stand for any part, and then for each leaf of
+    it. Built once, because a step reads its gradients through it each time.
+    """
+    if isinstance(tree, dict):
+        return _dict_reader({key: reader(node) for key, node in tree.items()})
+    if isinstance(tree, (list, tuple)):
+        return _list_reader([reader(node) for node in tree])
+    return _read_leaf
+
+
+def _read_leaf(name: str, other: Any, out: list[Any]) -> None:
+    if isinstance(other, (dict, list, tuple)):
+        raise ValueError(f"{name}: expected an array as in params, got a {type(other).__name__}")
+    out.append(other)
+
+
+def _dict_reader(parts: dict[Any, Reader]) -> Reader:
+    flat = all(part is _read_leaf for part in parts.values())
+    keys = parts.keys()
+
+    def read(name: str, other: Any, out: list[Any]) -> None:
+        if other is None:
+            other = dict.fromkeys(keys)
+        elif not isinstance(other, dict):
+            raise ValueError(f"{name}: expected a dict as in params, got {_kind(other)}")
+        elif other.keys() != keys:
+            missing = [f"no {key!r}" for key in keys if key not in other]
+            foreign = [f"{key!r} is not in params" for key in other if key not in parts]
+            raise ValueError(f"{name}: {', '.join(missing + foreign)}")
+        if flat and not any(isinstance(other[key], (dict, list, tuple)) for key in keys):
+            out.extend([other[key] for key in keys])
+        else:
+            for key, part in parts.items():
+                part(f"{name}[{key!r}]", other[key], out)
+
+    return read
+
+
+def _list_reader(parts: list[Reader]) -> Reader:
+    flat = all(part is _read_leaf for part in parts)
+
+    def read(name: str, other: Any, out: list[Any]) -> None:
+        if other is None:
+            other = [None] * len(parts)
+        elif not isinstance(other, (list, tuple)):
+            raise ValueError(f"{name}: expected a list as in params, got {_kind(other)}")
+        elif len(other) != len(parts):
+            raise ValueError(f"{name}: {len(other)} entries for {len(parts)} in params")
+        if flat and not any(isinstance(node, (dict, list, tuple)) for node in other):
+            out.extend(other)
+        else:
+            for i, part in enumerate(parts):
+                part(f"{name}[{i}]", other[i], out)
+
+    return read
+
+
+def _kind(value: object) -> str:
+    return f"{type(value).__name__}"

@@ -1,0 +1,6 @@
+"""The steps as functions on lists of arrays that the caller keeps."""
+
+from fusedopt.optim.adam import adam, adamw
+from fusedopt.optim.sgd import sgd
+
+__all__ = ["adam", "adamw", "sgd"]

@@ -1,0 +1,1 @@
+"""The optimizers, one file for each rule: class, function, and the constants of a step."""

@@ -1,0 +1,425 @@
+"""The base class of all optimizers: leaves, groups, state, the step, checkpoints.
+
+A rule's own file (optim/adam.py, ...) adds the names, the checks of its options and the constants of
+a step; this file knows no rule.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, NoReturn
+
+import numpy as np
+
+from fusedopt import _check, _checkpoint, _core, _threads, _tree
+from fusedopt._check import Array
+
+Options = dict[str, Any]
+Check = Callable[[str, Any], Any]
+
+
+class StepResult(NamedTuple):
+    """What a step did.
+
+    Attributes
+    ----------
+    step : int
+        Number of steps that the optimizer has taken, this one included.
+    updated : int
+        Number of leaves that were updated: those with a gradient.
+    """
+
+    step: int
+    updated: int
+
+
+class Optimizer:
+    """Base of the optimizers; see `Adam`, `AdamW`, `SGD`.
+
+    A subclass says what its rule is called, which state and options it has, and how to compute the
+    constants of a step.
+    """
+
+    rule: ClassVar[str]
+    state_names: ClassVar[tuple[str, ...]]
+    checks: ClassVar[dict[str, Check]]  # an option's name -> its check, for every option
+    # (leaf, gradient, step): does the arithmetic in the place of C; see fusedopt.reference
+    _plain_step: Callable[[int, Array, int], None] | None = None
+
+    @staticmethod
+    def uses(options: Options) -> tuple[bool, ...]:
+        """Return for each of `state_names` whether these options need it."""
+        raise NotImplementedError
+
+    @staticmethod
+    def scalars(step: int, **options: Any) -> dict[str, float]:
+        """Return the constants of step `step` by name, in double: the one place they are computed."""
+        raise NotImplementedError
+
+    @classmethod
+    def check_options(cls, options: Options, where: str) -> Options:
+        """Return `options` with every value checked; `where` begins the messages."""
+        return {
+            name: value if name == "lr" and callable(value) else check(where + name, value)
+            for (name, check), value in zip(cls.checks.items(), options.values(), strict=True)
+        }
+
+    def __init__(self, params: Any, **defaults: Any) -> None:
+        """Take over the leaves of `params`; `defaults` holds a value for each option."""
+        self.defaults: Options = self.check_options(
+            {name: defaults[name] for name in self.checks}, where=""
+        )
+        self.param_groups: list[Options] = []
+        self._work = _core.WorkList(self.rule, self.state_names)
+        self._readers: list[_tree.Reader] = []
+        self._options: list[Options] = []  # each group's, with lr as a number, during a step
+        self._checked: list[Options] = []  # each group's, as they were when last checked
+        self._group_of: list[int] = []
+        self._stepping = threading.Lock()
+        self._bare = not _is_groups(params)
+        for group in [{"params": params}] if self._bare else params:
+            self.add_param_group(group)
+        if not len(self._work):
+            raise ValueError("params: no arrays in it; there is nothing to optimize")
+
+    # -------------------------------------------------------------- groups and state
+
+    def add_param_group(self, group: Mapping[str, Any]) -> None:
+        """Add parameters with options of their own.
+
+        From then on `step` takes a list with the gradients of each group.
+
+        Parameters
+        ----------
+        group : dict
+            ``params``, a nesting of arrays as for the constructor, and any options that differ from
+            the constructor's.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the leaf or the option; the optimizer is as it was.
+        """
+        number = len(self.param_groups)
+        where = "" if self._bare and number == 0 else f"params[{number}]"
+        if not isinstance(group, Mapping) or "params" not in group:
+            raise TypeError(f"{where}: expected a dict with 'params', got {type(group).__name__}")
+        foreign = [repr(name) for name in group if name not in (*self.checks, "params")]
+        if foreign:
+            raise TypeError(
+                f"{where}: unknown option {', '.join(foreign)}; known: {', '.join(self.checks)}"
+            )
+        options = self.check_options(
+            {name: group.get(name, self.defaults[name]) for name in self.checks},
+            where=where and f"{where}.",
+        )
+        tree = group["params"]
+        named = list(_tree.leaves(f"{where}['params']" if where else "params", tree))
+        names, params = [name for name, _ in named], [leaf for _, leaf in named]
+        taken = set(self._work.names)
+        if len(set(names) | taken) < len(names) + len(taken):
+            raise ValueError(f"{where}: two parameters have the same name; use other dict keys")
+        for name, param in named:
+            _check.parameter(name, param)
+        used = self.uses(options)
+        states = [
+            [arrays.pop(0) if use else None for use in used]
+            for arrays in _core.allocate_states(params, [sum(used)] * len(params))
+        ]
+        self._work.add(names, params, states, number, True, _threads.get_num_threads())
+        self._group_of += [number] * len(names)
+        self._readers.append(_tree.reader(tree))
+        self._options.append(options)
+        self._checked.append(options)
+        self.param_groups.append({"params": tree, **options})
+
+    @property
+    def state(self) -> dict[str, dict[str, Any]]:
+        """State by leaf name: ``step`` (int) and the live arrays, in the parameter's shape."""
+        return {
+            name: {"step": self._work.get_step(i)}
+            | {key: a for key, a in zip(self.state_names, arrays, strict=True) if a is not None}
+            for i, (name, arrays) in enumerate(
+                zip(self._work.names, self._work.states, strict=True)
+            )
+        }
+
+    def __repr__(self) -> str:
+        """Name, options of the groups, and size."""
+        total = sum(param.size for param in self._work.params)
+        groups = "; ".join(
+            ", ".join(f"{name}={group[name]!r}" for name in self.checks)
+            for group in self.param_groups
+        )
+        return f"{type(self).__name__}({len(self._work)} arrays, {total:,} elements; {groups})"
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled or copied: the arrays belong to the caller."""
+        raise TypeError(
+            f"{type(self).__name__} works on its caller's arrays and cannot be copied or pickled; "
+            "make one on the other arrays and give it state_dict()"
+        )
+
+    # -------------------------------------------------------------- the step
+
+    def step(self, grads: Any) -> StepResult:
+        """Update all parameters in place, in one pass.
+
+        Parameters
+        ----------
+        grads : array or nesting of arrays
+            Nested as `params` were, float32 or float64 in the parameter's shape. None in the place of
+            a leaf (or of a whole part) leaves it out: neither it nor its state or step count changes.
+            With groups, a list with one entry for each. A gradient in another memory order than its
+            parameter is copied first; the gradients themselves are not changed.
+
+        Returns
+        -------
+        StepResult
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the leaf or the option; nothing has been written.
+        RuntimeError
+            If another thread is inside `step` of the same optimizer; nothing has been written.
+        """
+        if not self._stepping.acquire(blocking=False):
+            raise RuntimeError(
+                f"{type(self).__name__}.step: another thread is in a step of this optimizer; "
+                "use one optimizer for each thread, or a lock"
+            )
+        try:
+            flat = self._flatten(grads)
+            number = self._work.count + 1
+            for i in range(len(self.param_groups)):
+                self._read_options(i, number)
+            updated = self._work.step(
+                flat, self._hyper, _threads.get_num_threads(), self._plain_step
+            )
+            return StepResult(number, updated)
+        finally:
+            self._stepping.release()
+
+    def _flatten(self, grads: Any) -> list[Array | None]:
+        flat: list[Array | None] = []
+        if self._bare and len(self._readers) == 1:
+            self._readers[0]("grads", grads, flat)
+            return flat
+        if not isinstance(grads, (list, tuple)) or len(grads) != len(self._readers):
+            raise ValueError(
+                f"grads: expected a list with one entry for each of the {len(self._readers)} groups"
+            )
+        for i, read in enumerate(self._readers):
+            read(f"grads[{i}]", grads[i], flat)
+        return flat
+
+    def _read_options(self, i: int, step: int) -> None:
+        """Take the options of group `i` as they are now; check what was changed since."""
+        group = self.param_groups[i]
+        options = {name: group[name] for name in self.checks}
+        if options != self._checked[i]:
+            where = f"param_groups[{i}]."
+            self._checked[i] = options
+            try:
+                checked = self.check_options(options, where)
+                self._use_states(i, checked, where)
+            except BaseException:
+                self._checked[i] = {}
+                raise
+            options = checked
+        if callable(options["lr"]):
+            options["lr"] = self.checks["lr"](f"lr({step})", options["lr"](step))
+        self._options[i] = options
+
+    def _use_states(self, group: int, options: Options, where: str) -> None:
+        used = self.uses(options)
+        mine = [leaf for leaf, its in enumerate(self._group_of) if its == group]
+        for leaf in mine:
+            for name, use, array in zip(
+                self.state_names, used, self._work.states[leaf], strict=True
+            ):
+                if use and array is None:
+                    raise ValueError(
+                        f"{where[:-1]}: these options need {name}, which was not allocated; "
+                        "set them when the optimizer is made"
+                    )
+        for leaf in mine:
+            self._work.use_states(leaf, used)
+
+    def _hyper(self, group: int, step: int) -> dict[str, float]:
+        return self.scalars(step, **self._options[group])
+
+    # -------------------------------------------------------------- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the optimizer's state: ``step``, ``state`` by leaf name, ``param_groups``.
+
+        The arrays are the live ones; copy them to keep them. The parameters are not part of it.
+        """
+        names = self._work.names
+        groups = []
+        for i, group in enumerate(self.param_groups):
+            mine = [name for name, its in zip(names, self._group_of, strict=True) if its == i]
+            groups.append({"params": mine} | {name: group[name] for name in self.checks})
+        return {"step": self._work.count, "state": self.state, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over step counts, state (copied) and options from a `state_dict`.
+
+        A learning rate that is a schedule is not taken from, nor replaced by, a file: where `lr` is
+        None in `state_dict`, or a schedule here and a number there, the optimizer keeps its own.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If it does not fit, naming what; the optimizer is as it was.
+        """
+        try:
+            step, state = state_dict["step"], dict(state_dict["state"])
+            groups = list(state_dict["param_groups"])
+        except (KeyError, TypeError, ValueError, IndexError) as exc:
+            raise ValueError("state dict: expected 'step', 'state' and 'param_groups'") from exc
+        step = _check.count("state dict: step", step)
+        steps, copies = self._fit_states(state)
+        checked = self._fit_groups(groups)
+        for array, value in copies:
+            np.copyto(array, value)
+        self._work.set_steps(step, steps)
+        for group, options in zip(self.param_groups, checked, strict=True):
+            group.update(options)
+
+    def _fit_states(self, state: dict[str, Any]) -> tuple[list[int], list[tuple[Array, Array]]]:
+        """Return the step counts and (array, its new value) for all leaves; write nothing."""
+        ours = self.state
+        if state.keys() != ours.keys():
+            missing = [name for name in ours if name not in state]
+            foreign = [name for name in state if name not in ours]
+            raise ValueError(
+                "state dict: other parameters than this optimizer's; "
+                f"missing {missing[:3]}, foreign {foreign[:3]}"
+            )
+        steps, copies = [], []
+        for name, arrays in ours.items():
+            if not isinstance(state[name], Mapping) or state[name].keys() != arrays.keys():
+                raise ValueError(
+                    f"state dict: {name} should have {', '.join(arrays)}; "
+                    "make the optimizer with the options that the state was made with"
+                )
+            for key, array in arrays.items():
+                where, value = f"state dict: {name}.{key}", state[name][key]
+                if key == "step":
+                    steps.append(_check.count(where, value))
+                    continue
+                value = _check.array(where, value)
+                if value.shape != array.shape or value.dtype != array.dtype:
+                    raise ValueError(
+                        f"{where}: {value.dtype}{list(value.shape)} does not fit "
+                        f"{array.dtype}{list(array.shape)}"
+                    )
+                copies.append((array, value))
+        return steps, copies
+
+    def _fit_groups(self, groups: Sequence[Any]) -> list[Options]:
+        """Return the new options of all groups; write nothing."""
+        if len(groups) != len(self.param_groups):
+            raise ValueError(
+                f"state dict: {len(groups)} param_groups for this optimizer's "
+                f"{len(self.param_groups)}"
+            )
+        fitted = []
+        for i, (group, mine) in enumerate(zip(groups, self.param_groups, strict=True)):
+            where = f"state dict: param_groups[{i}]"
+            if not isinstance(group, Mapping) or any(name not in group for name in self.checks):
+                raise ValueError(f"{where}: expected {', '.join(self.checks)}")
+            options = {name: group[name] for name in self.checks}
+            if options["lr"] is None or callable(mine["lr"]):
+                options["lr"] = mine["lr"]
+            checked = self.check_options(options, f"{where}.")
+            if self.uses(checked) != self.uses(self.check_options(_options(mine, self), "")):
+                raise ValueError(f"{where}: its options need other state than this optimizer has")
+            fitted.append(checked)
+        return fitted
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `state_dict` to a file, which appears whole or not at all.
+
+        Parameters
+        ----------
+        path : path
+            Ends in ``.npz``, or in ``.safetensors`` with the extra of that name. The file is written
+            beside it under a temporary name, synced and renamed. A callable `lr` is not stored.
+
+        Raises
+        ------
+        ValueError
+            For another ending.
+        OSError
+            Naming the file; what was there before is still there.
+        """
+        _checkpoint.write(path, *_checkpoint.pack(self.state_dict()))
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Read a file of `save`; see `load_state_dict`.
+
+        Raises
+        ------
+        OSError, ValueError
+            Naming the file, if it is not there, damaged, foreign, or does not fit; the optimizer is
+            as it was. Files are never unpickled.
+        """
+        arrays, meta = _checkpoint.read(path)
+        try:
+            self.load_state_dict(_checkpoint.unpack(arrays, meta))
+        except (TypeError, ValueError) as exc:
+            raise ValueError(f"{os.fspath(path)}: {exc}") from exc
+
+
+def apply(
+    cls: type[Optimizer],
+    lists: Mapping[str, Sequence[Array | None] | None],
+    *,
+    step: int,
+    **options: Any,
+) -> None:
+    """Take one step of the rule of `cls` on arrays that the caller keeps: the functional form.
+
+    `lists` holds the parameters, the gradients, then the state arrays by their argument's name; None
+    in the place of a list stands for a state that is not there.
+    """
+    step = _check.count("step", step, least=1)
+    options = cls.check_options(options, where="")
+    (params_name, params), (grads_name, grads), *states = lists.items()
+    present = [(name, values) for name, values in states if values is not None]
+    for name, values in [(params_name, params), (grads_name, grads), *present]:
+        if not isinstance(values, (list, tuple)):
+            raise TypeError(f"{name}: expected a list of arrays, got {type(values).__name__}")
+    assert params is not None and grads is not None
+    for name, values in [(grads_name, grads), *present]:
+        if len(values) != len(params):
+            raise ValueError(f"{name}: {len(values)} arrays for {len(params)} in {params_name}")
+    for (name, values), use in zip(states, cls.uses(options), strict=True):
+        if use and values is None:
+            raise ValueError(f"{name}: these options need it; pass one array for each parameter")
+    columns = [
+        values if use and values is not None else [None] * len(params)
+        for (_, values), use in zip(states, cls.uses(options), strict=True)
+    ]
+    work = _core.WorkList(cls.rule, cls.state_names)
+    names = [f"{params_name}[{i}]" for i in range(len(params))]
+    work.add(names, list(params), [list(row) for row in zip(*columns, strict=True)], 0, False, 1)  # type: ignore[arg-type]
+    work.step(list(grads), lambda _group, _step: cls.scalars(step, **options), _threads.get_num_threads())
+
+
+def _options(group: Options, optimizer: Optimizer) -> Options:
+    return {name: group[name] for name in optimizer.checks}
+
+
+def _is_groups(params: Any) -> bool:
+    return (
+        isinstance(params, (list, tuple))
+        and len(params) > 0
+        and all(isinstance(group, dict) and "params" in group for group in params)
+    )

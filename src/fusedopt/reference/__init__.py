@@ -1,0 +1,9 @@
+"""The optimizers in plain NumPy: the oracle of the fast ones, bit for bit, and their documentation.
+
+Functions and classes have the names and signatures of `fusedopt.functional` and `fusedopt`.
+"""
+
+from fusedopt.reference.adam import Adam, AdamW, adam, adamw
+from fusedopt.reference.sgd import SGD, sgd
+
+__all__ = ["SGD", "Adam", "AdamW", "adam", "adamw", "sgd"]
