@@ -23,6 +23,7 @@ class WorkList:
     def add(
         self,
         names: list[str],
+        grad_names: list[str],
         params: list[NDArray[Any]],
         states: list[list[NDArray[Any] | None]],
         group: int,

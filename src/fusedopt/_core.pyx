@@ -36,19 +36,17 @@ cdef int check(fo_status status) except -1:
 
 # ------------------------------------------------------------------ arrays
 
-cdef inline int format_of(object array) except -1:
-    """The storage format of an array that `_check` has passed or would pass."""
-    dtype = array.dtype
-    return FO_F32 if dtype is float32 else FO_F64 if dtype is float64 else (
-        FO_F64 if dtype == float64 else FO_F32)
-
-
-cdef inline bint is_usual(object array):
-    """Whether this is a plain array of a supported dtype: the rest is for `_check` to judge."""
+cdef inline int format_of(object array) except? -1:
+    """The storage format of a plain array; -1 if it is for `_check` to judge."""
     if type(array) is not ndarray:
-        return False
+        return -1
     dtype = array.dtype
-    return dtype is float32 or dtype is float64
+    return FO_F32 if dtype is float32 else FO_F64 if dtype is float64 else -1
+
+
+cdef inline int checked_format(object array) except? -1:
+    """The storage format of an array that `_check` has passed: any equal dtype, any class."""
+    return FO_F64 if array.dtype == float64 else FO_F32
 
 
 cdef bint same_layout(const Py_buffer *a, const Py_buffer *b) noexcept:
@@ -137,6 +135,7 @@ cdef class WorkList:
     cdef tuple state_names
     cdef list scalar_names
     cdef readonly list names, params, states
+    cdef list grad_names
     cdef ptrdiff_t n, n_hypers, room_hypers, n_extents
     cdef fo_leaf *leaves
     cdef Held *held
@@ -151,7 +150,7 @@ cdef class WorkList:
         self.about = &fo_rules()[self.rule]
         self.scalar_names = rules()[self.rule][1]
         self.state_names = state_names
-        self.names, self.params, self.states = [], [], []
+        self.names, self.grad_names, self.params, self.states = [], [], [], []
         self.count = 0
 
     def __dealloc__(self):
@@ -166,7 +165,8 @@ cdef class WorkList:
     def __len__(self):
         return self.n
 
-    def add(self, list names, list params, list states, int group, bint zero, int threads):
+    def add(self, list names, list grad_names, list params, list states, int group, bint zero,
+            int threads):
         """Add leaves, all or none: check and export every array, then zero the state if asked."""
         cdef ptrdiff_t i, old = self.n, total = old + len(names)
         self.leaves = <fo_leaf *>grow(self.leaves, total, sizeof(fo_leaf))
@@ -178,6 +178,7 @@ cdef class WorkList:
             for i in range(total - old):
                 self.n += 1
                 self.names.append(names[i])
+                self.grad_names.append(grad_names[i])
                 self.params.append(params[i])
                 self.states.append(states[i])
                 self.export(self.n - 1, names[i], params[i], states[i], group)
@@ -186,7 +187,8 @@ cdef class WorkList:
             for i in range(old, self.n):
                 release(&self.held[i])
             self.n = old
-            del self.names[old:], self.params[old:], self.states[old:]
+            for column in (self.names, self.grad_names, self.params, self.states):
+                del column[old:]
             self.refuse_overlap()
             raise
         if zero:
@@ -200,7 +202,7 @@ cdef class WorkList:
         export_array(param, &held.views[0], name, None)
         leaf.n = held.views[0].len // held.views[0].itemsize
         leaf.param.data = held.views[0].buf
-        leaf.param.format = <fo_format>format_of(param)
+        leaf.param.format = <fo_format>checked_format(param)
         held.group = group
         for k, state in enumerate(states):
             if state is None:
@@ -260,28 +262,28 @@ cdef class WorkList:
             else:
                 b = middle
         if a > 0 and self.extents[a - 1].high > low:
-            _check.alias("grads" + name[len("params"):], self.extent_name(a - 1))
+            _check.alias(name, self.extent_name(a - 1))
         if a < self.n_extents and self.extents[a].low < high:
-            _check.alias("grads" + name[len("params"):], self.extent_name(a))
+            _check.alias(name, self.extent_name(a))
         self.gap = a
         return 0
 
     cdef int take_gradient(self, ptrdiff_t i, object grad) except -1:
         cdef Held *held = &self.held[i]
         cdef fo_leaf *leaf = &self.leaves[i]
-        usual = is_usual(grad)
-        if usual:
+        cdef int format = format_of(grad)
+        if format >= 0:
             PyObject_GetBuffer(grad, &held.grad, PyBUF_STRIDES)
-            usual = same_layout(&held.grad, &held.views[0])
-            if not usual:
+            if not same_layout(&held.grad, &held.views[0]):
                 PyBuffer_Release(&held.grad)
-        if not usual:
-            name = self.names[i]
-            grad = _check.gradient("grads" + name[len("params"):], grad, self.params[i])
+                format = -1
+        if format < 0:
+            grad = _check.gradient(self.grad_names[i], grad, self.params[i])
             PyObject_GetBuffer(grad, &held.grad, PyBUF_STRIDES)
+            format = checked_format(grad)
         leaf.grad.data = held.grad.buf
-        leaf.grad.format = <fo_format>format_of(grad)
-        return self.refuse_alias(&held.grad, self.names[i])
+        leaf.grad.format = <fo_format>format
+        return self.refuse_alias(&held.grad, self.grad_names[i])
 
     cdef ptrdiff_t hyper(self, dict seen, int group, object step, object hyper_of) except -1:
         """Index of the constants of a group at a step; computed once per step of the list."""
@@ -405,7 +407,7 @@ cdef void release(Held *held) noexcept:
 
 cdef int export_array(object array, Py_buffer *view, str name, object param) except -1:
     """Export a parameter, or (param given) a state array, which this writes to."""
-    if not is_usual(array) or (param is not None and array.dtype is not param.dtype):
+    if format_of(array) < 0 or (param is not None and array.dtype is not param.dtype):
         _check.parameter(name, array) if param is None else _check.state(name, array, param)
     try:
         PyObject_GetBuffer(array, view, PyBUF_STRIDES | PyBUF_WRITABLE)

@@ -40,25 +40,23 @@ def reader(tree: Any) -> Reader:
 
 
 def _read_leaf(name: str, other: Any, out: list[Any]) -> None:
-    if isinstance(other, (dict, list, tuple)):
-        raise ValueError(f"{name}: expected an array as in params, got a {type(other).__name__}")
-    out.append(other)
+    out.append(other)  # whether it is an array is for _check to say
 
 
 def _dict_reader(parts: dict[Any, Reader]) -> Reader:
-    flat = all(part is _read_leaf for part in parts.values())
     keys = parts.keys()
+    is_flat = all(part is _read_leaf for part in parts.values())
 
     def read(name: str, other: Any, out: list[Any]) -> None:
         if other is None:
             other = dict.fromkeys(keys)
         elif not isinstance(other, dict):
-            raise ValueError(f"{name}: expected a dict as in params, got {_kind(other)}")
+            raise ValueError(f"{name}: expected a dict as in params, got {type(other).__name__}")
         elif other.keys() != keys:
             missing = [f"no {key!r}" for key in keys if key not in other]
             foreign = [f"{key!r} is not in params" for key in other if key not in parts]
             raise ValueError(f"{name}: {', '.join(missing + foreign)}")
-        if flat and not any(isinstance(other[key], (dict, list, tuple)) for key in keys):
+        if is_flat:
             out.extend([other[key] for key in keys])
         else:
             for key, part in parts.items():
@@ -68,23 +66,19 @@ def _dict_reader(parts: dict[Any, Reader]) -> Reader:
 
 
 def _list_reader(parts: list[Reader]) -> Reader:
-    flat = all(part is _read_leaf for part in parts)
+    is_flat = all(part is _read_leaf for part in parts)
 
     def read(name: str, other: Any, out: list[Any]) -> None:
         if other is None:
             other = [None] * len(parts)
         elif not isinstance(other, (list, tuple)):
-            raise ValueError(f"{name}: expected a list as in params, got {_kind(other)}")
+            raise ValueError(f"{name}: expected a list as in params, got {type(other).__name__}")
         elif len(other) != len(parts):
             raise ValueError(f"{name}: {len(other)} entries for {len(parts)} in params")
-        if flat and not any(isinstance(node, (dict, list, tuple)) for node in other):
+        if is_flat:
             out.extend(other)
         else:
             for i, part in enumerate(parts):
                 part(f"{name}[{i}]", other[i], out)
 
     return read
-
-
-def _kind(value: object) -> str:
-    return f"{type(value).__name__}"

@@ -54,7 +54,7 @@ class Optimizer:
         raise NotImplementedError
 
     @staticmethod
-    def scalars(step: int, **options: Any) -> dict[str, float]:
+    def scalars(step: int, options: Options) -> dict[str, float]:
         """Return the constants of step `step` by name, in double: the one place they are computed."""
         raise NotImplementedError
 
@@ -74,8 +74,8 @@ class Optimizer:
         self.param_groups: list[Options] = []
         self._work = _core.WorkList(self.rule, self.state_names)
         self._readers: list[_tree.Reader] = []
-        self._options: list[Options] = []  # each group's, with lr as a number, during a step
-        self._checked: list[Options] = []  # each group's, as they were when last checked
+        self._options: list[Options] = []  # each group's, checked, with lr as a number
+        self._seen: list[Options] = []  # each of param_groups as it was when last checked
         self._group_of: list[int] = []
         self._stepping = threading.Lock()
         self._bare = not _is_groups(params)
@@ -118,6 +118,7 @@ class Optimizer:
         tree = group["params"]
         named = list(_tree.leaves(f"{where}['params']" if where else "params", tree))
         names, params = [name for name, _ in named], [leaf for _, leaf in named]
+        grads = [name for name, _ in _tree.leaves("grads" + where.removeprefix("params"), tree)]
         taken = set(self._work.names)
         if len(set(names) | taken) < len(names) + len(taken):
             raise ValueError(f"{where}: two parameters have the same name; use other dict keys")
@@ -128,12 +129,12 @@ class Optimizer:
             [arrays.pop(0) if use else None for use in used]
             for arrays in _core.allocate_states(params, [sum(used)] * len(params))
         ]
-        self._work.add(names, params, states, number, True, _threads.get_num_threads())
+        self._work.add(names, grads, params, states, number, True, _threads.get_num_threads())
         self._group_of += [number] * len(names)
         self._readers.append(_tree.reader(tree))
         self._options.append(options)
-        self._checked.append(options)
         self.param_groups.append({"params": tree, **options})
+        self._seen.append(dict(self.param_groups[-1]))
 
     @property
     def state(self) -> dict[str, dict[str, Any]]:
@@ -218,21 +219,17 @@ class Optimizer:
 
     def _read_options(self, i: int, step: int) -> None:
         """Take the options of group `i` as they are now; check what was changed since."""
-        group = self.param_groups[i]
-        options = {name: group[name] for name in self.checks}
-        if options != self._checked[i]:
+        group, seen = self.param_groups[i], self._seen[i]
+        if group["params"] is not seen["params"]:
+            raise ValueError(f"param_groups[{i}]['params']: was replaced; use add_param_group")
+        if group != seen:
             where = f"param_groups[{i}]."
-            self._checked[i] = options
-            try:
-                checked = self.check_options(options, where)
-                self._use_states(i, checked, where)
-            except BaseException:
-                self._checked[i] = {}
-                raise
-            options = checked
-        if callable(options["lr"]):
-            options["lr"] = self.checks["lr"](f"lr({step})", options["lr"](step))
-        self._options[i] = options
+            options = self.check_options({name: group[name] for name in self.checks}, where)
+            self._use_states(i, options, where)
+            self._options[i], self._seen[i] = options, dict(group)
+        if callable(group["lr"]):
+            rate = self.checks["lr"](f"lr({step})", group["lr"](step))
+            self._options[i] = self._options[i] | {"lr": rate}
 
     def _use_states(self, group: int, options: Options, where: str) -> None:
         used = self.uses(options)
@@ -250,7 +247,7 @@ class Optimizer:
             self._work.use_states(leaf, used)
 
     def _hyper(self, group: int, step: int) -> dict[str, float]:
-        return self.scalars(step, **self._options[group])
+        return self.scalars(step, self._options[group])
 
     # -------------------------------------------------------------- checkpoints
 
@@ -407,10 +404,13 @@ def apply(
         values if use and values is not None else [None] * len(params)
         for (_, values), use in zip(states, cls.uses(options), strict=True)
     ]
-    work = _core.WorkList(cls.rule, cls.state_names)
+    rows = [list(row) for row in zip(*columns, strict=True)]
     names = [f"{params_name}[{i}]" for i in range(len(params))]
-    work.add(names, list(params), [list(row) for row in zip(*columns, strict=True)], 0, False, 1)  # type: ignore[arg-type]
-    work.step(list(grads), lambda _group, _step: cls.scalars(step, **options), _threads.get_num_threads())
+    grad_names = [f"{grads_name}[{i}]" for i in range(len(params))]
+    threads = _threads.get_num_threads()
+    work = _core.WorkList(cls.rule, cls.state_names)
+    work.add(names, grad_names, list(params), rows, group=0, zero=False, threads=threads)
+    work.step(list(grads), lambda _group, _step: cls.scalars(step, options), threads)
 
 
 def _options(group: Options, optimizer: Optimizer) -> Options:

@@ -106,21 +106,9 @@ class Adam(Optimizer):
         return True, True, options["amsgrad"]
 
     @staticmethod
-    def scalars(step: int, **options: Any) -> dict[str, float]:
+    def scalars(step: int, options: Options) -> dict[str, float]:
         """Return the constants of a step, in double; names as in csrc/rules/adam.h."""
-        beta1, beta2 = options["betas"]
-        return {
-            "grad_scale": -1.0 if options["maximize"] else 1.0,
-            "l2": options["weight_decay"],
-            "l1": options["l1"],
-            "keep": 1.0,
-            "w1": 1 - beta1,
-            "beta2": beta2,
-            "w2": 1 - beta2,
-            "root": sqrt(1 - beta2**step),
-            "eps": options["eps"],
-            "step_size": options["lr"] / (1 - beta1**step),
-        }
+        return _constants(step, options, l2=options["weight_decay"], l1=options["l1"], keep=1.0)
 
 
 class AdamW(Adam):
@@ -173,11 +161,28 @@ class AdamW(Adam):
         )
 
     @staticmethod
-    def scalars(step: int, **options: Any) -> dict[str, float]:
+    def scalars(step: int, options: Options) -> dict[str, float]:
         """Return the constants of a step: Adam's, with the decay as a factor."""
-        constants = Adam.scalars(step, **options, l1=0.0)
         keep = 1 - options["lr"] * options["weight_decay"]
-        return constants | {"l2": 0.0, "keep": keep}
+        return _constants(step, options, l2=0.0, l1=0.0, keep=keep)
+
+
+def _constants(
+    step: int, options: Options, *, l2: float, l1: float, keep: float
+) -> dict[str, float]:
+    beta1, beta2 = options["betas"]
+    return {
+        "grad_scale": -1.0 if options["maximize"] else 1.0,
+        "l2": l2,
+        "l1": l1,
+        "keep": keep,
+        "w1": 1 - beta1,
+        "beta2": beta2,
+        "w2": 1 - beta2,
+        "root": sqrt(1 - beta2**step),
+        "eps": options["eps"],
+        "step_size": options["lr"] / (1 - beta1**step),
+    }
 
 
 def adam(

@@ -110,7 +110,7 @@ class SGD(Optimizer):
         return (options["momentum"] != 0,)
 
     @staticmethod
-    def scalars(step: int, **options: Any) -> dict[str, float]:
+    def scalars(step: int, options: Options) -> dict[str, float]:
         """Return the constants of a step, in double; names as in csrc/rules/sgd.h."""
         return {
             "grad_scale": -1.0 if options["maximize"] else 1.0,

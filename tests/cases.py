@@ -1,0 +1,116 @@
+"""The rows that the bit tests run over: every rule with every option that changes its arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+import fusedopt
+from fusedopt import _core, reference
+
+TILE = _core.TILE
+DTYPES = (np.float32, np.float64)
+
+
+@dataclass(frozen=True)
+class Case:
+    rule: str
+    name: str
+    function: str  # in functional and in reference
+    cls: str
+    states: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    class_options: dict[str, Any] = field(default_factory=dict)  # what the class needs beside them
+
+    @property
+    def fast(self) -> Callable[..., None]:
+        return getattr(fusedopt.functional, self.function)
+
+    @property
+    def reference(self) -> Callable[..., None]:
+        return getattr(reference, self.function)
+
+    def make(self, params: Any, module: Any = fusedopt) -> Any:
+        return getattr(module, self.cls)(params, **self.options, **self.class_options)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _adam(name: str, function: str = "adam", amsgrad: bool = False, **options: Any) -> Case:
+    states = ("exp_avg", "exp_avg_sq") + ("max_exp_avg_sq",) * amsgrad
+    cls = {"adam": "Adam", "adamw": "AdamW"}[function]
+    return Case("adam", name, function, cls, states, options, {"amsgrad": amsgrad})
+
+
+def _sgd(name: str, **options: Any) -> Case:
+    states = ("momentum_buffer",) if options.get("momentum") else ()
+    return Case("sgd", name, "sgd", "SGD", states, options)
+
+
+CASES = [
+    _adam("adam"),
+    _adam("adam-lr-betas-eps", lr=0.3, betas=(0.5, 0.75), eps=1e-3),
+    _adam("adam-beta-0", betas=(0.0, 0.0), eps=0.0),
+    _adam("adam-l2", weight_decay=0.01),
+    _adam("adam-l1", l1=0.03),
+    _adam("adam-amsgrad", amsgrad=True),
+    _adam("adam-maximize", maximize=True),
+    _adam("adam-all", amsgrad=True, weight_decay=0.1, l1=0.02, maximize=True),
+    _adam("adamw", "adamw"),
+    _adam("adamw-all", "adamw", amsgrad=True, lr=0.1, weight_decay=0.3, maximize=True),
+    _sgd("gd", lr=0.1),
+    _sgd("gd-l1-l2", lr=0.1, l1=0.01, weight_decay=0.1, maximize=True),
+    _sgd("momentum", lr=0.1, momentum=0.9),
+    _sgd("momentum-damped", lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.1),
+    _sgd("nesterov", lr=0.1, momentum=0.8, nesterov=True, l1=0.01, maximize=True),
+]
+
+
+def values(n: int, dtype: Any, seed: int, hostile: bool = True) -> np.ndarray:
+    """n numbers of mixed sizes, among them, if hostile, both infinities, NaN, zeros and subnormals."""
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal(n) * 10.0 ** rng.integers(-12, 5, n)).astype(dtype)
+    if hostile:
+        info = np.finfo(dtype)
+        odd = [np.inf, -np.inf, np.nan, 0.0, -0.0, info.smallest_subnormal, -info.tiny / 3]
+        odd += [info.max, -info.max, info.tiny, 1.0]
+        where = rng.permutation(n)[: min(n // 3, 4 * len(odd))]
+        x[where] = np.resize(np.array(odd, dtype), where.size)
+    return x
+
+
+def canonical(x: np.ndarray) -> bytes:
+    """The bytes of x with one NaN for all: their payloads are not promised."""
+    return np.where(np.isnan(x), x.dtype.type(np.nan), x).tobytes()
+
+
+def assert_same(ours: list[np.ndarray], theirs: list[np.ndarray], names: list[str]) -> None:
+    for name, a, b in zip(names, ours, theirs, strict=True):
+        if canonical(a) != canonical(b):
+            i = np.flatnonzero((a != b) & ~(np.isnan(a) & np.isnan(b)))[:3]
+            raise AssertionError(f"{name} differs at {i}: {a.ravel()[i]} is not {b.ravel()[i]}")
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    before = fusedopt.get_num_threads()
+    fusedopt.set_num_threads(n)
+    try:
+        yield
+    finally:
+        fusedopt.set_num_threads(before)
+
+
+@contextmanager
+def isa(name: str) -> Iterator[None]:
+    before = _core.isa()
+    _core.select_isa(name)
+    try:
+        yield
+    finally:
+        _core.select_isa(before)
