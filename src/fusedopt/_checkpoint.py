@@ -91,8 +91,7 @@ def read(path: StrPath) -> tuple[dict[str, Array], dict[str, Any]]:
     """
     source = _known(path)
     reader = _read_npz if source.suffix == ".npz" else _read_safetensors
-    with open(source, "rb"):
-        pass  # a file that is not there, or not ours to read, is an OSError that names it
+    source.open("rb").close()  # not there, or not ours to read: an OSError that names it
     try:
         arrays, text = reader(source)
         meta = json.loads(text)
@@ -109,7 +108,7 @@ def read(path: StrPath) -> tuple[dict[str, Array], dict[str, Any]]:
 
 
 def _read_npz(path: Path) -> tuple[dict[str, Array], str]:
-    with np.load(path, allow_pickle=False) as file:
+    with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     return arrays, str(arrays.pop(_META)[()])
 

@@ -1,0 +1,259 @@
+"""Train a small classifier on handwritten digits, and say where the time went."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import fusedopt
+from fusedopt import _checkpoint, _tree, reference, schedules
+from fusedopt.cli import data as data_module
+from fusedopt.cli import model
+from fusedopt.cli.data import Data
+from fusedopt.cli.plot import save_plot
+
+# per optimizer: class, learning rate, schedule, epochs
+OPTIMIZERS: dict[str, tuple[str, float, str, int]] = {
+    "adam": ("Adam", 2e-3, "cosine", 10),
+    "adamw": ("AdamW", 2e-3, "cosine", 10),
+    "sgd": ("SGD", 5e-2, "cosine", 10),
+    "gd": ("SGD", 1e-1, "constant", 200),
+}
+# name -> (rate, steps of the whole run, steps of an epoch) -> schedule
+SCHEDULES: dict[str, Callable[[float, int, int], schedules.Schedule]] = {
+    "constant": lambda lr, steps, epoch: schedules.constant(lr),
+    "linear": lambda lr, steps, epoch: schedules.linear(lr, 0.0, steps),
+    "cosine": lambda lr, steps, epoch: schedules.cosine(lr, steps),
+    "exponential": lambda lr, steps, epoch: schedules.exponential(lr, 0.8, every=epoch),
+    "polynomial": lambda lr, steps, epoch: schedules.polynomial(lr, 0.0, steps, power=2.0),
+    "step": lambda lr, steps, epoch: schedules.staircase(lr, 0.3, every=4 * epoch),
+    "one-cycle": lambda lr, steps, epoch: schedules.one_cycle(lr, steps),
+}
+OPEN_ENDED = ("constant", "exponential", "step")  # these do not depend on the run's length
+# what fixes the path of a run, and so must agree when it is resumed
+FIXED = ("optimizer", "lr", "schedule", "warmup", "batch_size", "momentum", "l1", "l2", "seed")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    per = {k: f"{k} {v[1]:g}" for k, v in OPTIMIZERS.items()}
+    add = parser.add_argument
+    add("--optimizer", choices=OPTIMIZERS, default="adam", help="gd: full batch")
+    add("--lr", type=float, help=f"learning rate (default: {', '.join(per.values())})")
+    add("--schedule", choices=SCHEDULES, help="of the rate (default: cosine; gd constant)")
+    add("--warmup", type=int, default=0, metavar="STEPS", help="linear rise before the schedule")
+    add("--epochs", type=int, help="passes over the data (default: 10; gd 200)")
+    add("--batch-size", type=int, default=32, help="rows of a step (gd: all)")
+    add("--momentum", type=float, help="of sgd (default: sgd 0.9, gd 0)")
+    add("--l1", type=float, default=0.0, help="L1 penalty (not adamw)")
+    add("--l2", type=float, help="L2 penalty; adamw: decoupled decay (default: 0; adamw 0.01)")
+    add("--seed", type=int, default=0, help="of the parameters and of the order of the data")
+    add("--data", type=Path, metavar="FILE.npz", help=", ".join(data_module.NAMES) + " of your own")
+    add("--save", type=Path, metavar="CHECKPOINT", help="write parameters and optimizer each epoch")
+    add("--resume", type=Path, metavar="CHECKPOINT", help="go on from a --save; it ends as if the run "
+        f"had not been cut. --epochs may grow with --schedule {', '.join(OPEN_ENDED)}")  # fmt: skip
+    add("--plot", type=Path, metavar="FILE.png", help="draw loss, accuracy and learning rate")
+    add("--no-reference", action="store_true", help="do not time the NumPy reference beside it")
+
+
+@dataclass
+class Run:
+    """A run as far as it has got: what a checkpoint holds, beside the optimizer."""
+
+    params: model.Params
+    epoch: int = 0
+    history: dict[str, list[float]] = field(
+        default_factory=lambda: {k: [] for k in ("loss", "lr", "accuracy", "epoch_step")}
+    )
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("forward+backward", "optimizer", "reference"), 0.0)
+    )
+
+
+def settle(options: argparse.Namespace, data: Data) -> argparse.Namespace:
+    """Return the options with the defaults that depend on others, checked."""
+    settled = copy.copy(options)
+    _, lr, schedule, epochs = OPTIMIZERS[options.optimizer]
+    adaptive = options.optimizer in ("adam", "adamw")
+    defaults = {
+        "lr": lr,
+        "schedule": schedule,
+        "epochs": epochs,
+        "momentum": 0.9 if options.optimizer == "sgd" else 0.0,
+        "l2": 0.01 if options.optimizer == "adamw" else 0.0,
+    }
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(settled, name, value)
+    if adaptive and options.momentum is not None:
+        raise ValueError("--momentum: goes with --optimizer sgd or gd")
+    if options.optimizer == "adamw" and options.l1:
+        raise ValueError("--l1: does not go with adamw; use adam")
+    if options.optimizer == "gd":
+        settled.batch_size = len(data.x_train)
+    for name, least in (("epochs", 1), ("batch_size", 1), ("warmup", 0), ("seed", 0)):
+        if getattr(settled, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')}: must be >= {least}")
+    for path in (settled.save, settled.plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
+    return settled
+
+
+def make_optimizer(module: Any, params: model.Params, o: argparse.Namespace, data: Data) -> Any:
+    """Return the optimizer asked for, of fusedopt or of fusedopt.reference."""
+    epoch_steps = -(-len(data.x_train) // o.batch_size)
+    steps = max(1, o.epochs * epoch_steps - o.warmup)
+    lr = SCHEDULES[o.schedule](o.lr, steps, epoch_steps)
+    if o.warmup:
+        lr = schedules.warmup(o.warmup, lr)
+    kind: dict[str, Any] = {"lr": lr, "weight_decay": o.l2}
+    if o.optimizer != "adamw":
+        kind["l1"] = o.l1
+    if o.optimizer in ("sgd", "gd"):
+        kind["momentum"] = o.momentum
+    return getattr(module, OPTIMIZERS[o.optimizer][0])(params, **kind)
+
+
+def batches(data: Data, o: argparse.Namespace, epoch: int) -> Iterator[NDArray[np.intp]]:
+    """Yield the rows of each mini-batch. The order depends on seed and epoch alone."""
+    order = np.random.default_rng([o.seed, epoch]).permutation(len(data.x_train))
+    for start in range(0, len(order), o.batch_size):
+        yield order[start : start + o.batch_size]
+
+
+def train_epoch(state: Run, opt: Any, twin: Any, data: Data, o: argparse.Namespace, bar: Any) -> None:
+    """Take the steps of one epoch: the loop that this program is an example of."""
+    seconds, history = state.seconds, state.history
+    for rows in batches(data, o, state.epoch):
+        start = perf_counter()
+        loss, grads = model.loss_and_gradients(state.params, data.x_train[rows], data.y_train[rows])
+        computed = perf_counter()
+        taken = opt.step(grads)
+        stepped = perf_counter()
+        if twin is not None:
+            twin.step(grads)
+        seconds["forward+backward"] += computed - start
+        seconds["optimizer"] += stepped - computed
+        seconds["reference"] += perf_counter() - stepped
+        history["loss"].append(loss)
+        history["lr"].append(opt.param_groups[0]["lr"](taken.step))
+        bar.update()
+        bar.set_postfix(loss=f"{np.mean(history['loss'][-20:]):.4f}", refresh=False)
+
+
+def save(path: Path, state: Run, opt: Any, data: Data, o: argparse.Namespace) -> None:
+    """Write one file with the parameters, the optimizer and the history."""
+    arrays, meta = _checkpoint.pack(opt.state_dict())
+    arrays = {f"optimizer/{name}": array for name, array in arrays.items()}
+    arrays |= {f"model/{name}": array for name, array in _tree.leaves("params", state.params)}
+    fixed = {name: getattr(o, name) for name in FIXED}
+    _checkpoint.write(path, arrays, {
+        "train": fixed, "data": data.digest, "epoch": state.epoch, "epochs": o.epochs,
+        "history": state.history, "optimizer": meta,
+    })  # fmt: skip
+
+
+def resume(path: Path, state: Run, opt: Any, data: Data, o: argparse.Namespace) -> None:
+    """Take over a file of `save`; ValueError naming it if it belongs to another run."""
+    arrays, meta = _checkpoint.read(path)
+    try:
+        fixed, history = meta["train"], meta["history"]
+        epoch, epochs, digest = meta["epoch"], meta["epochs"], meta["data"]
+        saved = {name.partition("/")[2]: a for name, a in arrays.items() if name[:6] == "model/"}
+        inner = {name.partition("/")[2]: a for name, a in arrays.items() if name[:6] == "optimi"}
+        differing = [f"--{n.replace('_', '-')} {fixed[n]}" for n in FIXED if fixed[n] != getattr(o, n)]
+        if differing:
+            raise ValueError(f"was made with {', '.join(differing)}; resume with the same")
+        if digest != data.digest:
+            raise ValueError("was made on other data")
+        if epochs != o.epochs and o.schedule not in OPEN_ENDED:
+            raise ValueError(f"was made with --epochs {epochs}, which {o.schedule} depends on")
+        leaves = dict(_tree.leaves("params", state.params))
+        if {n: a.shape for n, a in saved.items()} != {n: a.shape for n, a in leaves.items()}:
+            raise ValueError("holds another model")
+        opt.load_state_dict(_checkpoint.unpack(inner, meta["optimizer"]))
+    except (KeyError, TypeError, ValueError) as exc:
+        raise ValueError(f"{path}: not a checkpoint that this run can go on from: {exc}") from exc
+    for name, array in saved.items():
+        leaves[name][...] = array
+    state.epoch, state.history = epoch, history
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train, evaluate and report."""
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError as exc:
+        raise ModuleNotFoundError(f"train {data_module.DEMO}") from exc
+    data = data_module.digits() if options.data is None else data_module.from_file(options.data)
+    o = settle(options, data)
+    state = Run(model.init(data.x_train.shape[1], data.classes, o.seed))
+    opt = make_optimizer(fusedopt, state.params, o, data)
+    if o.resume is not None:
+        resume(o.resume, state, opt, data, o)
+        print(f"resumed after epoch {state.epoch}")
+    shadow = copy.deepcopy(state.params)
+    twin = None if o.no_reference else make_optimizer(reference, shadow, o, data)
+    if twin is not None:
+        twin.load_state_dict(opt.state_dict())
+
+    total = o.epochs * -(-len(data.x_train) // o.batch_size)
+    with tqdm(total=total, initial=len(state.history["loss"]), unit="step") as bar:
+        while state.epoch < o.epochs:
+            bar.set_description(f"epoch {state.epoch + 1}/{o.epochs}")
+            train_epoch(state, opt, twin, data, o, bar)
+            state.epoch += 1
+            _, predicted = model.evaluate(state.params, data.x_test, data.y_test)
+            state.history["accuracy"].append(float(np.mean(predicted == data.y_test)))
+            state.history["epoch_step"].append(len(state.history["loss"]))
+            if o.save is not None:
+                save(o.save, state, opt, data, o)
+    report(state, None if twin is None else shadow, data)
+    if o.plot is not None:
+        title = f"{type(opt).__name__}, {o.schedule} schedule, batches of {o.batch_size}"
+        save_plot(o.plot, state.history, title)
+        print(f"plot: {o.plot}")
+
+
+def digest(params: model.Params) -> str:
+    """Return a fingerprint of all weights: equal exactly if they are, bit for bit."""
+    sha = hashlib.sha256()
+    for name, array in _tree.leaves("", params):
+        sha.update(name.encode() + array.tobytes())
+    return sha.hexdigest()
+
+
+def report(state: Run, shadow: model.Params | None, data: Data) -> None:
+    """Print the held-out result, the errors of each class, and where the time went."""
+    loss, predicted = model.evaluate(state.params, data.x_test, data.y_test)
+    wrong = predicted != data.y_test
+    print(f"\nheld out: loss {loss:.4f}, accuracy {1 - wrong.mean():.2%} "
+          f"({wrong.sum()} of {len(wrong)} wrong)")  # fmt: skip
+    print("\nclass  errors  taken for")
+    for label in range(data.classes):
+        mine = data.y_test == label
+        taken = np.unique(predicted[mine & wrong], return_counts=True)
+        confused = ", ".join(f"{c} ({n}x)" for c, n in zip(*taken, strict=True))
+        print(f"{label:5}  {(mine & wrong).sum():2} / {mine.sum():<3} {confused}".rstrip())
+    seconds = state.seconds
+    ours = seconds["forward+backward"] + seconds["optimizer"]
+    if ours > 0:
+        print("\ntime")
+        for name in ("forward+backward", "optimizer"):
+            print(f"  {name:17} {seconds[name]:7.3f} s  {seconds[name] / ours:4.0%}")
+    if shadow is not None and seconds["optimizer"] > 0:
+        same = "the same bits" if digest(shadow) == digest(state.params) else "OTHER BITS: a bug"
+        ratio = seconds["reference"] / seconds["optimizer"]
+        print(f"  {'NumPy reference':17} {seconds['reference']:7.3f} s  for the same optimizer steps: "
+              f"{ratio:.1f} x, {same}")  # fmt: skip
+    print(f"\nweights sha256 {digest(state.params)}")

@@ -1,0 +1,98 @@
+"""What the compiler made: wide instructions in the kernels alone, and none that would change bits."""
+
+import platform
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from fusedopt import _core
+
+pytestmark = pytest.mark.skipif(
+    platform.machine() != "x86_64" or shutil.which("objdump") is None,
+    reason="disassembles x86-64 with objdump (binutils)",
+)
+
+WIDER = {"sse2": (), "avx2": ("ymm",), "avx512": ("ymm", "zmm")}
+
+
+@pytest.fixture(scope="module")
+def functions():
+    """Name -> instructions of each function of the extension."""
+    listing = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", _core.__file__],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    found = {}
+    for block in re.split(r"\n\n", listing):
+        head = re.match(r"\s*[0-9a-f]+ <(.+)>:\n", block)
+        if head:
+            lines = block[head.end() :].splitlines()
+            found[head[1]] = [line.split("\t", 1)[1] for line in lines if "\t" in line]
+    return found
+
+
+def isa_of(name):
+    found = re.search(r"_(sse2|avx2|avx512)(\.|$)", name)
+    return found[1] if found else None
+
+
+def is_avx(instruction):
+    # VEX and EVEX forms begin with v; verr and verw are system instructions that none uses
+    return re.match(r"v[a-z]", instruction) or re.search(r"%[yz]mm|%k[0-7]", instruction)
+
+
+def test_names_are_there(functions):
+    """The wheel is not stripped of names, so that this file can tell kernels from the rest."""
+    for isa in WIDER:
+        for kind in ("adam_f32", "adam_f64", "sgd_f32", "sgd_f64"):
+            assert any(f.startswith(f"{kind}_{isa}") for f in functions), (kind, isa)
+
+
+def test_only_kernels_hold_wide_instructions(functions):
+    outside = {
+        name: [i for i in code if is_avx(i)]
+        for name, code in functions.items()
+        if isa_of(name) in (None, "sse2")
+    }
+    assert {name: code for name, code in outside.items() if code} == {}
+    assert len(outside) > 50
+
+
+def test_each_isa_keeps_to_its_registers(functions):
+    for name, code in functions.items():
+        text = "\n".join(code)
+        if isa_of(name) == "avx2":
+            assert "zmm" not in text, name
+            assert not re.search(r"%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])", text), name
+
+
+def test_no_fused_multiply_add(functions):
+    """It rounds once where the reference rounds twice."""
+    fused = [n for n, code in functions.items() if any(re.match("vfn?m(add|sub)", i) for i in code)]
+    assert fused == []
+
+
+@pytest.mark.parametrize("isa", WIDER)
+@pytest.mark.parametrize("rule", ["adam", "sgd"])
+@pytest.mark.parametrize("kind", ["f32", "f64"])
+def test_rules_are_vectorised(functions, rule, kind, isa):
+    suffix, register = ("ps", "pd")[kind == "f64"], (*WIDER[isa], "xmm")[len(WIDER[isa]) - 1]
+    code = [i for f, c in functions.items() if f.startswith(f"{rule}_{kind}_{isa}") for i in c]
+    packed = [i for i in code if re.match(rf"v?(mul|sub){suffix}\s", i) and f"%{register}" in i]
+    assert len(packed) >= 2, f"{rule}_{kind}_{isa} has no packed arithmetic in {register}"
+
+
+def test_exports_only_the_module():
+    if shutil.which("nm") is None:
+        pytest.skip("needs nm (binutils)")
+    run = ["nm", "-D", "--defined-only", _core.__file__]
+    listing = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+    assert [line.split()[-1] for line in listing.splitlines()] == ["PyInit__core"]
+
+
+def test_stable_abi():
+    assert ".abi3." in _core.__file__

@@ -1,0 +1,65 @@
+"""Every rule of the C table has its class, function, reference, cases, files and README row."""
+
+import inspect
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cases import CASES
+
+import fusedopt
+from fusedopt import _core, functional, reference
+
+ROOT = Path(__file__).parent.parent
+RULES = {row[0]: row for row in _core.rules()}
+CLASSES = [
+    c for c in vars(fusedopt).values()
+    if inspect.isclass(c) and issubclass(c, fusedopt.Optimizer) and c is not fusedopt.Optimizer
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_three_files_of_one_name(rule):
+    assert (ROOT / f"csrc/rules/{rule}.h").exists()
+    for folder in ("optim", "reference"):
+        assert (ROOT / f"src/fusedopt/{folder}/{rule}.py").exists()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_class_cases_and_readme(rule):
+    assert any(c.rule == rule for c in CLASSES)
+    assert any(case.rule == rule for case in CASES)
+    readme = (ROOT / "README.md").read_text()
+    for cls in (c for c in CLASSES if c.rule == rule):
+        assert f"| `{cls.__name__}` |" in readme
+        assert any(case.cls == cls.__name__ for case in CASES)
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
+def test_class_fits_the_table(cls):
+    """State and scalars of the class are those of the C rule, in number and by name."""
+    _, scalars, states, required = RULES[cls.rule]
+    assert len(cls.state_names) == states
+    options = cls([np.ones(1)])._options[0]
+    assert sum(cls.uses(options)) >= required
+    assert set(cls.scalars(1, options)) == {*scalars, "grad_scale", "l2", "l1"}
+    assert all(isinstance(value, float) for value in cls.scalars(1, options).values())
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
+def test_reference_class_has_the_same_signature(cls):
+    plain = getattr(reference, cls.__name__)
+    assert issubclass(plain, cls)
+    assert inspect.signature(plain) == inspect.signature(cls)
+    assert list(inspect.signature(cls).parameters)[1:] == list(cls.checks)
+
+
+@pytest.mark.parametrize("name", functional.__all__)
+def test_reference_function_has_the_same_signature(name):
+    fast, plain = getattr(functional, name), getattr(reference, name)
+    assert inspect.signature(fast) == inspect.signature(plain)
+
+
+def test_functions_are_all_listed():
+    assert set(functional.__all__) == {case.function for case in CASES}
+    assert set(reference.__all__) == {*functional.__all__, *(c.__name__ for c in CLASSES)}

@@ -1,0 +1,197 @@
+"""How many threads, and that they end: forks, concurrent callers, signals."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from cases import threads
+
+import fusedopt
+from fusedopt import _core, _threads, reference
+
+N = 400_000  # large enough to be split
+
+
+def test_set_and_get():
+    with threads(3):
+        assert fusedopt.get_num_threads() == 3
+        assert "set_num_threads" in fusedopt.info()["threads"] or _core.backend() == "serial"
+    for bad in (0, -1, 257):
+        with pytest.raises(ValueError, match="^n: must be"):
+            fusedopt.set_num_threads(bad)
+    for bad in (1.0, "2", None, True):
+        with pytest.raises(TypeError, match="^n: expected a whole number"):
+            fusedopt.set_num_threads(bad)
+
+
+def files(root, contents):
+    for name, text in contents.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+QUOTAS = {
+    "none": ({}, None),
+    "v2": ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/cpu.max": "150000 100000\n"}, 1.5),
+    "v2 of a parent": (
+        {
+            "proc/self/cgroup": "0::/a/b\n",
+            "sys/fs/cgroup/a/b/cpu.max": "max 100000\n",
+            "sys/fs/cgroup/a/cpu.max": "50000 100000\n",
+        },
+        0.5,
+    ),
+    "v2 in a namespace": (
+        {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "300000 100000\n"},
+        3.0,
+    ),
+    "v1": (
+        {
+            "proc/self/cgroup": "5:cpu,cpuacct:/job\n1:name=systemd:/\n",
+            "sys/fs/cgroup/cpu/job/cpu.cfs_quota_us": "250000\n",
+            "sys/fs/cgroup/cpu/job/cpu.cfs_period_us": "100000\n",
+        },
+        2.5,
+    ),
+    "v1 without": (
+        {
+            "proc/self/cgroup": "5:cpu,cpuacct:/\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000\n",
+        },
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", QUOTAS)
+def test_quota(tmp_path, kind):
+    contents, expected = QUOTAS[kind]
+    assert _threads.cpu_quota(files(tmp_path, contents)) == expected
+
+
+def test_default(tmp_path, monkeypatch):
+    root = files(tmp_path, QUOTAS["v2"][0])
+    monkeypatch.setattr(_threads, "_affinity", lambda: 6)
+    default = _threads.default_threads
+    assert default({}, tmp_path / "nowhere") == (6, "CPU affinity")
+    assert default({}, root) == (2, "CPU quota of the control group")  # 1.5, rounded up
+    assert default({"OMP_NUM_THREADS": "1"}, root) == (1, "OMP_NUM_THREADS")
+    assert default({"OMP_NUM_THREADS": "4,2"}, tmp_path / "x") == (4, "OMP_NUM_THREADS")
+    assert default({"OMP_NUM_THREADS": "99"}, tmp_path / "x") == (6, "CPU affinity")
+    assert default({"OMP_NUM_THREADS": "odd"}, tmp_path / "x") == (6, "CPU affinity")
+    assert default({"FUSEDOPT_NUM_THREADS": "9"}, root) == (9, "FUSEDOPT_NUM_THREADS")
+    for bad in ("0", "-1", "x", "", "1.5", "257", "²"):
+        with pytest.raises(ValueError, match="expected a whole number from 1 to 256"):
+            default({"FUSEDOPT_NUM_THREADS": bad}, root)
+
+
+def test_bad_environment_is_an_error_at_import():
+    env = os.environ | {"FUSEDOPT_NUM_THREADS": "many"}
+    run = subprocess.run([sys.executable, "-c", "import fusedopt"], env=env, capture_output=True)
+    assert run.returncode != 0
+    assert b"ValueError: FUSEDOPT_NUM_THREADS='many': expected a whole number" in run.stderr
+
+
+def work(seed=0, steps=5, module=fusedopt):
+    """The bytes of a parameter after some steps."""
+    rng = np.random.default_rng(seed)
+    p, g = (rng.standard_normal(N).astype(np.float32) for _ in range(2))
+    opt = module.Adam([p])
+    for _ in range(steps):
+        opt.step([g])
+    return p.tobytes()
+
+
+def send_work(pipe):
+    pipe.send_bytes(work())
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+# from 3.12 on CPython warns of any fork with threads alive: that is what is tested here
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_child_processes_finish(method):
+    """A child steps after its parent did, and again the parent: both end, with the same bits."""
+    with threads(4):
+        expected = work()
+        context = multiprocessing.get_context(method)
+        ours, theirs = context.Pipe()
+        child = context.Process(target=send_work, args=(theirs,))
+        child.start()
+        assert ours.poll(60), "the child hangs"
+        assert ours.recv_bytes() == expected
+        child.join(30)
+        assert child.exitcode == 0
+        assert work() == expected
+
+
+def test_concurrent_optimizers():
+    """Many Python threads, each with its own optimizer, at once."""
+    expected = [work(seed, module=reference) for seed in range(6)]
+    results = {}
+    with threads(2):
+        pool = [
+            threading.Thread(target=lambda s=seed: results.update({s: work(s)}))
+            for seed in range(6)
+        ]
+        for t in pool:
+            t.start()
+        for t in pool:
+            t.join()
+    assert [results[seed] for seed in range(6)] == expected
+
+
+def test_interrupt_is_seen_after_the_step():
+    """Ctrl-C in the middle of a step: the step is whole, then KeyboardInterrupt."""
+    p = np.zeros(4_000_000, np.float32)
+    g = np.ones_like(p)
+    opt = fusedopt.SGD([p], lr=1.0)
+    opt.step([g])
+    done = 1
+
+    def interrupt():
+        time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    killer = threading.Thread(target=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        killer.start()
+        while True:
+            opt.step([g])
+            done += 1
+    killer.join()
+    steps = opt.state["params[0]"]["step"]
+    assert steps in (done, done + 1)
+    assert (p == -steps).all()
+
+
+def test_the_lock_is_released():
+    """Other Python threads run during a step."""
+    p = np.zeros(20_000_000, np.float32)
+    opt = fusedopt.Adam([p])
+    g = np.ones_like(p)
+    ticks, stop = [], threading.Event()
+
+    def tick():
+        while not stop.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(0.0005)
+
+    ticker = threading.Thread(target=tick)
+    with threads(1):
+        opt.step([g])
+        ticker.start()
+        start = time.perf_counter()
+        opt.step([g])
+        end = time.perf_counter()
+        stop.set()
+        ticker.join()
+    assert sum(start < t < end for t in ticks) >= 2

@@ -1,0 +1,188 @@
+"""`python -m fusedopt train` and `info`, as a user runs them."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import fusedopt
+from fusedopt import _core, cli
+from fusedopt.cli import train
+
+pytest.importorskip("sklearn", reason="trains on scikit-learn's digits: extra `demo`")
+pytest.importorskip("tqdm", reason="shows progress by tqdm: extra `demo`")
+
+
+def run(capsys, *options):
+    status = cli.main(["train", *map(str, options)])
+    out, err = capsys.readouterr()
+    assert status == 0, err
+    return out
+
+
+def accuracy(out):
+    return float(re.search(r"accuracy ([\d.]+)%", out)[1])
+
+
+def weights(out):
+    return re.search(r"weights sha256 (\w{64})", out)[1]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_defaults_reach_96_percent(capsys, seed):
+    start = time.perf_counter()
+    out = run(capsys, "--seed", seed)
+    assert accuracy(out) >= 96
+    assert time.perf_counter() - start < 60  # far above its usual second: a hang, not a benchmark
+    assert "the same bits" in out
+    assert re.search(r"forward\+backward .* s .*%\n .*optimizer .* s .*%", out)
+    assert len(re.findall(r"^ +\d  +\d+ / \d+", out, re.M)) == 10
+
+
+@pytest.mark.parametrize(
+    ("options", "least"),
+    [
+        (["--optimizer", "adamw"], 96),
+        (["--optimizer", "sgd"], 96),
+        (["--optimizer", "gd"], 90),
+        (["--optimizer", "sgd", "--momentum", "0.5", "--l1", "1e-5", "--l2", "1e-4"], 95),
+        *[(["--schedule", name, "--epochs", "3"], 90) for name in train.SCHEDULES],
+        (["--warmup", "50", "--batch-size", "64"], 95),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else None,
+)
+def test_choices_learn(capsys, options, least):
+    out = run(capsys, *options)
+    assert accuracy(out) >= least
+    assert "the same bits" in out
+
+
+def test_same_weights_for_any_threads_and_isa():
+    """Bit for bit, in processes of their own."""
+    found = set()
+    for isa in _core.available_isas():
+        for count in ("1", "2"):
+            env = os.environ | {"FUSEDOPT_ISA": isa, "FUSEDOPT_NUM_THREADS": count}
+            command = [sys.executable, "-m", "fusedopt", "train", "--epochs", "2", "--no-reference"]
+            done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+            found.add(weights(done.stdout))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_interrupted_and_resumed_is_uninterrupted(capsys, tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"run.{suffix}"
+    options = ["--epochs", 4, "--schedule", "one-cycle", "--warmup", 10]
+    whole = run(capsys, *options)
+    seen = []
+    train_epoch = train.train_epoch
+
+    def interrupted(state, *args):
+        seen.append(state.epoch)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        train_epoch(state, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_epoch", interrupted)
+        assert cli.main(["train", *map(str, options), "--save", str(path)]) == 130
+    resumed = run(capsys, *options, "--resume", path)
+    assert "resumed after epoch 2" in resumed
+    assert weights(resumed) == weights(whole)
+    assert "the same bits" in resumed
+
+
+def test_longer_run_from_a_checkpoint(capsys, tmp_path):
+    path = tmp_path / "run.npz"
+    options = ["--schedule", "step", "--optimizer", "sgd"]
+    whole = run(capsys, *options, "--epochs", 5)
+    run(capsys, *options, "--epochs", 2, "--save", path)
+    assert weights(run(capsys, *options, "--epochs", 5, "--resume", path)) == weights(whole)
+    finished = run(capsys, *options, "--epochs", 2, "--resume", path)  # nothing left to do
+    assert "accuracy" in finished
+
+
+def own(path, **changes):
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 200)
+    x = np.eye(3)[y] + 0.1 * rng.standard_normal((200, 3))
+    arrays = {"x_train": x[:150], "y_train": y[:150], "x_test": x[150:], "y_test": y[150:]}
+    arrays = {k: v for k, v in (arrays | changes).items() if v is not None}
+    np.savez(path, **arrays)
+    return path
+
+
+def test_own_data(capsys, tmp_path):
+    out = run(capsys, "--data", own(tmp_path / "mine.npz"), "--epochs", 20)
+    assert accuracy(out) >= 98
+
+
+def test_plot(capsys, tmp_path):
+    pytest.importorskip("matplotlib", reason="draws by matplotlib: extra `demo`")
+    path = tmp_path / "run.png"
+    run(capsys, "--epochs", 2, "--plot", path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+FAULTS = {
+    "missing array": (lambda d: ["--data", own(d / "a.npz", y_test=None)], "no y_test in it"),
+    "lengths": (lambda d: ["--data", own(d / "a.npz", y_test=np.ones(3, int))], "one row and one"),
+    "labels": (lambda d: ["--data", own(d / "a.npz", y_test=np.ones(50))], "labels must be whole"),
+    "nan": (lambda d: ["--data", own(d / "a.npz", x_test=np.full((50, 3), np.nan))], "finite"),
+    "widths": (lambda d: ["--data", own(d / "a.npz", x_test=np.ones((50, 4)))], "has rows"),
+    "no file": (lambda d: ["--data", d / "none.npz"], "No such file"),
+    "no npz": (lambda d: ["--data", __file__], "pickle|not"),
+    "lr": (lambda d: ["--lr", "-1"], "lr: must be >= 0"),
+    "epochs": (lambda d: ["--epochs", "0"], "--epochs: must be >= 1"),
+    "batch": (lambda d: ["--batch-size", "0"], "--batch-size: must be >= 1"),
+    "momentum": (lambda d: ["--momentum", "0.9"], "--momentum: goes with --optimizer sgd"),
+    "l1": (lambda d: ["--optimizer", "adamw", "--l1", "0.1"], "--l1: does not go with adamw"),
+    "save folder": (lambda d: ["--save", d / "no" / "x.npz"], "there is no folder"),
+    "save ending": (lambda d: ["--epochs", "1", "--save", d / "x.pt"], "must end in .npz"),
+    "resume nothing": (lambda d: ["--resume", d / "x.npz"], "No such file"),
+    "resume foreign": (lambda d: ["--resume", own(d / "a.npz")], "not a checkpoint of fusedopt"),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_bad_input_is_one_line(capsys, tmp_path, kind):
+    options, message = FAULTS[kind]
+    assert cli.main(["train", *map(str, options(tmp_path))]) == 2
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert err.startswith("fusedopt train: ")
+    assert re.search(message, err)
+
+
+def test_resume_with_other_settings(capsys, tmp_path):
+    path = tmp_path / "run.npz"
+    run(capsys, "--epochs", 1, "--save", path)
+    for options, message in [
+        (["--epochs", "1", "--seed", "5"], "was made with --seed 0; resume with the same"),
+        (["--epochs", "2"], "was made with --epochs 1, which cosine depends on"),
+        (["--epochs", "1", "--data", str(own(tmp_path / "mine.npz"))], "was made on other data"),
+    ]:
+        assert cli.main(["train", *options, "--resume", str(path)]) == 2
+        assert message in capsys.readouterr().err
+    state = fusedopt.SGD([np.ones(2)])
+    state.save(path)
+    assert cli.main(["train", "--resume", str(path)]) == 2
+    assert "not a checkpoint that this run can go on from" in capsys.readouterr().err
+
+
+def test_unknown_choice_lists_the_known(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["train", "--optimizer", "lion"])
+    assert exit_.value.code == 2
+    err = capsys.readouterr().err
+    assert all(name in err for name in train.OPTIMIZERS)
+
+
+def test_info(capsys):
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    for label, text in fusedopt.info().items():
+        assert re.search(rf"^{label} +{re.escape(text)}$", out, re.M)
