@@ -5,9 +5,7 @@
  * Included once per compute type (REAL, FO_RULE, FO_SQRT), so it has no guard.
  * Contract: one rounding per operator, in the order written; reference/adam.py repeats that order.
  * The arrays do not overlap and hold n <= FO_TILE elements; state[2] is NULL without AMSGrad.
- *
- * In cache the divider is the limit: a square root and two divisions. The one by a constant goes through
- * FO_QUOTIENT, which gives the same bits without it. */
+ * In cache the divider is the limit: a square root and two divisions for each element. */
 #undef ADAM_SCALARS
 #define ADAM_SCALARS(F)                                                                            \
     F(keep)            /* 1 - lr * weight_decay (AdamW); exactly 1 (Adam) */                       \
@@ -23,15 +21,13 @@ static void FO_RULE(adam)(const double *h, ptrdiff_t n, REAL *param, const REAL 
     REAL *restrict p = param, *restrict m = state[0], *restrict v = state[1];
     REAL *restrict x = state[2];
     const REAL *restrict g = grad;
-    const double inverse = 1 / (double)root;
-    (void)inverse; /* not every FO_QUOTIENT needs it */
 
     if (x == NULL) {
         FO_SIMD
         for (ptrdiff_t i = 0; i < n; i++) {
             m[i] = m[i] + w1 * (g[i] - m[i]);
             v[i] = v[i] * beta2 + (w2 * g[i]) * g[i];
-            p[i] = p[i] * keep - (step_size * m[i]) / (FO_QUOTIENT(FO_SQRT(v[i]), root, inverse) + eps);
+            p[i] = p[i] * keep - (step_size * m[i]) / (FO_SQRT(v[i]) / root + eps);
         }
     } else {
         FO_SIMD
@@ -39,7 +35,7 @@ static void FO_RULE(adam)(const double *h, ptrdiff_t n, REAL *param, const REAL 
             m[i] = m[i] + w1 * (g[i] - m[i]);
             v[i] = v[i] * beta2 + (w2 * g[i]) * g[i];
             x[i] = x[i] >= v[i] || x[i] != x[i] ? x[i] : v[i]; /* a NaN on either side stays */
-            p[i] = p[i] * keep - (step_size * m[i]) / (FO_QUOTIENT(FO_SQRT(x[i]), root, inverse) + eps);
+            p[i] = p[i] * keep - (step_size * m[i]) / (FO_SQRT(x[i]) / root + eps);
         }
     }
 }

@@ -1,0 +1,92 @@
+"""What must hold for any data: hypothesis chooses it."""
+
+import numpy as np
+import pytest
+from cases import CASES, TILE, assert_same, threads
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import fusedopt
+from fusedopt import reference
+
+FLOATS = st.sampled_from([np.float32, np.float64])
+SHAPES = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=40)
+
+
+@st.composite
+def leaves(draw):
+    """A parameter and a gradient of any shape, dtype, order and values."""
+    dtype = draw(FLOATS)
+    shape = draw(SHAPES)
+    elements = hnp.from_dtype(np.dtype(dtype), allow_nan=True, allow_infinity=True)
+    pair = [
+        np.array(draw(hnp.arrays(dtype, shape, elements=elements, fill=elements)))
+        for _ in range(2)
+    ]
+    return [np.array(a, order=draw(st.sampled_from("CF"))) for a in pair]
+
+
+@settings(max_examples=150, deadline=None)
+@given(case=st.sampled_from(CASES), data=st.lists(leaves(), min_size=1, max_size=5),
+       skips=st.lists(st.booleans(), min_size=15, max_size=15), count=st.integers(1, 4))  # fmt: skip
+def test_is_the_reference(case, data, skips, count):
+    """Any leaves, any of them left out in any step, any number of threads."""
+    ours, theirs = ([p.copy(order="K") for p, _ in data] for _ in range(2))
+    with threads(count):
+        a, b = case.make(ours), case.make(theirs, reference)
+        for step in range(3):
+            grads = [None if skips[5 * step + i] else g for i, (_, g) in enumerate(data)]
+            assert a.step(grads) == b.step(grads)
+    assert_same(ours, theirs, [str(i) for i in range(len(ours))])
+    for x, y in zip(a.state.values(), b.state.values(), strict=True):
+        arrays = [k for k in x if k != "step"]
+        assert x["step"] == y["step"]
+        assert_same([x[k] for k in arrays], [y[k] for k in arrays], arrays)
+
+
+RATES = {
+    "lr": st.floats(0, 10),
+    "betas": st.tuples(*[st.floats(0, 1, exclude_max=True)] * 2),
+    "eps": st.floats(0, 1),
+    "weight_decay": st.floats(0, 10),
+    "maximize": st.booleans(),
+}
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.fixed_dictionaries(RATES), st.floats(0, 1), FLOATS, st.integers(1, 10**7))
+def test_any_options(options, l1, dtype, step):
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(TILE + 3).astype(dtype) for _ in range(3)]
+    arrays.append(rng.random(TILE + 3).astype(dtype))
+    for name, extra in (("adam", {"l1": l1}), ("adamw", {})):
+        ours, theirs = ([a.copy() for a in arrays] for _ in range(2))
+        for module, (p, g, m, v) in ((fusedopt.functional, ours), (reference, theirs)):
+            getattr(module, name)([p], [g], [m], [v], step=step, **options, **extra)
+        assert_same(ours, theirs, ["param", "grad", "exp_avg", "exp_avg_sq"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 3 * TILE), min_size=1, max_size=40), st.integers(2, 8))
+def test_any_sizes_many_leaves(sizes, count):
+    """The split over threads meets every leaf and tile exactly once."""
+    whole = np.arange(sum(sizes) + 200 * TILE, dtype=np.float64)
+    parts = np.split(whole.copy(), np.cumsum(sizes))
+    with threads(count):
+        fusedopt.SGD(parts, lr=1.0).step([np.ones_like(p) for p in parts])
+    assert np.array_equal(np.concatenate(parts), whole - 1)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@settings(max_examples=20, deadline=None)
+@given(scale=st.sampled_from([2.0**k for k in range(-8, 9)]), data=st.data())
+def test_elements_do_not_mix(case, scale, data):
+    """A permutation of the elements permutes the result."""
+    n = data.draw(st.integers(1, 2000))
+    rng = np.random.default_rng(n)
+    p, g, order = rng.standard_normal(n), rng.standard_normal(n) * scale, rng.permutation(n)
+    straight, mixed = p.copy(), p[order].copy()
+    case.make([straight]).step([g])
+    case.make([mixed]).step([g[order]])
+    assert np.array_equal(straight[order], mixed)

@@ -1,0 +1,68 @@
+"""Agreement with torch.optim over 100 steps, within stated bounds."""
+
+import numpy as np
+import pytest
+
+import fusedopt
+
+torch = pytest.importorskip("torch", reason="compares with torch.optim: extra `peers`")
+
+STEPS = 100
+# The largest difference of a parameter after 100 steps, in units of eps * (|p| + total path): torch's
+# single-tensor code rounds in another order, each step by a few ULP of the update and one of p.
+BOUND = 4
+
+ROWS = [
+    ("Adam", {}),
+    ("Adam", {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-4}),
+    ("Adam", {"weight_decay": 0.1}),
+    ("Adam", {"amsgrad": True}),
+    ("Adam", {"maximize": True, "weight_decay": 0.01}),
+    ("AdamW", {}),
+    ("AdamW", {"amsgrad": True, "weight_decay": 0.2, "maximize": True}),
+    ("SGD", {"lr": 0.1}),
+    ("SGD", {"lr": 0.1, "weight_decay": 0.05, "maximize": True}),
+    ("SGD", {"lr": 0.01, "momentum": 0.9}),
+    ("SGD", {"lr": 0.01, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}),
+    ("SGD", {"lr": 0.01, "momentum": 0.9, "nesterov": True}),
+]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=lambda d: d.__name__)
+@pytest.mark.parametrize(("name", "options"), ROWS)
+def test_agrees(name, options, dtype):
+    rng = np.random.default_rng(0)
+    start = [rng.standard_normal(shape).astype(dtype) for shape in [(3, 700), (11,), ()]]
+    ours = [p.copy() for p in start]
+    theirs = [torch.tensor(p, requires_grad=True) for p in start]
+    opt = getattr(fusedopt, name)(ours, **options)
+    peer = getattr(torch.optim, name)(theirs, **options, foreach=False, fused=False)
+    path = [np.zeros_like(p) for p in start]
+    for _ in range(STEPS):
+        grads = [rng.standard_normal(p.shape).astype(dtype) for p in start]
+        for p, g in zip(theirs, grads, strict=True):
+            p.grad = torch.from_numpy(np.asarray(g))
+        before = [p.copy() for p in ours]
+        opt.step(grads)
+        peer.step()
+        for total, a, b in zip(path, ours, before, strict=True):
+            total += np.abs(a - b)
+    for a, b, total in zip(ours, theirs, path, strict=True):
+        unit = np.finfo(dtype).eps * (np.abs(a) + total)
+        worst = float(np.max(np.abs(a - b.detach().numpy()) / unit))
+        assert worst <= BOUND, f"{worst:.2f}"
+    for state, p in zip(opt.state.values(), theirs, strict=True):
+        for key, value in state.items():
+            if key != "step":
+                np.testing.assert_allclose(
+                    value, peer.state[p][key].numpy(), rtol=STEPS * np.finfo(dtype).eps,
+                    atol=4 * np.finfo(dtype).eps,
+                )  # fmt: skip
+
+
+def test_state_names_and_defaults_are_torchs():
+    for name in ("Adam", "AdamW", "SGD"):
+        ours = getattr(fusedopt, name)([np.ones(2)]).param_groups[0]
+        theirs = getattr(torch.optim, name)([torch.ones(2, requires_grad=True)]).param_groups[0]
+        for option in set(ours) & set(theirs) - {"params"}:
+            assert ours[option] == theirs[option], option
