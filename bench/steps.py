@@ -2,10 +2,11 @@
 
     python bench/steps.py [--isa avx2] [--threads 2] [--rounds 41]
 
-All contenders run in one process, in turns of changing order, on arrays of their own; what is printed is
-the median of the per-round ratios to the limit, which sees the same machine a moment before or after. The
-limit moves the bytes of the step (reads p, g, m, v; writes p, m, v) with next to no arithmetic. Data of
-more than the last-level cache is cold in every turn, because the other contenders' arrays pass between.
+All contenders run in one process, in turns of changing order, on arrays of their own; what is
+printed is the median of the per-round ratios to the limit, which sees the same machine a moment
+before or after. The limit moves the bytes of the step (reads p, g, m, v; writes p, m, v) with
+next to no arithmetic. Data of more than the last-level cache is cold in every turn, because the
+other contenders' arrays pass between.
 """
 
 from __future__ import annotations
@@ -55,20 +56,20 @@ CASES: dict[str, list[tuple[int, ...]]] = {
 
 
 def limit(shapes: list[tuple[int, ...]]) -> Callable[[], object]:
-    """The streaming limit, in C, split over threads as the step is."""
+    """Move the bytes of a step, in C, split over threads as the step is."""
     opt, grads = ours(shapes)
     return lambda: opt._work.stream(grads, fusedopt.get_num_threads())
 
 
 def ours(shapes: list[tuple[int, ...]]) -> tuple[fusedopt.Adam, list[np.ndarray]]:
-    """An optimizer and gradients, as a user has them."""
+    """Return an optimizer and gradients, as a user has them."""
     rng = np.random.default_rng(0)
     params = [rng.standard_normal(s, np.float32) for s in shapes]
     return fusedopt.Adam(params), [rng.standard_normal(s, np.float32) for s in shapes]
 
 
 def step(shapes: list[tuple[int, ...]]) -> Callable[[], object]:
-    """fusedopt's step."""
+    """Step as a user does."""
     opt, grads = ours(shapes)
     return lambda: opt.step(grads)
 
@@ -161,6 +162,7 @@ def main() -> None:
     parser.add_argument("--isa", default=_core.isa(), choices=_core.available_isas())
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=41)
+    parser.add_argument("--quick", action="store_true", help="small cases only")
     options = parser.parse_args()
     _core.select_isa(options.isa)
     fusedopt.set_num_threads(options.threads)
@@ -170,11 +172,14 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     print(f"Adam, float32, {options.isa}, {options.threads} threads, {_core.backend()} backend")
     names = list(contenders())
-    print(f"{'case':24}{'us/step':>10}{'GB/s':>7}" + "".join(f"{n + '/limit':>21}" for n in names[1:])
+    print(f"{'case':24}{'us/step':>10}{'GB/s':>7}", end="")
+    print("".join(f"{n + '/limit':>21}" for n in names[1:])
           + f"{'ours/torch':>12}{'alloc B':>9}")  # fmt: skip
     for case, shapes in CASES.items():
-        seconds = measure(shapes, options.rounds)
         size = sum(int(np.prod(s)) for s in shapes)
+        if options.quick and size > 10**6:
+            continue
+        seconds = measure(shapes, options.rounds)
         mine = median(seconds["fusedopt"])
         line = f"{case:24}{mine * 1e6:10.1f}{28 * size / mine / 1e9:7.1f}"
         for name in names[1:]:

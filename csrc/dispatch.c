@@ -1,7 +1,8 @@
 /* Which of the compiled kernels this machine can run: asked once, of the CPU and of the system.
  *
- * A CPU may have registers that the system does not save on a context switch; XGETBV tells. The file
- * itself must run anywhere, so it must not be compiled with the flags whose absence it detects. */
+ * A CPU may have registers that the system does not save on a context switch; XGETBV tells. The
+ * file itself must run anywhere, so it must not be compiled with the flags whose absence it
+ * detects. */
 #include "kernels.h"
 
 #include <string.h>

@@ -1,8 +1,8 @@
 /* Storage formats: how an array's elements become a tile of REAL, and go back.
  *
- * Included by tile.h once per compute type. A native, aligned array is its own tile: load returns its
- * address and store has nothing to do. Anything else is decoded into the tile that the caller brings.
- * A new format is one more case in load and in store (and in fo_format_size). */
+ * Included by tile.h once per compute type. A native, aligned array is its own tile: load returns
+ * its address and store has nothing to do. Anything else is decoded into the tile that the caller
+ * brings. A new format is one more case in load and in store (and in fo_format_size). */
 
 /* f32 from f64 rounds to nearest; f64 from f32 is exact. Elements of any alignment. */
 static void FO_TYPED(decode_f64)(const char *from, ptrdiff_t n, REAL *tile)
@@ -30,7 +30,8 @@ static inline char *FO_TYPED(address)(const fo_array *array, ptrdiff_t at)
            at * (ptrdiff_t)(array->format == FO_F64 ? sizeof(double) : sizeof(float));
 }
 
-/* Elements [at, at + n), n <= FO_TILE, as REAL: in place if possible, else in `tile`. NULL stays NULL. */
+/* Elements [at, at + n), n <= FO_TILE, as REAL: in place if possible, else in `tile`. NULL stays
+ * NULL. */
 static inline REAL *FO_TYPED(load)(const fo_array *array, ptrdiff_t at, ptrdiff_t n, REAL *tile)
 {
     if (array->data == NULL)
@@ -45,8 +46,8 @@ static inline REAL *FO_TYPED(load)(const fo_array *array, ptrdiff_t at, ptrdiff_
     return tile;
 }
 
-/* Writes back what load returned for the same array and range. Only native formats are written yet, so
- * a tile that is not in place belongs to an unaligned array. */
+/* Writes back what load returned for the same array and range. Only native formats are written yet,
+ * so a tile that is not in place belongs to an unaligned array. */
 static inline void FO_TYPED(store)(const fo_array *array, ptrdiff_t at, ptrdiff_t n,
                                    const REAL *tile)
 {

@@ -1,9 +1,9 @@
 /* fusedopt: optimizer steps over many arrays, in place, in one pass over memory.
  *
  * The whole interface of the C library, which knows nothing of Python. A step is a list of leaves
- * (one leaf = one parameter, its gradient and its state) and a list of hyper-parameter sets that the
- * leaves point into. The caller owns every array and every list; nothing here allocates, prints or
- * aborts, so a step cannot fail half-way. */
+ * (one leaf = one parameter, its gradient and its state) and a list of hyper-parameter sets that
+ * the leaves point into. The caller owns every array and every list; nothing here allocates, prints
+ * or aborts, so a step cannot fail half-way. */
 #ifndef FUSEDOPT_H
 #define FUSEDOPT_H
 
@@ -37,9 +37,10 @@ typedef struct fo_hyper {
     double scalars[FO_MAX_SCALARS]; /* the rule's own, in the order of fo_rule.scalars */
 } fo_hyper;
 
-/* One parameter with all that a step on it needs. The arrays of one leaf hold n elements each, in the
- * same memory order, and overlap neither one another nor those of another leaf (gradients, which are
- * only read, may be shared). Arithmetic is in double where the parameter is FO_F64, else in float. */
+/* One parameter with all that a step on it needs. The arrays of one leaf hold n elements each, in
+ * the same memory order, and overlap neither one another nor those of another leaf (gradients,
+ * which are only read, may be shared). Arithmetic is in double where the parameter is FO_F64, else
+ * in float. */
 typedef struct fo_leaf {
     ptrdiff_t n;
     fo_array param;
@@ -60,28 +61,28 @@ typedef struct fo_rule {
 /* The rules, ended by a row whose name is NULL. Constant. */
 const fo_rule *fo_rules(void);
 
-/* One step of rule number `rule` on n leaves. Leaves are updated as if one after the other, and with
- * the same bits for every thread count and instruction set. Writes leaf->start; reads the rest.
- * Thread-safe as long as concurrent calls have no array and no list in common. */
+/* One step of rule number `rule` on n leaves. Leaves are updated as if one after the other, and
+ * with the same bits for every thread count and instruction set. Writes leaf->start; reads the
+ * rest. Thread-safe as long as concurrent calls have no array and no list in common. */
 fo_status fo_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
                   ptrdiff_t n_hypers, int threads);
 
-/* Fills the state arrays of n leaves with zeros, split over threads as fo_step splits them: on first
- * touch each page lands near the thread that will use it. */
+/* Fills the state arrays of n leaves with zeros, split over threads as fo_step splits them: on
+ * first touch each page lands near the thread that will use it. */
 fo_status fo_zero_state(fo_leaf *leaves, ptrdiff_t n, int threads);
 
 /* The memory's limit for a step: reads and writes the same arrays as fo_step with next to no
  * arithmetic (every array that the step writes gets x = x + tiny * g). For measurements. */
 fo_status fo_stream(fo_leaf *leaves, ptrdiff_t n, int threads);
 
-/* Memory for state: 64-byte aligned, not yet touched; where it is large, on huge pages if the system
- * grants them. NULL if there is none. Released by fo_release. */
+/* Memory for state: 64-byte aligned, not yet touched; where it is large, on huge pages if the
+ * system grants them. NULL if there is none. Released by fo_release. */
 void *fo_allocate(size_t bytes);
 void fo_release(void *memory);
 
-/* Instruction sets: the names this CPU and system can run, best first, ended by NULL; the one in use;
- * and a choice among them (FO_BAD_ARGUMENT if it is not in the list). The first call decides for the
- * best; fo_select_isa is not for use during a step. */
+/* Instruction sets: the names this CPU and system can run, best first, ended by NULL; the one in
+ * use; and a choice among them (FO_BAD_ARGUMENT if it is not in the list). The first call decides
+ * for the best; fo_select_isa is not for use during a step. */
 const char *const *fo_isas(void);
 const char *fo_isa(void);
 fo_status fo_select_isa(const char *name);

@@ -1,5 +1,6 @@
 /* The arithmetic: the only file that is compiled once per instruction set (FO_ISA names it), so the
- * only one that may hold wider instructions than the baseline. Compute types times rules, one table.
+ * only one that may hold wider instructions than the baseline. Compute types times rules, one
+ * table.
  *
  * Everything here is static but that table, and every function's name ends in the ISA, so that no
  * linker can mix them up and a disassembly shows who is who. */

@@ -4,7 +4,8 @@
 
 #include "fusedopt.h"
 
-/* Work on elements [begin, end) of one leaf; begin is a tile border. hyper and rule are used by steps. */
+/* Work on elements [begin, end) of one leaf; begin is a tile border. hyper and rule are used by
+ * steps. */
 typedef void fo_range(const fo_leaf *leaf, const fo_hyper *hyper, int rule, ptrdiff_t begin,
                       ptrdiff_t end);
 

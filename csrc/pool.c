@@ -2,9 +2,10 @@
  *
  * The caller publishes a job and works on it with everyone else; chunks are claimed by an atomic
  * counter. A worker enters a job only under the lock and only while the job is open, and the caller
- * closes it under the same lock before it waits, so it waits for chunks already claimed and never for
- * a worker that is late to wake. Idle workers sleep: nothing spins on cores that others need. A second
- * caller while a job runs does its own work serially. In the child of a fork the pool starts empty. */
+ * closes it under the same lock before it waits, so it waits for chunks already claimed and never
+ * for a worker that is late to wake. Idle workers sleep: nothing spins on cores that others need. A
+ * second caller while a job runs does its own work serially. In the child of a fork the pool starts
+ * empty. */
 #include "fusedopt.h"
 #include "threads.h"
 
@@ -24,10 +25,10 @@ static struct {
     pthread_mutex_t one_caller; /* held while a job runs */
     pthread_mutex_t lock;       /* guards all below */
     pthread_cond_t posted, left;
-    job *open;      /* the job that workers may enter, or NULL */
-    int seats;      /* workers that may still enter it */
+    job *open;         /* the job that workers may enter, or NULL */
+    int seats;         /* workers that may still enter it */
     atomic_int inside; /* workers in it; changed under the lock, polled without */
-    int workers;    /* threads that exist */
+    int workers;       /* threads that exist */
 } pool = {
     .one_caller = PTHREAD_MUTEX_INITIALIZER,
     .lock = PTHREAD_MUTEX_INITIALIZER,
@@ -50,10 +51,7 @@ static void in_child(void)
     atomic_store(&pool.inside, 0);
 }
 
-__attribute__((constructor)) static void watch_forks(void)
-{
-    pthread_atfork(NULL, NULL, in_child);
-}
+__attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL, NULL, in_child); }
 
 static void work(job *j)
 {

@@ -1,8 +1,10 @@
-/* Splits a list of leaves over threads: one parallel loop over chunks that depend on the list alone.
+/* Splits a list of leaves over threads: one parallel loop over chunks that depend on the list
+ * alone.
  *
- * All leaves lie one after the other on a line on which a tile takes the room of its elements and of
- * its overhead. The line is cut into chunks of equal room, and a tile belongs to the chunk in which it
- * begins: chunks cost about the same whatever the mixture of sizes, and a tile is never cut. */
+ * All leaves lie one after the other on a line on which a tile takes the room of its elements and
+ * of its overhead. The line is cut into chunks of equal room, and a tile belongs to the chunk in
+ * which it begins: chunks cost about the same whatever the mixture of sizes, and a tile is never
+ * cut. */
 #include "kernels.h"
 #include "threads.h"
 
@@ -14,9 +16,10 @@
 #endif
 
 enum {
-    TILE_ROOM = FO_TILE + 32,   /* elements that cost as much as a tile: 32 is its overhead */
-    CHUNK_ROOM = 8 * TILE_ROOM, /* measured: large enough to hide the claim, small enough to balance */
-    SERIAL_ROOM = 64 * 1024,    /* measured: below, waking threads costs more than they bring */
+    TILE_ROOM = FO_TILE + 32, /* elements that cost as much as a tile: 32 is its overhead */
+    CHUNK_ROOM = 8 *
+        TILE_ROOM,           /* measured: large enough to hide the claim, small enough to balance */
+    SERIAL_ROOM = 64 * 1024, /* measured: below, waking threads costs more than they bring */
     CACHE_LINE = 64,
     HUGE_PAGE = 2 << 20,
 };

@@ -12,10 +12,7 @@ static int forked = 0;
 
 static void in_child(void) { forked = 1; }
 
-__attribute__((constructor)) static void watch_forks(void)
-{
-    pthread_atfork(NULL, NULL, in_child);
-}
+__attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL, NULL, in_child); }
 
 const char *fo_backend(void) { return "openmp"; }
 #else
@@ -26,8 +23,8 @@ void fo_parallel(fo_body *body, void *context, ptrdiff_t chunks, int threads)
 {
 #ifdef _OPENMP
     if (threads > 1 && chunks > 1 && !forked) {
-        /* static: each thread gets one contiguous range, the same in every step, so that what a core
-         * has in its cache serves it again */
+        /* static: each thread gets one contiguous range, the same in every step, so that what a
+         * core has in its cache serves it again */
 #pragma omp parallel for schedule(static) num_threads(threads)
         for (ptrdiff_t chunk = 0; chunk < chunks; chunk++)
             body(context, chunk);

@@ -1,6 +1,6 @@
 /* One parallel loop, behind which a build has one of three backends: OpenMP (threads.c), a pthread
- * pool (pool.c), or none (threads.c without OpenMP). All give the same bits, because the caller fixes
- * the chunks and no chunk depends on who runs it. */
+ * pool (pool.c), or none (threads.c without OpenMP). All give the same bits, because the caller
+ * fixes the chunks and no chunk depends on who runs it. */
 #ifndef FUSEDOPT_THREADS_H
 #define FUSEDOPT_THREADS_H
 

@@ -1,9 +1,9 @@
 /* The way of one tile: load -> before -> rule -> after -> store.
  *
- * Included by kernels.c once per compute type (REAL, FO_TYPE, FO_NATIVE, FO_SQRT defined there), so it
- * has no guard. Nothing here depends on how the work was split: a tile is the same tile for any number
- * of threads. What a step adds around the rule (clip factor, statistics, averages, copies) goes into
- * before() or beside the stores, and no rule learns of it. */
+ * Included by kernels.c once per compute type (REAL, FO_TYPE, FO_NATIVE, FO_SQRT defined there), so
+ * it has no guard. Nothing here depends on how the work was split: a tile is the same tile for any
+ * number of threads. What a step adds around the rule (clip factor, statistics, averages, copies)
+ * goes into before() or beside the stores, and no rule learns of it. */
 #include "formats.h"
 #include "rules/index.h"
 
@@ -64,7 +64,8 @@ static void FO_TYPED(step)(const fo_leaf *leaf, const fo_hyper *hyper, int rule,
     }
 }
 
-/* x = x + tiny * g for the parameter and each state: the traffic of a step, without its arithmetic. */
+/* x = x + tiny * g for the parameter and each state: the traffic of a step, without its arithmetic.
+ */
 static void FO_TYPED(touch)(ptrdiff_t n, REAL *restrict x, const REAL *restrict g)
 {
     const REAL tiny = (REAL)1e-30;

@@ -1,4 +1,4 @@
-"""The rows that the bit tests run over: every rule with every option that changes its arithmetic."""
+"""The rows of the bit tests: every rule with every option that changes its arithmetic."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ CASES = [
 
 
 def values(n: int, dtype: Any, seed: int, hostile: bool = True) -> np.ndarray:
-    """n numbers of mixed sizes, among them, if hostile, both infinities, NaN, zeros and subnormals."""
+    """n numbers of mixed sizes; if hostile, with infinities, NaN, zeros and subnormals."""
     rng = np.random.default_rng(seed)
     x = (rng.standard_normal(n) * 10.0 ** rng.integers(-12, 5, n)).astype(dtype)
     if hostile:

@@ -90,7 +90,7 @@ SHAPES = [(), (1,), (0,), (3, 5), (TILE,), (7, TILE - 1), (2, 3, 4), (1, 1), (60
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_classes(case, dtype):
-    """Many leaves of many shapes in one call, some left out in some steps, as the reference class."""
+    """Many leaves of many shapes in one call, some left out in some steps."""
 
     def run(module):
         params = [values(int(np.prod(s)), dtype, i).reshape(s) for i, s in enumerate(SHAPES)]

@@ -1,4 +1,4 @@
-"""What the compiler made: wide instructions in the kernels alone, and none that would change bits."""
+"""What the compiler made: wide instructions in kernels alone, none that change bits."""
 
 import platform
 import re

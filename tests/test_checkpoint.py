@@ -64,7 +64,7 @@ def test_schedules_stay_with_the_optimizer(tmp_path, suffix):
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_truncated_and_damaged(tmp_path, suffix):
-    """Every truncation and most flips are refused with the file's name; none changes the optimizer."""
+    """Truncations and flips are refused with the file's name, and change nothing."""
     path = tmp_path / f"checkpoint{suffix}"
     make().save(path)
     whole = path.read_bytes()

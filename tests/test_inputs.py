@@ -38,7 +38,11 @@ BAD_ARRAYS = {
     "complex": (np.ones(3, complex), TypeError, "dtype complex128 is not supported"),
     "bool": (np.ones(3, bool), TypeError, "dtype bool is not supported"),
     "text": (np.array("x"), TypeError, "dtype <U1 is not supported"),
-    "big-endian": (np.ones(3, ">f4"), TypeError, r"dtype >f4 has foreign byte order.*\.astype\(numpy.float32\)"),
+    "big-endian": (
+        np.ones(3, ">f4"),
+        TypeError,
+        r"dtype >f4 has foreign byte order.*\.astype\(numpy.float32\)",
+    ),
     "masked": (MASKED, TypeError, "MaskedArray is a subclass"),
     "matrix": (np.rec.array(np.ones(3)), TypeError, "recarray is a subclass"),
 }

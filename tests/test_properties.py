@@ -21,15 +21,18 @@ def leaves(draw):
     shape = draw(SHAPES)
     elements = hnp.from_dtype(np.dtype(dtype), allow_nan=True, allow_infinity=True)
     pair = [
-        np.array(draw(hnp.arrays(dtype, shape, elements=elements, fill=elements)))
-        for _ in range(2)
+        np.array(draw(hnp.arrays(dtype, shape, elements=elements, fill=elements))) for _ in range(2)
     ]
     return [np.array(a, order=draw(st.sampled_from("CF"))) for a in pair]
 
 
 @settings(max_examples=150, deadline=None)
-@given(case=st.sampled_from(CASES), data=st.lists(leaves(), min_size=1, max_size=5),
-       skips=st.lists(st.booleans(), min_size=15, max_size=15), count=st.integers(1, 4))  # fmt: skip
+@given(
+    case=st.sampled_from(CASES),
+    data=st.lists(leaves(), min_size=1, max_size=5),
+    skips=st.lists(st.booleans(), min_size=15, max_size=15),
+    count=st.integers(1, 4),
+)
 def test_is_the_reference(case, data, skips, count):
     """Any leaves, any of them left out in any step, any number of threads."""
     ours, theirs = ([p.copy(order="K") for p, _ in data] for _ in range(2))

@@ -8,8 +8,9 @@ import fusedopt
 torch = pytest.importorskip("torch", reason="compares with torch.optim: extra `peers`")
 
 STEPS = 100
-# The largest difference of a parameter after 100 steps, in units of eps * (|p| + total path): torch's
-# single-tensor code rounds in another order, each step by a few ULP of the update and one of p.
+# The largest difference of a parameter after 100 steps, in units of eps * (|p| + total path):
+# torch's single-tensor code rounds in another order, each step by a few ULP of the update and one
+# of p.
 BOUND = 4
 
 ROWS = [

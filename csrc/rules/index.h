@@ -1,5 +1,5 @@
-/* The one list of rules. A new rule is its header here, one row below, and the two files of the same
- * name in src/fusedopt/optim and src/fusedopt/reference.
+/* The one list of rules. A new rule is its header here, one row below, and the two files of the
+ * same name in src/fusedopt/optim and src/fusedopt/reference.
  *
  * Included by tile.h once per compute type, so it has no guard. */
 #include "adam.h"

@@ -1,7 +1,8 @@
 """Every input check and its message.
 
 A check either returns the value in the form that the rest of the package works with, or raises an
-error that names the leaf or the option and says the way out. Nothing here writes to the caller's data.
+error that names the leaf or the option and says the way out. Nothing here writes to the caller's
+data.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ def array(name: str, value: object) -> Array:
     """Return `value` if it is a plain NumPy array (or memory map) of a supported dtype."""
     if not isinstance(value, np.ndarray):
         kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-        raise TypeError(f"{name}: expected a NumPy array, got {kind}; pass numpy.asarray(...) of it")
+        raise TypeError(
+            f"{name}: expected a NumPy array, got {kind}; pass numpy.asarray(...) of it"
+        )
     if type(value) not in (np.ndarray, np.memmap):
         raise TypeError(
-            f"{name}: {type(value).__name__} is a subclass of array with a meaning of its own, which "
-            "an update in place would pass by; pass its plain data, numpy.asarray(...)"
+            f"{name}: {type(value).__name__} is a subclass of array with a meaning of its own, "
+            "which an update in place would pass by; pass its plain data, numpy.asarray(...)"
         )
     if value.dtype not in SUPPORTED:
         if value.dtype.newbyteorder("=") in SUPPORTED:
@@ -124,7 +127,7 @@ def alias(grad: str, other: str) -> NoReturn:
 
 
 def number(name: str, value: Any) -> float:
-    """Return `value` as a finite float; takes NumPy and JAX scalars, not strings or truth values."""
+    """Return `value` as a finite float; takes NumPy and JAX scalars, no strings or bools."""
     if isinstance(value, (str, bytes, bool, np.bool_)):
         raise TypeError(f"{name}: expected a number, got {value!r}")
     try:

@@ -1,7 +1,8 @@
 """Named arrays and a little metadata in one file that is there whole or not at all.
 
-The file is .npz (NumPy's own) or .safetensors (an extra). It is written beside its final place, synced
-and renamed, so that an interruption at any point leaves the old file. Reading never unpickles.
+The file is .npz (NumPy's own) or .safetensors (an extra). It is written beside its final place,
+synced and renamed, so that an interruption at any point leaves the old file. Reading never
+unpickles.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ StrPath = str | os.PathLike[str]
 
 def pack(state_dict: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Any]]:
     """Split a state dict into arrays, ``<leaf>.<name>``, and metadata that JSON can hold."""
-    arrays, steps = {}, {}
+    arrays: dict[str, Array] = {}
+    steps: dict[str, int] = {}
     for leaf, state in state_dict["state"].items():
         steps[leaf] = state["step"]
         arrays |= {f"{leaf}.{name}": a for name, a in state.items() if name != "step"}

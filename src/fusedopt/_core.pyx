@@ -1,12 +1,13 @@
-# cython: language_level=3, binding=False, boundscheck=False, wraparound=False, freethreading_compatible=True
+# cython: language_level=3, binding=False, boundscheck=False, wraparound=False
+# cython: freethreading_compatible=True, autotestdict=False
 """The border: arrays become pointers, a C status becomes an exception.
 
-What is usual (a plain array of the right dtype and layout) is checked here, in C, without a Python
-call; what is not is handed to `_check`, which either explains the fault or returns an array that will
-do. So every rule about input is written once, in `_check`, and this file holds only its fast side.
+What is usual (a plain array of the right dtype and layout) is checked here, in C, without a
+Python call; what is not is handed to `_check`, which explains the fault or returns an array that
+will do. So every rule about input is written once, in `_check`, and this file holds only its fast side.
 """
 from libc.stdint cimport int64_t, uintptr_t
-from libc.stdlib cimport calloc, free, qsort, realloc
+from libc.stdlib cimport free, qsort, realloc
 from libc.string cimport memset
 
 from cpython.buffer cimport (
@@ -361,7 +362,7 @@ cdef class WorkList:
         return updated
 
     def stream(self, list grads, int threads):
-        """Move the bytes of a step without its arithmetic (changes every array): the memory's limit."""
+        """Move the bytes of a step without its arithmetic; changes every array it writes."""
         cdef ptrdiff_t i
         try:
             for i in range(self.n):

@@ -1,7 +1,7 @@
 """The base class of all optimizers: leaves, groups, state, the step, checkpoints.
 
-A rule's own file (optim/adam.py, ...) adds the names, the checks of its options and the constants of
-a step; this file knows no rule.
+A rule's own file (optim/adam.py, ...) adds the names, the checks of its options and the constants
+of a step; this file knows no rule.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Optimizer:
 
     @staticmethod
     def scalars(step: int, options: Options) -> dict[str, float]:
-        """Return the constants of step `step` by name, in double: the one place they are computed."""
+        """Return the constants of a step by name, in double: computed here and nowhere else."""
         raise NotImplementedError
 
     @classmethod
@@ -171,10 +171,11 @@ class Optimizer:
         Parameters
         ----------
         grads : array or nesting of arrays
-            Nested as `params` were, float32 or float64 in the parameter's shape. None in the place of
-            a leaf (or of a whole part) leaves it out: neither it nor its state or step count changes.
-            With groups, a list with one entry for each. A gradient in another memory order than its
-            parameter is copied first; the gradients themselves are not changed.
+            Nested as `params` were, float32 or float64 in the parameter's shape. None in the
+            place of a leaf (or of a whole part) leaves it out: neither it nor its state or step
+            count changes. With groups, a list with one entry for each. A gradient in another
+            memory order than its parameter is copied first; the gradients themselves are not
+            changed.
 
         Returns
         -------
@@ -346,8 +347,9 @@ class Optimizer:
         Parameters
         ----------
         path : path
-            Ends in ``.npz``, or in ``.safetensors`` with the extra of that name. The file is written
-            beside it under a temporary name, synced and renamed. A callable `lr` is not stored.
+            Ends in ``.npz``, or in ``.safetensors`` with the extra of that name. The file is
+            written beside it under a temporary name, synced and renamed. A callable `lr` is not
+            stored.
 
         Raises
         ------
@@ -376,15 +378,15 @@ class Optimizer:
 
 def apply(
     cls: type[Optimizer],
-    lists: Mapping[str, Sequence[Array | None] | None],
+    lists: Mapping[str, Sequence[Any] | None],
     *,
     step: int,
     **options: Any,
 ) -> None:
     """Take one step of the rule of `cls` on arrays that the caller keeps: the functional form.
 
-    `lists` holds the parameters, the gradients, then the state arrays by their argument's name; None
-    in the place of a list stands for a state that is not there.
+    `lists` holds the parameters, the gradients, then the state arrays by their argument's name;
+    None in the place of a list stands for a state that is not there.
     """
     step = _check.count("step", step, least=1)
     options = cls.check_options(options, where="")

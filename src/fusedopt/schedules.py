@@ -1,8 +1,8 @@
 """Learning rates as functions of the step.
 
-Every schedule is a callable ``step -> float`` with steps counted from 1, so it can stand wherever an
-optimizer takes `lr`; any other callable of that kind will do as well. A schedule of n steps reaches its
-end at step n + 1 and stays there, as torch's do. They compose:
+Every schedule is a callable ``step -> float`` with steps counted from 1, so it can stand wherever
+an optimizer takes `lr`; any other callable of that kind will do as well. A schedule of n steps
+reaches its end at step n + 1 and stays there, as torch's do. They compose:
 
 >>> rate = warmup(100, then=cosine(3e-4, steps=900))
 >>> rate(1), rate(100), round(rate(1001), 9)
@@ -92,7 +92,7 @@ class polynomial(_Checked):  # noqa: N801
     def __call__(self, step: int) -> float:
         """Return the rate of a step, counted from 1."""
         left = 1 - min((step - 1) / self.steps, 1.0)
-        return self.end + (self.lr - self.end) * left**self.power
+        return float(self.end + (self.lr - self.end) * left**self.power)
 
 
 def linear(lr: float, end: float, steps: int) -> polynomial:
@@ -124,7 +124,7 @@ def _anneal(start: float, end: float, fraction: float) -> float:
 
 @dataclass(frozen=True)
 class exponential(_Checked):  # noqa: N801
-    """``lr * gamma ** (t / every)``, t = step - 1: a factor of `gamma` each `every` steps, smoothly."""
+    """``lr * gamma ** (t / every)``, t = step - 1: smooth in the step."""
 
     lr: float
     gamma: float
@@ -137,7 +137,7 @@ class exponential(_Checked):  # noqa: N801
 
 @dataclass(frozen=True)
 class staircase(_Checked):  # noqa: N801
-    """``lr * gamma ** (t // every)``, t = step - 1: a factor of `gamma` each `every` steps, at once."""
+    """``lr * gamma ** (t // every)``, t = step - 1: in jumps."""
 
     lr: float
     gamma: float
@@ -160,7 +160,9 @@ class piecewise(_Checked):  # noqa: N801
         super().__post_init__()
         if not isinstance(self.factors, Mapping):
             raise TypeError(f"factors: expected a dict of step to factor, got {self.factors!r}")
-        checked = {_some("factors", k): _positive(f"factors[{k}]", f) for k, f in self.factors.items()}
+        checked = {
+            _some("factors", k): _positive(f"factors[{k}]", f) for k, f in self.factors.items()
+        }
         object.__setattr__(self, "factors", checked)
 
     def __call__(self, step: int) -> float:
@@ -205,7 +207,7 @@ class one_cycle(_Checked):  # noqa: N801
 
 @dataclass(frozen=True)
 class warmup(_Checked):  # noqa: N801
-    """Rise in a straight line from `start` to ``then(1)`` over `steps` steps, then go on with `then`.
+    """Rise in a line from `start` to ``then(1)`` over `steps` steps, then go on with `then`.
 
     The first step is one part of the way up, not at `start`; step number `steps` is at the top, and
     the one after it is the second of `then`.

@@ -77,9 +77,7 @@ def from_file(path: Path) -> Data:
 
 def _standardised(x_train: Any, y_train: Any, x_test: Any, y_test: Any) -> Data:
     """Scale every input by the mean and deviation that the training part has."""
-    x_train, x_test = (
-        np.asarray(x, np.float64).reshape(len(x), -1) for x in (x_train, x_test)
-    )
+    x_train, x_test = (np.asarray(x, np.float64).reshape(len(x), -1) for x in (x_train, x_test))
     mean, deviation = x_train.mean(axis=0), x_train.std(axis=0)
     deviation[deviation == 0] = 1  # a pixel that is always blank
     scaled = (((x - mean) / deviation).astype(np.float32) for x in (x_train, x_test))

@@ -1,4 +1,4 @@
-"""The classic small classifier in NumPy: two hidden layers of ReLU units, softmax, cross-entropy."""
+"""The classic small classifier in NumPy: two hidden ReLU layers, softmax, cross-entropy."""
 
 from __future__ import annotations
 
@@ -54,9 +54,7 @@ def loss_and_gradients(params: Params, x: Floats, y: NDArray[Any]) -> tuple[floa
     outputs = forward(params, x)
     loss, delta = softmax_loss(outputs[-1], y)
     grads: Params = {}
-    for (name, layer), below in zip(
-        reversed(params.items()), reversed(outputs[:-1]), strict=True
-    ):
+    for (name, layer), below in zip(reversed(params.items()), reversed(outputs[:-1]), strict=True):
         grads[name] = {"W": below.T @ delta, "b": delta.sum(axis=0)}
         delta = (delta @ layer["W"].T) * (below > 0)
     return loss, grads

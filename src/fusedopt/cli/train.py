@@ -59,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the parameters and of the order of the data")
     add("--data", type=Path, metavar="FILE.npz", help=", ".join(data_module.NAMES) + " of your own")
     add("--save", type=Path, metavar="CHECKPOINT", help="write parameters and optimizer each epoch")
-    add("--resume", type=Path, metavar="CHECKPOINT", help="go on from a --save; it ends as if the run "
-        f"had not been cut. --epochs may grow with --schedule {', '.join(OPEN_ENDED)}")  # fmt: skip
+    add("--resume", type=Path, metavar="CHECKPOINT", help="go on from a --save, to the same end; "
+        f"--epochs may grow with --schedule {', '.join(OPEN_ENDED)}")  # fmt: skip
     add("--plot", type=Path, metavar="FILE.png", help="draw loss, accuracy and learning rate")
     add("--no-reference", action="store_true", help="do not time the NumPy reference beside it")
 
@@ -131,7 +131,9 @@ def batches(data: Data, o: argparse.Namespace, epoch: int) -> Iterator[NDArray[n
         yield order[start : start + o.batch_size]
 
 
-def train_epoch(state: Run, opt: Any, twin: Any, data: Data, o: argparse.Namespace, bar: Any) -> None:
+def train_epoch(
+    state: Run, opt: Any, twin: Any, data: Data, o: argparse.Namespace, bar: Any
+) -> None:
     """Take the steps of one epoch: the loop that this program is an example of."""
     seconds, history = state.seconds, state.history
     for rows in batches(data, o, state.epoch):
@@ -171,7 +173,9 @@ def resume(path: Path, state: Run, opt: Any, data: Data, o: argparse.Namespace) 
         epoch, epochs, digest = meta["epoch"], meta["epochs"], meta["data"]
         saved = {name.partition("/")[2]: a for name, a in arrays.items() if name[:6] == "model/"}
         inner = {name.partition("/")[2]: a for name, a in arrays.items() if name[:6] == "optimi"}
-        differing = [f"--{n.replace('_', '-')} {fixed[n]}" for n in FIXED if fixed[n] != getattr(o, n)]
+        differing = [
+            f"--{n.replace('_', '-')} {fixed[n]}" for n in FIXED if fixed[n] != getattr(o, n)
+        ]
         if differing:
             raise ValueError(f"was made with {', '.join(differing)}; resume with the same")
         if digest != data.digest:
@@ -254,6 +258,6 @@ def report(state: Run, shadow: model.Params | None, data: Data) -> None:
     if shadow is not None and seconds["optimizer"] > 0:
         same = "the same bits" if digest(shadow) == digest(state.params) else "OTHER BITS: a bug"
         ratio = seconds["reference"] / seconds["optimizer"]
-        print(f"  {'NumPy reference':17} {seconds['reference']:7.3f} s  for the same optimizer steps: "
-              f"{ratio:.1f} x, {same}")  # fmt: skip
+        print(f"  {'NumPy reference':17} {seconds['reference']:7.3f} s  "
+              f"for the same optimizer steps: {ratio:.1f} x, {same}")  # fmt: skip
     print(f"\nweights sha256 {digest(state.params)}")

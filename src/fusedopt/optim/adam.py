@@ -43,9 +43,9 @@ class Adam(Optimizer):
 
     Notes
     -----
-    State of a leaf: ``step``, ``exp_avg``, ``exp_avg_sq`` and, with `amsgrad`, ``max_exp_avg_sq``,
-    arrays of the parameter's shape and dtype. `fusedopt.reference.adam` is the formula, in NumPy, that
-    the result equals bit for bit.
+    State of a leaf: ``step``, ``exp_avg``, ``exp_avg_sq`` and, with `amsgrad`,
+    ``max_exp_avg_sq``, arrays of the parameter's shape and dtype. `fusedopt.reference.adam` is
+    the formula, in NumPy, that the result equals bit for bit.
 
     References
     ----------

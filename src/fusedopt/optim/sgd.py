@@ -42,8 +42,8 @@ class SGD(Optimizer):
 
     Notes
     -----
-    State of a leaf: ``step`` and, with momentum, ``momentum_buffer``. `fusedopt.reference.sgd` is the
-    formula, in NumPy, that the result equals bit for bit.
+    State of a leaf: ``step`` and, with momentum, ``momentum_buffer``. `fusedopt.reference.sgd` is
+    the formula, in NumPy, that the result equals bit for bit.
 
     References
     ----------

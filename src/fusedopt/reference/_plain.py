@@ -13,7 +13,7 @@ from fusedopt.optimizer import Optimizer
 F = TypeVar("F", bound=Callable[..., None])
 
 # Infinities and NaNs go through as IEEE says, without a word, as in C.
-quiet: Callable[[F], F] = np.errstate(all="ignore")  # type: ignore[assignment]
+quiet: Callable[[F], F] = np.errstate(all="ignore")
 
 
 def penalized(p: Array, grad: Array, l2: float, l1: float, maximize: bool) -> Array:

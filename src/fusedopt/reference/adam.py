@@ -57,7 +57,7 @@ def adam(
     maximize: bool = False,
 ) -> None:
     """Take one Adam step in plain NumPy; arguments as for `fusedopt.functional.adam`."""
-    maxima = max_exp_avg_sqs or [None] * len(params)
+    maxima: Sequence[Array | None] = max_exp_avg_sqs or [None] * len(params)
     for p, g, m, v, x in zip(params, grads, exp_avgs, exp_avg_sqs, maxima, strict=True):
         if g is not None:
             _update(
@@ -81,7 +81,7 @@ def adamw(
     maximize: bool = False,
 ) -> None:
     """Take one AdamW step in plain NumPy; arguments as for `fusedopt.functional.adamw`."""
-    maxima = max_exp_avg_sqs or [None] * len(params)
+    maxima: Sequence[Array | None] = max_exp_avg_sqs or [None] * len(params)
     for p, g, m, v, x in zip(params, grads, exp_avgs, exp_avg_sqs, maxima, strict=True):
         if g is not None:
             _update(

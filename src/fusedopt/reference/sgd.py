@@ -26,7 +26,8 @@ def sgd(
     maximize: bool = False,
 ) -> None:
     """Take one SGD step in plain NumPy; arguments as for `fusedopt.functional.sgd`."""
-    buffers = momentum_buffers if momentum != 0 and momentum_buffers else [None] * len(params)
+    used = momentum_buffers if momentum != 0 else None
+    buffers: Sequence[Array | None] = used or [None] * len(params)
     for p, grad, b in zip(params, grads, buffers, strict=True):
         if grad is None:
             continue
