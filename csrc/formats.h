@@ -2,7 +2,7 @@
  *
  * Included by tile.h once per compute type. A native, aligned array is its own tile: load returns
  * its address and store has nothing to do. Anything else is decoded into the tile that the caller
- * brings. A new format is one more case in load and in store (and in fo_format_size). */
+ * brings. A new format is one more case in load, in store and in fo_format_size. */
 
 /* f32 from f64 rounds to nearest; f64 from f32 is exact. Elements of any alignment. */
 static void FO_TYPED(decode_f64)(const char *from, ptrdiff_t n, REAL *tile)
@@ -26,8 +26,7 @@ static void FO_TYPED(decode_f32)(const char *from, ptrdiff_t n, REAL *tile)
 /* Where element `at` of an array lies. */
 static inline char *FO_TYPED(address)(const fo_array *array, ptrdiff_t at)
 {
-    return (char *)array->data +
-           at * (ptrdiff_t)(array->format == FO_F64 ? sizeof(double) : sizeof(float));
+    return (char *)array->data + at * fo_format_size(array->format);
 }
 
 /* Elements [at, at + n), n <= FO_TILE, as REAL: in place if possible, else in `tile`. NULL stays

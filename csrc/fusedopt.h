@@ -81,8 +81,8 @@ void *fo_allocate(size_t bytes);
 void fo_release(void *memory);
 
 /* Instruction sets: the names this CPU and system can run, best first, ended by NULL; the one in
- * use; and a choice among them (FO_BAD_ARGUMENT if it is not in the list). The first call decides
- * for the best; fo_select_isa is not for use during a step. */
+ * use, which is the best unless fo_select_isa chose another (FO_BAD_ARGUMENT if it is not in the
+ * list). Not to be called during a step. */
 const char *const *fo_isas(void);
 const char *fo_isa(void);
 fo_status fo_select_isa(const char *name);

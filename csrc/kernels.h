@@ -17,6 +17,12 @@ typedef struct fo_kernels {
     fo_range *step[FO_COMPUTES], *stream[FO_COMPUTES];
 } fo_kernels;
 
+/* Bytes of an element in a format. */
+static inline ptrdiff_t fo_format_size(fo_format format)
+{
+    return format == FO_F64 ? sizeof(double) : sizeof(float);
+}
+
 /* The chosen kernels: never NULL. */
 const fo_kernels *fo_active_kernels(void);
 

@@ -65,7 +65,7 @@ static void zero_state(const fo_leaf *leaf, ptrdiff_t begin, ptrdiff_t end)
 {
     for (int k = 0; k < FO_MAX_STATES; k++) {
         const fo_array *state = &leaf->state[k];
-        const ptrdiff_t size = state->format == FO_F64 ? sizeof(double) : sizeof(float);
+        const ptrdiff_t size = fo_format_size(state->format);
         if (state->data != NULL)
             memset((char *)state->data + begin * size, 0, (size_t)((end - begin) * size));
     }

@@ -8,12 +8,13 @@
  * In cache the divider is the limit: a square root and two divisions for each element. */
 #undef ADAM_SCALARS
 #define ADAM_SCALARS(F)                                                                            \
-    F(keep) /* 1 - lr * weight_decay (AdamW); exactly 1 (Adam) */                                  \
-    F(w1)   /* 1 - beta1 */                                                                        \
-    F(beta2)                                                                                       \
-    F(w2)              /* w2 = 1 - beta2 */                                                        \
-        F(root) F(eps) /* root = sqrt(1 - beta2^t) */                                              \
-        F(step_size)   /* lr / (1 - beta1^t) */
+    F(keep)      /* 1 - lr * weight_decay (AdamW); exactly 1 (Adam) */                             \
+    F(w1)        /* 1 - beta1 */                                                                   \
+    F(beta2)     /* as given */                                                                    \
+    F(w2)        /* 1 - beta2 */                                                                   \
+    F(root)      /* sqrt(1 - beta2^t) */                                                           \
+    F(eps)       /* inside: added to sqrt(v) / root */                                             \
+    F(step_size) /* lr / (1 - beta1^t) */
 
 static void FO_RULE(adam)(const double *h, ptrdiff_t n, REAL *param, const REAL *grad,
                           REAL *const *state)

@@ -6,10 +6,11 @@
  * The arrays do not overlap and hold n <= FO_TILE elements; state[0] is NULL without momentum. */
 #undef SGD_SCALARS
 #define SGD_SCALARS(F)                                                                             \
-    F(lr)                                                                                          \
-    F(momentum) F(w) /* 1 - dampening */                                                           \
-        F(nesterov)  /* 1 or 0 */                                                                  \
-        F(first)     /* 1 in the first step: the buffer becomes the gradient, undamped */
+    F(lr)       /* as given */                                                                     \
+    F(momentum) /* as given */                                                                     \
+    F(w)        /* 1 - dampening */                                                                \
+    F(nesterov) /* 1 or 0 */                                                                       \
+    F(first)    /* 1 in the first step: the buffer becomes the gradient, undamped */
 
 static void FO_RULE(sgd)(const double *h, ptrdiff_t n, REAL *param, const REAL *grad,
                          REAL *const *state)

@@ -4,7 +4,8 @@
 
 What is usual (a plain array of the right dtype and layout) is checked here, in C, without a
 Python call; what is not is handed to `_check`, which explains the fault or returns an array that
-will do. So every rule about input is written once, in `_check`, and this file holds only its fast side.
+will do. So every rule about input is written once, in `_check`, and this file holds only its fast
+side.
 """
 from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport free, qsort, realloc

@@ -4,9 +4,9 @@ Every schedule is a callable ``step -> float`` with steps counted from 1, so it 
 an optimizer takes `lr`; any other callable of that kind will do as well. A schedule of n steps
 reaches its end at step n + 1 and stays there, as torch's do. They compose:
 
->>> rate = warmup(100, then=cosine(3e-4, steps=900))
->>> rate(1), rate(100), round(rate(1001), 9)
-(3e-06, 0.0003, 0.0)
+>>> rate = warmup(100, then=cosine(0.5, steps=900))
+>>> rate(50), rate(100), rate(550), rate(1000)
+(0.25, 0.5, 0.25, 0.0)
 """
 
 from __future__ import annotations
