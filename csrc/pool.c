@@ -1,7 +1,8 @@
 /* fo_parallel on a small pool of POSIX threads, for wheels that must not bring an OpenMP runtime.
  *
- * The caller publishes a job and works on it with everyone else; chunks are claimed by an atomic
- * counter. A worker enters a job only under the lock and only while the job is open, and the caller
+ * The caller publishes a job and works on it with everyone else; chunks are claimed from an atomic
+ * counter, many at first and fewer towards the end, so that each thread walks along memory in few
+ * long runs and all end at about the same time. A worker enters a job only under the lock and only while the job is open, and the caller
  * closes it under the same lock before it waits, so it waits for chunks already claimed and never
  * for a worker that is late to wake. Idle workers sleep: nothing spins on cores that others need. A
  * second caller while a job runs does its own work serially. In the child of a fork the pool starts
@@ -17,8 +18,8 @@ enum { MAX_WORKERS = 255, SPINS = 2000 };
 typedef struct job {
     fo_body *body;
     void *context;
-    ptrdiff_t chunks;
-    atomic_ptrdiff_t next;
+    ptrdiff_t chunks, threads;
+    atomic_ptrdiff_t next; /* the first chunk that nobody has claimed */
 } job;
 
 static struct {
@@ -55,11 +56,15 @@ __attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL
 
 static void work(job *j)
 {
-    for (;;) {
-        ptrdiff_t chunk = atomic_fetch_add_explicit(&j->next, 1, memory_order_relaxed);
-        if (chunk >= j->chunks)
-            return;
-        j->body(j->context, chunk);
+    ptrdiff_t chunk = atomic_load(&j->next);
+    while (chunk < j->chunks) {
+        ptrdiff_t share = (j->chunks - chunk) / (2 * j->threads);
+        ptrdiff_t end = chunk + (share > 0 ? share : 1);
+        if (atomic_compare_exchange_weak(&j->next, &chunk, end)) {
+            for (; chunk < end; chunk++)
+                j->body(j->context, chunk);
+            chunk = atomic_load(&j->next);
+        }
     }
 }
 
@@ -97,7 +102,7 @@ static void hire(int wanted)
 
 void fo_parallel(fo_body *body, void *context, ptrdiff_t chunks, int threads)
 {
-    job j = {.body = body, .context = context, .chunks = chunks};
+    job j = {.body = body, .context = context, .chunks = chunks, .threads = threads};
     atomic_init(&j.next, 0);
     ptrdiff_t helpers = (threads < chunks ? threads : chunks) - 1;
     if (helpers > MAX_WORKERS)
