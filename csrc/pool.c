@@ -2,11 +2,11 @@
  *
  * The caller publishes a job and works on it with everyone else; chunks are claimed from an atomic
  * counter, many at first and fewer towards the end, so that each thread walks along memory in few
- * long runs and all end at about the same time. A worker enters a job only under the lock and only while the job is open, and the caller
- * closes it under the same lock before it waits, so it waits for chunks already claimed and never
- * for a worker that is late to wake. Idle workers sleep: nothing spins on cores that others need. A
- * second caller while a job runs does its own work serially. In the child of a fork the pool starts
- * empty. */
+ * long runs and all end at about the same time. A worker enters a job only under the lock and only
+ * while the job is open, and the caller closes it under the same lock before it waits, so it waits
+ * for chunks already claimed and never for a worker that is late to wake. Idle workers sleep:
+ * nothing spins on cores that others need. A second caller while a job runs does its own work
+ * serially. In the child of a fork the pool starts empty. */
 #include "fusedopt.h"
 #include "threads.h"
 
