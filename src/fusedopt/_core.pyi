@@ -20,6 +20,8 @@ class WorkList:
     def states(self) -> list[list[NDArray[Any] | None]]: ...
     @property
     def count(self) -> int: ...
+    def enter(self) -> bool: ...
+    def leave(self) -> None: ...
     def add(
         self,
         names: list[str],
@@ -33,7 +35,8 @@ class WorkList:
     def step(
         self,
         grads: list[NDArray[Any] | None],
-        hyper_of: Callable[[int, int], Mapping[str, float]],
+        scalars: Callable[[int, dict[str, Any]], Mapping[str, float]],
+        options: list[dict[str, Any]],
         threads: int,
         plain: Callable[[int, NDArray[Any], int], None] | None = None,
     ) -> int: ...

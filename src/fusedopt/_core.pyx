@@ -18,6 +18,12 @@ from cpython.buffer cimport (
 
 from fusedopt._c cimport *
 
+cdef extern from *:
+    """
+    #define fo_exchange(flag, value) __atomic_exchange_n(flag, value, __ATOMIC_ACQ_REL)
+    """
+    int fo_exchange(int *flag, int value) nogil
+
 import numpy
 
 from fusedopt import _check
@@ -145,6 +151,7 @@ cdef class WorkList:
     cdef Extent *extents      # of all held arrays, by address
     cdef ptrdiff_t gap        # a gradient lay between extents[gap - 1] and extents[gap] last time
     cdef readonly object count  # steps of the whole list, a Python int
+    cdef int entered          # 1 while a thread steps; exchanged atomically
 
     def __cinit__(self, str rule, tuple state_names):
         names = [row[0] for row in rules()]
@@ -166,6 +173,14 @@ cdef class WorkList:
 
     def __len__(self):
         return self.n
+
+    def enter(self):
+        """Claim the list for a step of this thread; False if another thread has it."""
+        return fo_exchange(&self.entered, 1) == 0
+
+    def leave(self):
+        """Give up the claim of `enter`."""
+        fo_exchange(&self.entered, 0)
 
     def add(self, list names, list grad_names, list params, list states, int group, bint zero,
             int threads):
@@ -287,14 +302,15 @@ cdef class WorkList:
         leaf.grad.format = <fo_format>format
         return self.refuse_alias(&held.grad, self.grad_names[i])
 
-    cdef ptrdiff_t hyper(self, dict seen, int group, object step, object hyper_of) except -1:
+    cdef ptrdiff_t hyper(self, dict seen, int group, object step, object scalars,
+                         list options) except -1:
         """Index of the constants of a group at a step; computed once per step of the list."""
         index = seen.get((group, step))
         if index is not None:
             return index
         cdef fo_hyper *h
         cdef int k
-        cdef dict values = hyper_of(group, step)
+        cdef dict values = scalars(step, options[group])
         if self.n_hypers == self.room_hypers:
             self.hypers = <fo_hyper *>grow(self.hypers, 2 * self.room_hypers + 4, sizeof(fo_hyper))
             self.room_hypers = 2 * self.room_hypers + 4
@@ -306,15 +322,17 @@ cdef class WorkList:
         self.n_hypers += 1
         return self.n_hypers - 1
 
-    def step(self, list grads, hyper_of, int threads, plain=None):
+    def step(self, list grads, scalars, list options, int threads, plain=None):
         """One step of all leaves that have a gradient; either all of it happens or none.
 
         Parameters
         ----------
         grads : list of array or None
             One entry for each leaf; None leaves it out.
-        hyper_of : callable(group, step) -> dict
+        scalars : callable(step, options) -> dict
             The rule's scalars by name, and grad_scale, l2 and l1.
+        options : list of dict
+            What `scalars` gets, for each group.
         threads : int
         plain : callable(leaf, grad, step), optional
             Does the arithmetic in the place of C, after the same checks.
@@ -342,7 +360,7 @@ cdef class WorkList:
                 updated += 1
                 if self.held[i].group != group or self.held[i].step != step:
                     group, step = self.held[i].group, self.held[i].step
-                    index = self.hyper(seen, group, step + 1, hyper_of)
+                    index = self.hyper(seen, group, step + 1, scalars, options)
                 self.leaves[i].hyper = index
             if plain is None:
                 with nogil:

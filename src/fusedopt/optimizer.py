@@ -7,7 +7,6 @@ of a step; this file knows no rule.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
@@ -77,7 +76,6 @@ class Optimizer:
         self._options: list[Options] = []  # each group's, checked, with lr as a number
         self._seen: list[Options] = []  # each of param_groups as it was when last checked
         self._group_of: list[int] = []
-        self._stepping = threading.Lock()
         self._bare = not _is_groups(params)
         for group in [{"params": params}] if self._bare else params:
             self.add_param_group(group)
@@ -188,7 +186,7 @@ class Optimizer:
         RuntimeError
             If another thread is inside `step` of the same optimizer; nothing has been written.
         """
-        if not self._stepping.acquire(blocking=False):
+        if not self._work.enter():
             raise RuntimeError(
                 f"{type(self).__name__}.step: another thread is in a step of this optimizer; "
                 "use one optimizer for each thread, or a lock"
@@ -199,11 +197,11 @@ class Optimizer:
             for i in range(len(self.param_groups)):
                 self._read_options(i, number)
             updated = self._work.step(
-                flat, self._hyper, _threads.get_num_threads(), self._plain_step
+                flat, self.scalars, self._options, _threads.get_num_threads(), self._plain_step
             )
             return StepResult(number, updated)
         finally:
-            self._stepping.release()
+            self._work.leave()
 
     def _flatten(self, grads: Any) -> list[Array | None]:
         flat: list[Array | None] = []
@@ -246,9 +244,6 @@ class Optimizer:
                     )
         for leaf in mine:
             self._work.use_states(leaf, used)
-
-    def _hyper(self, group: int, step: int) -> dict[str, float]:
-        return self.scalars(step, self._options[group])
 
     # -------------------------------------------------------------- checkpoints
 
@@ -412,7 +407,7 @@ def apply(
     threads = _threads.get_num_threads()
     work = _core.WorkList(cls.rule, cls.state_names)
     work.add(names, grad_names, list(params), rows, group=0, zero=False, threads=threads)
-    work.step(list(grads), lambda _group, _step: cls.scalars(step, options), threads)
+    work.step(list(grads), lambda _step, its: cls.scalars(step, its), [options], threads)
 
 
 def _options(group: Options, optimizer: Optimizer) -> Options:

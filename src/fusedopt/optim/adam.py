@@ -108,7 +108,7 @@ class Adam(Optimizer):
     @staticmethod
     def scalars(step: int, options: Options) -> dict[str, float]:
         """Return the constants of a step, in double; names as in csrc/rules/adam.h."""
-        return _constants(step, options, l2=options["weight_decay"], l1=options["l1"], keep=1.0)
+        return _constants(step, options, options["weight_decay"], options["l1"], 1.0)
 
 
 class AdamW(Adam):
@@ -164,12 +164,10 @@ class AdamW(Adam):
     def scalars(step: int, options: Options) -> dict[str, float]:
         """Return the constants of a step: Adam's, with the decay as a factor."""
         keep = 1 - options["lr"] * options["weight_decay"]
-        return _constants(step, options, l2=0.0, l1=0.0, keep=keep)
+        return _constants(step, options, 0.0, 0.0, keep)
 
 
-def _constants(
-    step: int, options: Options, *, l2: float, l1: float, keep: float
-) -> dict[str, float]:
+def _constants(step: int, options: Options, l2: float, l1: float, keep: float) -> dict[str, float]:
     beta1, beta2 = options["betas"]
     return {
         "grad_scale": -1.0 if options["maximize"] else 1.0,
