@@ -1,58 +1,63 @@
-/* Storage formats: how an array's elements become a tile of REAL, and go back.
+/* How an array's elements become a tile of REAL, and go back.
  *
  * Included by tile.h once per compute type. A native, aligned array is its own tile: load returns
- * its address and store has nothing to do. Anything else is decoded into the tile that the caller
- * brings. A new format is one more case in load, in store and in fo_format_size. */
+ * its address and store has nothing to do. Anything else is decoded, a block at a time, into the
+ * room that the caller brings; the narrow formats' own arithmetic is in codec.h. A new format is a
+ * row in formats.c and a case in decode and encode there. */
 
-/* f32 from f64 rounds to nearest; f64 from f32 is exact. Elements of any alignment. */
-static void FO_TYPED(decode_f64)(const char *from, ptrdiff_t n, REAL *tile)
+typedef struct FO_TYPED(room) {
+    REAL x[FO_BLOCK];
+} FO_TYPED(room);
+
+/* Whether load takes any number of elements of this array, not just a block. */
+static inline int FO_TYPED(is_whole)(const fo_array *array)
 {
-    for (ptrdiff_t i = 0; i < n; i++) {
-        double x;
-        memcpy(&x, from + i * (ptrdiff_t)sizeof x, sizeof x);
-        tile[i] = (REAL)x;
-    }
+    return array->data == NULL ||
+           (array->format == FO_NATIVE && (uintptr_t)array->data % sizeof(REAL) == 0);
 }
 
-static void FO_TYPED(decode_f32)(const char *from, ptrdiff_t n, REAL *tile)
-{
-    for (ptrdiff_t i = 0; i < n; i++) {
-        float x;
-        memcpy(&x, from + i * (ptrdiff_t)sizeof x, sizeof x);
-        tile[i] = (REAL)x;
-    }
-}
-
-/* Where element `at` of an array lies. */
-static inline char *FO_TYPED(address)(const fo_array *array, ptrdiff_t at)
-{
-    return (char *)array->data + at * fo_format_size(array->format);
-}
-
-/* Elements [at, at + n), n <= FO_TILE, as REAL: in place if possible, else in `tile`. NULL stays
- * NULL. */
-static inline REAL *FO_TYPED(load)(const fo_array *array, ptrdiff_t at, ptrdiff_t n, REAL *tile)
+/* Elements [at, at + n), n <= FO_BLOCK, as REAL: in place if they are a whole native block, else in
+ * `room`, with zeros behind them. NULL stays NULL. */
+FO_INLINE REAL *FO_TYPED(load)(const fo_array *array, ptrdiff_t at, ptrdiff_t n,
+                               FO_TYPED(room) * room)
 {
     if (array->data == NULL)
         return NULL;
-    char *from = FO_TYPED(address)(array, at);
-    if (array->format == FO_NATIVE && (uintptr_t)from % sizeof(REAL) == 0)
-        return (REAL *)(void *)from;
-    if (array->format == FO_F64)
-        FO_TYPED(decode_f64)(from, n, tile);
-    else
-        FO_TYPED(decode_f32)(from, n, tile);
-    return tile;
+    char *from = (char *)array->data + fo_data_bytes(array, at);
+    if (array->format == FO_NATIVE) {
+        if (n == FO_BLOCK && (uintptr_t)from % sizeof(REAL) == 0)
+            return (REAL *)(void *)from;
+        memset(room->x, 0, sizeof room->x);
+        memcpy(room->x, from, (size_t)n * sizeof(REAL));
+    } else if (array->format == FO_FOREIGN) {
+        FO_FOREIGN_TYPE foreign[FO_BLOCK] = {0};
+        memcpy(foreign, from, (size_t)n * sizeof *foreign);
+        for (int i = 0; i < FO_BLOCK; i++)
+            room->x[i] = (REAL)foreign[i];
+    } else {
+        block narrow;
+        FO_DECODE(array, at, n, &narrow);
+        for (int i = 0; i < FO_BLOCK; i++)
+            room->x[i] = (REAL)narrow.f[i];
+    }
+    return room->x;
 }
 
-/* Writes back what load returned for the same array and range. Only native formats are written yet,
- * so a tile that is not in place belongs to an unaligned array. */
-static inline void FO_TYPED(store)(const fo_array *array, ptrdiff_t at, ptrdiff_t n,
-                                   const REAL *tile)
+/* Writes back what load returned for the same array and range. The other native format is only
+ * read. */
+FO_INLINE void FO_TYPED(store)(const fo_array *array, ptrdiff_t at, ptrdiff_t n, const REAL *tile,
+                               uint32_t key)
 {
     if (array->data == NULL)
         return;
-    char *to = FO_TYPED(address)(array, at);
-    if ((const void *)to != (const void *)tile)
-        memcpy(to, tile, (size_t)n * sizeof(REAL));
+    if (array->format == FO_NATIVE) {
+        char *to = (char *)array->data + fo_data_bytes(array, at);
+        if ((const void *)to != (const void *)tile)
+            memcpy(to, tile, (size_t)n * sizeof(REAL));
+    } else {
+        block narrow;
+        for (int i = 0; i < FO_BLOCK; i++)
+            narrow.f[i] = (float)tile[i];
+        FO_ENCODE(array, at, n, &narrow, key);
+    }
 }

@@ -11,7 +11,8 @@
 #include <stdint.h>
 
 enum {
-    FO_TILE = 512,      /* elements of the unit of work; a tile never crosses a tensor */
+    FO_TILE = 512, /* elements of the unit of work; a tile never crosses a tensor */
+    FO_BLOCK = 64, /* elements that are decoded at once and share an exponent in 8-bit formats */
     FO_MAX_STATES = 3,  /* state arrays of a rule */
     FO_MAX_SCALARS = 12 /* constants of a rule */
 };
@@ -21,11 +22,39 @@ typedef enum fo_status {
     FO_BAD_ARGUMENT, /* unknown rule, format, hyper index or a missing state; nothing was written */
 } fo_status;
 
-/* How the elements of an array are stored. */
-typedef enum fo_format { FO_F32, FO_F64, FO_FORMATS } fo_format;
+/* How the elements of an array are stored. FO_F64 computes in double, all others in float.
+ * "Stochastic" formats round up with the probability that keeps the mean, by noise that depends on
+ * the leaf's key and the element alone. A bf16 with a residual is the bf16 nearest to a longer
+ * float (ties away from zero), and the difference of the two bit patterns. 8-bit formats are block
+ * floats: see codec.h. */
+typedef enum fo_format {
+    FO_F32,
+    FO_F64,
+    FO_BF16,            /* to nearest, ties to even */
+    FO_F16,             /* to nearest, ties to even */
+    FO_BF16_STOCHASTIC, /* as FO_BF16, rounded stochastically */
+    FO_F16_STOCHASTIC,
+    FO_BF16_LOW16, /* bf16 and 16 residual bits: a float32, exactly */
+    FO_BF16_LOW8,  /* bf16 and 8 residual bits: the nearest float of 24 bits */
+    FO_S8,         /* block float: sign, 4 exponent bits, 3 mantissa bits; stochastic */
+    FO_U8,         /* block float without sign: 5 exponent bits, 3 mantissa bits; stochastic */
+    FO_FORMATS
+} fo_format;
+
+typedef struct fo_format_info {
+    const char *name;
+    int size;       /* bytes of an element in fo_array.data */
+    int extra;      /* bytes in fo_array.extra for every `per` elements; 0: there is no extra */
+    int per;        /* the last such group may be short */
+    int stochastic; /* whether a store depends on fo_leaf.key */
+} fo_format_info;
+
+/* The table of formats, FO_FORMATS rows by fo_format. Constant. */
+const fo_format_info *fo_formats(void);
 
 typedef struct fo_array {
-    void *data; /* any alignment; NULL: this leaf has no such array */
+    void *data;  /* any alignment; NULL: this leaf has no such array */
+    void *extra; /* exponents of 8-bit blocks, or residual bits; any alignment */
     fo_format format;
 } fo_array;
 
@@ -39,13 +68,14 @@ typedef struct fo_hyper {
 
 /* One parameter with all that a step on it needs. The arrays of one leaf hold n elements each, in
  * the same memory order, and overlap neither one another nor those of another leaf (gradients,
- * which are only read, may be shared). Arithmetic is in double where the parameter is FO_F64, else
- * in float. */
+ * which are only read, may be shared). Arithmetic is in double where the parameter is FO_F64, and
+ * then its state is too; else in float, and states have any format but FO_F64. */
 typedef struct fo_leaf {
     ptrdiff_t n;
     fo_array param;
     fo_array grad; /* data NULL: the leaf is left out of the step */
     fo_array state[FO_MAX_STATES];
+    uint64_t key;    /* of the noise: fo_key(seed, leaf, step) where a format is stochastic */
     ptrdiff_t hyper; /* index into the hyper list of the call */
     ptrdiff_t start; /* scratch of the call: where the leaf begins in the work to split */
 } fo_leaf;
@@ -67,12 +97,15 @@ const fo_rule *fo_rules(void);
 fo_status fo_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
                   ptrdiff_t n_hypers, int threads);
 
+/* The key of the noise in a step (from 1) of leaf number `leaf`: all bits of all three count. */
+uint64_t fo_key(uint64_t seed, uint64_t leaf, uint64_t step);
+
 /* Fills the state arrays of n leaves with zeros, split over threads as fo_step splits them: on
  * first touch each page lands near the thread that will use it. */
 fo_status fo_zero_state(fo_leaf *leaves, ptrdiff_t n, int threads);
 
-/* The memory's limit for a step: reads and writes the same arrays as fo_step with next to no
- * arithmetic (every array that the step writes gets x = x + tiny * g). For measurements. */
+/* The memory's limit for a step: reads and writes the bytes that fo_step does, with next to no
+ * arithmetic; what it leaves in the arrays is of no use. For measurements. */
 fo_status fo_stream(fo_leaf *leaves, ptrdiff_t n, int threads);
 
 /* Memory for state: 64-byte aligned, not yet touched; where it is large, on huge pages if the

@@ -20,6 +20,14 @@
 #define FO_TYPED(name) FO_CAT3(name, FO_TYPE, FO_ISA) /* adam_f32_avx2 */
 #define FO_RULE(name) FO_TYPED(name)
 #define FO_SIMD _Pragma("omp simd") /* the arrays do not overlap: no check at run time */
+#define FO_INLINE static inline __attribute__((always_inline))
+
+/* Functions over blocks on the stack, which are aligned: the full registers pay there. */
+#if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__)
+#define FO_WIDE __attribute__((target("prefer-vector-width=512")))
+#else
+#define FO_WIDE
+#endif
 
 /* A rule's constants by name, rounded once: const REAL keep = (REAL)h[at_keep]; ... */
 #define FO_INDEX(name) at_##name,
@@ -29,21 +37,67 @@
     _Static_assert((int)fo_count <= (int)FO_MAX_SCALARS, "raise FO_MAX_SCALARS");                  \
     LIST(FO_CONSTANT)
 
+#include "codec.h"
+
 #define REAL float
 #define FO_TYPE f32
 #define FO_NATIVE FO_F32
+#define FO_FOREIGN FO_F64
+#define FO_FOREIGN_TYPE double
+#define FO_DECODE decode
+#define FO_ENCODE encode
 #define FO_SQRT sqrtf
 #include "tile.h"
 #undef REAL
 #undef FO_TYPE
 #undef FO_NATIVE
+#undef FO_FOREIGN
+#undef FO_FOREIGN_TYPE
+#undef FO_DECODE
+#undef FO_ENCODE
 #undef FO_SQRT
 
 #define REAL double
 #define FO_TYPE f64
 #define FO_NATIVE FO_F64
+#define FO_FOREIGN FO_F32
+#define FO_FOREIGN_TYPE float
+#define FO_DECODE FO_CAT(decode_apart, FO_ISA)
+#define FO_ENCODE FO_CAT(encode_apart, FO_ISA)
 #define FO_SQRT sqrt
 #include "tile.h"
+
+/* Reads the gradient and writes the other arrays, a byte at a time so that any format will do. */
+static void FO_CAT(stream, FO_ISA)(const fo_leaf *leaf, const fo_hyper *hyper, int rule,
+                                   ptrdiff_t begin, ptrdiff_t end)
+{
+    (void)hyper, (void)rule;
+    for (ptrdiff_t at = begin; at < end; at += FO_TILE) {
+        const ptrdiff_t n = end - at < FO_TILE ? end - at : FO_TILE;
+        const unsigned char *g = leaf->grad.data;
+        unsigned char sum = 0;
+        g += fo_data_bytes(&leaf->grad, at);
+        _Pragma("omp simd reduction(+ : sum)") for (ptrdiff_t i = 0;
+                                                    i < fo_data_bytes(&leaf->grad, n); i++) sum =
+            (unsigned char)(sum + g[i]);
+        for (int k = -1; k < FO_MAX_STATES; k++) {
+            const fo_array *array = k < 0 ? &leaf->param : &leaf->state[k];
+            if (array->data == NULL)
+                continue;
+            unsigned char *x = array->data, *extra = array->extra;
+            x += fo_data_bytes(array, at);
+            FO_SIMD
+            for (ptrdiff_t i = 0; i < fo_data_bytes(array, n); i++)
+                x[i] = (unsigned char)(x[i] + sum);
+            if (extra == NULL)
+                continue;
+            extra += fo_extra_bytes(array, at);
+            FO_SIMD
+            for (ptrdiff_t i = 0; i < fo_extra_bytes(array, n); i++)
+                extra[i] = (unsigned char)(extra[i] + sum);
+        }
+    }
+}
 
 #define FO_NAME(name) #name,
 #define FO_NAMES(rule, LIST, states, required)                                                     \
@@ -59,5 +113,5 @@ const fo_kernels FO_CAT(fo_kernels, FO_ISA) = {
     .isa = FO_STRING(FO_ISA),
     .rules = FO_CAT(rules, FO_ISA),
     .step = {FO_CAT3(step, f32, FO_ISA), FO_CAT3(step, f64, FO_ISA)},
-    .stream = {FO_CAT3(stream, f32, FO_ISA), FO_CAT3(stream, f64, FO_ISA)},
+    .stream = FO_CAT(stream, FO_ISA),
 };

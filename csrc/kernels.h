@@ -14,13 +14,29 @@ enum { FO_COMPUTE_F32, FO_COMPUTE_F64, FO_COMPUTES }; /* the types that rules ar
 typedef struct fo_kernels {
     const char *isa;
     const fo_rule *rules; /* the same in every instruction set */
-    fo_range *step[FO_COMPUTES], *stream[FO_COMPUTES];
+    fo_range *step[FO_COMPUTES], *stream;
 } fo_kernels;
 
-/* Bytes of an element in a format. */
-static inline ptrdiff_t fo_format_size(fo_format format)
+/* 64 bits in, 64 well-mixed bits out: the finaliser of splitmix64 (Steele, Lea & Flood, OOPSLA
+ * 2014), with the increment. */
+static inline uint64_t fo_mix(uint64_t x)
 {
-    return format == FO_F64 ? sizeof(double) : sizeof(float);
+    x += 0x9e3779b97f4a7c15u;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    return x ^ (x >> 31);
+}
+
+/* Bytes of elements [0, n) in data and in extra; n is a multiple of FO_BLOCK or the array's end. */
+static inline ptrdiff_t fo_data_bytes(const fo_array *array, ptrdiff_t n)
+{
+    return n * fo_formats()[array->format].size;
+}
+
+static inline ptrdiff_t fo_extra_bytes(const fo_array *array, ptrdiff_t n)
+{
+    const fo_format_info *about = &fo_formats()[array->format];
+    return (n + about->per - 1) / about->per * about->extra;
 }
 
 /* The chosen kernels: never NULL. */

@@ -28,8 +28,8 @@ typedef struct work {
     fo_leaf *leaves;
     ptrdiff_t n, room;
     int rule;
-    fo_range *const *range; /* by compute type; NULL where the state is to be zeroed */
-    const fo_hyper *hypers;
+    fo_range *range[FO_COMPUTES]; /* what to do, by compute type */
+    const fo_hyper *hypers;       /* NULL where the work needs none */
 } work;
 
 /* Writes each leaf's start; returns the room of all. A leaf without work has none. */
@@ -61,13 +61,21 @@ static ptrdiff_t leaf_at(const work *w, ptrdiff_t place)
     return low;
 }
 
-static void zero_state(const fo_leaf *leaf, ptrdiff_t begin, ptrdiff_t end)
+static void zero(char *bytes, ptrdiff_t begin, ptrdiff_t end)
 {
+    if (bytes != NULL)
+        memset(bytes + begin, 0, (size_t)(end - begin));
+}
+
+/* Zeros are zero in every format. A fo_range. */
+static void zero_state(const fo_leaf *leaf, const fo_hyper *hyper, int rule, ptrdiff_t begin,
+                       ptrdiff_t end)
+{
+    (void)hyper, (void)rule;
     for (int k = 0; k < FO_MAX_STATES; k++) {
         const fo_array *state = &leaf->state[k];
-        const ptrdiff_t size = fo_format_size(state->format);
-        if (state->data != NULL)
-            memset((char *)state->data + begin * size, 0, (size_t)((end - begin) * size));
+        zero(state->data, fo_data_bytes(state, begin), fo_data_bytes(state, end));
+        zero(state->extra, fo_extra_bytes(state, begin), fo_extra_bytes(state, end));
     }
 }
 
@@ -93,31 +101,38 @@ static void run_chunk(void *context, ptrdiff_t chunk)
             end = leaf->n;
         if (begin >= end)
             continue;
-        if (w->range == NULL)
-            zero_state(leaf, begin, end);
-        else
-            w->range[fo_compute_type(leaf)](leaf, w->hypers ? &w->hypers[leaf->hyper] : NULL,
-                                            w->rule, begin, end);
+        w->range[fo_compute_type(leaf)](leaf, w->hypers ? &w->hypers[leaf->hyper] : NULL, w->rule,
+                                        begin, end);
     }
 }
 
-static void run(work *w, int threads)
+static void run(work *w, int needs_grad, int threads)
 {
-    w->room = lay_out(w->leaves, w->n, w->range != NULL);
+    w->room = lay_out(w->leaves, w->n, needs_grad);
     ptrdiff_t chunks = (w->room + CHUNK_ROOM - 1) / CHUNK_ROOM;
     fo_parallel(run_chunk, w, chunks, w->room < SERIAL_ROOM ? 1 : threads);
 }
 
+static int is_format(const fo_array *array)
+{
+    return (unsigned)array->format < FO_FORMATS &&
+           (fo_formats()[array->format].extra == 0 || array->extra != NULL);
+}
+
 static int is_valid(const fo_leaf *leaf, const fo_rule *rule, ptrdiff_t n_hypers)
 {
-    const int compute = leaf->param.format; /* state is stored as the parameter is, so far */
-    if (leaf->n < 0 || compute >= FO_FORMATS || leaf->grad.format >= FO_FORMATS)
+    if (leaf->n < 0 || (leaf->n > 0 && !is_format(&leaf->param)))
         return 0;
-    for (int k = 0; k < FO_MAX_STATES; k++)
-        if (leaf->state[k].data == NULL ? k < rule->required && leaf->n > 0
-                                        : (int)leaf->state[k].format != compute)
+    for (int k = 0; k < FO_MAX_STATES; k++) {
+        const fo_array *state = &leaf->state[k];
+        if (state->data == NULL) {
+            if (k < rule->required && leaf->n > 0)
+                return 0;
+        } else if (!is_format(state) || (state->format == FO_F64) != (leaf->param.format == FO_F64))
             return 0;
-    return leaf->grad.data == NULL || (leaf->hyper >= 0 && leaf->hyper < n_hypers);
+    }
+    return leaf->grad.data == NULL ||
+           (is_format(&leaf->grad) && leaf->hyper >= 0 && leaf->hyper < n_hypers);
 }
 
 fo_status fo_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
@@ -132,22 +147,24 @@ fo_status fo_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers
     for (ptrdiff_t i = 0; i < n; i++)
         if (!is_valid(&leaves[i], &kernels->rules[rule], n_hypers))
             return FO_BAD_ARGUMENT;
-    work w = {.leaves = leaves, .n = n, .rule = rule, .range = kernels->step, .hypers = hypers};
-    run(&w, threads);
+    work w = {.leaves = leaves, .n = n, .rule = rule, .hypers = hypers};
+    memcpy(w.range, kernels->step, sizeof w.range);
+    run(&w, 1, threads);
     return FO_OK;
 }
 
 fo_status fo_stream(fo_leaf *leaves, ptrdiff_t n, int threads)
 {
-    work w = {.leaves = leaves, .n = n, .range = fo_active_kernels()->stream};
-    run(&w, threads);
+    fo_range *stream = fo_active_kernels()->stream;
+    work w = {.leaves = leaves, .n = n, .range = {stream, stream}};
+    run(&w, 1, threads);
     return FO_OK;
 }
 
 fo_status fo_zero_state(fo_leaf *leaves, ptrdiff_t n, int threads)
 {
-    work w = {.leaves = leaves, .n = n};
-    run(&w, threads);
+    work w = {.leaves = leaves, .n = n, .range = {zero_state, zero_state}};
+    run(&w, 0, threads);
     return FO_OK;
 }
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(
     reason="disassembles x86-64 with objdump (binutils)",
 )
 
-WIDEST = {"sse2": "xmm", "avx2": "ymm", "avx512": "ymm"}
+WIDEST = {"sse2": "xmm", "avx2": "ymm", "avx512": "ymm"}  # over whole tiles; blocks may be wider
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,12 @@ def functions():
 
 
 def isa_of(name):
-    found = re.search(r"_(sse2|avx2|avx512)(\.|$)", name)
+    found = re.search(r"_(sse2|avx2|avx512)(_whole|_blocks)?(\.|$)", name)
     return found[1] if found else None
+
+
+def code_of(functions, name):
+    return [i for f, code in functions.items() if f.startswith(name) for i in code]
 
 
 def is_avx(instruction):
@@ -49,7 +53,8 @@ def test_names_are_there(functions):
     """The wheel is not stripped of names, so that this file can tell kernels from the rest."""
     for isa in WIDEST:
         for kind in ("adam_f32", "adam_f64", "sgd_f32", "sgd_f64"):
-            assert any(f.startswith(f"{kind}_{isa}") for f in functions), (kind, isa)
+            for loop in ("whole", "blocks"):
+                assert any(f.startswith(f"{kind}_{isa}_{loop}") for f in functions), (kind, isa)
 
 
 def test_only_kernels_hold_wide_instructions(functions):
@@ -81,9 +86,21 @@ def test_no_fused_multiply_add(functions):
 @pytest.mark.parametrize("kind", ["f32", "f64"])
 def test_rules_are_vectorised(functions, rule, kind, isa):
     suffix, register = ("ps", "pd")[kind == "f64"], WIDEST[isa]
-    code = [i for f, c in functions.items() if f.startswith(f"{rule}_{kind}_{isa}") for i in c]
+    code = [
+        i for f, c in functions.items() if f.startswith(f"{rule}_{kind}_{isa}_whole") for i in c
+    ]
     packed = [i for i in code if re.match(rf"v?(mul|sub){suffix}\s", i) and f"%{register}" in i]
     assert len(packed) >= 2, f"{rule}_{kind}_{isa} has no packed arithmetic in {register}"
+
+
+@pytest.mark.parametrize("isa", WIDEST)
+def test_formats_are_vectorised(functions, isa):
+    """Decoding and encoding between the arithmetic of a rule, in packed integers."""
+    code = code_of(functions, f"adam_f32_{isa}_blocks")
+    widening = [i for i in code if re.match(r"v?(pmovzx(bd|wd)|punpck[lh](bw|wd))", i)]
+    narrowing = [i for i in code if re.match(r"v?(pmov(db|dw|wb)|packus|punpck)", i)]
+    hashing = [i for i in code if re.match(r"v?(pmulld|pmuludq)", i)]
+    assert len(widening) >= 8 and len(narrowing) >= 8 and len(hashing) >= 16
 
 
 def test_exports_only_the_module():

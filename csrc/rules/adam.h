@@ -16,8 +16,8 @@
     F(eps)       /* inside: added to sqrt(v) / root */                                             \
     F(step_size) /* lr / (1 - beta1^t) */
 
-static void FO_RULE(adam)(const double *h, ptrdiff_t n, REAL *param, const REAL *grad,
-                          REAL *const *state)
+FO_INLINE void FO_RULE(adam)(const double *h, ptrdiff_t n, REAL *param, const REAL *grad,
+                             REAL *const *state)
 {
     FO_SCALARS(ADAM_SCALARS)
     REAL *restrict p = param, *restrict m = state[0], *restrict v = state[1];

@@ -12,8 +12,8 @@
     F(nesterov) /* 1 or 0 */                                                                       \
     F(first)    /* 1 in the first step: the buffer becomes the gradient, undamped */
 
-static void FO_RULE(sgd)(const double *h, ptrdiff_t n, REAL *param, const REAL *grad,
-                         REAL *const *state)
+FO_INLINE void FO_RULE(sgd)(const double *h, ptrdiff_t n, REAL *param, const REAL *grad,
+                            REAL *const *state)
 {
     FO_SCALARS(SGD_SCALARS)
     REAL *restrict p = param, *restrict b = state[0];

@@ -22,7 +22,7 @@ if _isa is not None:
             f"{', '.join(_core.available_isas())}"
         ) from exc
 
-from fusedopt import functional, reference, schedules  # noqa: E402 (after the choice of ISA)
+from fusedopt import formats, functional, reference, schedules  # noqa: E402 (after the choice of ISA)
 from fusedopt._info import __version__, info  # noqa: E402
 from fusedopt._threads import get_num_threads, set_num_threads  # noqa: E402
 from fusedopt.optim.adam import Adam, AdamW  # noqa: E402
@@ -36,6 +36,7 @@ __all__ = [
     "Optimizer",
     "StepResult",
     "__version__",
+    "formats",
     "functional",
     "get_num_threads",
     "info",

@@ -1,8 +1,11 @@
 """csrc/fusedopt.h as Cython sees it, nothing else."""
 
+from libc.stdint cimport uint64_t
+
 cdef extern from "fusedopt.h" nogil:
     enum:
         FO_TILE
+        FO_BLOCK
         FO_MAX_STATES
         FO_MAX_SCALARS
 
@@ -13,9 +16,17 @@ cdef extern from "fusedopt.h" nogil:
     ctypedef enum fo_format:
         FO_F32
         FO_F64
+        FO_BF16
+        FO_F16
+        FO_FORMATS
+
+    ctypedef struct fo_format_info:
+        const char *name
+        int size, extra, per, stochastic
 
     ctypedef struct fo_array:
         void *data
+        void *extra
         fo_format format
 
     ctypedef struct fo_hyper:
@@ -26,6 +37,7 @@ cdef extern from "fusedopt.h" nogil:
         ptrdiff_t n
         fo_array param, grad
         fo_array *state
+        uint64_t key
         ptrdiff_t hyper
 
     ctypedef struct fo_rule:
@@ -36,6 +48,8 @@ cdef extern from "fusedopt.h" nogil:
     const fo_rule *fo_rules()
     fo_status fo_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
                       ptrdiff_t n_hypers, int threads)
+    const fo_format_info *fo_formats()
+    uint64_t fo_key(uint64_t seed, uint64_t leaf, uint64_t step)
     fo_status fo_zero_state(fo_leaf *leaves, ptrdiff_t n, int threads)
     fo_status fo_stream(fo_leaf *leaves, ptrdiff_t n, int threads)
     void *fo_allocate(size_t bytes)

@@ -13,10 +13,12 @@ from typing import Any, NoReturn, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from fusedopt.formats import FORMATS, Stored, extra_shape, is_bfloat16
+
 Array: TypeAlias = NDArray[Any]
 
-SUPPORTED = (np.dtype(np.float32), np.dtype(np.float64))
-_NAMES = " or ".join(d.name for d in SUPPORTED)
+SUPPORTED = (np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16))
+_NAMES = "float32, float64, float16 or ml_dtypes.bfloat16"
 
 # ------------------------------------------------------------------ arrays
 
@@ -33,16 +35,18 @@ def array(name: str, value: object) -> Array:
             f"{name}: {type(value).__name__} is a subclass of array with a meaning of its own, "
             "which an update in place would pass by; pass its plain data, numpy.asarray(...)"
         )
-    if value.dtype not in SUPPORTED:
+    if value.dtype not in SUPPORTED and not is_bfloat16(value.dtype):
         if value.dtype.newbyteorder("=") in SUPPORTED:
             raise TypeError(
                 f"{name}: dtype {value.dtype.str} has foreign byte order; "
                 f"convert it, .astype(numpy.{value.dtype.newbyteorder('=').name})"
             )
-        raise TypeError(
-            f"{name}: dtype {value.dtype} is not supported ({_NAMES}); "
-            "convert it, e.g. .astype(numpy.float32)"
+        way_out = (
+            "bits of bfloat16 are taken as .view(ml_dtypes.bfloat16)"
+            if value.dtype == np.uint16
+            else "convert it, e.g. .astype(numpy.float32)"
         )
+        raise TypeError(f"{name}: dtype {value.dtype} is not supported ({_NAMES}); {way_out}")
     return value
 
 
@@ -59,19 +63,56 @@ def is_dense(value: Array) -> bool:
     return True
 
 
-def parameter(name: str, value: object) -> Array:
-    """Return `value` if it can be updated in place."""
-    param = array(name, value)
-    if not param.flags.writeable:
+def writable(name: str, value: Array) -> Array:
+    """Return `value` if its elements can be written, as one range of memory."""
+    if not value.flags.writeable:
         raise ValueError(
             f"{name}: read-only array; fusedopt updates in place, pass a writable copy"
         )
-    if not is_dense(param):
+    if not is_dense(value):
         raise ValueError(
-            f"{name}: array with gaps or negative strides (shape {param.shape}, strides "
-            f"{param.strides}); fusedopt updates in place, pass a contiguous copy"
+            f"{name}: array with gaps or negative strides (shape {value.shape}, strides "
+            f"{value.strides}); fusedopt updates in place, pass a contiguous copy"
         )
-    return param
+    return value
+
+
+def parameter(name: str, value: object) -> Array | Stored:
+    """Return `value` if it can be updated in place; 16-bit arrays as `Stored`, with rounding."""
+    if isinstance(value, Stored):
+        return stored(name, value)
+    param = writable(name, array(name, value))
+    if param.itemsize > 2:
+        return param
+    kind = "bfloat16" if is_bfloat16(param.dtype) else "float16"
+    return Stored(f"{kind}-stochastic", param)
+
+
+def stored(name: str, value: Stored) -> Stored:
+    """Return `value` if its parts are of its format, fit each other and can be written."""
+    if value.format not in FORMATS or FORMATS[value.format][0] in (np.float32, np.float64):
+        known = [name for name, row in FORMATS.items() if row[0] not in (np.float32, np.float64)]
+        raise ValueError(f"{name}: unknown format {value.format!r}; known: {', '.join(known)}")
+    dtype, extra_dtype, per = FORMATS[value.format]
+    fits = (
+        value.data.dtype == dtype
+        if dtype is not None
+        else is_bfloat16(value.data.dtype) or value.data.dtype == np.uint16
+    )
+    if not fits:
+        raise TypeError(f"{name}: dtype {value.data.dtype} is not that of {value.format}")
+    writable(name, value.data)
+    if extra_dtype is None:
+        return value
+    extra = value.extra
+    if extra is None or extra.dtype != extra_dtype:
+        raise TypeError(f"{name}: {value.format} needs extra of dtype {np.dtype(extra_dtype)}")
+    writable(f"{name}.extra", extra)
+    if extra.shape != extra_shape(value.format, value.shape) or (
+        per == 1 and not _same_layout(extra, value.data)
+    ):
+        raise ValueError(f"{name}: extra of shape {extra.shape} does not fit {value.shape}")
+    return value
 
 
 def _same_shape(name: str, value: Array, param: Array) -> None:
@@ -85,15 +126,19 @@ def _same_layout(value: Array, param: Array) -> bool:
     return param.size == 0 or all(a * unit == b * other for a, b, n in axes if n > 1)
 
 
-def state(name: str, value: object, param: Array) -> Array:
-    """Return `value` if it can serve as state of `param`: same dtype, shape and memory order."""
+def state(name: str, value: object, param: Array) -> Array | Stored:
+    """Return `value` if it can serve as state of `param`: its shape, memory order, a format."""
     held = parameter(name, value)
-    _same_shape(name, held, param)
-    if held.dtype != param.dtype:
+    data = held.data if isinstance(held, Stored) else held
+    _same_shape(name, data, param)
+    is_double = param.dtype == np.float64
+    if isinstance(held, Stored) and is_double:
+        raise TypeError(f"{name}: {held.format} does not fit the parameter's float64")
+    if not isinstance(held, Stored) and (held.dtype == np.float64) != is_double:
         raise TypeError(f"{name}: dtype {held.dtype} does not fit the parameter's {param.dtype}")
-    if not _same_layout(held, param):
+    if not _same_layout(data, param):
         raise ValueError(
-            f"{name}: strides {held.strides} differ from the parameter's {param.strides}; "
+            f"{name}: strides {data.strides} differ from the parameter's {param.strides}; "
             "make it with numpy.zeros_like(param)"
         )
     return held
@@ -172,3 +217,15 @@ def count(name: str, value: Any, least: int = 0) -> int:
     if not least <= value < 2**63:
         raise ValueError(f"{name}: must be >= {least} and below 2**63, got {value}")
     return int(value)
+
+
+def choice(*allowed: Any) -> Any:
+    """Return a check that `value` is one of `allowed`."""
+
+    def check(name: str, value: Any) -> Any:
+        for one in allowed:
+            if type(value) is type(one) and value == one:
+                return one
+        raise ValueError(f"{name}: expected {' or '.join(map(repr, allowed))}, got {value!r}")
+
+    return check

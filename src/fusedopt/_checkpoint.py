@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 
 from fusedopt._check import Array
+from fusedopt.formats import Stored
 
 _META = "fusedopt"  # the key of the metadata; no array has it
+_EXTRA = ":extra"  # ends the key of the second array of one in a narrow format
 _VERSION = 1
 _SUFFIXES = (".npz", ".safetensors")
 
@@ -32,14 +34,28 @@ def pack(state_dict: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Any
     """Split a state dict into arrays, ``<leaf>.<name>``, and metadata that JSON can hold."""
     arrays: dict[str, Array] = {}
     steps: dict[str, int] = {}
+    formats: dict[str, str] = {}
     for leaf, state in state_dict["state"].items():
         steps[leaf] = state["step"]
-        arrays |= {f"{leaf}.{name}": a for name, a in state.items() if name != "step"}
+        for name, a in state.items():
+            key = f"{leaf}.{name}"
+            if isinstance(a, Stored):
+                formats[key] = a.format
+                arrays[key] = a.data
+                if a.extra is not None:
+                    arrays[f"{key}{_EXTRA}"] = a.extra
+            elif name != "step":
+                arrays[key] = a
     groups = [
         {name: None if callable(value) else value for name, value in group.items()}
         for group in state_dict["param_groups"]
     ]
-    return arrays, {"step": state_dict["step"], "steps": steps, "param_groups": groups}
+    return arrays, {
+        "step": state_dict["step"],
+        "steps": steps,
+        "formats": formats,
+        "param_groups": groups,
+    }
 
 
 def unpack(arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,9 +64,16 @@ def unpack(arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> dict[str, An
         state: dict[str, dict[str, Any]] = {
             leaf: {"step": step} for leaf, step in meta["steps"].items()
         }
+        formats = meta.get("formats", {})
         for key, array in arrays.items():
+            if key.endswith(_EXTRA) and key.removesuffix(_EXTRA) in formats:
+                continue
             leaf, _, name = key.rpartition(".")
-            state[leaf][name] = array
+            state[leaf][name] = (
+                Stored(formats[key], array, arrays.get(f"{key}{_EXTRA}"))
+                if key in formats
+                else array
+            )
         return {"step": meta["step"], "state": state, "param_groups": meta["param_groups"]}
     except (KeyError, TypeError, AttributeError) as exc:
         raise ValueError("not the state of an optimizer") from exc

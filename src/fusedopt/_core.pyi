@@ -1,12 +1,14 @@
 """Types of the compiled border."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
-import numpy as np
 from numpy.typing import NDArray
 
+from fusedopt.formats import Stored
+
 TILE: int
+BLOCK: int
 
 @final
 class WorkList:
@@ -17,7 +19,9 @@ class WorkList:
     @property
     def params(self) -> list[NDArray[Any]]: ...
     @property
-    def states(self) -> list[list[NDArray[Any] | None]]: ...
+    def stored(self) -> list[NDArray[Any] | Stored]: ...
+    @property
+    def states(self) -> list[list[NDArray[Any] | Stored | None]]: ...
     @property
     def count(self) -> int: ...
     def enter(self) -> bool: ...
@@ -26,8 +30,8 @@ class WorkList:
         self,
         names: list[str],
         grad_names: list[str],
-        params: list[NDArray[Any]],
-        states: list[list[NDArray[Any] | None]],
+        params: Sequence[NDArray[Any] | Stored],
+        states: Sequence[Sequence[NDArray[Any] | Stored | None]],
         group: int,
         zero: bool,
         threads: int,
@@ -49,9 +53,10 @@ class WorkList:
 class Memory:
     def __new__(cls, size: int) -> Memory: ...
 
-def allocate_states(
-    params: list[NDArray[Any]], counts: list[int]
-) -> list[list[NDArray[np.floating[Any]]]]: ...
+def allocate(
+    specs: list[tuple[tuple[int, ...], Any, tuple[int, ...] | None]],
+) -> list[NDArray[Any]]: ...
+def formats() -> list[tuple[str, int, int, int, bool]]: ...
 def rules() -> list[tuple[str, list[str], int, int]]: ...
 def available_isas() -> list[str]: ...
 def isa() -> str: ...

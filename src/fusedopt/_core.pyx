@@ -7,7 +7,7 @@ Python call; what is not is handed to `_check`, which explains the fault or retu
 will do. So every rule about input is written once, in `_check`, and this file holds only its fast
 side.
 """
-from libc.stdint cimport int64_t, uintptr_t
+from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, qsort, realloc
 from libc.string cimport memset
 
@@ -24,15 +24,21 @@ cdef extern from *:
     """
     int fo_exchange(int *flag, int value) nogil
 
+from math import prod
+
 import numpy
 
 from fusedopt import _check
+from fusedopt.formats import Stored
 
 cdef object ndarray = numpy.ndarray
 cdef object float32 = numpy.dtype(numpy.float32)
 cdef object float64 = numpy.dtype(numpy.float64)
+cdef object float16 = numpy.dtype(numpy.float16)
+cdef object bfloat16 = None  # the dtype of ml_dtypes, once an array of it was seen
 
 TILE = FO_TILE
+BLOCK = FO_BLOCK
 
 
 cdef int check(fo_status status) except -1:
@@ -49,12 +55,27 @@ cdef inline int format_of(object array) except? -1:
     if type(array) is not ndarray:
         return -1
     dtype = array.dtype
-    return FO_F32 if dtype is float32 else FO_F64 if dtype is float64 else -1
+    if dtype is float32:
+        return FO_F32
+    if dtype is float64:
+        return FO_F64
+    if dtype is float16:
+        return FO_F16
+    return FO_BF16 if dtype is bfloat16 and bfloat16 is not None else -1
 
 
-cdef inline int checked_format(object array) except? -1:
+cdef int checked_format(object array) except? -1:
     """The storage format of an array that `_check` has passed: any equal dtype, any class."""
-    return FO_F64 if array.dtype == float64 else FO_F32
+    global bfloat16
+    dtype = array.dtype
+    if dtype == float32:
+        return FO_F32
+    if dtype == float64:
+        return FO_F64
+    if dtype == float16:
+        return FO_F16
+    bfloat16 = dtype
+    return FO_BF16
 
 
 cdef bint same_layout(const Py_buffer *a, const Py_buffer *b) noexcept:
@@ -89,29 +110,31 @@ cdef class Memory:
         fo_release(self.start)
 
 
-def allocate_states(list params, list counts):
-    """State arrays for each parameter, in its layout, on one block of memory, not yet written.
+def allocate(list specs):
+    """Arrays of the given (shape, dtype, strides), on one block of memory, not yet written.
 
-    They start on cache lines and lie leaf by leaf, so that the arrays of a small leaf are close.
+    They start on cache lines and lie in the order given, so that those of a small leaf are close.
     """
-    sizes = [-(-p.nbytes // 64) * 64 for p in params]
-    memory = Memory(sum(size * count for size, count in zip(sizes, counts)))
-    offset, states = 0, []
-    for param, size, count in zip(params, sizes, counts):
-        arrays = []
-        for _ in range(count):
-            arrays.append(ndarray(param.shape, param.dtype, memory, offset, param.strides))
-            offset += size
-        states.append(arrays)
-    return states
+    sizes = [-(-max(1, numpy.dtype(dtype).itemsize * prod(shape)) // 64) * 64
+             for shape, dtype, _ in specs]
+    memory = Memory(sum(sizes))
+    offset, arrays = 0, []
+    for (shape, dtype, strides), size in zip(specs, sizes):
+        arrays.append(ndarray(shape, dtype, memory, offset, strides))
+        offset += size
+    return arrays
 
 
 # ------------------------------------------------------------------ the work list
 
+cdef enum:
+    SLOTS = 4  # of a leaf's written arrays: the parameter, then FO_MAX_STATES states
+
 cdef struct Held:
     # what the binding knows of a leaf beside fo_leaf; views stay exported while it lives
-    Py_buffer views[4]  # the parameter, then the state arrays (FO_MAX_STATES of them)
+    Py_buffer views[8]  # the data of each slot, then the extra of each
     Py_buffer grad      # exported during a step only
+    bint noisy          # whether a store rounds stochastically, so that the leaf needs a key
     int64_t step        # steps that this leaf has taken
     int group
 
@@ -120,7 +143,7 @@ cdef struct Extent:
     # bytes [low, high) of one held array
     uintptr_t low, high
     ptrdiff_t leaf
-    int slot
+    int view
 
 
 cdef int by_address(const void *a, const void *b) noexcept nogil:
@@ -142,7 +165,10 @@ cdef class WorkList:
     cdef const fo_rule *about
     cdef tuple state_names
     cdef list scalar_names
-    cdef readonly list names, params, states
+    cdef readonly list names
+    cdef readonly list params  # arrays as the caller sees them
+    cdef readonly list stored  # the same, as arrays or `Stored`
+    cdef readonly list states  # of each leaf, arrays or `Stored` or None
     cdef list grad_names
     cdef ptrdiff_t n, n_hypers, room_hypers, n_extents
     cdef fo_leaf *leaves
@@ -159,7 +185,8 @@ cdef class WorkList:
         self.about = &fo_rules()[self.rule]
         self.scalar_names = rules()[self.rule][1]
         self.state_names = state_names
-        self.names, self.grad_names, self.params, self.states = [], [], [], []
+        self.names, self.grad_names, self.states = [], [], []
+        self.params, self.stored = [], []
         self.count = 0
 
     def __dealloc__(self):
@@ -188,7 +215,7 @@ cdef class WorkList:
         cdef ptrdiff_t i, old = self.n, total = old + len(names)
         self.leaves = <fo_leaf *>grow(self.leaves, total, sizeof(fo_leaf))
         self.held = <Held *>grow(self.held, total, sizeof(Held))
-        self.extents = <Extent *>grow(self.extents, total * 4, sizeof(Extent))
+        self.extents = <Extent *>grow(self.extents, total * 2 * SLOTS, sizeof(Extent))
         memset(&self.leaves[old], 0, (total - old) * sizeof(fo_leaf))
         memset(&self.held[old], 0, (total - old) * sizeof(Held))
         try:
@@ -196,15 +223,14 @@ cdef class WorkList:
                 self.n += 1
                 self.names.append(names[i])
                 self.grad_names.append(grad_names[i])
-                self.params.append(params[i])
-                self.states.append(states[i])
+                self.states.append(list(states[i]))
                 self.export(self.n - 1, names[i], params[i], states[i], group)
             self.refuse_overlap()
         except BaseException:
             for i in range(old, self.n):
                 release(&self.held[i])
             self.n = old
-            for column in (self.names, self.grad_names, self.params, self.states):
+            for column in (self.names, self.grad_names, self.params, self.stored, self.states):
                 del column[old:]
             self.refuse_overlap()
             raise
@@ -216,19 +242,44 @@ cdef class WorkList:
         cdef fo_leaf *leaf = &self.leaves[i]
         cdef Held *held = &self.held[i]
         cdef int k
-        export_array(param, &held.views[0], name, None)
+        self.export_slot(i, 0, &leaf.param, name, param, None)
         leaf.n = held.views[0].len // held.views[0].itemsize
-        leaf.param.data = held.views[0].buf
-        leaf.param.format = <fo_format>checked_format(param)
         held.group = group
         for k, state in enumerate(states):
-            if state is None:
-                continue
-            export_array(state, &held.views[1 + k], f"{name}.{self.state_names[k]}", param)
-            if not same_layout(&held.views[1 + k], &held.views[0]):
-                _check.state(f"{name}.{self.state_names[k]}", state, param)
-            leaf.state[k].data = held.views[1 + k].buf
-            leaf.state[k].format = leaf.param.format
+            if state is not None:
+                self.export_slot(
+                    i, 1 + k, &leaf.state[k], f"{name}.{self.state_names[k]}", state, self.params[i]
+                )
+        return 0
+
+    cdef int export_slot(self, ptrdiff_t i, int slot, fo_array *to, str name, object value,
+                         object param) except -1:
+        """Export an array that steps write: a parameter, or (param given) state of one."""
+        cdef Held *held = &self.held[i]
+        cdef Py_buffer *data = &held.views[slot]
+        cdef Py_buffer *extra = &held.views[SLOTS + slot]
+        cdef int format = format_of(value)
+        if param is not None and (format == FO_F64) != (param.dtype == float64):
+            format = -1
+        if format != FO_F32 and format != FO_F64:
+            value = _check.parameter(name, value) if param is None else (
+                _check.state(name, value, param))
+            format = format_index(value.format) if isinstance(value, Stored) else (
+                checked_format(value))
+        array = value.data if isinstance(value, Stored) else value
+        if param is None:
+            self.params.append(array)
+            self.stored.append(value)
+        else:
+            self.states[i][slot - 1] = value
+        export_array(array, data, name)
+        if param is not None and not same_layout(data, &held.views[0]):
+            _check.state(name, value, param)
+        to.data, to.format = data.buf, <fo_format>format
+        if isinstance(value, Stored) and value.extra is not None:
+            export_array(value.extra, extra, f"{name} (extra)")
+            to.extra = extra.buf
+        held.noisy = held.noisy or fo_formats()[format].stochastic
         return 0
 
     cdef int refuse_overlap(self) except -1:
@@ -239,13 +290,13 @@ cdef class WorkList:
         cdef Extent *extent
         self.n_extents = self.gap = 0
         for i in range(self.n):
-            for k in range(1 + FO_MAX_STATES):
+            for k in range(2 * SLOTS):
                 view = &self.held[i].views[k]
                 if <void *>view.obj != NULL and view.len > 0:
                     extent = &self.extents[self.n_extents]
                     extent.low = <uintptr_t>view.buf
                     extent.high = extent.low + view.len
-                    extent.leaf, extent.slot = i, k
+                    extent.leaf, extent.view = i, k
                     self.n_extents += 1
         qsort(self.extents, self.n_extents, sizeof(Extent), by_address)
         for i in range(1, self.n_extents):
@@ -255,7 +306,7 @@ cdef class WorkList:
         return 0
 
     cdef str extent_name(self, ptrdiff_t i):
-        cdef int slot = self.extents[i].slot
+        cdef int slot = self.extents[i].view % SLOTS
         name = self.names[self.extents[i].leaf]
         return name if slot == 0 else f"{name}.{self.state_names[slot - 1]}"
 
@@ -362,6 +413,8 @@ cdef class WorkList:
                     group, step = self.held[i].group, self.held[i].step
                     index = self.hyper(seen, group, step + 1, scalars, options)
                 self.leaves[i].hyper = index
+                if self.held[i].noisy:
+                    self.leaves[i].key = fo_key(options[group]["seed"], i, step + 1)
             if plain is None:
                 with nogil:
                     status = fo_step(self.rule, self.leaves, n, self.hypers, self.n_hypers, threads)
@@ -420,23 +473,25 @@ cdef void *grow(void *memory, Py_ssize_t count, size_t size) except NULL:
 
 cdef void release(Held *held) noexcept:
     cdef int k
-    for k in range(1 + FO_MAX_STATES):
+    for k in range(2 * SLOTS):
         if <void *>held.views[k].obj != NULL:
             PyBuffer_Release(&held.views[k])
 
 
-cdef int export_array(object array, Py_buffer *view, str name, object param) except -1:
-    """Export a parameter, or (param given) a state array, which this writes to."""
-    if format_of(array) < 0 or (param is not None and array.dtype is not param.dtype):
-        _check.parameter(name, array) if param is None else _check.state(name, array, param)
+cdef int export_array(object array, Py_buffer *view, str name) except -1:
+    """Export an array that steps write to."""
     try:
         PyObject_GetBuffer(array, view, PyBUF_STRIDES | PyBUF_WRITABLE)
     except (BufferError, ValueError):  # NumPy raises the second for read-only
-        _check.parameter(name, array)
+        _check.writable(name, array)
         raise
     if not PyBuffer_IsContiguous(view, b"A"):
-        _check.parameter(name, array)
+        _check.writable(name, array)
     return 0
+
+
+cdef int format_index(str name) except -1:
+    return [row[0] for row in formats()].index(name)
 
 
 # ------------------------------------------------------------------ the library
@@ -454,6 +509,16 @@ def rules():
         rows.append((row.name.decode(), names, row.states, row.required))
         row += 1
     return rows
+
+
+def formats():
+    """The storage formats of the C table: (name, bytes, extra bytes, for each, stochastic)."""
+    cdef int i
+    cdef const fo_format_info *row = fo_formats()
+    return [
+        (row[i].name.decode(), row[i].size, row[i].extra, row[i].per, bool(row[i].stochastic))
+        for i in range(FO_FORMATS)
+    ]
 
 
 def available_isas():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fusedopt import _check, _core, _threads
+from fusedopt import _core, _threads
 
 __version__ = version("fusedopt")
 
@@ -44,7 +44,7 @@ def info() -> dict[str, str]:
         "threads": f"{_threads.get_num_threads()} ({_threads.why()})",
         "backend": backends[_core.backend()],
         "rules": ", ".join(row[0] for row in _core.rules()),
-        "formats": ", ".join(dtype.name for dtype in _check.SUPPORTED),
+        "formats": ", ".join(row[0] for row in _core.formats()),
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "numpy": np.__version__,
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",

@@ -10,10 +10,9 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
-import numpy as np
-
-from fusedopt import _check, _checkpoint, _core, _threads, _tree
+from fusedopt import _check, _checkpoint, _core, _storage, _threads, _tree, formats
 from fusedopt._check import Array
+from fusedopt.formats import Stored
 
 Options = dict[str, Any]
 Check = Callable[[str, Any], Any]
@@ -39,10 +38,29 @@ class Optimizer:
 
     A subclass says what its rule is called, which state and options it has, and how to compute the
     constants of a step.
+
+    Parameters
+    ----------
+    params : array, nesting of arrays, or list of groups
+        float32, float64, float16 or bfloat16 (of ml_dtypes), or `fusedopt.formats.Stored`.
+    state_dtype : None, "float32", "bfloat16" or "int8", default None
+        How moments are kept between steps: in float32 (float64 for float64 parameters), in 2 bytes
+        or in 1 + 1 / 64 bytes for each element; see `fusedopt.formats` for what that costs in
+        precision.
+    master_bits : None, 16, 24 or 32, default None
+        Length of the number of which a bfloat16 parameter shows the upper half; the rest is kept as
+        state. 32, the default, loses nothing. 16 keeps none: the parameter is then rounded
+        stochastically in each step. A float16 parameter has 16.
+    min_8bit_size : int, default 4096
+        Parameters with fewer elements keep float32 state where `state_dtype` is ``"int8"``.
+    seed : int, default 0
+        Of stochastic rounding, which depends on it, the step, the number of the leaf and the
+        element, and on nothing else.
     """
 
     rule: ClassVar[str]
     state_names: ClassVar[tuple[str, ...]]
+    state_is_square: ClassVar[tuple[bool, ...]]  # whether each is a mean of squares, so never < 0
     checks: ClassVar[dict[str, Check]]  # an option's name -> its check, for every option
     # (leaf, gradient, step): does the arithmetic in the place of C; see fusedopt.reference
     _plain_step: Callable[[int, Array, int], None] | None = None
@@ -61,8 +79,10 @@ class Optimizer:
     def check_options(cls, options: Options, where: str) -> Options:
         """Return `options` with every value checked; `where` begins the messages."""
         return {
-            name: value if name == "lr" and callable(value) else check(where + name, value)
-            for (name, check), value in zip(cls.checks.items(), options.values(), strict=True)
+            name: value
+            if name == "lr" and callable(value := options[name])
+            else check(where + name, options[name])
+            for name, check in cls.checks.items()
         }
 
     def __init__(self, params: Any, **defaults: Any) -> None:
@@ -120,14 +140,10 @@ class Optimizer:
         taken = set(self._work.names)
         if len(set(names) | taken) < len(names) + len(taken):
             raise ValueError(f"{where}: two parameters have the same name; use other dict keys")
-        for name, param in named:
-            _check.parameter(name, param)
-        used = self.uses(options)
-        states = [
-            [arrays.pop(0) if use else None for use in used]
-            for arrays in _core.allocate_states(params, [sum(used)] * len(params))
-        ]
-        self._work.add(names, grads, params, states, number, True, _threads.get_num_threads())
+        stored, states = _storage.allocate(
+            names, params, self.uses(options), self.state_is_square, options
+        )
+        self._work.add(names, grads, stored, states, number, True, _threads.get_num_threads())
         self._group_of += [number] * len(names)
         self._readers.append(_tree.reader(tree))
         self._options.append(options)
@@ -136,14 +152,51 @@ class Optimizer:
 
     @property
     def state(self) -> dict[str, dict[str, Any]]:
-        """State by leaf name: ``step`` (int) and the live arrays, in the parameter's shape."""
+        """State by leaf name: ``step`` (int) and the live arrays, in the parameter's shape.
+
+        Arrays in a narrow format are `fusedopt.formats.Stored`. A bfloat16 parameter with a longer
+        master has the bits that it lacks under ``residual``.
+        """
+        state = {}
+        for i, (name, stored, arrays) in enumerate(
+            zip(self._work.names, self._work.stored, self._work.states, strict=True)
+        ):
+            state[name] = {"step": self._work.get_step(i)} | {
+                key: a for key, a in zip(self.state_names, arrays, strict=True) if a is not None
+            }
+            if isinstance(stored, Stored) and stored.extra is not None:
+                state[name]["residual"] = stored.extra
+        return state
+
+    def master_params(self) -> dict[str, Array]:
+        """Return the parameters as steps compute with them, by leaf name, in float32 or float64.
+
+        Of a bfloat16 parameter this is the longer number that it shows the upper half of; copies,
+        but for arrays that are float32 or float64 themselves.
+        """
         return {
-            name: {"step": self._work.get_step(i)}
-            | {key: a for key, a in zip(self.state_names, arrays, strict=True) if a is not None}
-            for i, (name, arrays) in enumerate(
-                zip(self._work.names, self._work.states, strict=True)
-            )
+            name: stored.decode() if isinstance(stored, Stored) else stored
+            for name, stored in zip(self._work.names, self._work.stored, strict=True)
         }
+
+    def memory(self, grad_itemsize: int | None = None) -> dict[str, dict[str, float]]:
+        """Return bytes per parameter, by part: what is resident, and what a step moves.
+
+        Parameters
+        ----------
+        grad_itemsize : int, optional
+            Bytes of an element of the gradients; by default those of the parameters.
+
+        Returns
+        -------
+        dict
+            ``param``, ``grad``, ``residual`` and the state's names, and ``total``; of each
+            ``resident``, bytes kept between steps, and ``moved``, bytes read and written by a step
+            that finds nothing in the cache. Gradients are the caller's and count as moved only.
+        """
+        return _storage.memory(
+            self._work.stored, self._work.states, self.state_names, grad_itemsize
+        )
 
     def __repr__(self) -> str:
         """Name, options of the groups, and size."""
@@ -224,6 +277,7 @@ class Optimizer:
         if group != seen:
             where = f"param_groups[{i}]."
             options = self.check_options({name: group[name] for name in self.checks}, where)
+            _storage.refuse_change(where, seen, options)
             self._use_states(i, options, where)
             self._options[i], self._seen[i] = options, dict(group)
         if callable(group["lr"]):
@@ -259,8 +313,11 @@ class Optimizer:
             groups.append({"params": mine} | {name: group[name] for name in self.checks})
         return {"step": self._work.count, "state": self.state, "param_groups": groups}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, convert: bool = False) -> None:
         """Take over step counts, state (copied) and options from a `state_dict`.
+
+        State in another format than this optimizer's is refused, or, with `convert`, decoded and
+        stored in this one's; storage options (`state_dtype`, ...) remain this optimizer's.
 
         A learning rate that is a schedule is not taken from, nor replaced by, a file: where `lr` is
         None in `state_dict`, or a schedule here and a number there, the optimizer keeps its own.
@@ -276,16 +333,18 @@ class Optimizer:
         except (KeyError, TypeError, ValueError, IndexError) as exc:
             raise ValueError("state dict: expected 'step', 'state' and 'param_groups'") from exc
         step = _check.count("state dict: step", step)
-        steps, copies = self._fit_states(state)
-        checked = self._fit_groups(groups)
-        for array, value in copies:
-            np.copyto(array, value)
+        steps, copies = self._fit_states(state, convert)
+        checked = self._fit_groups(groups, convert)
+        for copy in copies:
+            copy()
         self._work.set_steps(step, steps)
         for group, options in zip(self.param_groups, checked, strict=True):
             group.update(options)
 
-    def _fit_states(self, state: dict[str, Any]) -> tuple[list[int], list[tuple[Array, Array]]]:
-        """Return the step counts and (array, its new value) for all leaves; write nothing."""
+    def _fit_states(
+        self, state: dict[str, Any], convert: bool
+    ) -> tuple[list[int], list[Callable[[], None]]]:
+        """Return the step counts, and what copies the arrays of all leaves; write nothing."""
         ours = self.state
         if state.keys() != ours.keys():
             missing = [name for name in ours if name not in state]
@@ -295,27 +354,22 @@ class Optimizer:
                 f"missing {missing[:3]}, foreign {foreign[:3]}"
             )
         steps, copies = [], []
-        for name, arrays in ours.items():
+        for leaf, (name, arrays) in enumerate(ours.items()):
             if not isinstance(state[name], Mapping) or state[name].keys() != arrays.keys():
                 raise ValueError(
                     f"state dict: {name} should have {', '.join(arrays)}; "
                     "make the optimizer with the options that the state was made with"
                 )
+            steps.append(_check.count(f"state dict: {name}.step", state[name]["step"]))
             for key, array in arrays.items():
-                where, value = f"state dict: {name}.{key}", state[name][key]
-                if key == "step":
-                    steps.append(_check.count(where, value))
-                    continue
-                value = _check.array(where, value)
-                if value.shape != array.shape or value.dtype != array.dtype:
-                    raise ValueError(
-                        f"{where}: {value.dtype}{list(value.shape)} does not fit "
-                        f"{array.dtype}{list(array.shape)}"
-                    )
-                copies.append((array, value))
+                if key != "step":
+                    slot = 1 + self.state_names.index(key) if key in self.state_names else 0
+                    noise = formats.key(0, leaf, steps[-1], slot)
+                    where = f"state dict: {name}.{key}"
+                    copies.append(_storage.copier(where, array, state[name][key], convert, noise))
         return steps, copies
 
-    def _fit_groups(self, groups: Sequence[Any]) -> list[Options]:
+    def _fit_groups(self, groups: Sequence[Any], convert: bool) -> list[Options]:
         """Return the new options of all groups; write nothing."""
         if len(groups) != len(self.param_groups):
             raise ValueError(
@@ -330,9 +384,12 @@ class Optimizer:
             options = {name: group[name] for name in self.checks}
             if options["lr"] is None or callable(mine["lr"]):
                 options["lr"] = mine["lr"]
+            if convert:
+                options |= {name: mine[name] for name in _storage.FIXED}
             checked = self.check_options(options, f"{where}.")
             if self.uses(checked) != self.uses(self.check_options(_options(mine, self), "")):
                 raise ValueError(f"{where}: its options need other state than this optimizer has")
+            _storage.refuse_change(f"{where}.", mine, checked)
             fitted.append(checked)
         return fitted
 
@@ -355,7 +412,7 @@ class Optimizer:
         """
         _checkpoint.write(path, *_checkpoint.pack(self.state_dict()))
 
-    def load(self, path: str | os.PathLike[str]) -> None:
+    def load(self, path: str | os.PathLike[str], *, convert: bool = False) -> None:
         """Read a file of `save`; see `load_state_dict`.
 
         Raises
@@ -366,7 +423,7 @@ class Optimizer:
         """
         arrays, meta = _checkpoint.read(path)
         try:
-            self.load_state_dict(_checkpoint.unpack(arrays, meta))
+            self.load_state_dict(_checkpoint.unpack(arrays, meta), convert=convert)
         except (TypeError, ValueError) as exc:
             raise ValueError(f"{os.fspath(path)}: {exc}") from exc
 
@@ -384,7 +441,7 @@ def apply(
     None in the place of a list stands for a state that is not there.
     """
     step = _check.count("step", step, least=1)
-    options = cls.check_options(options, where="")
+    options = cls.check_options(_storage.DEFAULTS | options, where="")
     (params_name, params), (grads_name, grads), *states = lists.items()
     present = [(name, values) for name, values in states if values is not None]
     for name, values in [(params_name, params), (grads_name, grads), *present]:

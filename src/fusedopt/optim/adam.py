@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from math import sqrt
 from typing import Any, ClassVar
 
-from fusedopt import _check
+from fusedopt import _check, _storage
 from fusedopt._check import Array
+from fusedopt.formats import Stored
 from fusedopt.optimizer import Check, Optimizer, Options, apply
 
 
@@ -17,8 +18,8 @@ class Adam(Optimizer):
     Parameters
     ----------
     params : array, nesting of arrays, or list of groups
-        float32 or float64, any shape, writable, without gaps. Updated in place; held until the
-        optimizer is gone.
+        float32, float64, float16 or bfloat16, any shape, writable, without gaps. Updated in place;
+        held until the optimizer is gone.
     lr : float or callable(step) -> float, default 1e-3
         Step size, >= 0, in units of the parameter; a callable gets the step, from 1.
     betas : (float, float), default (0.9, 0.999)
@@ -33,6 +34,8 @@ class Adam(Optimizer):
         Divide by the largest second moment so far [2]_.
     maximize : bool, default False
         Go up the gradient.
+    state_dtype, master_bits, min_8bit_size, seed
+        How arrays are stored; see `Optimizer`.
 
     Raises
     ------
@@ -66,6 +69,7 @@ class Adam(Optimizer):
 
     rule = "adam"
     state_names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    state_is_square = (False, True, True)
     checks: ClassVar[dict[str, Check]] = {
         "lr": _check.nonnegative,
         "betas": _check.decay_rates,
@@ -74,6 +78,7 @@ class Adam(Optimizer):
         "l1": _check.nonnegative,
         "amsgrad": _check.flag,
         "maximize": _check.flag,
+        **_storage.CHECKS,
     }
 
     def __init__(
@@ -87,6 +92,10 @@ class Adam(Optimizer):
         l1: float = 0.0,
         amsgrad: bool = False,
         maximize: bool = False,
+        state_dtype: str | None = None,
+        master_bits: int | None = None,
+        min_8bit_size: int = 4096,
+        seed: int = 0,
     ) -> None:
         """See the class."""
         super().__init__(
@@ -98,6 +107,10 @@ class Adam(Optimizer):
             l1=l1,
             amsgrad=amsgrad,
             maximize=maximize,
+            state_dtype=state_dtype,
+            master_bits=master_bits,
+            min_8bit_size=min_8bit_size,
+            seed=seed,
         )
 
     @staticmethod
@@ -116,7 +129,7 @@ class AdamW(Adam):
 
     Parameters
     ----------
-    params, lr, betas, eps, amsgrad, maximize
+    params, lr, betas, eps, amsgrad, maximize, state_dtype, master_bits, min_8bit_size, seed
         As for `Adam`.
     weight_decay : float, default 1e-2
         >= 0: before the update the parameter shrinks by the factor ``1 - lr * weight_decay``.
@@ -147,6 +160,10 @@ class AdamW(Adam):
         *,
         amsgrad: bool = False,
         maximize: bool = False,
+        state_dtype: str | None = None,
+        master_bits: int | None = None,
+        min_8bit_size: int = 4096,
+        seed: int = 0,
     ) -> None:
         """See the class."""
         Optimizer.__init__(
@@ -158,6 +175,10 @@ class AdamW(Adam):
             weight_decay=weight_decay,
             amsgrad=amsgrad,
             maximize=maximize,
+            state_dtype=state_dtype,
+            master_bits=master_bits,
+            min_8bit_size=min_8bit_size,
+            seed=seed,
         )
 
     @staticmethod
@@ -184,11 +205,11 @@ def _constants(step: int, options: Options, l2: float, l1: float, keep: float) -
 
 
 def adam(
-    params: Sequence[Array],
+    params: Sequence[Array | Stored],
     grads: Sequence[Array | None],
-    exp_avgs: Sequence[Array],
-    exp_avg_sqs: Sequence[Array],
-    max_exp_avg_sqs: Sequence[Array] | None = None,
+    exp_avgs: Sequence[Array | Stored],
+    exp_avg_sqs: Sequence[Array | Stored],
+    max_exp_avg_sqs: Sequence[Array | Stored] | None = None,
     *,
     step: int,
     lr: float = 1e-3,
@@ -197,6 +218,7 @@ def adam(
     weight_decay: float = 0.0,
     l1: float = 0.0,
     maximize: bool = False,
+    seed: int = 0,
 ) -> None:
     """Take one `Adam` step on lists of arrays, in place.
 
@@ -204,11 +226,14 @@ def adam(
     ----------
     params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs : list of array
         One entry for each tensor. All but `grads` are updated; a gradient of None leaves its tensor
-        out. AMSGrad where `max_exp_avg_sqs` is given.
+        out. AMSGrad where `max_exp_avg_sqs` is given. An entry is an array or a
+        `fusedopt.formats.Stored`; a float16 or bfloat16 array is rounded stochastically.
     step : int
         The number of this step, from 1: it sets the bias corrections.
     lr, betas, eps, weight_decay, l1, maximize
         As for `Adam`; `lr` is a number.
+    seed : int
+        Of stochastic rounding.
 
     Raises
     ------
@@ -232,15 +257,16 @@ def adam(
         l1=l1,
         amsgrad=max_exp_avg_sqs is not None,
         maximize=maximize,
+        seed=seed,
     )
 
 
 def adamw(
-    params: Sequence[Array],
+    params: Sequence[Array | Stored],
     grads: Sequence[Array | None],
-    exp_avgs: Sequence[Array],
-    exp_avg_sqs: Sequence[Array],
-    max_exp_avg_sqs: Sequence[Array] | None = None,
+    exp_avgs: Sequence[Array | Stored],
+    exp_avg_sqs: Sequence[Array | Stored],
+    max_exp_avg_sqs: Sequence[Array | Stored] | None = None,
     *,
     step: int,
     lr: float = 1e-3,
@@ -248,6 +274,7 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
     maximize: bool = False,
+    seed: int = 0,
 ) -> None:
     """Take one `AdamW` step on lists of arrays, in place; arguments as for `adam`."""
     apply(
@@ -266,4 +293,5 @@ def adamw(
         weight_decay=weight_decay,
         amsgrad=max_exp_avg_sqs is not None,
         maximize=maximize,
+        seed=seed,
     )

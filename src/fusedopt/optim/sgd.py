@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from fusedopt import _check
+from fusedopt import _check, _storage
 from fusedopt._check import Array
+from fusedopt.formats import Stored
 from fusedopt.optimizer import Check, Optimizer, Options, apply
 
 
@@ -16,8 +17,8 @@ class SGD(Optimizer):
     Parameters
     ----------
     params : array, nesting of arrays, or list of groups
-        float32 or float64, any shape, writable, without gaps. Updated in place; held until the
-        optimizer is gone.
+        float32, float64, float16 or bfloat16, any shape, writable, without gaps. Updated in place;
+        held until the optimizer is gone.
     lr : float or callable(step) -> float, default 1e-3
         Step size, >= 0; a callable gets the step, from 1.
     momentum : float, default 0
@@ -32,6 +33,8 @@ class SGD(Optimizer):
         L1 penalty, >= 0: ``l1 * sign(param)`` is added to the gradient.
     maximize : bool, default False
         Go up the gradient.
+    state_dtype, master_bits, min_8bit_size, seed
+        How arrays are stored; see `Optimizer`.
 
     Raises
     ------
@@ -62,6 +65,7 @@ class SGD(Optimizer):
 
     rule = "sgd"
     state_names = ("momentum_buffer",)
+    state_is_square = (False,)
     checks: ClassVar[dict[str, Check]] = {
         "lr": _check.nonnegative,
         "momentum": _check.nonnegative,
@@ -70,6 +74,7 @@ class SGD(Optimizer):
         "nesterov": _check.flag,
         "l1": _check.nonnegative,
         "maximize": _check.flag,
+        **_storage.CHECKS,
     }
 
     def __init__(
@@ -83,6 +88,10 @@ class SGD(Optimizer):
         *,
         l1: float = 0.0,
         maximize: bool = False,
+        state_dtype: str | None = None,
+        master_bits: int | None = None,
+        min_8bit_size: int = 4096,
+        seed: int = 0,
     ) -> None:
         """See the class."""
         super().__init__(
@@ -94,6 +103,10 @@ class SGD(Optimizer):
             nesterov=nesterov,
             l1=l1,
             maximize=maximize,
+            state_dtype=state_dtype,
+            master_bits=master_bits,
+            min_8bit_size=min_8bit_size,
+            seed=seed,
         )
 
     @classmethod
@@ -125,9 +138,9 @@ class SGD(Optimizer):
 
 
 def sgd(
-    params: Sequence[Array],
+    params: Sequence[Array | Stored],
     grads: Sequence[Array | None],
-    momentum_buffers: Sequence[Array] | None = None,
+    momentum_buffers: Sequence[Array | Stored] | None = None,
     *,
     step: int,
     lr: float = 1e-3,
@@ -137,6 +150,7 @@ def sgd(
     nesterov: bool = False,
     l1: float = 0.0,
     maximize: bool = False,
+    seed: int = 0,
 ) -> None:
     """Take one `SGD` step on lists of arrays, in place.
 
@@ -144,11 +158,14 @@ def sgd(
     ----------
     params, grads, momentum_buffers : list of array
         One entry for each tensor. `params` and, with momentum, `momentum_buffers` are updated; a
-        gradient of None leaves its tensor out.
+        gradient of None leaves its tensor out. An entry is an array or a
+        `fusedopt.formats.Stored`; a float16 or bfloat16 array is rounded stochastically.
     step : int
         The number of this step, from 1: in the first, the buffer becomes the gradient.
     lr, momentum, dampening, weight_decay, nesterov, l1, maximize
         As for `SGD`; `lr` is a number.
+    seed : int
+        Of stochastic rounding.
 
     Raises
     ------
@@ -166,4 +183,5 @@ def sgd(
         nesterov=nesterov,
         l1=l1,
         maximize=maximize,
+        seed=seed,
     )

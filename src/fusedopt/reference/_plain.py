@@ -1,13 +1,15 @@
-"""What the references share: the terms before a rule, and the class that runs them."""
+"""What the references share: how a leaf is loaded and stored, and the terms before a rule."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
+from fusedopt import _check, formats
 from fusedopt._check import Array
+from fusedopt.formats import Stored, flat
 from fusedopt.optimizer import Optimizer
 
 F = TypeVar("F", bound=Callable[..., None])
@@ -28,17 +30,60 @@ def penalized(p: Array, grad: Array, l2: float, l1: float, maximize: bool) -> Ar
     return g
 
 
+@quiet
+def leaf(
+    update: Callable[..., None],
+    param: Array | Stored,
+    grad: Array,
+    states: Sequence[Array | Stored | None],
+    *,
+    number: int,
+    step: int,
+    seed: int,
+) -> None:
+    """Decode what is stored, call ``update(p, g, *states)``, which works in place, and encode."""
+    arrays = [param, *states]
+    for i, array in enumerate(arrays):  # a 16-bit array by itself is one with rounding
+        if isinstance(array, np.ndarray) and array.dtype.itemsize == 2:
+            arrays[i] = _check.parameter("array", array)
+    values = [array.decode() if isinstance(array, Stored) else array for array in arrays]
+    p, *tensors = values
+    update(p, grad, *tensors)
+    for slot, (array, value) in enumerate(zip(arrays, values, strict=True)):
+        if isinstance(array, Stored):
+            assert value is not None
+            formats.encode(array, flat(value), formats.key(seed, number, step, slot))
+
+
+def leaves(
+    update: Callable[..., None],
+    params: Sequence[Array | Stored],
+    grads: Sequence[Array | None],
+    *states: Sequence[Array | Stored] | None,
+    step: int,
+    seed: int,
+) -> None:
+    """Do that for lists of arrays, of which None stands for one that is not there."""
+    columns = [column or [None] * len(params) for column in states]
+    rows = zip(params, grads, *columns, strict=True)
+    for number, (param, grad, *its) in enumerate(rows):
+        if grad is not None:
+            leaf(update, param, grad, its, number=number, step=step, seed=seed)
+
+
 class Plain(Optimizer):
     """An optimizer that makes all checks of the fast one, then updates leaf by leaf in NumPy."""
 
-    def _update(self, arrays: list[list[Array] | None], step: int, options: dict[str, Any]) -> None:
+    def _update(self, step: int, options: dict[str, Any]) -> Callable[..., None]:
+        """Return what updates one leaf, given its arrays."""
         raise NotImplementedError
 
-    def _plain_step(self, leaf: int, grad: Array, step: int) -> None:
-        options = dict(self._options[self._group_of[leaf]])
-        used = self.uses(options)
+    def _plain_step(self, number: int, grad: Array, step: int) -> None:
+        options = self._options[self._group_of[number]]
         states = [
-            [a] if use and a is not None else None
-            for use, a in zip(used, self._work.states[leaf], strict=True)
+            array if use else None
+            for use, array in zip(self.uses(options), self._work.states[number], strict=True)
         ]
-        self._update([[self._work.params[leaf]], [grad], *states], step, options)
+        param = self._work.stored[number]
+        update = self._update(step, options)
+        leaf(update, param, grad, states, number=number, step=step, seed=options["seed"])

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import sqrt
 from typing import Any
 
 import numpy as np
 
 from fusedopt._check import Array
+from fusedopt.formats import Stored
 from fusedopt.optim import adam as _fast
-from fusedopt.reference._plain import Plain, penalized, quiet
+from fusedopt.reference._plain import Plain, leaves, penalized
 
 
-@quiet
 def _update(
     p: Array,
     grad: Array,
@@ -42,11 +43,11 @@ def _update(
 
 
 def adam(
-    params: Sequence[Array],
+    params: Sequence[Array | Stored],
     grads: Sequence[Array | None],
-    exp_avgs: Sequence[Array],
-    exp_avg_sqs: Sequence[Array],
-    max_exp_avg_sqs: Sequence[Array] | None = None,
+    exp_avgs: Sequence[Array | Stored],
+    exp_avg_sqs: Sequence[Array | Stored],
+    max_exp_avg_sqs: Sequence[Array | Stored] | None = None,
     *,
     step: int,
     lr: float = 1e-3,
@@ -55,23 +56,22 @@ def adam(
     weight_decay: float = 0.0,
     l1: float = 0.0,
     maximize: bool = False,
+    seed: int = 0,
 ) -> None:
     """Take one Adam step in plain NumPy; arguments as for `fusedopt.functional.adam`."""
-    maxima: Sequence[Array | None] = max_exp_avg_sqs or [None] * len(params)
-    for p, g, m, v, x in zip(params, grads, exp_avgs, exp_avg_sqs, maxima, strict=True):
-        if g is not None:
-            _update(
-                p, g, m, v, x, step=step, lr=lr, betas=betas, eps=eps,
-                weight_decay=weight_decay, decoupled=False, l1=l1, maximize=maximize,
-            )  # fmt: skip
+    update = partial(
+        _update, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+        decoupled=False, l1=l1, maximize=maximize,
+    )  # fmt: skip
+    leaves(update, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, step=step, seed=seed)
 
 
 def adamw(
-    params: Sequence[Array],
+    params: Sequence[Array | Stored],
     grads: Sequence[Array | None],
-    exp_avgs: Sequence[Array],
-    exp_avg_sqs: Sequence[Array],
-    max_exp_avg_sqs: Sequence[Array] | None = None,
+    exp_avgs: Sequence[Array | Stored],
+    exp_avg_sqs: Sequence[Array | Stored],
+    max_exp_avg_sqs: Sequence[Array | Stored] | None = None,
     *,
     step: int,
     lr: float = 1e-3,
@@ -79,28 +79,30 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
     maximize: bool = False,
+    seed: int = 0,
 ) -> None:
     """Take one AdamW step in plain NumPy; arguments as for `fusedopt.functional.adamw`."""
-    maxima: Sequence[Array | None] = max_exp_avg_sqs or [None] * len(params)
-    for p, g, m, v, x in zip(params, grads, exp_avgs, exp_avg_sqs, maxima, strict=True):
-        if g is not None:
-            _update(
-                p, g, m, v, x, step=step, lr=lr, betas=betas, eps=eps,
-                weight_decay=weight_decay, decoupled=True, l1=0.0, maximize=maximize,
-            )  # fmt: skip
+    update = partial(
+        _update, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+        decoupled=True, l1=0.0, maximize=maximize,
+    )  # fmt: skip
+    leaves(update, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, step=step, seed=seed)
+
+
+_OPTIONS = ("lr", "betas", "eps", "weight_decay", "maximize")
 
 
 class Adam(Plain, _fast.Adam):
     """`fusedopt.Adam` with the arithmetic in plain NumPy."""
 
-    def _update(self, arrays: list[list[Array] | None], step: int, options: dict[str, Any]) -> None:
-        del options["amsgrad"]  # shown by the presence of the fifth list
-        adam(*arrays, step=step, **options)  # type: ignore[arg-type]
+    def _update(self, step: int, options: dict[str, Any]) -> Callable[..., None]:
+        its = {name: options[name] for name in (*_OPTIONS, "l1")}
+        return partial(_update, step=step, decoupled=False, **its)
 
 
 class AdamW(Plain, _fast.AdamW):
     """`fusedopt.AdamW` with the arithmetic in plain NumPy."""
 
-    def _update(self, arrays: list[list[Array] | None], step: int, options: dict[str, Any]) -> None:
-        del options["amsgrad"]
-        adamw(*arrays, step=step, **options)  # type: ignore[arg-type]
+    def _update(self, step: int, options: dict[str, Any]) -> Callable[..., None]:
+        its = {name: options[name] for name in _OPTIONS}
+        return partial(_update, step=step, decoupled=True, l1=0.0, **its)

@@ -1,0 +1,194 @@
+"""In which format each array of a leaf is kept, and how state moves between formats.
+
+The options of this file are the same for every rule: a rule computes on float32 or float64 and
+never learns how its arrays are stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from fusedopt import _check, _core
+from fusedopt._check import Array
+from fusedopt.formats import FORMATS, Stored, extra_shape, is_bfloat16
+
+CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "state_dtype": _check.choice(None, "float32", "bfloat16", "int8"),
+    "master_bits": _check.choice(None, 16, 24, 32),
+    "min_8bit_size": _check.count,
+    "seed": _check.count,
+}
+DEFAULTS = {"state_dtype": None, "master_bits": None, "min_8bit_size": 4096, "seed": 0}
+FIXED = ("state_dtype", "master_bits", "min_8bit_size")  # once the arrays are made
+
+_MASTERS = {32: "bfloat16+int16", 24: "bfloat16+int8", 16: "bfloat16-stochastic"}
+
+
+def refuse_change(where: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raise ValueError if an option that chose the arrays is another now."""
+    for name in FIXED:
+        if new[name] != old[name]:
+            raise ValueError(
+                f"{where}{name}: {new[name]!r} instead of {old[name]!r}, but the arrays are made; "
+                "make another optimizer and load the state with convert=True"
+            )
+
+
+def _state_format(param: Array, is_square: bool, options: Mapping[str, Any]) -> str:
+    if param.dtype == np.float64:
+        return "float64"
+    if options["state_dtype"] == "bfloat16":
+        return "bfloat16-stochastic"
+    if options["state_dtype"] == "int8" and param.size >= options["min_8bit_size"]:
+        return "uint8" if is_square else "int8"
+    return "float32"
+
+
+def _param_format(name: str, param: Array, options: Mapping[str, Any]) -> str | None:
+    """Return the format of a 16-bit parameter, or None of any other."""
+    bits = options["master_bits"]
+    if is_bfloat16(param.dtype):
+        return _MASTERS[bits or 32]
+    if param.dtype == np.float16:
+        if bits not in (None, 16):
+            raise ValueError(
+                f"{name}: master_bits={bits} needs bfloat16, the upper half of a float32; "
+                "a float16 parameter has none: master_bits=16"
+            )
+        return "float16-stochastic"
+    return None
+
+
+def allocate(
+    names: Sequence[str],
+    params: Sequence[Any],
+    used: Sequence[bool],
+    is_square: Sequence[bool],
+    options: Mapping[str, Any],
+) -> tuple[list[Array | Stored], list[list[Array | Stored | None]]]:
+    """Check the parameters and make their states; return both, as arrays or `Stored`.
+
+    All arrays lie on one block of memory, leaf by leaf, not yet written.
+    """
+    specs: list[tuple[tuple[int, ...], Any, tuple[int, ...] | None]] = []
+    plans: list[tuple[Array | Stored, list[str | None], list[str | None]]] = []
+    for name, param in zip(names, params, strict=True):
+        checked = _check.parameter(name, param)
+        array = checked.data if isinstance(checked, Stored) else checked
+        own = None if isinstance(param, Stored) else _param_format(name, array, options)
+        if array.dtype == np.float64 and options["state_dtype"] not in (None, "float32"):
+            raise ValueError(
+                f"{name}: state_dtype={options['state_dtype']!r} does not go with a float64 "
+                "parameter; its state is float64"
+            )
+        formats = [
+            _state_format(array, square, options) if use else None
+            for use, square in zip(used, is_square, strict=True)
+        ]
+        plans.append((checked, [own], formats))
+        if own is not None and FORMATS[own][1] is not None:
+            specs.append((array.shape, FORMATS[own][1], _strides(array, FORMATS[own][1])))
+        for form in formats:
+            if form is not None:
+                specs += _specs(form, array)
+    arrays = iter(_core.allocate(specs))
+    stored: list[Array | Stored] = []
+    states: list[list[Array | Stored | None]] = []
+    for checked, (own,), formats in plans:
+        if own is not None:
+            assert isinstance(checked, Stored)
+            extra = None if FORMATS[own][1] is None else next(arrays)
+            if extra is not None:
+                extra[...] = 0
+            checked = Stored(own, checked.data, extra)
+        stored.append(checked)
+        states.append([form and _take(form, arrays) for form in formats])
+    return stored, states
+
+
+def _strides(like: Array, dtype: Any) -> tuple[int, ...]:
+    return tuple(s // like.itemsize * np.dtype(dtype).itemsize for s in like.strides)
+
+
+def _specs(form: str, like: Array) -> list[tuple[tuple[int, ...], Any, tuple[int, ...] | None]]:
+    dtype, extra, _ = FORMATS[form]
+    dtype = np.uint16 if dtype is None else dtype
+    specs: list[tuple[tuple[int, ...], Any, tuple[int, ...] | None]]
+    specs = [(like.shape, dtype, _strides(like, dtype))]
+    return specs if extra is None else [*specs, (extra_shape(form, like.shape), extra, None)]
+
+
+def _take(form: str, arrays: Any) -> Array | Stored:
+    data: Array = next(arrays)
+    if form in ("float32", "float64"):
+        return data
+    return Stored(form, data, None if FORMATS[form][1] is None else next(arrays))
+
+
+def memory(
+    params: Sequence[Array | Stored],
+    states: Sequence[Sequence[Array | Stored | None]],
+    state_names: Sequence[str],
+    grad_itemsize: int | None,
+) -> dict[str, dict[str, float]]:
+    """See `Optimizer.memory`."""
+    kept: dict[str, int] = {"param": 0}
+    grad = 0
+    for param, arrays in zip(params, states, strict=True):
+        data = param.data if isinstance(param, Stored) else param
+        kept["param"] += data.nbytes
+        grad += data.size * (grad_itemsize or data.itemsize)
+        if isinstance(param, Stored) and param.extra is not None:
+            kept["residual"] = kept.get("residual", 0) + param.extra.nbytes
+        for name, array in zip(state_names, arrays, strict=True):
+            if array is not None:
+                kept[name] = kept.get(name, 0) + array.nbytes
+    size = max(1, sum(prod(param.shape) for param in params))
+    parts = {
+        name: {"resident": nbytes / size, "moved": 2 * nbytes / size}
+        for name, nbytes in kept.items()
+    }
+    parts["grad"] = {"resident": 0.0, "moved": grad / size}
+    parts["total"] = {
+        column: sum(part[column] for part in parts.values()) for column in ("resident", "moved")
+    }
+    return parts
+
+
+def copier(
+    where: str, ours: Array | Stored, theirs: Any, convert: bool, key: int
+) -> Callable[[], None]:
+    """Return what copies `theirs` into `ours`; raise if it does not fit."""
+    if isinstance(theirs, Stored):
+        theirs = _check.stored(where, theirs)
+    else:
+        theirs = np.asarray(theirs) if np.isscalar(theirs) else theirs
+        if not isinstance(theirs, np.ndarray):
+            raise TypeError(f"{where}: expected an array, got {type(theirs).__name__}")
+    mine, its = _kind(ours), _kind(theirs)
+    if theirs.shape != ours.shape or (mine != its and not convert):
+        way_out = "; convert=True converts" if theirs.shape == ours.shape else ""
+        raise ValueError(
+            f"{where}: {its}{list(theirs.shape)} does not fit {mine}{list(ours.shape)}{way_out}"
+        )
+    if mine == its:
+        pairs = list(zip(_parts(ours), _parts(theirs), strict=True))
+        return lambda: [np.copyto(a, b.view(a.dtype)) for a, b in pairs] and None
+    values = theirs.decode() if isinstance(theirs, Stored) else theirs
+    if isinstance(ours, Stored):
+        laid = np.empty_like(ours.data, np.float32, subok=False)
+        np.copyto(laid, values, casting="same_kind")
+        return lambda: ours.encode(laid, key)
+    return lambda: np.copyto(ours, values, casting="same_kind")
+
+
+def _kind(array: Array | Stored) -> str:
+    return array.format if isinstance(array, Stored) else str(array.dtype)
+
+
+def _parts(array: Array | Stored) -> list[Array]:
+    return array.parts() if isinstance(array, Stored) else [array]

@@ -1,0 +1,262 @@
+"""Storage formats narrower than float32, in plain NumPy: the oracle of csrc/codec.h, bit for bit.
+
+An array in such a format is a `Stored`: the codes, and what belongs to them (residual bits, or one
+byte for each block of 64 elements). A step decodes a block, computes in float32 and encodes it
+again, so that no float32 array of the tensor's size ever exists.
+
+=====================  ==========================================================  ===========
+format                 an element                                                  bytes
+=====================  ==========================================================  ===========
+``bfloat16``           8 exponent and 7 mantissa bits                              2
+``float16``            5 exponent and 10 mantissa bits                             2
+``bfloat16+int16``     the bfloat16 nearest to a float32, and the bits to restore  4
+                       that float32 exactly
+``bfloat16+int8``      the same of the nearest float with 16 mantissa bits         3
+``int8``               sign, 4 exponent and 3 mantissa bits in a block's window    1 + 1 / 64
+``uint8``              5 exponent and 3 mantissa bits, no sign                     1 + 1 / 64
+=====================  ==========================================================  ===========
+
+The 8-bit formats, and the first two with ``-stochastic`` in their name, round up or down by chance,
+so that the mean is kept: a moment that moves by less than a step in each update would stand still
+if rounded to nearest. The relative error of one rounding is below 1/8 (8-bit, within the window of
+13 or 29 powers of two below the block's largest element) or 1/128 (bfloat16), with mean 0. Below
+the window ``int8`` is 0; ``uint8``, which holds second moments, is the window's smallest number, so
+that no update divides by a moment that was lost. An infinite or NaN element of an 8-bit block is
+stored as NaN, and the other elements of the block as if it were not there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+BLOCK = 64
+INFINITE, QUIET_NAN = np.uint32(0x7F800000), np.uint32(0x7FC00000)
+
+# name -> dtype of the data (None: bfloat16), dtype of the extra, elements for one entry of it
+FORMATS: dict[str, tuple[Any, Any, int]] = {
+    "float32": (np.float32, None, 1),
+    "float64": (np.float64, None, 1),
+    "bfloat16": (None, None, 1),
+    "float16": (np.float16, None, 1),
+    "bfloat16-stochastic": (None, None, 1),
+    "float16-stochastic": (np.float16, None, 1),
+    "bfloat16+int16": (None, np.int16, 1),
+    "bfloat16+int8": (None, np.int8, 1),
+    "int8": (np.uint8, np.uint8, BLOCK),
+    "uint8": (np.uint8, np.uint8, BLOCK),
+}
+
+
+def is_bfloat16(dtype: np.dtype[Any]) -> bool:
+    """Whether this is the dtype that ml_dtypes registers, which need not be installed here."""
+    return dtype.name == "bfloat16" and dtype.itemsize == 2
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Stored:
+    """An array in a narrow format.
+
+    Attributes
+    ----------
+    format : str
+        A name of the table above.
+    data : array
+        The codes, in the shape of the array they stand for: float16, bfloat16 or its bits as
+        uint16, or uint8.
+    extra : array or None
+        Residual bits, int16 or int8 in the shape of `data`; or uint8, one for each block of 64
+        elements in memory order; or None.
+    """
+
+    format: str
+    data: Array
+    extra: Array | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array that this stands for."""
+        return self.data.shape
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.data.size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return self.data.nbytes + (0 if self.extra is None else self.extra.nbytes)
+
+    def parts(self) -> list[Array]:
+        """Return the arrays that it consists of."""
+        return [self.data] if self.extra is None else [self.data, self.extra]
+
+    def decode(self) -> NDArray[np.float32]:
+        """Return the numbers, as a new float32 array of the same shape and memory order."""
+        out = np.empty_like(self.data, np.float32, subok=False)
+        flat(out)[...] = decode(self)
+        return out
+
+    def encode(self, values: Array, key: int = 0) -> None:
+        """Store `values`, float32 in the same shape and memory order; noise is that of `key`."""
+        encode(self, flat(values), key)
+
+
+def flat(array: Array) -> Array:
+    """Return a one-dimensional view of a dense array, in memory order."""
+    axes = sorted(range(array.ndim), key=lambda k: (-array.strides[k], k))
+    axes.sort(key=lambda k: array.shape[k] == 1)  # axes of length 1 have any stride
+    view = array.transpose(axes).view()
+    view.shape = (-1,) if array.size else (0,)
+    return view
+
+
+def extra_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of `Stored.extra` for a format with one, and an array of this shape."""
+    per = FORMATS[name][2]
+    return shape if per == 1 else (-(-int(np.prod(shape, dtype=np.int64)) // per),)
+
+
+# ---------------------------------------------------------------- noise
+
+
+def mix(x: int) -> int:
+    """Return 64 well-mixed bits: splitmix64 (Steele, Lea & Flood, OOPSLA 2014)."""
+    full = (1 << 64) - 1
+    x = (x + 0x9E3779B97F4A7C15) & full
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & full
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & full
+    return x ^ (x >> 31)
+
+
+def key(seed: int, leaf: int, step: int, slot: int) -> int:
+    """Return the 32-bit key of an array: slot 0 is the parameter, then come its states."""
+    return mix(mix(mix(mix(seed) + leaf) + step) + slot) >> 32
+
+
+def noise(key: int, counter: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """Return 32 random bits for each counter."""
+    x = (counter * np.uint32(0x9E3779B9)) ^ np.uint32(key)
+    x ^= x >> np.uint32(16)
+    x *= np.uint32(0x7FEB352D)
+    x ^= x >> np.uint32(15)
+    x *= np.uint32(0x846CA68B)
+    x ^= x >> np.uint32(16)
+    return x
+
+
+def random16(key: int, blocks: int) -> NDArray[np.uint32]:
+    """Return 16 random bits for each element, in rows of one block."""
+    random = noise(key, np.arange(blocks * BLOCK // 2, dtype=np.uint32)).reshape(blocks, -1)
+    return np.hstack([random & np.uint32(0xFFFF), random >> np.uint32(16)])
+
+
+# ---------------------------------------------------------------- codecs, on rows of one block
+
+
+def _rows(array: Array, dtype: Any) -> Array:
+    padded = np.zeros(-(-array.size // BLOCK) * BLOCK, dtype)
+    padded[: array.size] = flat(array).view(dtype)
+    return padded.reshape(-1, BLOCK)
+
+
+def decode(stored: Stored) -> NDArray[np.float32]:
+    """Return the elements of `stored` in memory order."""
+    name, extra = stored.format, stored.extra
+    if name in ("int8", "uint8"):
+        assert extra is not None
+        bits = _decode_8bit(_rows(stored.data, np.uint8), extra, name == "int8")
+    elif name.startswith("float16"):
+        return flat(stored.data).astype(np.float32)
+    else:
+        bits = _rows(stored.data, np.uint16).astype(np.uint32) << np.uint32(16)
+        if extra is not None:
+            shift = np.uint32(0 if extra.dtype == np.int16 else 8)
+            low = _rows(extra, extra.dtype).astype(np.int32).view(np.uint32)
+            bits += low << shift
+    return bits.ravel().view(np.float32)[: stored.size]
+
+
+def encode(stored: Stored, values: Array, key: int) -> None:
+    """Store float32 `values`, in memory order, in `stored`."""
+    name, extra, n = stored.format, stored.extra, stored.size
+    bits = _rows(np.ascontiguousarray(values, np.float32), np.uint32)
+    random = random16(key, len(bits))
+    if name in ("int8", "uint8"):
+        assert extra is not None
+        codes, extra[...] = _encode_8bit(bits, random, name == "int8")
+    elif name.startswith("float16"):
+        codes = _encode_f16(bits, random if name.endswith("-stochastic") else None)
+    elif extra is not None:
+        bits = np.where(_size(bits) > INFINITE, QUIET_NAN, bits)
+        shift = np.uint32(0 if extra.dtype == np.int16 else 8)
+        if shift:
+            bits = (bits + np.uint32(0x80)) >> shift << shift
+        codes = (bits + np.uint32(0x8000)) >> np.uint32(16)
+        low = (bits - (codes << np.uint32(16))).view(np.int32) >> shift.astype(np.int32)
+        flat(extra)[...] = low.astype(extra.dtype).ravel()[:n]
+    else:
+        nearest = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+        add = random if name.endswith("-stochastic") else nearest
+        special = np.where(_size(bits) > INFINITE, QUIET_NAN, bits)
+        codes = np.where(_size(bits) < INFINITE, bits + add, special) >> np.uint32(16)
+    unsigned = np.uint8 if stored.data.itemsize == 1 else np.uint16
+    flat(stored.data).view(unsigned)[...] = codes.astype(unsigned).ravel()[:n]
+
+
+def _size(bits: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    return bits & np.uint32(0x7FFFFFFF)
+
+
+def _encode_f16(bits: NDArray[np.uint32], random: NDArray[np.uint32] | None) -> NDArray[np.uint32]:
+    size = _size(bits)
+    is_small = size < np.uint32(0x38800000)  # below the least normal float16
+    small = np.where(is_small, size, np.uint32(0)).view(np.float32)
+    if random is None:
+        add = np.uint32(0xFFF) + ((bits >> np.uint32(13)) & np.uint32(1))
+        subnormal = (small + np.float32(0.5)).view(np.uint32) - np.uint32(0x3F000000)
+    else:
+        add = random >> np.uint32(3)
+        chance = random.astype(np.float32) * np.float32(2.0**-16)
+        subnormal = (small * np.float32(2.0**24) + chance).astype(np.uint32)
+    normal = np.minimum(((size + add) >> np.uint32(13)) - np.uint32(112 << 10), np.uint32(0x7C00))
+    codes = np.where(is_small, subnormal, normal)
+    codes = np.where(size >= INFINITE, np.uint32(0x7C00), codes)
+    codes = np.where(size > INFINITE, np.uint32(0x7E00), codes)
+    return codes | ((bits >> np.uint32(16)) & np.uint32(0x8000))
+
+
+def _decode_8bit(codes: Array, about: Array, signed: bool) -> NDArray[np.uint32]:
+    top = np.uint32(0x7F if signed else 0xFF)
+    base = (about.astype(np.uint32) & np.uint32(0xFE))[:, None] << np.uint32(23)
+    size = codes.astype(np.uint32) & top
+    bits = np.where(size != 0, (size << np.uint32(20)) + base, np.uint32(0))
+    if signed:
+        bits |= (codes.astype(np.uint32) & np.uint32(0x80)) << np.uint32(24)
+    is_odd = (about & np.uint8(1)).astype(bool)[:, None]
+    return np.where(is_odd & (size == top), QUIET_NAN, bits)
+
+
+def _encode_8bit(
+    bits: NDArray[np.uint32], random: NDArray[np.uint32], signed: bool
+) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
+    size = _size(bits)
+    is_finite = size < INFINITE
+    largest = np.where(is_finite, size, np.uint32(0)).max(axis=1, initial=0)
+    base = ((largest + np.uint32(2 << 20)) >> np.uint32(23)).astype(np.int32)
+    base = np.maximum((base - (15 if signed else 31) + 1) & ~1, 0)
+    start = base.astype(np.uint32)[:, None] << np.uint32(23)
+    offset = (size + ((random << np.uint32(4)) | np.uint32(8)) - start).view(np.int32)
+    codes = np.maximum(offset, 0 if signed else 1 << 20).view(np.uint32) >> np.uint32(20)
+    if signed:
+        codes |= (bits >> np.uint32(24)) & np.uint32(0x80)
+    else:
+        codes = np.where(size != 0, codes, np.uint32(0))
+    codes = np.where(is_finite, codes, np.uint32(0x7F if signed else 0xFF))
+    return codes, (base | ~is_finite.all(axis=1)).astype(np.uint8)

@@ -1,0 +1,411 @@
+"""Narrow formats: the bits of the reference, no bias, and nothing poisoned or lost."""
+
+import itertools
+
+import numpy as np
+import pytest
+from cases import CASES, TILE, assert_same, isa, threads, values
+
+import fusedopt
+from fusedopt import _core, formats, reference
+from fusedopt.formats import BLOCK, FORMATS, Stored
+
+ml_dtypes = pytest.importorskip("ml_dtypes", reason="bfloat16 arrays come from ml_dtypes")
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+NARROW = [name for name, row in FORMATS.items() if row[0] not in (np.float32, np.float64)]
+PARAMS = ["float32", *(name for name in NARROW if name not in ("int8", "uint8"))]
+GRADS = [np.float32, np.float64, np.float16, BF16]
+STATES = ["float32", "bfloat16", "int8"]
+
+
+def make(name, n, fill=None, offset=0):
+    """An array of n zeros in a format, its parts at a byte offset; `fill` is encoded into it."""
+
+    def zeros(count, dtype):
+        room = np.zeros(count * np.dtype(dtype).itemsize + 64, np.uint8)
+        return room[offset : offset + count * np.dtype(dtype).itemsize].view(dtype)
+
+    dtype, extra, per = FORMATS[name]
+    data = zeros(n, BF16 if dtype is None else dtype)
+    if name in ("float32", "float64"):
+        data[...] = 0 if fill is None else fill
+        return data
+    made = Stored(name, data, None if extra is None else zeros(-(-n // per), extra))
+    if fill is not None:
+        made.encode(fill)
+    return made
+
+
+def raw(array):
+    """The arrays of one as a list with one NaN for all in those that hold floats."""
+    parts = array.parts() if isinstance(array, Stored) else [array]
+    out = []
+    for x in parts:
+        if x.dtype == BF16:
+            x = x.astype(np.float32)
+        out.append(x.view(np.uint16) if x.dtype == np.float16 else x)
+    return out
+
+
+def state_format(case, k, kind):
+    is_square = getattr(fusedopt, case.cls).state_is_square[k]
+    return {"float32": "float32", "bfloat16": "bfloat16-stochastic"}.get(
+        kind, "uint8" if is_square else "int8"
+    )
+
+
+def run(case, step_of, n, param, grad, state, steps=4, offset=0, hostile=True):
+    p = make(param, n, values(n, np.float32, 1, hostile), offset)
+    g = make_grad(n, grad, hostile)
+    states = [make(state_format(case, k, state), n, offset=offset) for k in range(len(case.states))]
+    with np.errstate(all="ignore"):
+        for step in range(1, steps + 1):
+            step_of([p], [g], *[[s] for s in states], step=step, seed=7, **case.options)
+    return [part for array in [p, *states] for part in raw(array)]
+
+
+def make_grad(n, dtype, hostile):
+    with np.errstate(all="ignore"):
+        return values(n, np.float64, 2, hostile).astype(np.float32).astype(dtype)
+
+
+def compare(case, *args, **kwargs):
+    ours = run(case, case.fast, *args, **kwargs)
+    theirs = run(case, case.reference, *args, **kwargs)
+    assert_same(ours, theirs, [f"part {i}" for i in range(len(ours))])
+
+
+def test_table_is_that_of_c():
+    for name, size, extra, per, stochastic in _core.formats():
+        dtype, extra_dtype, every = FORMATS[name]
+        assert size == np.dtype(dtype or np.uint16).itemsize
+        assert extra == (0 if extra_dtype is None else np.dtype(extra_dtype).itemsize)
+        assert per == every
+        assert stochastic == (name.endswith("-stochastic") or name in ("int8", "uint8"))
+    assert [row[0] for row in _core.formats()] == list(FORMATS)
+    assert _core.BLOCK == BLOCK
+
+
+@pytest.mark.parametrize("name", _core.available_isas())
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bits(case, state, name):
+    """Every parameter and gradient format with every state format, around the borders of blocks."""
+    sizes = [0, 1, 2, BLOCK - 1, BLOCK, BLOCK + 1, TILE - 1, TILE, TILE + 1, 3 * TILE + 77]
+    mixes = itertools.cycle(itertools.product(PARAMS, GRADS))
+    with isa(name), threads(1):
+        for n in sizes:
+            for param, grad in itertools.islice(mixes, 3):
+                compare(case, n, param, grad, state)
+        for param, grad in itertools.product(PARAMS, GRADS):
+            compare(case, 2 * BLOCK + 5, param, grad, state)
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("param", ["float32", "bfloat16+int8"])
+def test_threads(param, state, count):
+    with threads(count):
+        compare(CASES[0], 200 * TILE + 77, param, BF16, state, steps=2)
+
+
+@pytest.mark.parametrize("param", PARAMS)
+def test_alignments(param):
+    for offset in (1, 2, 3, 5):
+        for state in STATES:
+            compare(CASES[0], TILE + 9, param, BF16, state, offset=offset)
+
+
+@pytest.mark.parametrize("master_bits", [None, 16, 24, 32])
+@pytest.mark.parametrize("state_dtype", [None, "bfloat16", "int8"])
+@pytest.mark.parametrize("cls", ["Adam", "AdamW", "SGD"])
+def test_classes(cls, state_dtype, master_bits):
+    """Many leaves of several dtypes and layouts, some left out in some steps."""
+
+    def train(module):
+        params = [values(n, np.float32, n, hostile=False).astype(BF16) for n in (3, 70, 5000)]
+        params.append(np.asfortranarray(values(6000, np.float32, 98).reshape(60, 100)).astype(BF16))
+        params += [values(5000, np.float32, 5, hostile=False), np.ones(9)]
+        if master_bits in (None, 16):
+            params.append(values(4500, np.float32, 6, hostile=False).astype(np.float16))
+        groups = [
+            {"params": params[:-1] if params[-1].dtype != float else params[:5]},
+        ]
+        options = {"momentum": 0.9} if cls == "SGD" else {}
+        if state_dtype is not None:
+            groups[0]["params"] = [p for p in params if p.dtype != float]
+        opt = getattr(module, cls)(
+            groups, lr=0.01, state_dtype=state_dtype, master_bits=master_bits, seed=3, **options
+        )
+        for step in range(3):
+            rng = np.random.default_rng(step)
+            grads = [
+                None if (i + step) % 4 == 0
+                else rng.standard_normal(p.shape).astype(BF16 if i % 2 else np.float32, order="A")
+                for i, p in enumerate(groups[0]["params"])
+            ]  # fmt: skip
+            opt.step([grads])
+        state = opt.state_dict()["state"]
+        out = [p for p in groups[0]["params"]]
+        for leaf in state.values():
+            out += [a for key, a in leaf.items() if key != "step"]
+        return [part for array in out for part in raw(array)]
+
+    ours, theirs = train(fusedopt), train(reference)
+    assert_same(ours, theirs, [f"part {i}" for i in range(len(ours))])
+
+
+# ---------------------------------------------------------------- the codecs
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_codes_are_stable(name):
+    """What a format holds it holds: decoding and encoding again changes no bit."""
+    fill = np.abs(values(5 * BLOCK + 3, np.float32, 4, hostile=True))
+    with np.errstate(all="ignore"):
+        array = make(name, fill.size, np.where(np.isfinite(fill), fill, 1.0))
+        before = [part.copy() for part in raw(array)]
+        array.encode(array.decode(), key=99)
+    assert_same(raw(array), before, ["data", "extra"][: len(before)])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, BF16], ids=str)
+def test_nearest_is_that_of_the_dtype(dtype):
+    x = values(100_000, np.float32, 3)
+    array = make(np.dtype(dtype).name, x.size, x)
+    with np.errstate(all="ignore"):
+        expected = x.astype(dtype).astype(np.float32)
+    assert_same([array.data.astype(np.float32)], [expected], ["data"])
+
+
+def test_residual_restores_float32_exactly():
+    x = values(50_000, np.float32, 3)
+    array = make("bfloat16+int16", x.size, x)
+    assert_same([array.decode()], [x], ["master"])
+    visible = array.data.astype(np.float32)
+    with np.errstate(all="ignore"):
+        nearest = x.astype(BF16).astype(np.float32)
+        is_tie = np.abs(x - visible) == np.abs(x - nearest)  # away from zero, not to even
+    assert ((visible == nearest) | is_tie | np.isnan(x)).all()
+
+
+def test_short_residual_is_the_nearest_24_bits():
+    x = np.abs(values(50_000, np.float32, 3, hostile=False))
+    got = make("bfloat16+int8", x.size, x).decode()
+    bits = x.view(np.uint32).astype(np.int64)
+    assert (np.abs(got.view(np.uint32).astype(np.int64) - bits) <= 128).all()
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in NARROW if n.endswith("-stochastic") or "int8" == n[-4:]]
+)
+def test_rounding_has_no_bias(name):
+    """The mean over many keys is the number itself, within 5 standard errors of all of them."""
+    if "+" in name:
+        pytest.skip("to nearest")
+    rng = np.random.default_rng(0)
+    x = (1 + rng.random(1024)).astype(np.float32)
+    array, total, squares = make(name, x.size), np.zeros(x.size), np.zeros(x.size)
+    rounds = 400
+    for key in range(rounds):
+        array.encode(x, formats.key(1, 2, key, 0))
+        error = array.decode().astype(np.float64) - x
+        total += error
+        squares += error**2
+    spread = np.sqrt(squares / rounds / rounds).clip(1e-12)
+    scores = total / rounds / spread
+    assert np.abs(scores).max() < 5.5
+    assert abs(scores.mean()) * np.sqrt(x.size) < 4
+    assert 0.8 < scores.std() < 1.2
+
+
+def test_noise_is_random_enough():
+    """Uniform, and not correlated with neighbours, the other half, another key or another step."""
+    n = 1 << 19
+    counter = np.arange(n, dtype=np.uint32)
+    before = None
+    for t in range(8):
+        x = formats.noise(formats.key(t, 0, 1, 0), counter)
+        halves = [x & np.uint32(0xFFFF), x >> np.uint32(16)]
+        centred = [(h - 32767.5) / (65536 / np.sqrt(12)) for h in halves]
+        for h, c in zip(halves, centred, strict=True):
+            counts = np.bincount(h >> np.uint32(8), minlength=256)
+            chi = ((counts - n / 256) ** 2 / (n / 256)).sum()
+            assert abs(chi - 255) / np.sqrt(510) < 5
+            for lag in (1, 2, 3, 31, 32, 33, 64, 256, 512):
+                assert abs((c[lag:] * c[:-lag]).mean()) * np.sqrt(n) < 5
+        assert abs((centred[0] * centred[1]).mean()) * np.sqrt(n) < 5
+        if before is not None:
+            for a in before:
+                for c in centred:
+                    assert abs((a * c).mean()) * np.sqrt(n) < 5
+        before = centred
+
+
+@pytest.mark.parametrize("name", ["int8", "uint8"])
+def test_relative_error_of_8_bits(name):
+    """Below 1/8 within the window; below it zero, or in uint8 the smallest number."""
+    x = np.exp2(-np.arange(BLOCK, dtype=np.float32) / 1.7) * np.float32(3.3)
+    array = make(name, BLOCK, x)
+    got = array.decode()
+    within = x >= x[0] * np.float32(2.0 ** -(13 if name == "int8" else 29))
+    assert within.sum() > 20
+    assert (np.abs(got - x)[within] < x[within] / 8).all()
+    assert (got[~within] <= x[within].min()).all()
+    if name == "uint8":
+        assert (got > 0).all()
+    assert make(name, BLOCK, np.zeros(BLOCK, np.float32)).decode().tolist() == [0.0] * BLOCK
+
+
+@pytest.mark.parametrize("name", ["int8", "uint8"])
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+def test_a_non_finite_element_poisons_no_other(name, odd):
+    x = np.linspace(0.5, 2, 3 * BLOCK).astype(np.float32)
+    clean = make(name, x.size, x).decode()
+    x[70] = odd
+    got = make(name, x.size, x).decode()
+    assert np.isnan(got[70])
+    assert np.array_equal(np.delete(got, 70), np.delete(clean, 70))
+
+
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])
+def test_second_moment_follows_a_change_of_scale(state_dtype):
+    """Where round-to-nearest would stand still, the mean of v comes down with the gradient."""
+    rng = np.random.default_rng(0)
+    n = 8192
+    opt = fusedopt.Adam([np.zeros(n, np.float32)], state_dtype=state_dtype)
+    for scale in (1.0, 0.1):
+        for _ in range(3000):
+            opt.step([(scale * rng.standard_normal(n)).astype(np.float32)])
+    exact = 0.01 * (1 - 0.999**3000) + 0.999**3000
+    v = opt.state["params[0]"]["exp_avg_sq"].decode()
+    assert abs(v.mean() / exact - 1) < 0.05
+
+
+# ---------------------------------------------------------------- errors, checkpoints, accounts
+
+
+def bf16(n=100):
+    return np.ones(n, BF16)
+
+
+@pytest.mark.parametrize(
+    ("make_it", "error", "message"),
+    [
+        (lambda: fusedopt.Adam([np.ones(3, np.uint16)]), TypeError, r"uint16.*view\(ml_dtypes"),
+        (lambda: fusedopt.Adam([np.ones(3)], state_dtype="int8"), ValueError, "float64 parameter"),
+        (lambda: fusedopt.Adam([bf16()], state_dtype="fp8"), ValueError, "None or 'float32' or"),
+        (lambda: fusedopt.Adam([bf16()], master_bits=17), ValueError, "master_bits: expected"),
+        (lambda: fusedopt.Adam([np.ones(3, "f2")], master_bits=24), ValueError, "needs bfloat16"),
+        (lambda: fusedopt.Adam([bf16()], seed=-1), ValueError, "seed: must be >= 0"),
+        (lambda: fusedopt.Adam([Stored("int4", bf16())]), ValueError, "unknown format 'int4'"),
+        (lambda: fusedopt.Adam([Stored("int8", bf16())]), TypeError, "is not that of int8"),
+        (lambda: fusedopt.Adam([Stored("bfloat16+int8", bf16())]), TypeError, "needs extra"),
+        (
+            lambda: fusedopt.Adam([Stored("bfloat16+int8", bf16(), np.zeros(9, np.int8))]),
+            ValueError,
+            "extra of shape",
+        ),
+        (
+            lambda: fusedopt.functional.sgd(
+                [np.ones(99)], [np.ones(99)], [make("int8", 99)], step=1, momentum=0.9
+            ),
+            TypeError,
+            "int8 does not fit the parameter's float64",
+        ),
+    ],
+)
+def test_bad_input(make_it, error, message):
+    with pytest.raises(error, match=message):
+        make_it()
+
+
+def test_formats_cannot_change_later():
+    opt = fusedopt.Adam([np.ones(5000, np.float32)], state_dtype="int8")
+    opt.param_groups[0]["state_dtype"] = "bfloat16"
+    with pytest.raises(ValueError, match="the arrays are made"):
+        opt.step([np.ones(5000, np.float32)])
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+@pytest.mark.parametrize("state_dtype", [None, "bfloat16", "int8"])
+def test_checkpoints(tmp_path, state_dtype, suffix):
+    """Saved and loaded, training goes on as if it had not been interrupted."""
+
+    def make_opt(seed):
+        params = [values(5000, np.float32, seed, False).astype(BF16), np.ones(70, np.float32)]
+        return params, fusedopt.Adam(params, state_dtype=state_dtype, seed=4)
+
+    grads = [values(5000, np.float32, 9, False), np.ones(70, np.float32)]
+    params, opt = make_opt(1)
+    others, other = make_opt(1)
+    for _ in range(3):
+        opt.step(grads)
+    opt.save(tmp_path / f"x.{suffix}")
+    other.load(tmp_path / f"x.{suffix}")
+    for a, b in zip(others, params, strict=True):
+        a[...] = b
+    opt.step(grads)
+    other.step(grads)
+    for a, b in zip(params, others, strict=True):
+        assert a.tobytes() == b.tobytes()
+    for a, b in zip(opt.state.values(), other.state.values(), strict=True):
+        for key in a:
+            if key != "step":
+                assert_same(raw(a[key]), raw(b[key]), [key] * 2)
+
+
+@pytest.mark.parametrize(("source", "target"), [*itertools.permutations(STATES, 2)])
+def test_conversion_is_explicit(source, target):
+    p = values(5000, np.float32, 1, False)
+    old = fusedopt.Adam([p.copy()], state_dtype=source)
+    old.step([values(5000, np.float32, 2, False)])
+    new = fusedopt.Adam([p.copy()], state_dtype=target)
+    with pytest.raises(ValueError, match="convert=True converts"):
+        new.load_state_dict(old.state_dict())
+    assert new.state["params[0]"]["step"] == 0
+    new.load_state_dict(old.state_dict(), convert=True)
+    a, b = (
+        {k: v.decode() if isinstance(v, Stored) else v for k, v in o.state["params[0]"].items()}
+        for o in (old, new)
+    )
+    assert a["step"] == b["step"] == 1
+    assert new.param_groups[0]["state_dtype"] == target
+    for key in ("exp_avg", "exp_avg_sq"):
+        large = np.abs(a[key]) > np.abs(a[key]).max() * 1e-3
+        assert np.abs(b[key] / a[key] - 1)[large].max() < 0.13
+
+
+def test_memory():
+    n = 64 * 1000
+    adam = fusedopt.Adam([np.zeros(n, np.float32)])
+    assert adam.memory()["total"] == {"resident": 12.0, "moved": 28.0}
+    assert fusedopt.Adam([np.zeros(n, np.float32)], state_dtype="bfloat16").memory()["total"] == {
+        "resident": 8.0,
+        "moved": 20.0,
+    }
+    eight = fusedopt.Adam([np.zeros(n, np.float32)], state_dtype="int8").memory()
+    assert eight["total"]["moved"] == 16.0 + 4 / BLOCK
+    small = fusedopt.Adam([np.zeros(n, BF16)], state_dtype="int8", master_bits=24).memory()
+    assert small["residual"] == {"resident": 1.0, "moved": 2.0}
+    assert small["total"]["moved"] == 4 + 2 + 2 + 4 + 4 / BLOCK
+    assert fusedopt.Adam([np.zeros(n, np.float32)]).memory(grad_itemsize=2)["grad"]["moved"] == 2.0
+
+
+def test_small_tensors_keep_float32():
+    params = [np.ones(4095, np.float32), np.ones(4096, np.float32)]
+    state = fusedopt.Adam(params, state_dtype="int8").state
+    assert isinstance(state["params[0]"]["exp_avg"], np.ndarray)
+    assert isinstance(state["params[1]"]["exp_avg"], Stored)
+    state = fusedopt.Adam(params, state_dtype="int8", min_8bit_size=0).state
+    assert isinstance(state["params[0]"]["exp_avg"], Stored)
+
+
+def test_master_is_longer_than_what_is_seen():
+    p = np.ones(100, BF16)
+    opt = fusedopt.SGD([p], lr=1e-4)
+    for _ in range(10):
+        opt.step([np.ones(100, np.float32)])
+    assert (p == 1).all()
+    assert np.allclose(opt.master_params()["params[0]"], 1 - 1e-3, atol=1e-6)
