@@ -153,7 +153,7 @@ def noise(key: int, counter: NDArray[np.uint32]) -> NDArray[np.uint32]:
 
 def random16(key: int, blocks: int) -> NDArray[np.uint32]:
     """Return 16 random bits for each element, in rows of one block."""
-    random = noise(key, np.arange(blocks * BLOCK // 2, dtype=np.uint32)).reshape(blocks, -1)
+    random = noise(key, np.arange(blocks * BLOCK // 2, dtype=np.uint32)).reshape(blocks, BLOCK // 2)
     return np.hstack([random & np.uint32(0xFFFF), random >> np.uint32(16)])
 
 

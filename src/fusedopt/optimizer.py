@@ -464,7 +464,8 @@ def apply(
     threads = _threads.get_num_threads()
     work = _core.WorkList(cls.rule, cls.state_names)
     work.add(names, grad_names, list(params), rows, group=0, zero=False, threads=threads)
-    work.step(list(grads), lambda _step, its: cls.scalars(step, its), [options], threads)
+    work.set_steps(step - 1, [step - 1] * len(params))
+    work.step(list(grads), cls.scalars, [options], threads)
 
 
 def _options(group: Options, optimizer: Optimizer) -> Options:
