@@ -356,16 +356,27 @@ FO_INLINE void encode(const fo_array *array, ptrdiff_t at, ptrdiff_t n, const bl
     }
 }
 
-/* The same, compiled once: for leaves in double, where narrow formats are rare. */
+/* The same for leaves in double, where narrow formats are rare: compiled once. */
+typedef struct wide_block {
+    double f[FO_BLOCK];
+} wide_block;
+
 static __attribute__((noinline)) void
-FO_CAT(decode_apart, FO_ISA)(const fo_array *array, ptrdiff_t at, ptrdiff_t n, block *to)
+FO_CAT(decode_wide, FO_ISA)(const fo_array *array, ptrdiff_t at, ptrdiff_t n, wide_block *to)
 {
-    decode(array, at, n, to);
+    block narrow;
+    decode(array, at, n, &narrow);
+    for (int j = 0; j < FO_BLOCK; j++)
+        to->f[j] = (double)narrow.f[j];
 }
 
-static __attribute__((noinline)) void FO_CAT(encode_apart, FO_ISA)(const fo_array *array,
-                                                                   ptrdiff_t at, ptrdiff_t n,
-                                                                   const block *from, uint32_t key)
+static __attribute__((noinline)) void FO_CAT(encode_wide, FO_ISA)(const fo_array *array,
+                                                                  ptrdiff_t at, ptrdiff_t n,
+                                                                  const wide_block *from,
+                                                                  uint32_t key)
 {
-    encode(array, at, n, from, key);
+    block narrow;
+    for (int j = 0; j < FO_BLOCK; j++)
+        narrow.f[j] = (float)from->f[j];
+    encode(array, at, n, &narrow, key);
 }

@@ -2,7 +2,7 @@
  * instruction set. */
 #include "kernels.h"
 
-static const fo_format_info table[FO_FORMATS] = {
+const fo_format_info fo_format_table[FO_FORMATS] = {
     [FO_F32] = {"float32", 4, 0, 1, 0},
     [FO_F64] = {"float64", 8, 0, 1, 0},
     [FO_BF16] = {"bfloat16", 2, 0, 1, 0},
@@ -15,7 +15,7 @@ static const fo_format_info table[FO_FORMATS] = {
     [FO_U8] = {"uint8", 1, 1, FO_BLOCK, 1},
 };
 
-const fo_format_info *fo_formats(void) { return table; }
+const fo_format_info *fo_formats(void) { return fo_format_table; }
 
 uint64_t fo_key(uint64_t seed, uint64_t leaf, uint64_t step)
 {

@@ -5,10 +5,6 @@
  * room that the caller brings; the narrow formats' own arithmetic is in codec.h. A new format is a
  * row in formats.c and a case in decode and encode there. */
 
-typedef struct FO_TYPED(room) {
-    REAL x[FO_BLOCK];
-} FO_TYPED(room);
-
 /* Whether load takes any number of elements of this array, not just a block. */
 static inline int FO_TYPED(is_whole)(const fo_array *array)
 {
@@ -18,8 +14,7 @@ static inline int FO_TYPED(is_whole)(const fo_array *array)
 
 /* Elements [at, at + n), n <= FO_BLOCK, as REAL: in place if they are a whole native block, else in
  * `room`, with zeros behind them. NULL stays NULL. */
-FO_INLINE REAL *FO_TYPED(load)(const fo_array *array, ptrdiff_t at, ptrdiff_t n,
-                               FO_TYPED(room) * room)
+FO_INLINE REAL *FO_TYPED(load)(const fo_array *array, ptrdiff_t at, ptrdiff_t n, FO_ROOM *room)
 {
     if (array->data == NULL)
         return NULL;
@@ -27,20 +22,17 @@ FO_INLINE REAL *FO_TYPED(load)(const fo_array *array, ptrdiff_t at, ptrdiff_t n,
     if (array->format == FO_NATIVE) {
         if (n == FO_BLOCK && (uintptr_t)from % sizeof(REAL) == 0)
             return (REAL *)(void *)from;
-        memset(room->x, 0, sizeof room->x);
-        memcpy(room->x, from, (size_t)n * sizeof(REAL));
+        memset(room->f, 0, sizeof room->f);
+        memcpy(room->f, from, (size_t)n * sizeof(REAL));
     } else if (array->format == FO_FOREIGN) {
         FO_FOREIGN_TYPE foreign[FO_BLOCK] = {0};
         memcpy(foreign, from, (size_t)n * sizeof *foreign);
         for (int i = 0; i < FO_BLOCK; i++)
-            room->x[i] = (REAL)foreign[i];
+            room->f[i] = (REAL)foreign[i];
     } else {
-        block narrow;
-        FO_DECODE(array, at, n, &narrow);
-        for (int i = 0; i < FO_BLOCK; i++)
-            room->x[i] = (REAL)narrow.f[i];
+        FO_DECODE(array, at, n, room);
     }
-    return room->x;
+    return room->f;
 }
 
 /* Writes back what load returned for the same array and range. The other native format is only
@@ -55,9 +47,6 @@ FO_INLINE void FO_TYPED(store)(const fo_array *array, ptrdiff_t at, ptrdiff_t n,
         if ((const void *)to != (const void *)tile)
             memcpy(to, tile, (size_t)n * sizeof(REAL));
     } else {
-        block narrow;
-        for (int i = 0; i < FO_BLOCK; i++)
-            narrow.f[i] = (float)tile[i];
-        FO_ENCODE(array, at, n, &narrow, key);
+        FO_ENCODE(array, at, n, (const FO_ROOM *)(const void *)tile, key); /* it is the room */
     }
 }

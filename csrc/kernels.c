@@ -44,6 +44,7 @@
 #define FO_NATIVE FO_F32
 #define FO_FOREIGN FO_F64
 #define FO_FOREIGN_TYPE double
+#define FO_ROOM block
 #define FO_DECODE decode
 #define FO_ENCODE encode
 #define FO_SQRT sqrtf
@@ -53,6 +54,7 @@
 #undef FO_NATIVE
 #undef FO_FOREIGN
 #undef FO_FOREIGN_TYPE
+#undef FO_ROOM
 #undef FO_DECODE
 #undef FO_ENCODE
 #undef FO_SQRT
@@ -62,8 +64,9 @@
 #define FO_NATIVE FO_F64
 #define FO_FOREIGN FO_F32
 #define FO_FOREIGN_TYPE float
-#define FO_DECODE FO_CAT(decode_apart, FO_ISA)
-#define FO_ENCODE FO_CAT(encode_apart, FO_ISA)
+#define FO_ROOM wide_block
+#define FO_DECODE FO_CAT(decode_wide, FO_ISA)
+#define FO_ENCODE FO_CAT(encode_wide, FO_ISA)
 #define FO_SQRT sqrt
 #include "tile.h"
 

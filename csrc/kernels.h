@@ -27,15 +27,17 @@ static inline uint64_t fo_mix(uint64_t x)
     return x ^ (x >> 31);
 }
 
+extern const fo_format_info fo_format_table[FO_FORMATS]; /* fo_formats, without a call */
+
 /* Bytes of elements [0, n) in data and in extra; n is a multiple of FO_BLOCK or the array's end. */
 static inline ptrdiff_t fo_data_bytes(const fo_array *array, ptrdiff_t n)
 {
-    return n * fo_formats()[array->format].size;
+    return n * fo_format_table[array->format].size;
 }
 
 static inline ptrdiff_t fo_extra_bytes(const fo_array *array, ptrdiff_t n)
 {
-    const fo_format_info *about = &fo_formats()[array->format];
+    const fo_format_info *about = &fo_format_table[array->format];
     return (n + about->per - 1) / about->per * about->extra;
 }
 

@@ -61,7 +61,7 @@ FO_INLINE void FO_TYPED(whole)(const fo_leaf *leaf, const fo_hyper *hyper, FO_TY
 FO_INLINE void FO_TYPED(blocks)(const fo_leaf *leaf, const fo_hyper *hyper, FO_TYPED(rule) * rule,
                                 ptrdiff_t begin, ptrdiff_t end)
 {
-    FO_TYPED(room) param_room, grad_room, state_room[FO_MAX_STATES];
+    FO_ROOM param_room, grad_room, state_room[FO_MAX_STATES];
     REAL scratch[FO_BLOCK], *state[FO_MAX_STATES];
     const fo_leaf its = *leaf;
     const fo_hyper h = *hyper;
