@@ -1,0 +1,291 @@
+"""Train three small models with Adam in every storage format, and compare held-out losses.
+
+    python bench/accuracy.py [--seeds 5] [--task embedding] [--format float32] [--json FILE]
+
+A format passes a task where the mean loss over the seeds differs from float32's by less than the
+standard deviation of float32's loss over the same seeds. All formats see the same initial weights
+and the same batches, so the difference is a mean of pairs; its standard error is printed too.
+A lower loss is a difference like any other: a biased second moment is a hidden learning rate, and
+may well look like an improvement.
+
+torch computes losses and gradients; fusedopt steps NumPy arrays: pip install ".[demo,peers]". The
+text is Python's own (pydoc_data.topics), so losses depend on the version of Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import islice, pairwise
+from pathlib import Path
+from pydoc_data.topics import topics
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.nn import functional as F
+
+import fusedopt
+from fusedopt import schedules
+
+Params = dict[str, np.ndarray]
+Tensors = dict[str, Tensor]
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model, its data, and how long and how fast to train it."""
+
+    shapes: dict[str, tuple[int, ...]]  # matrices start random, vectors at zero
+    logits: Callable[[Tensors, Tensor], Tensor]
+    batch: Callable[[np.random.Generator], Batch]
+    held_out: Batch
+    steps: int
+    lr: float
+
+    def loss(self, params: Tensors, batch: Batch) -> Tensor:
+        """Return the mean cross-entropy in nats."""
+        x, y = batch
+        return F.cross_entropy(self.logits(params, x).flatten(0, -2), y.flatten())
+
+    def init(self, rng: np.random.Generator) -> Params:
+        """Return fresh float32 parameters; tables of embeddings have "table" in their names."""
+        return {
+            name: rng.standard_normal(shape, np.float32)
+            * np.float32(0.1 if "table" in name else shape[0] ** -0.5)
+            if len(shape) > 1
+            else np.zeros(shape, np.float32)
+            for name, shape in self.shapes.items()
+        }
+
+
+@cache
+def digits() -> Task:
+    """Classify scans of 8 x 8 pixels with two hidden layers of 128."""
+    x, y = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(x))
+    x, y = torch.from_numpy(x[order] / 16).float(), torch.from_numpy(y[order])
+    train = len(x) * 3 // 4
+    sizes = (64, 128, 128, 10)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for i, (inputs, outputs) in enumerate(pairwise(sizes)):
+        shapes |= {f"w{i}": (inputs, outputs), f"b{i}": (outputs,)}
+
+    def logits(p: Tensors, h: Tensor) -> Tensor:
+        h = F.relu(h @ p["w0"] + p["b0"])
+        h = F.relu(h @ p["w1"] + p["b1"])
+        return h @ p["w2"] + p["b2"]
+
+    def batch(rng: np.random.Generator) -> Batch:
+        rows = rng.integers(train, size=64)
+        return x[rows], y[rows]
+
+    return Task(shapes, logits, batch, (x[train:], y[train:]), steps=800, lr=2e-3)
+
+
+def windows(codes: list[int], stretch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cut a text into stretches; return those to train on and every tenth, held out."""
+    rows = np.array(codes[: len(codes) // stretch * stretch]).reshape(-1, stretch)
+    held_out = np.arange(len(rows)) % 10 == 9
+    return rows[~held_out], rows[held_out]
+
+
+def sample(rows: np.ndarray, size: int, length: int, rng: np.random.Generator) -> Tensor:
+    """Return `size` runs of `length` neighbours within rows."""
+    row = rng.integers(len(rows), size=(size, 1))
+    start = rng.integers(rows.shape[1] - length + 1, size=(size, 1))
+    return torch.from_numpy(rows[row, start + np.arange(length)])
+
+
+def text() -> str:
+    """Return the topics of Python's help(), about 700 kB."""
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
+@cache
+def transformer() -> Task:
+    """Predict the next character: two blocks of width 64, four heads, a context of 64."""
+    letters = sorted(set(text()))
+    number = {letter: i for i, letter in enumerate(letters)}
+    train, held_out = windows([number[letter] for letter in text()], stretch=4096)
+    context, width, blocks, heads = 64, 64, 2, 4
+    shapes: dict[str, tuple[int, ...]] = {
+        "table": (len(letters), width),
+        "table of positions": (context, width),
+        "out": (width, len(letters)),
+    }
+    for i in range(blocks):
+        shapes |= {
+            f"qkv{i}": (width, 3 * width),
+            f"mix{i}": (width, width),
+            f"up{i}": (width, 4 * width),
+            f"bias{i}": (4 * width,),
+            f"down{i}": (4 * width, width),
+        }
+
+    def norm(h: Tensor) -> Tensor:
+        return F.layer_norm(h, (width,))
+
+    def logits(p: Tensors, x: Tensor) -> Tensor:
+        rows, length = x.shape
+        h = p["table"][x] + p["table of positions"][:length]
+        for i in range(blocks):
+            qkv = (norm(h) @ p[f"qkv{i}"]).view(rows, length, 3, heads, -1)
+            mixed = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4), is_causal=True)
+            h = h + mixed.transpose(1, 2).flatten(2) @ p[f"mix{i}"]
+            h = h + F.gelu(norm(h) @ p[f"up{i}"] + p[f"bias{i}"]) @ p[f"down{i}"]
+        return norm(h) @ p["out"]
+
+    def pairs(rows: np.ndarray, size: int, rng: np.random.Generator) -> Batch:
+        run = sample(rows, size, context + 1, rng)
+        return run[:, :-1], run[:, 1:]
+
+    return Task(
+        shapes,
+        logits,
+        batch=lambda rng: pairs(train, 8, rng),
+        held_out=pairs(held_out, 256, np.random.default_rng(0)),
+        steps=1000,
+        lr=4e-3,
+    )
+
+
+@cache
+def embedding() -> Task:
+    """Predict the next word from four: a step touches at most 256 of the table's 4,096 rows.
+
+    The other rows have a zero gradient, dense as it is, so within a block of state some elements
+    are thousands of steps older than others. A row has 48 elements: blocks straddle rows.
+    """
+    words = re.findall(r"\w+|[^\w\s]", text())
+    known = Counter(words).most_common(4095)
+    number = {word: i for i, (word, _) in enumerate(known, start=1)}
+    train, held_out = windows([number.get(word, 0) for word in words], stretch=512)
+    context, width = 4, 48
+    shapes: dict[str, tuple[int, ...]] = {
+        "table": (4096, width),
+        "hidden": (context * width, width),
+        "bias": (width,),
+        "out": (width, 4096),
+        "out bias": (4096,),
+    }
+
+    def logits(p: Tensors, x: Tensor) -> Tensor:
+        h = torch.tanh(p["table"][x].flatten(1) @ p["hidden"] + p["bias"])
+        return h @ p["out"] + p["out bias"]
+
+    def pairs(rows: np.ndarray, size: int, rng: np.random.Generator) -> Batch:
+        run = sample(rows, size, context + 1, rng)
+        return run[:, :-1], run[:, -1]
+
+    return Task(
+        shapes,
+        logits,
+        batch=lambda rng: pairs(train, 64, rng),
+        held_out=pairs(held_out, 2048, np.random.default_rng(0)),
+        steps=600,
+        lr=4e-3,
+    )
+
+
+TASKS = {f.__name__: f for f in (digits, transformer, embedding)}
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the model holds its parameters, and what Adam is asked for."""
+
+    dtype: str = "float32"  # of parameters and gradients
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+FORMATS = {
+    "float32": Format(),  # the measure of the others: the first row
+}
+
+
+def train(task: Task, form: Format, seed: int) -> float:
+    """Return the held-out loss at the end of training."""
+    rng = np.random.default_rng(seed)
+    params = {name: p.astype(form.dtype) for name, p in task.init(rng).items()}
+    rate = schedules.warmup(20, then=schedules.linear(task.lr, 0.0, task.steps - 20))
+    opt = fusedopt.Adam(params, lr=rate, **form.options)
+    for _ in range(task.steps):
+        leaves = {name: as_tensor(p).requires_grad_() for name, p in params.items()}
+        grads = torch.autograd.grad(task.loss(leaves, task.batch(rng)), list(leaves.values()))
+        opt.step({n: g.numpy().astype(form.dtype) for n, g in zip(leaves, grads, strict=True)})
+    with torch.no_grad():
+        return task.loss({n: as_tensor(p) for n, p in params.items()}, task.held_out).item()
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """Return a float32 tensor: the array's own memory, or a copy of what it rounds to."""
+    return torch.from_numpy(array.astype(np.float32, copy=False))
+
+
+def run(job: tuple[str, str, int]) -> float:
+    """Return the loss of (task, format, seed); called in a process of its own thread."""
+    task, form, seed = job
+    return train(TASKS[task](), FORMATS[form], seed)
+
+
+def single_thread() -> None:
+    """Make a worker process compute on one thread: there are as many workers as cores."""
+    torch.set_num_threads(1)
+    fusedopt.set_num_threads(1)
+
+
+def report(losses: dict[str, list[float]]) -> list[str]:
+    """Return a row of the table for each format of one task, float32 first."""
+    base = losses["float32"]
+    spread = stdev(base)
+    rows = [f"  {'float32':30}{mean(base):9.4f}   (std {spread:.4f})"]
+    for name, values in losses.items():
+        if name != "float32":
+            pairs = [a - b for a, b in zip(values, base, strict=True)]
+            error = stdev(pairs) / len(pairs) ** 0.5
+            verdict = "ok" if abs(mean(pairs)) < spread else "DIFFERS"
+            rows.append(
+                f"  {name:30}{mean(values):9.4f}{mean(pairs):+9.4f} ± {error:.4f}  {verdict}"
+            )
+    return rows
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, default=5, help="at least 2")
+    parser.add_argument("--task", choices=TASKS, action="append", help="all of them by default")
+    parser.add_argument("--format", choices=FORMATS, action="append", help="float32 is always run")
+    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--json", type=Path, help="write every loss to this file")
+    options = parser.parse_args()
+    if options.seeds < 2:
+        parser.error("--seeds: a spread takes at least 2")
+    formats = [f for f in FORMATS if f == "float32" or f in (options.format or FORMATS)]
+    print(f"Adam, {options.seeds} seeds, Python {platform.python_version()}")
+    print(f"{'':32}{'loss':>9}{'minus float32 ± error':>25}")
+    results: dict[str, dict[str, list[float]]] = {}
+    with ProcessPoolExecutor(options.jobs, initializer=single_thread) as pool:
+        for task in options.task or TASKS:
+            jobs = [(task, form, seed) for form in formats for seed in range(options.seeds)]
+            losses = iter(list(pool.map(run, jobs)))
+            results[task] = {form: list(islice(losses, options.seeds)) for form in formats}
+            print(task, *report(results[task]), sep="\n", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
