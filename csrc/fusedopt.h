@@ -120,7 +120,13 @@ const char *const *fo_isas(void);
 const char *fo_isa(void);
 fo_status fo_select_isa(const char *name);
 
-/* What splits the work: "openmp", "pool" or "serial". */
+/* What splits the work: "openmp", "pool" or "serial". The one name that a shared library made of
+ * this one shows to others: by it threadpoolctl knows the library. */
+#ifdef _WIN32
+__declspec(dllexport)
+#else
+__attribute__((visibility("default")))
+#endif
 const char *fo_backend(void);
 
 #endif

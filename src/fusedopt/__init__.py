@@ -22,12 +22,15 @@ if _isa is not None:
             f"{', '.join(_core.available_isas())}"
         ) from exc
 
-from fusedopt import formats, functional, reference, schedules  # noqa: E402 (after the choice of ISA)
-from fusedopt._info import __version__, info  # noqa: E402
+from fusedopt import _threadpoolctl, formats, functional, reference, schedules  # noqa: E402
+from fusedopt._info import info  # noqa: E402
 from fusedopt._threads import get_num_threads, set_num_threads  # noqa: E402
+from fusedopt._version import __version__  # noqa: E402
 from fusedopt.optim.adam import Adam, AdamW  # noqa: E402
 from fusedopt.optim.sgd import SGD  # noqa: E402
 from fusedopt.optimizer import Optimizer, StepResult  # noqa: E402
+
+_threadpoolctl.watch()
 
 __all__ = [
     "SGD",

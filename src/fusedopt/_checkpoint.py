@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,6 +113,9 @@ def read(path: StrPath) -> tuple[dict[str, Array], dict[str, Any]]:
     """
     source = _known(path)
     reader = _read_npz if source.suffix == ".npz" else _read_safetensors
+    import zipfile  # with tempfile below, a tenth of the package's time to import
+    import zlib
+
     source.open("rb").close()  # not there, or not ours to read: an OSError that names it
     try:
         arrays, text = reader(source)
@@ -176,6 +176,8 @@ def _known(path: StrPath) -> Path:
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
     """Yield a temporary path; on success sync it and rename it to `target`, else remove it."""
+    import tempfile
+
     handle, name = tempfile.mkstemp(
         prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent
     )
@@ -202,7 +204,7 @@ def _umask() -> int:
 def _sync(path: Path) -> None:
     if os.name == "nt" and path.is_dir():
         return  # Windows has no handle to sync a folder with
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

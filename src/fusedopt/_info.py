@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from fusedopt import _core, _threads
-
-__version__ = version("fusedopt")
+from fusedopt._version import __version__
 
 
 def _processor() -> str:

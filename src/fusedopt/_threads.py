@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fusedopt import _check, _core
 
-_MOST = 256
+MOST = 256
 
 
 def _read(path: Path) -> str:
@@ -67,9 +67,9 @@ def default_threads(
     """
     wish = environ.get("FUSEDOPT_NUM_THREADS")
     if wish is not None:
-        if not (wish.isascii() and wish.isdigit() and 1 <= int(wish) <= _MOST):
+        if not (wish.isascii() and wish.isdigit() and 1 <= int(wish) <= MOST):
             raise ValueError(
-                f"FUSEDOPT_NUM_THREADS={wish!r}: expected a whole number from 1 to {_MOST}"
+                f"FUSEDOPT_NUM_THREADS={wish!r}: expected a whole number from 1 to {MOST}"
             )
         return int(wish), "FUSEDOPT_NUM_THREADS"
     limits = [(_affinity(), "CPU affinity")]
@@ -80,7 +80,7 @@ def default_threads(
     if openmp.isascii() and openmp.isdigit() and int(openmp) > 0:
         limits.append((int(openmp), "OMP_NUM_THREADS"))
     count, why = min(limits, key=lambda limit: limit[0])
-    return min(count, _MOST), why
+    return min(count, MOST), why
 
 
 _count, _why = default_threads()
@@ -99,11 +99,16 @@ def set_num_threads(n: int) -> None:
     TypeError, ValueError
         If `n` is not such a number.
     """
-    global _count, _why
     n = _check.count("n", n, least=1)
-    if n > _MOST:
-        raise ValueError(f"n: must be at most {_MOST}, got {n}")
-    _count, _why = n, "set_num_threads"
+    if n > MOST:
+        raise ValueError(f"n: must be at most {MOST}, got {n}")
+    use(n, "set_num_threads")
+
+
+def use(count: int, why: str) -> None:
+    """Set the number of threads of the process, and what `info` shall say ruled it."""
+    global _count, _why
+    _count, _why = count, why
 
 
 def get_num_threads() -> int:
