@@ -13,6 +13,19 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
+/* glibc 2.34 moved these two from libpthread to libc and gave them a version of that number. The
+ * functions are the old ones, and asking for them by their first version lets a library that was
+ * linked on a new system load on systems back to glibc 2.17. */
+#if defined(__GLIBC__) && defined(__x86_64__)
+#define FO_FIRST_GLIBC "2.2.5"
+#elif defined(__GLIBC__) && defined(__aarch64__)
+#define FO_FIRST_GLIBC "2.17"
+#endif
+#ifdef FO_FIRST_GLIBC
+__asm__(".symver pthread_create, pthread_create@GLIBC_" FO_FIRST_GLIBC);
+__asm__(".symver pthread_mutex_trylock, pthread_mutex_trylock@GLIBC_" FO_FIRST_GLIBC);
+#endif
+
 enum { MAX_WORKERS = 255, SPINS = 2000 };
 
 typedef struct job {

@@ -13,6 +13,8 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#elif defined(_WIN32)
+#include <malloc.h>
 #endif
 
 enum {
@@ -172,8 +174,15 @@ void *fo_allocate(size_t bytes)
 {
     const size_t alignment = bytes >= 2 * HUGE_PAGE ? HUGE_PAGE : CACHE_LINE;
     void *memory = NULL;
-    if (bytes > SIZE_MAX - alignment || posix_memalign(&memory, alignment, bytes + (bytes == 0)))
+    if (bytes > SIZE_MAX - alignment)
         return NULL;
+    bytes += bytes == 0;
+#ifdef _WIN32
+    memory = _aligned_malloc(bytes, alignment);
+#else
+    if (posix_memalign(&memory, alignment, bytes))
+        return NULL;
+#endif
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     if (alignment == HUGE_PAGE)
         (void)madvise(memory, bytes, MADV_HUGEPAGE); /* advice: without it the memory is as good */
@@ -181,4 +190,11 @@ void *fo_allocate(size_t bytes)
     return memory;
 }
 
-void fo_release(void *memory) { free(memory); }
+void fo_release(void *memory)
+{
+#ifdef _WIN32
+    _aligned_free(memory);
+#else
+    free(memory);
+#endif
+}

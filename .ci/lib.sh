@@ -1,0 +1,35 @@
+# shellcheck shell=bash
+# What the stages of CI share; sourced by each of them from the root of a checkout.
+set -euo pipefail
+say() { printf '\n== %s\n' "$*"; }
+
+# need PACKAGE...: Debian packages, where this user may install any.
+need() {
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! dpkg -s "$@" >/dev/null 2>&1; then
+    apt-get update -qq >/dev/null
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$@" >/dev/null
+  fi
+}
+
+# environment FOLDER [PYTHON]: makes it a fresh virtual environment, and enters it.
+environment() {
+  "${2:-$(interpreter 3.11)}" -m venv "$1"
+  # shellcheck disable=SC1091
+  . "$1/bin/activate"
+}
+
+# interpreter VERSION: the path of that CPython, on PATH or among pyenv's; nothing if there is none.
+interpreter() {
+  local python
+  for python in "python$1" "$HOME/.pyenv/versions/$1".*/bin/python /usr/bin/python3; do
+    if [ "$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = "$1" ]; then
+      command -v "$python"
+      return
+    fi
+  done
+}
+
+# install ARGUMENT...: pip, without its chatter unless it fails.
+install() {
+  pip install -q "$@" 2>&1 | { grep -v 'WARNING: Location' || true; }
+}
