@@ -115,11 +115,13 @@ static void hire(int wanted)
 
 void fo_parallel(fo_body *body, void *context, ptrdiff_t chunks, int threads)
 {
-    job j = {.body = body, .context = context, .chunks = chunks, .threads = threads};
-    atomic_init(&j.next, 0);
     ptrdiff_t helpers = (threads < chunks ? threads : chunks) - 1;
     if (helpers > MAX_WORKERS)
         helpers = MAX_WORKERS;
+    if (helpers < 0)
+        helpers = 0;
+    job j = {.body = body, .context = context, .chunks = chunks, .threads = helpers + 1};
+    atomic_init(&j.next, 0);
 
     if (helpers < 1 || pthread_mutex_trylock(&pool.one_caller) != 0) {
         work(&j);

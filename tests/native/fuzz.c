@@ -1,0 +1,142 @@
+/* Random work lists against the plainest form of the same arithmetic: kernels.c compiled without
+ * optimisation or SIMD, one leaf after the other, in one thread. (That the arithmetic is right is
+ * for the tests against NumPy to say; here it is that tiles, splits, threads, instruction sets,
+ * formats and odd addresses change nothing, and that nothing else is touched.)
+ *
+ * With libFuzzer, a coverage-guided fuzzer; without it
+ *
+ *     fuzz [lists] [seed]
+ *
+ * tries that many random lists. */
+#include "lists.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+extern const fo_kernels fo_kernels_plain;
+
+static long steps, refused;
+
+static void fail(const char *what, const list *l)
+{
+    fprintf(stderr, "fuzz: %s; rule %d, %td leaves, instruction set %s\n", what, l->rule, l->n,
+            fo_isa());
+    abort();
+}
+
+static void plain_step(list *l)
+{
+    for (ptrdiff_t i = 0; i < l->n; i++) {
+        const fo_leaf *leaf = &l->leaves[i];
+        if (leaf->grad.data != NULL && leaf->n > 0)
+            fo_kernels_plain.step[fo_compute_type(leaf)](leaf, &l->hypers[leaf->hyper], l->rule, 0,
+                                                         leaf->n);
+    }
+}
+
+/* Spoils one thing of a valid list that is not empty, and expects to be refused. */
+static void step_spoilt(source *s, list *l, int threads)
+{
+    fo_leaf *leaf = &l->leaves[choose(s, l->n)];
+    const fo_leaf whole = *leaf;
+    int rule = l->rule;
+    switch (choose(s, 6)) {
+    case 0:
+        rule = rule_count() + (int)choose(s, 100);
+        break;
+    case 1:
+        leaf->n = -1 - choose(s, 1000);
+        break;
+    case 2:
+        leaf->grad = leaf->grad.data ? leaf->grad : leaf->param;
+        leaf->hyper = choose(s, 2) ? -1 : l->n_hypers;
+        break;
+    case 3:
+        leaf->param.format = (fo_format)(FO_FORMATS + choose(s, 1000));
+        break;
+    case 4:
+        for (int k = 0; k < fo_rules()[rule].required; k++)
+            leaf->state[k].data = NULL;
+        break;
+    default:
+        rule = -1 - (int)choose(s, 100);
+    }
+    leaf->n += leaf->n == 0; /* what has no elements needs neither format nor state */
+    if (fo_rules()[l->rule].required == 0 && leaf->n > 0 && rule == l->rule)
+        rule = -1; /* case 4 found nothing to spoil */
+    if (fo_step(rule, l->leaves, l->n, l->hypers, l->n_hypers, threads) == FO_OK)
+        fail("a spoilt list was not refused", l);
+    *leaf = whole;
+}
+
+static int is_zero(const fo_array *array, ptrdiff_t n)
+{
+    const ptrdiff_t size = array->data ? n * fo_format_size(array->format) : 0;
+    for (ptrdiff_t at = 0; at < size; at++)
+        if (((const char *)array->data)[at] != 0)
+            return 0;
+    return 1;
+}
+
+static void zero_states(list *l, int threads)
+{
+    fo_zero_state(l->leaves, l->n, threads);
+    for (ptrdiff_t i = 0; i < l->n; i++)
+        for (int k = 0; k < FO_MAX_STATES; k++)
+            if (!is_zero(&l->leaves[i].state[k], l->leaves[i].n))
+                fail("fo_zero_state left something", l);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size);
+
+int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
+{
+    source s = source_from(bytes, size);
+    const int large = choose(&s, 16) == 0, count = 1 + (int)choose(&s, 3);
+    const int threads = (int)choose(&s, 7) - 1;
+    const int spoilt = choose(&s, 16) == 0, zeroed = choose(&s, 16) == 0;
+    const wish w = {-1, -1, -1, -1, large ? 6 : 20, large ? 90000 : 2000, choose(&s, 3) == 0};
+    int isas = 0;
+    while (fo_isas()[isas] != NULL)
+        isas++;
+    fo_select_isa(fo_isas()[choose(&s, isas)]);
+
+    source a = s, b = s; /* the same choices for both */
+    list ours = make_list(&a, w), theirs = make_list(&b, w);
+    for (int step = 0; step < count; step++) {
+        if (fo_step(ours.rule, ours.leaves, ours.n, ours.hypers, ours.n_hypers, threads) == FO_OK) {
+            plain_step(&theirs);
+            steps++;
+        } else
+            refused++; /* a mixture of formats that is not supported: nothing may be written */
+        new_gradients(&a, &ours, w.hostile), new_gradients(&b, &theirs, w.hostile);
+        new_hypers(&a, &ours), new_hypers(&b, &theirs);
+    }
+    if (spoilt && ours.n > 0)
+        step_spoilt(&a, &ours, threads);
+    const char *wrong = difference(&ours, &theirs);
+    if (wrong != NULL)
+        fail(wrong, &ours);
+    if (zeroed)
+        zero_states(&ours, threads);
+    free_list(&ours);
+    free_list(&theirs);
+    return 0;
+}
+
+#ifndef FO_LIBFUZZER
+int main(int count, char **arguments)
+{
+    const long lists = count > 1 ? atol(arguments[1]) : 2000;
+    const long seed = count > 2 ? atol(arguments[2]) : 1;
+    for (long i = 0; i < lists; i++) {
+        source s = source_seeded((uint64_t)(seed * 1000000007 + i));
+        uint64_t bytes = random_bits(&s);
+        LLVMFuzzerTestOneInput((const uint8_t *)&bytes, sizeof bytes);
+    }
+    fprintf(stderr, "fuzz: %ld lists from seed %ld: %ld steps equal, %ld refused\n", lists, seed,
+            steps, refused);
+    return steps < lists / 4;
+}
+#endif

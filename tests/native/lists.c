@@ -1,0 +1,304 @@
+/* See lists.h. */
+#include "lists.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define FO_ASAN
+#endif
+#endif
+#if defined(__SANITIZE_ADDRESS__) || defined(FO_ASAN)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(at, n) ((void)(at), (void)(n))
+#define ASAN_UNPOISON_MEMORY_REGION(at, n) ((void)(at), (void)(n))
+#endif
+
+enum { GUARD = 64 };
+
+/* One array of a list: GUARD bytes, `size` bytes at an odd address, GUARD bytes. */
+typedef struct block {
+    struct block *next;
+    char *memory, *data;
+    size_t size;
+    fo_array *array; /* whose data it is; its format tells how NaNs look */
+    ptrdiff_t leaf;
+    int slot; /* 0: parameter, 1: gradient, then states */
+} block;
+
+/* ---------------------------------------------------------------- choices */
+
+static uint64_t mix(uint64_t x)
+{
+    x += 0x9e3779b97f4a7c15u;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    return x ^ (x >> 31);
+}
+
+source source_from(const uint8_t *bytes, size_t size)
+{
+    source s = {.bytes = bytes, .left = size, .random = size};
+    for (size_t i = 0; i < size; i++)
+        s.random = mix(s.random ^ bytes[i]);
+    return s;
+}
+
+source source_seeded(uint64_t seed) { return (source){.random = mix(seed)}; }
+
+uint64_t random_bits(source *s) { return s->random = mix(s->random); }
+
+ptrdiff_t choose(source *s, ptrdiff_t n)
+{
+    uint64_t x = 0;
+    if (s->left == 0)
+        return (ptrdiff_t)(random_bits(s) % (uint64_t)n);
+    for (ptrdiff_t room = 1; room < n && s->left > 0; room *= 256, s->left--)
+        x = x * 256 + *s->bytes++;
+    return (ptrdiff_t)(x % (uint64_t)n);
+}
+
+/* ---------------------------------------------------------------- values */
+
+/* A float of moderate size, or now and then one that is hard on arithmetic. */
+static float value(source *s, int hostile)
+{
+    static const uint32_t odd[] = {0,          0x80000000, 1,          0x007fffff,
+                                   0x00800000, 0x7f7fffff, 0xff7fffff, 0x7f800000,
+                                   0xff800000, 0x7fc00000, 0x3f800000};
+    uint64_t x = random_bits(s);
+    uint32_t bits = (uint32_t)x & 0x807fffff;
+    bits |= (uint32_t)(127 - 24 + (x >> 32) % 36) << 23; /* 2^-24 ... 2^11 */
+    if (hostile && (x >> 40) % 16 == 0)
+        bits = odd[(x >> 48) % (sizeof odd / sizeof *odd)];
+    float result;
+    memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+/* Elements of any format, by size: doubles, floats, the upper halves of floats (moderate as bf16,
+ * anything as f16), bytes. */
+static void fill(source *s, char *to, ptrdiff_t n, size_t size, int hostile)
+{
+    for (ptrdiff_t i = 0; i < n; i++, to += size) {
+        const float x = value(s, hostile);
+        const double wide = x * (1 + 0x1p-30 * (double)(s->random >> 50));
+        uint32_t bits;
+        memcpy(&bits, &x, sizeof bits);
+        if (size == 8)
+            memcpy(to, &wide, 8);
+        else if (size == 4)
+            memcpy(to, &bits, 4);
+        else {
+            bits >>= 16;
+            memcpy(to, &bits, size == 2 ? 2 : 1); /* all that we build for is little endian */
+        }
+    }
+}
+
+/* One format's NaN in the place of any of its NaNs. */
+static void one_nan(const fo_array *array, char *data, size_t size)
+{
+    const size_t each = (size_t)fo_format_size(array->format);
+    for (char *at = data; at + each <= data + size; at += each) {
+        uint64_t bits = 0;
+        memcpy(&bits, at, each);
+        if (array->format == FO_F64 && (bits & INT64_MAX) > 0x7ff0000000000000)
+            bits = 0x7ff8000000000000;
+        else if (array->format == FO_F32 && (bits & INT32_MAX) > 0x7f800000)
+            bits = 0x7fc00000;
+        memcpy(at, &bits, each);
+    }
+}
+
+/* ---------------------------------------------------------------- lists */
+
+static void add_block(source *s, list *l, ptrdiff_t leaf, int slot, fo_array *array, size_t size)
+{
+    block *b = malloc(sizeof *b);
+    size_t offset = (size_t)choose(s, 17);
+    b->memory = malloc(offset + size + 2 * GUARD);
+    if (b->memory == NULL)
+        abort();
+    memset(b->memory, 0xa5, offset + size + 2 * GUARD);
+    *b = (block){l->blocks, b->memory, b->memory + GUARD + offset, size, array, leaf, slot};
+    ASAN_POISON_MEMORY_REGION(b->memory, GUARD + offset);
+    ASAN_POISON_MEMORY_REGION(b->data + size, GUARD);
+    array->data = b->data;
+    l->blocks = b;
+}
+
+static void add_array(source *s, list *l, ptrdiff_t leaf, int slot, fo_array *array, int format,
+                      int hostile)
+{
+    const ptrdiff_t n = l->leaves[leaf].n;
+    array->format = (fo_format)format;
+    const size_t each = (size_t)fo_format_size(array->format);
+    add_block(s, l, leaf, slot, array, (size_t)n * each);
+    if (slot < 2)
+        fill(s, array->data, n, each, hostile);
+    else
+        memset(array->data, 0, (size_t)n * each);
+}
+
+static ptrdiff_t some_size(source *s, ptrdiff_t most)
+{
+    ptrdiff_t n = 0;
+    switch (choose(s, 4)) {
+    case 0:
+        n = choose(s, 40);
+        break;
+    case 1: /* around borders of tiles */
+        n = choose(s, 20) * FO_TILE + choose(s, 5) - 2;
+        break;
+    case 2: /* around powers of two */
+        n = ((ptrdiff_t)1 << choose(s, 18)) + choose(s, 3) - 1;
+        break;
+    default:
+        n = choose(s, most + 1);
+    }
+    return n < 0 ? 0 : n > most ? most : n;
+}
+
+int rule_count(void)
+{
+    int n = 0;
+    while (fo_rules()[n].name != NULL)
+        n++;
+    return n;
+}
+
+void new_hypers(source *s, list *l)
+{
+    static const double some[] = {0, 1, 0.5, 0.9, 0.999, 0.1, 1e-3, 1e-8, -1, 3, 1e-42, 1e300};
+    enum { SOME = sizeof some / sizeof *some };
+    const ptrdiff_t mild = choose(s, 4) ? 7 : SOME; /* seldom what overflows and cancels */
+    for (ptrdiff_t i = 0; i < l->n_hypers; i++) {
+        fo_hyper *h = &l->hypers[i];
+        memset(h, 0, sizeof *h);
+        h->grad_scale = choose(s, 2) ? 1 : some[choose(s, SOME)];
+        h->l2 = choose(s, 2) ? 0 : some[choose(s, mild)];
+        h->l1 = choose(s, 2) ? 0 : some[choose(s, mild)];
+        for (int k = 0; k < FO_MAX_SCALARS; k++)
+            h->scalars[k] = some[choose(s, mild)];
+    }
+}
+
+static int format_of(source *s, int wish) { return wish < 0 ? (int)choose(s, FO_FORMATS) : wish; }
+
+/* Whether the library steps a leaf of these formats. */
+static int is_supported(int rule, int param, int state)
+{
+    char byte[8];
+    const fo_hyper hyper = {0};
+    fo_leaf leaf = {.param = {byte, (fo_format)param}, .grad = {byte, (fo_format)param}};
+    leaf.state[0] = (fo_array){byte, (fo_format)state};
+    return fo_step(rule, &leaf, 1, &hyper, 1, 1) == FO_OK; /* no elements, nothing is written */
+}
+
+list make_list(source *s, wish w)
+{
+    list l = {.rule = w.rule < 0 ? (int)choose(s, rule_count()) : w.rule};
+    const fo_rule *rule = &fo_rules()[l.rule];
+    l.n = choose(s, w.leaves + 1);
+    l.n_hypers = 1 + choose(s, 3);
+    l.leaves = calloc((size_t)l.n + 1, sizeof *l.leaves);
+    l.hypers = calloc((size_t)l.n_hypers, sizeof *l.hypers);
+    if (l.leaves == NULL || l.hypers == NULL)
+        abort();
+    new_hypers(s, &l);
+    for (ptrdiff_t i = 0; i < l.n; i++) {
+        fo_leaf *leaf = &l.leaves[i];
+        leaf->n = some_size(s, w.elements);
+        leaf->hyper = choose(s, l.n_hypers);
+        const int format = format_of(s, w.param);
+        int state = format_of(s, w.state);
+        if (w.state < 0 && choose(s, 64) && !is_supported(l.rule, format, state))
+            state = format;
+        add_array(s, &l, i, 0, &leaf->param, format, w.hostile);
+        if (w.grad >= 0 || choose(s, 8))
+            add_array(s, &l, i, 1, &leaf->grad, format_of(s, w.grad), w.hostile);
+        const ptrdiff_t optional = rule->states - rule->required;
+        const ptrdiff_t states = rule->required + (optional > 0 ? choose(s, optional + 1) : 0);
+        for (int k = 0; k < states; k++)
+            add_array(s, &l, i, 2 + k, &leaf->state[k], state, w.hostile);
+    }
+    return l;
+}
+
+void new_gradients(source *s, list *l, int hostile)
+{
+    for (block *b = l->blocks; b != NULL; b = b->next)
+        if (b->slot == 1)
+            fill(s, b->data, l->leaves[b->leaf].n, (size_t)fo_format_size(b->array->format),
+                 hostile);
+}
+
+void free_list(list *l)
+{
+    for (block *b = l->blocks, *next; b != NULL; b = next) {
+        next = b->next;
+        ASAN_UNPOISON_MEMORY_REGION(b->memory, (size_t)(b->data - b->memory) + b->size + GUARD);
+        free(b->memory);
+        free(b);
+    }
+    free(l->leaves);
+    free(l->hypers);
+}
+
+/* ---------------------------------------------------------------- comparison */
+
+uint64_t digest(const list *l, uint64_t hash)
+{
+    for (const block *b = l->blocks; b != NULL; b = b->next) {
+        char *copy = malloc(b->size + 1);
+        if (copy == NULL)
+            abort();
+        memcpy(copy, b->data, b->size);
+        one_nan(b->array, copy, b->size);
+        for (size_t i = 0; i < b->size; i++) /* FNV-1a */
+            hash = (hash ^ (uint8_t)copy[i]) * 0x100000001b3u;
+        free(copy);
+    }
+    return hash;
+}
+
+static int is_guarded(const block *b)
+{
+    size_t before = (size_t)(b->data - b->memory);
+    ASAN_UNPOISON_MEMORY_REGION(b->memory, before + b->size + GUARD);
+    for (size_t i = 0; i < before + b->size + GUARD; i++)
+        if ((i < before || i >= before + b->size) && (uint8_t)b->memory[i] != 0xa5)
+            return 0;
+    return 1;
+}
+
+const char *difference(const list *ours, const list *theirs)
+{
+    static char text[200];
+    static const char *const slots[] = {"param", "grad", "state 0", "state 1", "state 2"};
+    for (const block *a = ours->blocks, *b = theirs->blocks; a != NULL; a = a->next, b = b->next) {
+        const char *where = a->slot < 5 ? slots[a->slot] : "state";
+        const char *what = NULL;
+        size_t at = 0;
+        one_nan(a->array, a->data, a->size);
+        one_nan(b->array, b->data, b->size);
+        while (at < a->size && a->data[at] == b->data[at])
+            at++;
+        if (at < a->size)
+            what = "differs";
+        else if (!is_guarded(a) || !is_guarded(b))
+            what = "was written outside";
+        if (what != NULL) {
+            snprintf(text, sizeof text,
+                     "rule %s, leaf %td of %td elements, %s (format %d) %s at %zu",
+                     fo_rules()[ours->rule].name, a->leaf, ours->leaves[a->leaf].n, where,
+                     (int)a->array->format, what, at);
+            return text;
+        }
+    }
+    return NULL;
+}

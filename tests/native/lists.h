@@ -1,0 +1,53 @@
+/* Random work lists for the tests of the C library, made from the tables of rules and formats
+ * alone: a new rule or format is tested without a change here.
+ *
+ * All choices come from a `source`: first the bytes it was given (a fuzzer's input), then a
+ * generator seeded by them. The same source gives the same list, so that a list and its twin can
+ * be stepped by two implementations and compared. */
+#ifndef FUSEDOPT_TEST_LISTS_H
+#define FUSEDOPT_TEST_LISTS_H
+
+#include "kernels.h"
+
+typedef struct source {
+    const uint8_t *bytes;
+    size_t left;
+    uint64_t random;
+} source;
+
+source source_from(const uint8_t *bytes, size_t size);
+source source_seeded(uint64_t seed);
+uint64_t random_bits(source *s);          /* never from the bytes */
+ptrdiff_t choose(source *s, ptrdiff_t n); /* one of 0 ... n - 1 */
+
+/* A list with the memory that it points into: arrays at odd addresses, between guards. */
+typedef struct list {
+    int rule;
+    ptrdiff_t n, n_hypers;
+    fo_leaf *leaves;
+    fo_hyper *hypers;
+    struct block *blocks;
+} list;
+
+/* What a list is made of; -1: chosen for each leaf. */
+typedef struct wish {
+    int rule, param, grad, state; /* the row of the rule; formats */
+    ptrdiff_t leaves, elements;   /* the most elements of a leaf */
+    int hostile;                  /* with infinities, NaNs and so on among the values */
+} wish;
+
+list make_list(source *s, wish w);
+void new_gradients(source *s, list *l, int hostile);
+void new_hypers(source *s, list *l);
+void free_list(list *l);
+
+int rule_count(void);
+
+/* A hash of all arrays, with one NaN for all. */
+uint64_t digest(const list *l, uint64_t hash);
+
+/* Where two lists made from the same source differ, or what wrote outside an array: a text; NULL
+ * if nowhere. */
+const char *difference(const list *ours, const list *theirs);
+
+#endif
