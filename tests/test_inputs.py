@@ -285,8 +285,8 @@ def test_parameters_stay_exported():
     opt.step([ones(3)])
 
 
-def test_same_optimizer_from_two_threads():
-    """A second step of the same optimizer is refused; the first is not disturbed."""
+def test_same_optimizer_from_two_threads(tmp_path):
+    """Any second call of the same optimizer is refused; the first is not disturbed."""
     params, inside, go = [ones(3)], threading.Event(), threading.Event()
 
     def rate(step):
@@ -298,10 +298,29 @@ def test_same_optimizer_from_two_threads():
     first = threading.Thread(target=opt.step, args=([ones(3)],))
     first.start()
     assert inside.wait(10)
-    with pytest.raises(RuntimeError, match="another thread is in a step of this optimizer"):
-        opt.step([ones(3)])
+    for call in (
+        lambda: opt.step([ones(3)]),
+        lambda: opt.add_param_group({"params": ones(2)}),
+        lambda: opt.load_state_dict(opt.state_dict()),
+        lambda: opt.save(tmp_path / "x.npz"),
+    ):
+        with pytest.raises(RuntimeError, match="another thread is in a step of this optimizer"):
+            call()
     go.set()
     first.join()
+    assert params[0].tolist() == [0, 0, 0]
+    assert not list(tmp_path.iterdir())
+    opt.step([ones(3)])
+
+
+def test_a_schedule_cannot_step_its_own_optimizer():
+    params = [ones(3)]
+    opt = fusedopt.SGD(params, lr=lambda step: opt.step([ones(3)]))
+    for _ in range(2):  # and the optimizer is not left claimed
+        with pytest.raises(RuntimeError, match="this call comes from within one"):
+            opt.step([ones(3)])
+    opt.param_groups[0]["lr"] = 1.0
+    opt.step([ones(3)])
     assert params[0].tolist() == [0, 0, 0]
 
 

@@ -177,7 +177,7 @@ cdef class WorkList:
     cdef Extent *extents      # of all held arrays, by address
     cdef ptrdiff_t gap        # a gradient lay between extents[gap - 1] and extents[gap] last time
     cdef readonly object count  # steps of the whole list, a Python int
-    cdef int entered          # 1 while a thread steps; exchanged atomically
+    cdef int claimed          # 1 while a thread has the list; exchanged atomically
 
     def __cinit__(self, str rule, tuple state_names):
         names = [row[0] for row in rules()]
@@ -201,13 +201,20 @@ cdef class WorkList:
     def __len__(self):
         return self.n
 
-    def enter(self):
-        """Claim the list for a step of this thread; False if another thread has it."""
-        return fo_exchange(&self.entered, 1) == 0
+    cdef int claim(self) except -1:
+        if fo_exchange(&self.claimed, 1) != 0:
+            raise RuntimeError(
+                "another thread is in a step of this optimizer, or saves, loads or extends it (or "
+                "this call comes from within one); use one optimizer for each thread, or a lock"
+            )
+        return 0
 
-    def leave(self):
-        """Give up the claim of `enter`."""
-        fo_exchange(&self.entered, 0)
+    def __enter__(self):
+        """Claim the list for a block; RuntimeError if another thread has it."""
+        self.claim()
+
+    def __exit__(self, kind, value, trace):
+        fo_exchange(&self.claimed, 0)
 
     def add(self, list names, list grad_names, list params, list states, int group, bint zero,
             int threads):
@@ -373,13 +380,18 @@ cdef class WorkList:
         self.n_hypers += 1
         return self.n_hypers - 1
 
-    def step(self, list grads, scalars, list options, int threads, plain=None):
+    def step(self, prepare, grads, scalars, list options, int threads, plain=None):
         """One step of all leaves that have a gradient; either all of it happens or none.
+
+        The list is claimed for the whole call, that of `prepare` included: here, where no signal's
+        exception can fall between the claim and the block that ends it.
 
         Parameters
         ----------
-        grads : list of array or None
+        prepare : callable(grads) -> list of array or None
             One entry for each leaf; None leaves it out.
+        grads
+            What `prepare` gets.
         scalars : callable(step, options) -> dict
             The rule's scalars by name, and grad_scale, l2 and l1.
         options : list of dict
@@ -390,9 +402,21 @@ cdef class WorkList:
 
         Returns
         -------
-        int
-            Number of leaves updated.
+        int, int
+            Steps of the list, this one included; leaves updated.
+
+        Raises
+        ------
+        RuntimeError
+            If another thread has the list.
         """
+        self.claim()
+        try:
+            return self.run(prepare(grads), scalars, options, threads, plain)
+        finally:
+            fo_exchange(&self.claimed, 0)
+
+    cdef tuple run(self, list grads, scalars, list options, int threads, plain):
         cdef ptrdiff_t i, n = self.n, updated = 0, index = 0
         cdef int group = -1
         cdef int64_t step = -1
@@ -431,7 +455,7 @@ cdef class WorkList:
             for i in range(n):
                 if <void *>self.held[i].grad.obj != NULL:
                     PyBuffer_Release(&self.held[i].grad)
-        return updated
+        return self.count, updated
 
     def stream(self, list grads, int threads):
         """Move the bytes of a step without its arithmetic; changes every array it writes."""

@@ -119,7 +119,13 @@ class Optimizer:
         ------
         TypeError, ValueError
             Naming the leaf or the option; the optimizer is as it was.
+        RuntimeError
+            If another thread is inside a call of the same optimizer.
         """
+        with self._work:
+            self._add_param_group(group)
+
+    def _add_param_group(self, group: Mapping[str, Any]) -> None:
         number = len(self.param_groups)
         where = "" if self._bare and number == 0 else f"params[{number}]"
         if not isinstance(group, Mapping) or "params" not in group:
@@ -237,24 +243,21 @@ class Optimizer:
         TypeError, ValueError
             Naming the leaf or the option; nothing has been written.
         RuntimeError
-            If another thread is inside `step` of the same optimizer; nothing has been written.
+            If another thread is inside a call of the same optimizer; nothing has been written.
         """
-        if not self._work.enter():
-            raise RuntimeError(
-                f"{type(self).__name__}.step: another thread is in a step of this optimizer; "
-                "use one optimizer for each thread, or a lock"
-            )
-        try:
-            flat = self._flatten(grads)
-            number = self._work.count + 1
-            for i in range(len(self.param_groups)):
-                self._read_options(i, number)
-            updated = self._work.step(
-                flat, self.scalars, self._options, _threads.get_num_threads(), self._plain_step
-            )
-            return StepResult(number, updated)
-        finally:
-            self._work.leave()
+        threads = _threads.get_num_threads()
+        number, updated = self._work.step(
+            self._prepare, grads, self.scalars, self._options, threads, self._plain_step
+        )
+        return StepResult(number, updated)
+
+    def _prepare(self, grads: Any) -> list[Array | None]:
+        """Read the options of the groups as they are now; return the gradient of each leaf."""
+        flat = self._flatten(grads)
+        number = self._work.count + 1
+        for i in range(len(self.param_groups)):
+            self._read_options(i, number)
+        return flat
 
     def _flatten(self, grads: Any) -> list[Array | None]:
         flat: list[Array | None] = []
@@ -326,7 +329,13 @@ class Optimizer:
         ------
         TypeError, ValueError
             If it does not fit, naming what; the optimizer is as it was.
+        RuntimeError
+            If another thread is inside a call of the same optimizer.
         """
+        with self._work:
+            self._load_state_dict(state_dict)
+
+    def _load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         try:
             step, state = state_dict["step"], dict(state_dict["state"])
             groups = list(state_dict["param_groups"])
@@ -409,8 +418,11 @@ class Optimizer:
             For another ending.
         OSError
             Naming the file; what was there before is still there.
+        RuntimeError
+            If another thread is inside a call of the same optimizer: the file would hold a mixture.
         """
-        _checkpoint.write(path, *_checkpoint.pack(self.state_dict()))
+        with self._work:
+            _checkpoint.write(path, *_checkpoint.pack(self.state_dict()))
 
     def load(self, path: str | os.PathLike[str], *, convert: bool = False) -> None:
         """Read a file of `save`; see `load_state_dict`.
@@ -465,7 +477,7 @@ def apply(
     work = _core.WorkList(cls.rule, cls.state_names)
     work.add(names, grad_names, list(params), rows, group=0, zero=False, threads=threads)
     work.set_steps(step - 1, [step - 1] * len(params))
-    work.step(list(grads), cls.scalars, [options], threads)
+    work.step(list, grads, cls.scalars, [options], threads)
 
 
 def _options(group: Options, optimizer: Optimizer) -> Options:
