@@ -48,6 +48,11 @@ cdef int check(fo_status status) except -1:
     raise SystemError(f"fusedopt: internal status {<int>status}; please report")
 
 
+cdef fo_status run_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
+                        ptrdiff_t n_hypers, int threads) noexcept nogil:
+    return fo_step(rule, leaves, n, hypers, n_hypers, threads)
+
+
 # ------------------------------------------------------------------ arrays
 
 cdef inline int format_of(object array) except? -1:

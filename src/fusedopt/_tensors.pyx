@@ -1,0 +1,586 @@
+# cython: language_level=3, binding=False, boundscheck=False, wraparound=False
+# cython: freethreading_compatible=True, autotestdict=False
+"""The border for torch's tensors: what `_core.WorkList` is for arrays.
+
+Tensors are read anew in each step, through DLPack's C exchange API: no pointer outlives the call,
+because load_state_dict, FSDP and DeepSpeed exchange the buffers under a tensor. A leaf whose
+tensors are plain and in one dense memory order is resolved here, in C; any other is handed, whole,
+to the optimizer's `_stand_in` (see `fusedopt.torch`), which explains the fault or returns tensors that will do.
+"""
+from libc.stdint cimport int64_t, uintptr_t
+from libc.stdlib cimport free, qsort
+from libc.string cimport memset
+
+from cpython.dict cimport PyDict_GetItemWithError, PyDict_Next
+from cpython.object cimport PyObject
+from cpython.pycapsule cimport PyCapsule_GetPointer
+from cpython.ref cimport Py_DECREF, Py_INCREF
+
+from fusedopt._c cimport *
+from fusedopt._core cimport check, grow, run_step
+
+from fusedopt import _check, _core
+
+cdef extern from "dlpack.h" nogil:
+    enum:
+        DLPACK_MAJOR_VERSION
+        kDLCPU
+        kDLFloat
+
+    ctypedef struct DLDevice:
+        int device_type
+
+    ctypedef struct DLDataType:
+        unsigned char code, bits
+        unsigned short lanes
+
+    ctypedef struct DLTensor:
+        void *data
+        DLDevice device
+        int ndim
+        DLDataType dtype
+        int64_t *shape
+        int64_t *strides  # in elements
+        size_t byte_offset
+
+    ctypedef struct DLManagedTensor:
+        DLTensor dl_tensor
+
+    ctypedef struct DLPackVersion:
+        unsigned int major
+
+    ctypedef struct DLPackExchangeAPIHeader:
+        DLPackVersion version
+
+    ctypedef struct DLPackExchangeAPI:
+        DLPackExchangeAPIHeader header
+        int (*dltensor_from_py_object_no_sync)(void *tensor, DLTensor *out)
+
+cdef extern from "Python.h":
+    ctypedef PyObject *(*PyCFunction)(PyObject *, PyObject *)
+    enum:
+        METH_NOARGS
+    void PyErr_Clear()
+    PyCFunction PyCFunction_GetFunction(PyObject *) except NULL
+    int PyCFunction_GetFlags(PyObject *) except -1
+
+
+cdef struct More:
+    # what the binding knows of a leaf beside fo_leaf
+    ptrdiff_t group, i     # its place in the optimizer
+    int held               # how many tensors are held until the step is over:
+    PyObject *tensors[8]   # parameter, gradient, state
+    ptrdiff_t bytes[8]     # of each of them
+    PyObject *count        # the tensor that counts its steps, held too, or NULL
+    void *counter          # where that is, or NULL if torch shall count
+    int counter_format
+
+
+cdef inline void hold(More *more, tensor) noexcept:
+    Py_INCREF(tensor)
+    more.tensors[more.held] = <PyObject *>tensor
+    more.held += 1
+
+
+cdef inline void let_go(More *more, int left) noexcept:
+    """Drop the count, and all but the first tensors of a leaf."""
+    while more.held > left:
+        more.held -= 1
+        Py_DECREF(<object>more.tensors[more.held])
+    if more.count != NULL:
+        Py_DECREF(<object>more.count)
+        more.count = NULL
+
+
+cdef struct Span:
+    # bytes [low, high) of one array that the step writes
+    uintptr_t low, high
+    ptrdiff_t leaf
+    int slot  # 0: the parameter; 1 + k: state k
+
+
+cdef int by_address(const void *a, const void *b) noexcept nogil:
+    cdef uintptr_t x = (<const Span *>a).low, y = (<const Span *>b).low
+    return (x > y) - (x < y)
+
+
+cdef inline int format_of(const DLTensor *t) noexcept nogil:
+    """The storage format, or -1."""
+    if t.dtype.code == kDLFloat and t.dtype.lanes == 1:
+        if t.dtype.bits == 32:
+            return FO_F32
+        if t.dtype.bits == 64:
+            return FO_F64
+    return -1
+
+
+cdef inline ptrdiff_t size_of(const DLTensor *t) noexcept nogil:
+    cdef ptrdiff_t n = 1
+    cdef int k
+    for k in range(t.ndim):
+        n *= t.shape[k]
+    return n
+
+
+cdef bint is_dense(const DLTensor *t) noexcept nogil:
+    """Whether the elements fill one range of memory without gaps, in some order of the axes."""
+    cdef ptrdiff_t expected = 1, left = 0
+    cdef int k, found
+    cdef unsigned long long used = 0
+    for k in range(t.ndim - 1, -1, -1):
+        if t.shape[k] != 1:
+            if t.strides[k] != expected:
+                break
+            expected *= t.shape[k]
+    else:
+        return True  # row-major
+    expected = 1
+    if t.ndim > 64:
+        return False
+    while True:
+        left, found = 0, -1
+        for k in range(t.ndim):
+            if t.shape[k] != 1 and not used >> k & 1:
+                left += 1
+                if t.strides[k] == expected:
+                    found = k
+        if left == 0:
+            return True
+        if found < 0:
+            return False
+        used |= 1ULL << found
+        expected *= t.shape[found]
+
+
+cdef bint same_layout(const DLTensor *a, const DLTensor *b) noexcept nogil:
+    """Whether the shapes agree, and element i of both, in memory order, has the same index."""
+    cdef int k
+    if a.ndim != b.ndim:
+        return False
+    for k in range(a.ndim):
+        if a.shape[k] != b.shape[k] or (a.shape[k] != 1 and a.strides[k] != b.strides[k]):
+            return False
+    return True
+
+
+cdef inline PyObject *entry(own, name, Py_ssize_t *at) except? NULL:
+    """The value of a key: of the next entry, if it is that one's, which saves the search."""
+    cdef Py_ssize_t after = at[0]
+    cdef PyObject *key
+    cdef PyObject *value
+    if PyDict_Next(own, &after, &key, &value) and key == <PyObject *>name:
+        at[0] = after
+        return value
+    return PyDict_GetItemWithError(own, name)
+
+
+cdef class TensorList:
+    """The leaves of one step of a torch optimizer, as C sees them.
+
+    Parameters
+    ----------
+    rule : str
+        Name of a rule of the C table.
+    kinds : tuple of type
+        The exact types of tensors that need no closer look.
+    is_neg : builtin method
+        Tensor.is_neg, bound to any tensor.
+    exchange : capsule or None
+        DLPack's C exchange API of those types; without it each tensor is exported through `export`.
+    export : callable(tensor) -> capsule
+        torch.utils.dlpack.to_dlpack, or the like.
+    """
+    cdef int rule
+    cdef list scalar_names
+    cdef object tensor, parameter, export
+    cdef const DLPackExchangeAPI *api
+    cdef PyCFunction is_neg   # called per leaf: as a C function it takes a third of the time
+    cdef fo_leaf *leaves
+    cdef More *more
+    cdef fo_hyper *hypers
+    cdef Span *spans          # of all arrays that the step writes, by address
+    cdef ptrdiff_t n, room, n_hypers, room_hypers, n_arrays, n_spans, room_spans
+    cdef ptrdiff_t gap        # the last gradient lay between spans[gap - 1] and spans[gap]
+    cdef Py_ssize_t at        # of the entry of the state that is tried first
+    # of one step
+    cdef bint busy
+    cdef list capsules        # what must live until the step is over
+    cdef list written         # parameters
+    cdef list back            # (tensor, copy that was stepped in its place)
+    cdef list made            # (parameter, its new state)
+    cdef dict seen            # (group, step) -> index of its constants
+
+    def __cinit__(self, str rule, tuple kinds, is_neg, exchange, export):
+        rows = _core.rules()
+        self.rule = [row[0] for row in rows].index(rule)
+        self.scalar_names = rows[self.rule][1]
+        self.tensor, self.parameter = kinds
+        self.export = export
+        if PyCFunction_GetFlags(<PyObject *>is_neg) != METH_NOARGS:
+            raise TypeError("is_neg: expected a builtin method without arguments")
+        self.is_neg = PyCFunction_GetFunction(<PyObject *>is_neg)
+        if exchange is not None:
+            self.api = <const DLPackExchangeAPI *>PyCapsule_GetPointer(
+                exchange, b"dlpack_exchange_api")
+            if (self.api.header.version.major != DLPACK_MAJOR_VERSION
+                    or self.api.dltensor_from_py_object_no_sync == NULL):
+                self.api = NULL
+
+    def __dealloc__(self):
+        free(self.leaves)
+        free(self.more)
+        free(self.hypers)
+        free(self.spans)
+
+    def step(self, owner, list groups, bint counted, state, int threads):
+        """One step of all tensors that have a gradient; either all of it happens or none.
+
+        Parameters
+        ----------
+        owner : optimizer
+            Asked, where needed, to ``_make_state``, ``_stand_in``, ``_count``, ``_constants`` and
+            ``_name``: see `fusedopt.torch`.
+        groups : list of (list of tensor, tuple of str)
+            Of each group: its parameters, and the names of the state arrays that its options use.
+        counted : bool
+            Whether the state of a leaf has its number of steps.
+        state : dict of dict
+            The optimizer's state; of a new leaf it is added when the step has succeeded.
+        threads : int
+
+        Returns
+        -------
+        list of tensor
+            The parameters that were written, for their version counters.
+        """
+        cdef fo_status status
+        cdef ptrdiff_t i
+        if self.busy:
+            raise RuntimeError(
+                f"{type(owner).__name__}.step: another thread is in a step of this optimizer; "
+                "use one optimizer for each thread, or a lock"
+            )
+        self.busy = True
+        try:
+            self.n = self.n_arrays = self.n_hypers = self.at = 0
+            self.capsules, self.written, self.seen = [], [], {}
+            self.back, self.made = [], []
+            for number, (params, names) in enumerate(groups):
+                self.gather(owner, number, params, names, counted, state)
+            self.refuse_overlap(owner)
+            with nogil:
+                status = run_step(self.rule, self.leaves, self.n, self.hypers, self.n_hypers,
+                                  threads)
+            check(status)
+            self.finish(state)
+            return self.written
+        finally:
+            for i in range(self.n):
+                let_go(&self.more[i], 0)
+            self.capsules = self.written = self.back = self.made = None
+            self.busy = False
+
+    cdef int finish(self, state) except -1:
+        """Count the step, write what was done on copies, and take over new state."""
+        cdef ptrdiff_t i
+        cdef More *more
+        for i in range(self.n):
+            more = &self.more[i]
+            if more.counter == NULL:
+                if more.count != NULL:
+                    count = <object>more.count
+                    count += 1
+            elif more.counter_format == FO_F32:
+                (<float *>more.counter)[0] += 1
+            else:
+                (<double *>more.counter)[0] += 1
+        for target, copy in self.back:
+            target.copy_(copy)
+        for param, own in self.made:
+            state[param].update(own)
+        return 0
+
+    # -------------------------------------------------------------- leaves
+
+    cdef int gather(self, owner, ptrdiff_t group, list params, tuple names, bint counted,
+                    state) except -1:
+        """Add the leaves of a group that have a gradient."""
+        cdef ptrdiff_t i = -1, step, last = -1, index = -1
+        cdef More *more
+        for param in params:
+            i += 1
+            own = self.state_of(state, param) if names or counted else None
+            grad = param.grad
+            if grad is None:
+                continue
+            more = self.new_leaf(group, i)
+            hold(more, param)
+            hold(more, grad)
+            step = 2
+            if not self.read_state(more, own, names, counted):
+                own = owner._make_state(group, i, param, own)
+                self.made.append((param, own))
+                step = 1
+                let_go(more, 2)
+                if not self.read_state(more, own, names, counted):
+                    raise SystemError("fusedopt: incomplete state; please report")
+            if counted:
+                step = 1 + self.read_count(owner, more)
+            self.fill(owner, more, names)
+            if step != last:
+                index, last = self.hyper(owner, group, step), step
+            self.leaves[self.n - 1].hyper = index
+        return 0
+
+    cdef object state_of(self, state, param):
+        """The state of a parameter, or None.
+
+        Entries usually follow one another as the parameters do, and to find one by its key means
+        to run Tensor.__hash__ in Python: the next entry is tried first.
+        """
+        cdef Py_ssize_t at = self.at
+        cdef PyObject *key
+        cdef PyObject *value
+        if PyDict_Next(state, &at, &key, &value) and key == <PyObject *>param:
+            self.at = at
+            return <object>value
+        return state.get(param)
+
+    cdef bint read_state(self, More *more, own, tuple names, bint counted) except -1:
+        """Hold the tensor that counts steps, and the state arrays in use; False if one is missing.
+        """
+        cdef Py_ssize_t at = 0
+        cdef PyObject *value
+        if own is None:
+            return not names and not counted
+        if counted:
+            value = entry(own, "step", &at)
+            if value == NULL:
+                return False
+            Py_INCREF(<object>value)
+            more.count = value
+        for name in names:
+            value = entry(own, name, &at)
+            if value == NULL or <object>value is None:
+                return False
+            hold(more, <object>value)
+        return True
+
+    cdef More *new_leaf(self, ptrdiff_t group, ptrdiff_t i) except NULL:
+        cdef ptrdiff_t room = 2 * self.room + 8
+        cdef More *more
+        if self.n == self.room:
+            self.leaves = <fo_leaf *>grow(self.leaves, room, sizeof(fo_leaf))
+            self.more = <More *>grow(self.more, room, sizeof(More))
+            self.room = room
+        memset(&self.leaves[self.n], 0, sizeof(fo_leaf))
+        more = &self.more[self.n]
+        memset(more, 0, sizeof(More))
+        more.group, more.i = group, i
+        self.n += 1
+        return more
+
+    cdef ptrdiff_t read_count(self, owner, More *more) except -1:
+        """Steps that a leaf has taken; where they are counted is noted for `finish`."""
+        cdef DLTensor t
+        count = <object>more.count
+        if self.resolve(count, &t) and size_of(&t) == 1 and format_of(&t) >= 0:
+            more.counter, more.counter_format = <char *>t.data + t.byte_offset, format_of(&t)
+            if more.counter_format == FO_F32:
+                return <ptrdiff_t>(<float *>more.counter)[0]
+            return <ptrdiff_t>(<double *>more.counter)[0]
+        return owner._count(more.group, more.i, count)
+
+    cdef int fill(self, owner, More *more, tuple names) except -1:
+        """Point the last leaf at its tensors, or at stand-ins."""
+        cdef int k
+        self.written.append(<object>more.tensors[0])
+        if not self.take(more):
+            tensors = [<object>more.tensors[k] for k in range(more.held)]
+            tensors, back = owner._stand_in(more.group, more.i, names, tensors)
+            self.back.extend(back)
+            for k, tensor in enumerate(tensors):
+                Py_INCREF(tensor)
+                Py_DECREF(<object>more.tensors[k])
+                more.tensors[k] = <PyObject *>tensor
+            if not self.take(more):
+                raise SystemError("fusedopt: a stand-in does not fit; please report")
+        if self.leaves[self.n - 1].n > 0:
+            self.n_arrays += more.held - 1
+        return 0
+
+    cdef bint take(self, More *more) except -1:
+        """Point the last leaf at [parameter, gradient, *state]; False if they are not as C wants.
+
+        All are resolved in one go, in which no Python code runs: the first one's shape is still
+        the one that the others are compared with.
+        """
+        cdef fo_leaf *leaf = &self.leaves[self.n - 1]
+        cdef DLTensor param, other
+        cdef int k, format
+        cdef fo_array *array
+        for k in range(2):  # of parameter and gradient, as DLPack does not tell
+            if not self.is_plain(<object>more.tensors[k]) or self.has_sign(more.tensors[k]):
+                return False
+        if not self.resolve(<object>more.tensors[0], &param) or not is_dense(&param):
+            return False
+        leaf.n = size_of(&param)
+        for k in range(more.held):
+            if k == 0:
+                array, other = &leaf.param, param
+            else:
+                if not self.resolve(<object>more.tensors[k], &other):
+                    return False
+                if not same_layout(&other, &param):
+                    return False
+                array = &leaf.grad if k == 1 else &leaf.state[k - 2]
+            format = format_of(&other)
+            if format < 0 or (k != 1 and format != format_of(&param)):
+                return False
+            array.data = <char *>other.data + other.byte_offset
+            array.format = <fo_format>format
+            more.bytes[k] = leaf.n * (other.dtype.bits // 8)
+        return True
+
+    cdef bint is_plain(self, tensor) noexcept:
+        return type(tensor) is self.parameter or type(tensor) is self.tensor
+
+    cdef bint has_sign(self, PyObject *tensor) except -1:
+        """Whether the values are those in memory times -1, as of the imaginary part of a conj()."""
+        cdef PyObject *answer = self.is_neg(tensor, NULL)
+        if answer == NULL:
+            PyErr_Clear()
+            return True
+        Py_DECREF(<object>answer)
+        return answer == <PyObject *>True
+
+    cdef bint resolve(self, tensor, DLTensor *out) except -1:
+        """Describe a tensor of plain kind in the memory of the CPU; False if it is not that."""
+        if not self.is_plain(tensor):
+            return False
+        if self.api == NULL:
+            if not self.resolve_by_capsule(tensor, out):
+                return False
+        elif self.api.dltensor_from_py_object_no_sync(<void *>tensor, out) != 0:
+            PyErr_Clear()  # `_stand_in` says why
+            return False
+        return out.device.device_type == kDLCPU and (out.data != NULL or size_of(out) == 0)
+
+    cdef bint resolve_by_capsule(self, tensor, DLTensor *out) except -1:
+        try:
+            capsule = self.export(tensor)
+        except Exception:
+            return False  # as above
+        out[0] = (<DLManagedTensor *>PyCapsule_GetPointer(capsule, b"dltensor")).dl_tensor
+        self.capsules.append(capsule)
+        return True
+
+    cdef ptrdiff_t hyper(self, owner, ptrdiff_t group, ptrdiff_t step) except -1:
+        """Index of the constants of a group at a step; computed once per step of the list."""
+        cdef fo_hyper *h
+        cdef int k = 0
+        index = self.seen.get((group, step))
+        if index is not None:
+            return index
+        values = owner._constants(group, step)
+        if self.n_hypers == self.room_hypers:
+            self.hypers = <fo_hyper *>grow(self.hypers, 2 * self.room_hypers + 4, sizeof(fo_hyper))
+            self.room_hypers = 2 * self.room_hypers + 4
+        h = &self.hypers[self.n_hypers]
+        h.grad_scale, h.l2, h.l1 = values["grad_scale"], values["l2"], values["l1"]
+        for name in self.scalar_names:
+            h.scalars[k] = values[name]
+            k += 1
+        self.seen[(group, step)] = self.n_hypers
+        self.n_hypers += 1
+        return self.n_hypers - 1
+
+    # -------------------------------------------------------------- overlap
+
+    cdef int refuse_overlap(self, owner) except -1:
+        """Let no two arrays that the step writes, and no gradient and one of them, share a byte.
+
+        The order of the last step is kept: as long as it still sorts, nothing needs sorting.
+        """
+        cdef ptrdiff_t i
+        if not self.refresh():
+            self.collect()
+        if not self.is_sorted():
+            qsort(self.spans, self.n_spans, sizeof(Span), by_address)
+        for i in range(1, self.n_spans):
+            if self.spans[i].low < self.spans[i - 1].high:
+                a, b = self.span_name(owner, i - 1), self.span_name(owner, i)
+                _check.overlap(min(a, b), max(a, b))
+        self.gap = 0
+        for i in range(self.n):
+            self.refuse_alias(owner, i)
+        return 0
+
+    cdef bint locate(self, ptrdiff_t leaf, int slot, Span *span) noexcept nogil:
+        cdef fo_leaf *l = &self.leaves[leaf]
+        cdef void *data = l.param.data if slot == 0 else l.state[slot - 1].data
+        span.low = <uintptr_t>data
+        span.high = span.low + self.more[leaf].bytes[slot and slot + 1]
+        span.leaf, span.slot = leaf, slot
+        return span.low < span.high
+
+    cdef bint refresh(self) noexcept nogil:
+        """Give the spans of the last step the addresses of this one; False if they do not fit."""
+        cdef ptrdiff_t i
+        if self.n_spans != self.n_arrays:
+            return False
+        for i in range(self.n_spans):
+            if self.spans[i].leaf >= self.n or not self.locate(self.spans[i].leaf, self.spans[i].slot, &self.spans[i]):
+                return False
+        return True
+
+    cdef int collect(self) except -1:
+        cdef ptrdiff_t i
+        cdef int slot
+        if self.room_spans < self.room * (1 + FO_MAX_STATES):
+            self.room_spans = self.room * (1 + FO_MAX_STATES)
+            self.spans = <Span *>grow(self.spans, self.room_spans, sizeof(Span))
+        self.n_spans = 0
+        for i in range(self.n):
+            for slot in range(1 + FO_MAX_STATES):
+                self.n_spans += self.locate(i, slot, &self.spans[self.n_spans])
+        return 0
+
+    cdef bint is_sorted(self) noexcept nogil:
+        cdef ptrdiff_t i
+        for i in range(1, self.n_spans):
+            if self.spans[i].low < self.spans[i - 1].low:
+                return False
+        return True
+
+    cdef int refuse_alias(self, owner, ptrdiff_t leaf) except -1:
+        """Refuse a gradient that shares memory with what is written.
+
+        Gradients often lie side by side: the gap in which the last one lay is tried first.
+        """
+        cdef uintptr_t low = <uintptr_t>self.leaves[leaf].grad.data
+        cdef uintptr_t high = low + self.more[leaf].bytes[1]
+        cdef ptrdiff_t a = 0, b = self.n_spans, middle = self.gap
+        if low == high or ((middle == 0 or self.spans[middle - 1].high <= low)
+                           and (middle == b or high <= self.spans[middle].low)):
+            return 0
+        while a < b:  # a: the first span that begins after low
+            middle = (a + b) // 2
+            if self.spans[middle].low <= low:
+                a = middle + 1
+            else:
+                b = middle
+        if a > 0 and self.spans[a - 1].high > low:
+            _check.alias(self.name(owner, leaf) + ".grad", self.span_name(owner, a - 1))
+        if a < self.n_spans and self.spans[a].low < high:
+            _check.alias(self.name(owner, leaf) + ".grad", self.span_name(owner, a))
+        self.gap = a
+        return 0
+
+    cdef str name(self, owner, ptrdiff_t leaf):
+        return owner._name(self.more[leaf].group, self.more[leaf].i)
+
+    cdef str span_name(self, owner, ptrdiff_t i):
+        cdef int slot = self.spans[i].slot
+        name = self.name(owner, self.spans[i].leaf)
+        return name if slot == 0 else f"{name}.{owner._numpy.state_names[slot - 1]}"
