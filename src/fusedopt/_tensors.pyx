@@ -451,8 +451,9 @@ cdef class TensorList:
         if answer == NULL:
             PyErr_Clear()
             return True
-        Py_DECREF(<object>answer)
-        return answer == <PyObject *>True
+        negative = <object>answer
+        Py_DECREF(negative)
+        return negative is True
 
     cdef bint resolve(self, tensor, DLTensor *out) except -1:
         """Describe a tensor of plain kind in the memory of the CPU; False if it is not that."""

@@ -229,6 +229,8 @@ def _local(where: str, tensor: Any) -> Any:
 
 
 def _has_memory(tensor: Any) -> bool:
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return False  # a wrapper: FakeTensor, MaskedTensor, low-bit weights, ...
     try:
         return tensor.numel() == 0 or tensor.data_ptr() != 0
     except RuntimeError:  # inside a transform of torch.func
