@@ -2,6 +2,7 @@
 
 The default is the least of what the system grants this process: the CPUs of its affinity mask, the
 CPU quota of its control groups (a container's ``--cpus``), rounded up, and ``OMP_NUM_THREADS``.
+Ranks that torchrun starts on one host share the first two alike (``LOCAL_WORLD_SIZE``).
 ``FUSEDOPT_NUM_THREADS`` overrides it, and `set_num_threads` overrides both.
 """
 
@@ -76,6 +77,10 @@ def default_threads(
     quota = cpu_quota(root)
     if quota is not None:
         limits.append((max(1, math.ceil(quota)), "CPU quota of the control group"))
+    ranks = environ.get("LOCAL_WORLD_SIZE", "")  # of this host, as torchrun says
+    if ranks.isascii() and ranks.isdigit() and int(ranks) > 1:
+        count, why = min(limits, key=lambda limit: limit[0])
+        limits.append((max(1, count // int(ranks)), f"{why}, divided by LOCAL_WORLD_SIZE"))
     openmp = environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list: one for each level
     if openmp.isascii() and openmp.isdigit() and int(openmp) > 0:
         limits.append((int(openmp), "OMP_NUM_THREADS"))

@@ -1,0 +1,63 @@
+"""torch's distributed engines around our step, in 2 gloo processes: equal to torch.optim's."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fusedopt import _threads
+
+torch = pytest.importorskip("torch", reason="tests the PyTorch adapter: extra `torch`")
+if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+    pytest.skip("this torch has no gloo", allow_module_level=True)
+
+SCRIPT = Path(__file__).with_name("torch_ranks.py")
+
+
+def ranks(world, folder, *scenarios):
+    """Run scenarios on `world` processes; all of them must say that each has passed."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", SCRIPT, str(rank), str(world), folder, *scenarios],
+            env=os.environ | {"LOCAL_WORLD_SIZE": str(world)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        texts = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for rank, (process, text) in enumerate(zip(processes, texts, strict=True)):
+        assert process.returncode == 0, f"rank {rank} of {world}:\n{text}"
+        assert all(f"{name}: passed" in text for name in scenarios), text
+
+
+def test_engines(tmp_path):
+    """DDP, also with gradients that are views of its buckets; ZeRO; FSDP2."""
+    ranks(2, tmp_path, "ddp", "ddp_buckets", "zero", "fsdp")
+
+
+def test_checkpoints_reshard(tmp_path):
+    """torch.distributed.checkpoint: saved by 2 ranks, loaded and saved by 1, loaded by 2."""
+    ranks(2, tmp_path, "begin")
+    ranks(1, tmp_path, "middle")
+    ranks(2, tmp_path, "end")
+
+
+def test_threads_of_a_rank(tmp_path):
+    """By default the ranks of one host share its CPUs."""
+    alone, _ = _threads.default_threads({}, tmp_path)
+    for local in (1, 2, 1000):
+        count, why = _threads.default_threads({"LOCAL_WORLD_SIZE": str(local)}, tmp_path)
+        assert count == max(1, alone // local)
+        assert ("LOCAL_WORLD_SIZE" in why) == (local > 1)
+    count, why = _threads.default_threads({"LOCAL_WORLD_SIZE": "?"}, tmp_path)
+    assert count == alone
+    environ = {"LOCAL_WORLD_SIZE": "2", "FUSEDOPT_NUM_THREADS": "7"}
+    assert _threads.default_threads(environ, tmp_path) == (7, "FUSEDOPT_NUM_THREADS")

@@ -1,0 +1,193 @@
+"""Run by tests/test_torch_distributed.py: one rank of a gloo group, one scenario after another.
+
+    python tests/torch_ranks.py RANK WORLD FOLDER SCENARIO...
+
+Each scenario trains the same net with fusedopt.torch and with torch.optim, in the same engine, and
+asserts that the parameters agree within 1e-6. FOLDER has the rendezvous and the checkpoints.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+
+import fusedopt.torch as fo
+
+RANK, WORLD, FOLDER = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+OPTIONS = {"lr": 0.01, "weight_decay": 0.1}
+MODULES = {"fusedopt": fo, "torch": torch.optim}
+
+
+def net():
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(10, 33), torch.nn.Tanh(), torch.nn.Linear(33, 5)]
+    return torch.nn.Sequential(*layers)  # 33 rows: the shards of two ranks differ in size
+
+
+def batch(seed, world=WORLD):
+    """This rank's part of a batch that is the same for any number of ranks."""
+    x = torch.randn(8, 10, generator=torch.Generator().manual_seed(seed))
+    return x.chunk(world)[RANK if world > 1 else 0]
+
+
+def train(model, opt, seeds):
+    for seed in seeds:
+        opt.zero_grad()
+        model(batch(seed)).square().mean().backward()
+        opt.step()
+
+
+def full(model):
+    """The whole parameters, on every rank."""
+    return [
+        (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+        for p in model.parameters()
+    ]
+
+
+def agree(run: Callable):
+    """run(module) -> model, with both modules."""
+    ours, theirs = (full(run(MODULES[name])) for name in ("fusedopt", "torch"))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def ddp(**options):
+    def run(module):
+        model = DistributedDataParallel(net(), **options)
+        train(model, module.AdamW(model.parameters(), **OPTIONS), range(5))
+        return model
+
+    agree(run)
+
+
+def ddp_buckets():
+    ddp(gradient_as_bucket_view=True)
+
+
+def zero():
+    """Each rank steps its part of the parameters; the state comes together on rank 0."""
+
+    def run(module):
+        model = DistributedDataParallel(net())
+        opt = ZeroRedundancyOptimizer(
+            model.parameters(), optimizer_class=module.AdamW, **OPTIONS
+        )
+        train(model, opt, range(5))
+        opt.consolidate_state_dict(to=0)
+        if RANK == 0:
+            states = opt.state_dict()["state"]
+            assert len(states) == 4 and all(float(s["step"]) == 5 for s in states.values())
+        return model
+
+    agree(run)
+
+
+def sharded(module, name="AdamW"):
+    model = net()
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for layer in model:
+        if isinstance(layer, torch.nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    options = OPTIONS | ({"momentum": 0.9} if name == "SGD" else {})
+    return model, getattr(module, name)(model.parameters(), **options)
+
+
+def fsdp():
+    for name in ("Adam", "AdamW", "SGD"):
+
+        def run(module, name=name):
+            model, opt = sharded(module, name)
+            train(model, opt, range(5))
+            assert all(hasattr(s, "to_local") for p in opt.state for s in opt.state[p].values()
+                       if s.dim() > 0)  # fmt: skip
+            return model
+
+        agree(run)
+
+
+def save(model, opt, name):
+    state, opt_state = get_state_dict(model, opt)
+    dcp.save({"model": state, "optimizer": opt_state}, checkpoint_id=FOLDER / name)
+
+
+def load(model, opt, name):
+    state, opt_state = get_state_dict(model, opt)
+    both = {"model": state, "optimizer": opt_state}
+    dcp.load(both, checkpoint_id=FOLDER / name)
+    set_state_dict(
+        model, opt, model_state_dict=both["model"], optim_state_dict=both["optimizer"]
+    )
+
+
+def begin():
+    """Resharding, first part (2 ranks): train and save."""
+
+    def run(module):
+        model, opt = sharded(module)
+        train(model, opt, range(3))
+        save(model, opt, f"begin-{module.__name__}")
+        return model
+
+    agree(run)
+
+
+def go_on(before, after, seeds):
+    def run(module):
+        model, opt = sharded(module)
+        load(model, opt, f"{before}-{module.__name__}")
+        assert all(float(s["step"]) == seeds[0] for s in opt.state.values())
+        train(model, opt, seeds)
+        save(model, opt, f"{after}-{module.__name__}")
+        return model
+
+    agree(run)
+
+
+def middle():
+    """Second part (1 rank): load what 2 ranks saved."""
+    go_on("begin", "middle", range(3, 6))
+
+
+def end():
+    """Third part (2 ranks again), and the whole way against one that was never saved."""
+    go_on("middle", "end", range(6, 9))
+    model, opt = sharded(fo)
+    load(model, opt, "end-fusedopt.torch")
+    straight = net()
+    train_whole(straight, torch.optim.AdamW(straight.parameters(), **OPTIONS), range(9))
+    for a, b in zip(full(model), full(straight), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def train_whole(model, opt, seeds):
+    for seed in seeds:
+        opt.zero_grad()
+        model(batch(seed, world=1)).square().mean().backward()
+        opt.step()
+
+
+def main():
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(FOLDER / f"store-{sys.argv[4]}"), WORLD)
+    dist.init_process_group("gloo", store=store, rank=RANK, world_size=WORLD)
+    for name in sys.argv[4:]:
+        start = time.perf_counter()
+        globals()[name]()
+        dist.barrier()
+        print(f"{name}: passed in {time.perf_counter() - start:.1f} s", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
