@@ -79,9 +79,7 @@ def zero():
 
     def run(module):
         model = DistributedDataParallel(net())
-        opt = ZeroRedundancyOptimizer(
-            model.parameters(), optimizer_class=module.AdamW, **OPTIONS
-        )
+        opt = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=module.AdamW, **OPTIONS)
         train(model, opt, range(5))
         opt.consolidate_state_dict(to=0)
         if RANK == 0:
@@ -125,9 +123,7 @@ def load(model, opt, name):
     state, opt_state = get_state_dict(model, opt)
     both = {"model": state, "optimizer": opt_state}
     dcp.load(both, checkpoint_id=FOLDER / name)
-    set_state_dict(
-        model, opt, model_state_dict=both["model"], optim_state_dict=both["optimizer"]
-    )
+    set_state_dict(model, opt, model_state_dict=both["model"], optim_state_dict=both["optimizer"])
 
 
 def begin():

@@ -333,9 +333,9 @@ class Optimizer:
             If another thread is inside a call of the same optimizer.
         """
         with self._work:
-            self._load_state_dict(state_dict)
+            self._load_state_dict(state_dict, convert)
 
-    def _load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def _load_state_dict(self, state_dict: Mapping[str, Any], convert: bool) -> None:
         try:
             step, state = state_dict["step"], dict(state_dict["state"])
             groups = list(state_dict["param_groups"])
