@@ -181,7 +181,7 @@ DAMAGE = [
     (damage(["state", A, "step"], 1.5), r"params\['a'\].step: expected a whole number"),
     (damage(["state", A, "exp_avg"], np.ones(3, "f4")), r"exp_avg: float32\[3\] does not fit"),
     (damage(["state", A, "exp_avg"], np.ones(2)), r"exp_avg: float64\[2\] does not fit float32"),
-    (damage(["state", A, "exp_avg"], [1, 1]), "expected a NumPy array, got list"),
+    (damage(["state", A, "exp_avg"], [1, 1]), "exp_avg: expected an array, got list"),
     (damage(["state", A], 3), "should have step, exp_avg"),
     (damage(["param_groups"], [{}, {}]), "2 param_groups for this optimizer's 1"),
     (damage(["param_groups", 0, "lr"], None), r"param_groups\[0\]: expected lr, betas"),

@@ -1,4 +1,4 @@
-"""fusedopt.torch: torch's own behaviour around a step of ours, and every trap on the way to memory."""
+"""fusedopt.torch: torch's behaviour around a step of ours, and every trap on the way to memory."""
 
 import copy
 import pickle

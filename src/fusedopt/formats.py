@@ -55,7 +55,7 @@ FORMATS: dict[str, tuple[Any, Any, int]] = {
 
 def is_bfloat16(dtype: np.dtype[Any]) -> bool:
     """Whether this is the dtype that ml_dtypes registers, which need not be installed here."""
-    return dtype.name == "bfloat16" and dtype.itemsize == 2
+    return dtype.itemsize == 2 and dtype.type.__name__ == "bfloat16"
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -312,7 +312,8 @@ class AdamW(_FusedAdam, torch.optim.AdamW):
 
     Parameters
     ----------
-    params, lr, betas, eps, weight_decay, amsgrad, maximize, foreach, fused, capturable, differentiable
+    params, lr, betas, eps, weight_decay, amsgrad, maximize
+    foreach, fused, capturable, differentiable
         As for `torch.optim.AdamW` and `Adam`.
     """
 
@@ -322,7 +323,8 @@ class SGD(_Fused, torch.optim.SGD):
 
     Parameters
     ----------
-    params, lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, fused, differentiable
+    params, lr, momentum, dampening, weight_decay, nesterov, maximize
+    foreach, fused, differentiable
         As for `torch.optim.SGD` and `Adam`.
     """
 
