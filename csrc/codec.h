@@ -14,8 +14,8 @@
  * small for the window is zero in S8; in U8 it is code 1, because a second moment of 0 beside a
  * first that is not would make an update of m / eps. */
 
-typedef union block { /* the same elements as numbers and as bits */
-    float f[FO_BLOCK];
+typedef union block {               /* the same elements as numbers and as bits */
+    _Alignas(64) float f[FO_BLOCK]; /* a cache line: wide accesses must not cross one */
     uint32_t u[FO_BLOCK];
 } block;
 
@@ -358,7 +358,7 @@ FO_INLINE void encode(const fo_array *array, ptrdiff_t at, ptrdiff_t n, const bl
 
 /* The same for leaves in double, where narrow formats are rare: compiled once. */
 typedef struct wide_block {
-    double f[FO_BLOCK];
+    _Alignas(64) double f[FO_BLOCK];
 } wide_block;
 
 static __attribute__((noinline)) void

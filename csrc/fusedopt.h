@@ -44,8 +44,8 @@ typedef enum fo_format {
 typedef struct fo_format_info {
     const char *name;
     int size;       /* bytes of an element in fo_array.data */
-    int extra;      /* bytes in fo_array.extra for every `per` elements; 0: there is no extra */
-    int per;        /* the last such group may be short */
+    int extra;      /* bytes in fo_array.extra for every 2^shift elements; 0: there is no extra */
+    int shift;      /* the last such group may be short */
     int stochastic; /* whether a store depends on fo_leaf.key */
 } fo_format_info;
 

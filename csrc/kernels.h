@@ -38,7 +38,7 @@ static inline ptrdiff_t fo_data_bytes(const fo_array *array, ptrdiff_t n)
 static inline ptrdiff_t fo_extra_bytes(const fo_array *array, ptrdiff_t n)
 {
     const fo_format_info *about = &fo_format_table[array->format];
-    return (n + about->per - 1) / about->per * about->extra;
+    return ((n + ((ptrdiff_t)1 << about->shift) - 1) >> about->shift) * about->extra;
 }
 
 /* The chosen kernels: never NULL. */

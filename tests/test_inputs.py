@@ -35,7 +35,6 @@ BAD_ARRAYS = {
     "int": (np.ones(3, int), TypeError, r"dtype int64 is not supported \(float32, float64, "),
     "object": (np.ones(3, object), TypeError, "dtype object is not supported"),
     "complex": (np.ones(3, complex), TypeError, "dtype complex128 is not supported"),
-    "complex": (np.ones(3, complex), TypeError, "dtype complex128 is not supported"),
     "bool": (np.ones(3, bool), TypeError, "dtype bool is not supported"),
     "text": (np.array("x"), TypeError, "dtype <U1 is not supported"),
     "big-endian": (

@@ -22,7 +22,7 @@ cdef extern from "fusedopt.h" nogil:
 
     ctypedef struct fo_format_info:
         const char *name
-        int size, extra, per, stochastic
+        int size, extra, shift, stochastic
 
     ctypedef struct fo_array:
         void *data

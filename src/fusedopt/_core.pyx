@@ -545,7 +545,7 @@ def formats():
     cdef int i
     cdef const fo_format_info *row = fo_formats()
     return [
-        (row[i].name.decode(), row[i].size, row[i].extra, row[i].per, bool(row[i].stochastic))
+        (row[i].name.decode(), row[i].size, row[i].extra, 1 << row[i].shift, bool(row[i].stochastic))
         for i in range(FO_FORMATS)
     ]
 
