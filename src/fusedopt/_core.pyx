@@ -7,7 +7,7 @@ Python call; what is not is handed to `_check`, which explains the fault or retu
 will do. So every rule about input is written once, in `_check`, and this file holds only its fast
 side.
 """
-from libc.stdint cimport int64_t, uint64_t, uintptr_t
+from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport free, qsort, realloc
 from libc.string cimport memset
 
@@ -545,7 +545,8 @@ def formats():
     cdef int i
     cdef const fo_format_info *row = fo_formats()
     return [
-        (row[i].name.decode(), row[i].size, row[i].extra, 1 << row[i].shift, bool(row[i].stochastic))
+        (row[i].name.decode(), row[i].size, row[i].extra, 1 << row[i].shift,
+         bool(row[i].stochastic))
         for i in range(FO_FORMATS)
     ]
 

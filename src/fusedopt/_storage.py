@@ -106,7 +106,7 @@ def allocate(
                 extra[...] = 0
             checked = Stored(own, checked.data, extra)
         stored.append(checked)
-        states.append([form and _take(form, arrays) for form in formats])
+        states.append([None if form is None else _take(form, arrays) for form in formats])
     return stored, states
 
 
@@ -177,7 +177,12 @@ def copier(
         )
     if mine == its:
         pairs = list(zip(_parts(ours), _parts(theirs), strict=True))
-        return lambda: [np.copyto(a, b.view(a.dtype)) for a, b in pairs] and None
+
+        def copy() -> None:
+            for a, b in pairs:
+                np.copyto(a, b.view(a.dtype))
+
+        return copy
     values = theirs.decode() if isinstance(theirs, Stored) else theirs
     if isinstance(ours, Stored):
         laid = np.empty_like(ours.data, np.float32, subok=False)

@@ -42,7 +42,7 @@ def leaf(
     seed: int,
 ) -> None:
     """Decode what is stored, call ``update(p, g, *states)``, which works in place, and encode."""
-    arrays = [param, *states]
+    arrays: list[Array | Stored | None] = [param, *states]
     for i, array in enumerate(arrays):  # a 16-bit array by itself is one with rounding
         if isinstance(array, np.ndarray) and array.dtype.itemsize == 2:
             arrays[i] = _check.parameter("array", array)
@@ -64,6 +64,7 @@ def leaves(
     seed: int,
 ) -> None:
     """Do that for lists of arrays, of which None stands for one that is not there."""
+    columns: list[Sequence[Array | Stored | None]]
     columns = [column or [None] * len(params) for column in states]
     rows = zip(params, grads, *columns, strict=True)
     for number, (param, grad, *its) in enumerate(rows):
