@@ -107,7 +107,8 @@ def test_is_torchs_class(name):
     opt = cls([leaf(3)])
     assert isinstance(opt, peer)
     assert opt.defaults == peer([leaf(3)]).defaults
-    assert inspect.signature(cls) == inspect.signature(peer)
+    own = ["state_dtype", "master_bits", "min_8bit_size", "seed"]
+    assert list(inspect.signature(cls).parameters) == [*inspect.signature(peer).parameters, *own]
 
 
 def test_bits_are_those_of_the_reference():
@@ -649,3 +650,131 @@ def test_devices_other_than_the_cpu():
     q = torch.nn.Parameter(p.detach().cuda())
     q.grad = p.grad.cuda()
     refused(q, "is on device cuda")
+
+
+# ------------------------------------------------------------------ storage formats
+
+FORMATS = [
+    (torch.bfloat16, {}),
+    (torch.bfloat16, {"master_bits": 24}),
+    (torch.bfloat16, {"master_bits": 16, "seed": 3}),
+    (torch.float16, {}),
+    (torch.float32, {"state_dtype": "bfloat16"}),
+    (torch.float32, {"state_dtype": "int8", "min_8bit_size": 64, "seed": 5}),
+    (torch.bfloat16, {"state_dtype": "int8", "min_8bit_size": 64}),
+]
+
+
+def as_numpy(tensor):
+    """A bfloat16 tensor as fusedopt.formats.Stored has it: its bits, uint16."""
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+@pytest.mark.parametrize(("dtype", "options"), FORMATS, ids=str)
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_formats_have_the_bits_of_the_numpy_interface(name, dtype, options):
+    """The same codes, residual bits and blocks after five steps, with the same noise."""
+    ml_dtypes = pytest.importorskip("ml_dtypes") if dtype == torch.bfloat16 else None
+    options = {"lr": 0.1, **({"momentum": 0.9} if name == "SGD" else {}), **options}
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(n).to(dtype)) for n in (700, 30)]
+    plain = [as_numpy(p.detach().clone()) for p in params]
+    if ml_dtypes is not None:
+        plain = [a.view(ml_dtypes.bfloat16) for a in plain]
+    opt, peer = getattr(fo, name)(params, **options), getattr(fusedopt, name)(plain, **options)
+    for _ in range(5):
+        for p in params:
+            p.grad = torch.randn(p.shape).to(dtype)
+        grads = [as_numpy(p.grad) for p in params]
+        peer.step([g.view(plain[0].dtype) for g in grads])
+        opt.step()
+    for p, a, state in zip(params, plain, peer.state.values(), strict=True):
+        assert as_numpy(p.detach()).tobytes() == a.tobytes()
+        for key, value in opt.state[p].items():
+            if key == "step":
+                assert value == 5
+            elif key == "residual":
+                assert as_numpy(value).tobytes() == state[key].tobytes()
+            elif key.endswith("_blocks"):
+                assert value.numpy().tobytes() == state[key.removesuffix("_blocks")].extra.tobytes()
+            else:
+                theirs = state[key]
+                theirs = theirs if isinstance(theirs, np.ndarray) else theirs.data
+                assert as_numpy(value).tobytes() == theirs.tobytes(), key
+
+
+@pytest.mark.parametrize(("dtype", "options"), FORMATS, ids=str)
+@pytest.mark.parametrize("name", ["Adam", "SGD"])
+def test_formats_resume_exactly(name, dtype, options, tmp_path):
+    """Through a file: state keeps its dtype, which torch's rule would cast to the parameter's."""
+    options = {"lr": 0.1, **({"momentum": 0.9} if name == "SGD" else {}), **options}
+
+    def steps(p, opt, seeds):
+        for seed in seeds:
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+            opt.step()
+
+    def start():
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(20, 10).to(dtype))
+        return p, getattr(fo, name)([p], **options)
+
+    straight, opt = start()
+    steps(straight, opt, range(6))
+    p, opt = start()
+    steps(p, opt, range(3))
+    torch.save({"p": p, "opt": opt.state_dict()}, tmp_path / "run.pt")
+    saved = torch.load(tmp_path / "run.pt")
+    q, opt = start()
+    with torch.no_grad():
+        q.copy_(saved["p"])
+    opt.load_state_dict(saved["opt"])
+    for key, value in saved["opt"]["state"][0].items():
+        assert opt.state[q][key].dtype == value.dtype, key
+    steps(q, opt, range(3, 6))
+    assert torch.equal(q, straight)
+
+
+@pytest.mark.parametrize("state_dtype", [None, "bfloat16", "int8"])
+def test_state_of_torch_is_converted(state_dtype):
+    """torch keeps bfloat16 state of a bfloat16 parameter; ours is what was asked for."""
+    p = torch.nn.Parameter(torch.randn(5000).bfloat16())
+    p.grad = torch.randn(5000).bfloat16()
+    peer = torch.optim.Adam([p])
+    peer.step()
+    ours = fo.Adam([p], state_dtype=state_dtype)
+    ours.load_state_dict(peer.state_dict())
+    state = ours.state[p]
+    wanted = {None: torch.float32, "bfloat16": torch.bfloat16, "int8": torch.uint8}[state_dtype]
+    assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == wanted
+    assert ("exp_avg_blocks" in state) == (state_dtype == "int8")
+    ours.step()
+    back = fo.Adam([p])  # and 8-bit codes become numbers again
+    back.load_state_dict(ours.state_dict())
+    assert back.state[p]["exp_avg"].dtype == torch.float32
+    assert "exp_avg_blocks" not in back.state[p]
+    expected = peer.state[p]["exp_avg"].float() * 0.9 + 0.1 * p.grad.float()
+    torch.testing.assert_close(back.state[p]["exp_avg"], expected, rtol=0.4, atol=1e-3)
+    torch.optim.Adam([p]).load_state_dict(ours.state_dict())  # what torch makes of it is its own
+
+
+def test_state_that_fits_no_more():
+    p = leaf(3, 4, 5, 6)
+    opt = fo.Adam([p], state_dtype="int8", min_8bit_size=1)
+    opt.step()
+    p.data = p.data.to(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match="another memory order"):
+        opt.step()
+    p = leaf(300)
+    opt = fo.Adam([p], state_dtype="int8", min_8bit_size=1)
+    opt.step()
+    del opt.state[p]["exp_avg_blocks"]
+    with pytest.raises(ValueError, match="exp_avg_blocks"):
+        opt.step()
+    opt.state[p]["exp_avg"] = torch.zeros(300, dtype=torch.float64)
+    with pytest.raises(TypeError, match="float64 does not fit"):
+        opt.step()
+    with pytest.raises(ValueError, match="state_dtype"):
+        fo.SGD([p], state_dtype="int4")
+    with pytest.raises(ValueError, match=r"param_groups\[1\]: master_bits"):
+        opt.add_param_group({"params": [leaf(2)], "master_bits": 17})

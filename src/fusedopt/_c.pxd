@@ -18,6 +18,12 @@ cdef extern from "fusedopt.h" nogil:
         FO_F64
         FO_BF16
         FO_F16
+        FO_BF16_STOCHASTIC
+        FO_F16_STOCHASTIC
+        FO_BF16_LOW16
+        FO_BF16_LOW8
+        FO_S8
+        FO_U8
         FO_FORMATS
 
     ctypedef struct fo_format_info:

@@ -3,9 +3,12 @@
 Only these pass the border between modules, as function pointers; the library itself is linked once, so
 there is one thread pool and one choice of instruction set.
 """
+from libc.stdint cimport uint64_t
+
 from fusedopt._c cimport fo_hyper, fo_leaf, fo_status
 
 cdef int check(fo_status status) except -1
 cdef void *grow(void *memory, Py_ssize_t count, size_t size) except NULL
 cdef fo_status run_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
                         ptrdiff_t n_hypers, int threads) noexcept nogil
+cdef uint64_t noise_key(uint64_t seed, uint64_t leaf, uint64_t step) noexcept nogil

@@ -53,6 +53,10 @@ cdef fo_status run_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *
     return fo_step(rule, leaves, n, hypers, n_hypers, threads)
 
 
+cdef uint64_t noise_key(uint64_t seed, uint64_t leaf, uint64_t step) noexcept nogil:
+    return fo_key(seed, leaf, step)
+
+
 # ------------------------------------------------------------------ arrays
 
 cdef inline int format_of(object array) except? -1:

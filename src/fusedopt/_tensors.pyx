@@ -7,17 +7,17 @@ because load_state_dict, FSDP and DeepSpeed exchange the buffers under a tensor.
 tensors are plain and in one dense memory order is resolved here, in C; any other is handed, whole,
 to the optimizer's `_stand_in` (see `fusedopt.torch`), which explains the fault or returns tensors that will do.
 """
-from libc.stdint cimport int64_t, uintptr_t
+from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, qsort
 from libc.string cimport memset
 
-from cpython.dict cimport PyDict_GetItemWithError, PyDict_Next
+from cpython.dict cimport PyDict_GetItemWithError, PyDict_Next, PyDict_Size
 from cpython.object cimport PyObject
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.ref cimport Py_DECREF, Py_INCREF
 
 from fusedopt._c cimport *
-from fusedopt._core cimport check, grow, run_step
+from fusedopt._core cimport check, grow, noise_key, run_step
 
 from fusedopt import _check, _core
 
@@ -26,6 +26,9 @@ cdef extern from "dlpack.h" nogil:
         DLPACK_MAJOR_VERSION
         kDLCPU
         kDLFloat
+        kDLBfloat
+        kDLInt
+        kDLUInt
 
     ctypedef struct DLDevice:
         int device_type
@@ -70,7 +73,8 @@ cdef struct More:
     ptrdiff_t group, i     # its place in the optimizer
     int held               # how many tensors are held until the step is over:
     PyObject *tensors[8]   # parameter, gradient, state
-    ptrdiff_t bytes[8]     # of each of them
+    PyObject *extras[8]    # what belongs to the codes of each: residual bits, block exponents
+    ptrdiff_t bytes[8]     # of each tensor
     PyObject *count        # the tensor that counts its steps, held too, or NULL
     void *counter          # where that is, or NULL if torch shall count
     int counter_format
@@ -82,11 +86,21 @@ cdef inline void hold(More *more, tensor) noexcept:
     more.held += 1
 
 
+cdef inline void exchange(PyObject **held, tensor) noexcept:
+    Py_INCREF(tensor)
+    if held[0] != NULL:
+        Py_DECREF(<object>held[0])
+    held[0] = <PyObject *>tensor
+
+
 cdef inline void let_go(More *more, int left) noexcept:
     """Drop the count, and all but the first tensors of a leaf."""
     while more.held > left:
         more.held -= 1
         Py_DECREF(<object>more.tensors[more.held])
+        if more.extras[more.held] != NULL:
+            Py_DECREF(<object>more.extras[more.held])
+            more.extras[more.held] = NULL
     if more.count != NULL:
         Py_DECREF(<object>more.count)
         more.count = NULL
@@ -104,14 +118,26 @@ cdef int by_address(const void *a, const void *b) noexcept nogil:
     return (x > y) - (x < y)
 
 
-cdef inline int format_of(const DLTensor *t) noexcept nogil:
-    """The storage format, or -1."""
-    if t.dtype.code == kDLFloat and t.dtype.lanes == 1:
+cdef inline int dtype_of(const DLTensor *t) noexcept nogil:
+    """The format of plain numbers of this dtype, -1 if there is none."""
+    if t.dtype.lanes != 1:
+        return -1
+    if t.dtype.code == kDLFloat:
         if t.dtype.bits == 32:
             return FO_F32
         if t.dtype.bits == 64:
             return FO_F64
-    return -1
+        return FO_F16 if t.dtype.bits == 16 else -1
+    return FO_BF16 if t.dtype.code == kDLBfloat and t.dtype.bits == 16 else -1
+
+
+cdef inline bint is_int(const DLTensor *t, int code, int bits) noexcept nogil:
+    return t.dtype.code == code and t.dtype.bits == bits and t.dtype.lanes == 1
+
+
+cdef inline bint is_noisy(int format) noexcept nogil:
+    return (format == FO_BF16_STOCHASTIC or format == FO_F16_STOCHASTIC or format == FO_S8
+            or format == FO_U8)
 
 
 cdef inline ptrdiff_t size_of(const DLTensor *t) noexcept nogil:
@@ -201,6 +227,9 @@ cdef class TensorList:
     cdef Span *spans          # of all arrays that the step writes, by address
     cdef ptrdiff_t n, room, n_hypers, room_hypers, n_arrays, n_spans, room_spans
     cdef ptrdiff_t gap        # the last gradient lay between spans[gap - 1] and spans[gap]
+    cdef tuple squares        # of the group: whether each state array holds squares
+    cdef int bits             # of the group: of master weights
+    cdef ptrdiff_t number     # of the parameter, in all groups
     cdef Py_ssize_t at        # of the entry of the state that is tried first
     # of one step
     cdef bint busy
@@ -240,8 +269,10 @@ cdef class TensorList:
         owner : optimizer
             Asked, where needed, to ``_make_state``, ``_stand_in``, ``_count``, ``_constants`` and
             ``_name``: see `fusedopt.torch`.
-        groups : list of (list of tensor, tuple of str)
-            Of each group: its parameters, and the names of the state arrays that its options use.
+        groups : list of (list of tensor, tuple of str, tuple of str, tuple of bool, int, int)
+            Of each group: its parameters; the names of the state arrays that its options use, of
+            what belongs to the codes of each, and whether it holds squares; the bits of master
+            weights, and the seed of the noise.
         counted : bool
             Whether the state of a leaf has its number of steps.
         state : dict of dict
@@ -263,10 +294,11 @@ cdef class TensorList:
         self.busy = True
         try:
             self.n = self.n_arrays = self.n_hypers = self.at = 0
+            self.number = -1
             self.capsules, self.written, self.seen = [], [], {}
             self.back, self.made = [], []
-            for number, (params, names) in enumerate(groups):
-                self.gather(owner, number, params, names, counted, state)
+            for number, plan in enumerate(groups):
+                self.gather(owner, number, plan, counted, state)
             self.refuse_overlap(owner)
             with nogil:
                 status = run_step(self.rule, self.leaves, self.n, self.hypers, self.n_hypers,
@@ -297,19 +329,23 @@ cdef class TensorList:
         for target, copy in self.back:
             target.copy_(copy)
         for param, own in self.made:
-            state[param].update(own)
+            state.setdefault(param, {}).update(own)
         return 0
 
     # -------------------------------------------------------------- leaves
 
-    cdef int gather(self, owner, ptrdiff_t group, list params, tuple names, bint counted,
-                    state) except -1:
+    cdef int gather(self, owner, ptrdiff_t group, tuple plan, bint counted, state) except -1:
         """Add the leaves of a group that have a gradient."""
-        cdef ptrdiff_t i = -1, step, last = -1, index = -1
+        cdef ptrdiff_t i = -1, step, count, last = -1, index = -1
         cdef More *more
+        cdef list params = plan[0]
+        cdef tuple names = plan[1], extras = plan[2]
+        cdef uint64_t seed = plan[5]
+        self.squares, self.bits = plan[3], plan[4]
         for param in params:
             i += 1
-            own = self.state_of(state, param) if names or counted else None
+            self.number += 1
+            own = self.state_of(state, param)
             grad = param.grad
             if grad is None:
                 continue
@@ -317,16 +353,19 @@ cdef class TensorList:
             hold(more, param)
             hold(more, grad)
             step = 2
-            if not self.read_state(more, own, names, counted):
-                own = owner._make_state(group, i, param, own)
-                self.made.append((param, own))
-                step = 1
+            if not self.read_state(more, own, names, extras, counted):
                 let_go(more, 2)
-                if not self.read_state(more, own, names, counted):
+                made = owner._make_state(group, i, param, own)
+                self.made.append((param, made))
+                own = {**own, **made} if own else made
+                step = 1
+                if not self.read_state(more, own, names, extras, counted):
                     raise SystemError("fusedopt: incomplete state; please report")
-            if counted:
-                step = 1 + self.read_count(owner, more)
             self.fill(owner, more, names)
+            count = 1 + self.read_count(owner, more) if more.count != NULL else step
+            self.leaves[self.n - 1].key = noise_key(seed, self.number, count)
+            if counted:
+                step = count
             if step != last:
                 index, last = self.hyper(owner, group, step), step
             self.leaves[self.n - 1].hyper = index
@@ -346,24 +385,34 @@ cdef class TensorList:
             return <object>value
         return state.get(param)
 
-    cdef bint read_state(self, More *more, own, tuple names, bint counted) except -1:
+    cdef bint read_state(self, More *more, own, tuple names, tuple extras,
+                         bint counted) except -1:
         """Hold the tensor that counts steps, and the state arrays in use; False if one is missing.
         """
         cdef Py_ssize_t at = 0
         cdef PyObject *value
+        cdef int k = 0
         if own is None:
             return not names and not counted
-        if counted:
+        if counted or PyDict_Size(own) > len(names):
             value = entry(own, "step", &at)
-            if value == NULL:
+            if value != NULL:
+                Py_INCREF(<object>value)
+                more.count = value
+            elif counted:
                 return False
-            Py_INCREF(<object>value)
-            more.count = value
         for name in names:
             value = entry(own, name, &at)
             if value == NULL or <object>value is None:
                 return False
             hold(more, <object>value)
+        if PyDict_Size(own) > len(names) + counted:
+            for name in extras:  # of the parameter, then of each state array
+                value = entry(own, name, &at)
+                if value != NULL:
+                    Py_INCREF(<object>value)
+                    more.extras[k] = value
+                k += 1 + (k == 0)
         return True
 
     cdef More *new_leaf(self, ptrdiff_t group, ptrdiff_t i) except NULL:
@@ -384,8 +433,9 @@ cdef class TensorList:
         """Steps that a leaf has taken; where they are counted is noted for `finish`."""
         cdef DLTensor t
         count = <object>more.count
-        if self.resolve(count, &t) and size_of(&t) == 1 and format_of(&t) >= 0:
-            more.counter, more.counter_format = <char *>t.data + t.byte_offset, format_of(&t)
+        if self.resolve(count, &t) and size_of(&t) == 1 and (
+                dtype_of(&t) == FO_F32 or dtype_of(&t) == FO_F64):
+            more.counter, more.counter_format = <char *>t.data + t.byte_offset, dtype_of(&t)
             if more.counter_format == FO_F32:
                 return <ptrdiff_t>(<float *>more.counter)[0]
             return <ptrdiff_t>(<double *>more.counter)[0]
@@ -394,15 +444,26 @@ cdef class TensorList:
     cdef int fill(self, owner, More *more, tuple names) except -1:
         """Point the last leaf at its tensors, or at stand-ins."""
         cdef int k
+        cdef list tensors, extras, back
         self.written.append(<object>more.tensors[0])
         if not self.take(more):
-            tensors = [<object>more.tensors[k] for k in range(more.held)]
-            tensors, back = owner._stand_in(more.group, more.i, names, tensors)
+            tensors, extras = [], [None] * more.held
+            for k in range(more.held):
+                tensors.append(<object>more.tensors[k])
+                if more.extras[k] != NULL:
+                    extras[k] = <object>more.extras[k]
+            tensors, extras, back, made = owner._stand_in(
+                more.group, more.i, names, tensors, extras, more.count != NULL)
             self.back.extend(back)
-            for k, tensor in enumerate(tensors):
-                Py_INCREF(tensor)
-                Py_DECREF(<object>more.tensors[k])
-                more.tensors[k] = <PyObject *>tensor
+            if made:
+                self.made.append((<object>more.tensors[0], made))
+                if "step" in made:
+                    Py_INCREF(made["step"])
+                    more.count = <PyObject *>made["step"]
+            for k in range(more.held):
+                exchange(&more.tensors[k], tensors[k])
+                if extras[k] is not None:
+                    exchange(&more.extras[k], extras[k])
             if not self.take(more):
                 raise SystemError("fusedopt: a stand-in does not fit; please report")
         if self.leaves[self.n - 1].n > 0:
@@ -434,12 +495,47 @@ cdef class TensorList:
                 if not same_layout(&other, &param):
                     return False
                 array = &leaf.grad if k == 1 else &leaf.state[k - 2]
-            format = format_of(&other)
-            if format < 0 or (k != 1 and format != format_of(&param)):
+            format = self.format_of(k, &other)
+            if format < 0 or (k > 1 and (format == FO_F64) != (leaf.param.format == FO_F64)):
                 return False
             array.data = <char *>other.data + other.byte_offset
             array.format = <fo_format>format
             more.bytes[k] = leaf.n * (other.dtype.bits // 8)
+            if format >= FO_BF16_LOW16 and not self.take_extra(more, k, array, &param):
+                return False
+            if k != 1 and is_noisy(format) and more.count == NULL:
+                return False  # the noise of a step is keyed by its number
+        return True
+
+    cdef int format_of(self, int k, const DLTensor *t) except -2:
+        """The format of a parameter (k = 0), a gradient (1) or a state array, by its dtype."""
+        cdef int format = dtype_of(t)
+        if k == 1 or format == FO_F32 or format == FO_F64:
+            return format
+        if k == 0 and format == FO_F16:
+            return FO_F16_STOCHASTIC
+        if k == 0 and format == FO_BF16:
+            return (FO_BF16_LOW16 if self.bits == 32 else
+                    FO_BF16_LOW8 if self.bits == 24 else FO_BF16_STOCHASTIC)
+        if format == FO_BF16:
+            return FO_BF16_STOCHASTIC
+        if k > 1 and is_int(t, kDLUInt, 8):
+            return FO_U8 if self.squares[k - 2] else FO_S8
+        return -1
+
+    cdef bint take_extra(self, More *more, int k, fo_array *array, const DLTensor *param) except -1:
+        """Point an array at its residual bits, or at the exponents of its blocks."""
+        cdef DLTensor t
+        if more.extras[k] == NULL or not self.resolve(<object>more.extras[k], &t):
+            return False
+        if array.format == FO_S8 or array.format == FO_U8:
+            if (not is_int(&t, kDLUInt, 8) or t.ndim != 1 or not is_dense(&t)
+                    or t.shape[0] != (size_of(param) + FO_BLOCK - 1) // FO_BLOCK):
+                return False
+        elif (not is_int(&t, kDLInt, 16 if array.format == FO_BF16_LOW16 else 8)
+                or not same_layout(&t, param)):
+            return False
+        array.extra = <char *>t.data + t.byte_offset
         return True
 
     cdef bint is_plain(self, tensor) noexcept:

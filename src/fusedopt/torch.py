@@ -16,6 +16,7 @@ GradScaler, checkpoints, DDP, FSDP2), and a run can change from one to the other
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -26,14 +27,18 @@ except ModuleNotFoundError as exc:
         'fusedopt.torch needs PyTorch 2.4 or newer: pip install "fusedopt[torch]"'
     ) from exc
 
-from fusedopt import _tensors, _threads
+from fusedopt import _storage, _tensors, _threads
+from fusedopt.formats import BLOCK, Stored
 from fusedopt.optim import adam as _adam
 from fusedopt.optim import sgd as _sgd
 from fusedopt.optimizer import Optimizer as _NumpyOptimizer
 
 __all__ = ["SGD", "Adam", "AdamW"]
 
-_DTYPES = (torch.float32, torch.float64)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_STATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.uint8)
+_RESIDUALS = {32: torch.int16, 24: torch.int8}  # by master_bits of a bfloat16 parameter
+_BLOCKS = "_blocks"  # ends the name of what belongs to 8-bit codes
 
 
 class _Fused:
@@ -48,9 +53,42 @@ class _Fused:
     _step_supports_amp_scaling = True  # GradScaler leaves unscaling and skipping to the step
     _leaves: _tensors.TensorList | None = None
 
+    _storage_options: Mapping[str, Any] = {}
     defaults: dict[str, Any]
     param_groups: list[dict[str, Any]]
     state: dict[Any, dict[str, Any]]
+
+    def __init__(
+        self,
+        params: Any,
+        *args: Any,
+        state_dtype: str | None = None,
+        master_bits: int | None = None,
+        min_8bit_size: int = _storage.DEFAULTS["min_8bit_size"],
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        """See the class."""
+        own = {
+            "state_dtype": state_dtype,
+            "master_bits": master_bits,
+            "min_8bit_size": min_8bit_size,
+            "seed": seed,
+        }
+        own = {name: value for name, value in own.items() if value != _storage.DEFAULTS[name]}
+        self._storage_options = _own_options(own)
+        super().__init__(params, *args, **options)
+        self.defaults.update(self._storage_options)
+
+    def __init_subclass__(cls) -> None:
+        """Show torch's arguments, and then ours, where the signature is asked for."""
+        own = list(inspect.signature(_Fused.__init__).parameters.values())[3:-1]
+        base = next((base for base in cls.__mro__ if base.__module__.startswith("torch.")), None)
+        if base is not None:
+            shown = inspect.signature(base)
+            cls.__signature__ = shown.replace(  # type: ignore[attr-defined]
+                parameters=[*shown.parameters.values(), *own]
+            )
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -83,11 +121,7 @@ class _Fused:
             return loss
         if self._leaves is None:
             self._leaves = _new_list(self._numpy.rule)
-        groups = []
-        for i, group in enumerate(self.param_groups):
-            _refuse_options(f"param_groups[{i}]", group)
-            used = zip(self._numpy.state_names, self._numpy.uses(group), strict=True)
-            groups.append((group["params"], tuple(name for name, use in used if use)))
+        groups = [self._plan(i, group) for i, group in enumerate(self.param_groups)]
         written = self._leaves.step(
             self, groups, self._counts, self.state, _threads.get_num_threads()
         )
@@ -96,8 +130,60 @@ class _Fused:
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with options of their own, as in torch."""
-        _refuse_options(f"param_groups[{len(self.param_groups)}]", {**self.defaults, **param_group})
+        where = f"param_groups[{len(self.param_groups)}]"
+        _refuse_options(where, {**self.defaults, **param_group})
+        for name, value in _own_options(param_group, f"{where}: ").items():
+            param_group[name] = value
+        for name, value in self._storage_options.items():
+            param_group.setdefault(name, value)
         super().add_param_group(param_group)  # type: ignore[misc]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over state and options, as in torch, into this optimizer's own storage.
+
+        How state is stored remains as this optimizer was made, whatever `state_dict` has: what
+        comes in another dtype (torch's own bfloat16 state of a bfloat16 parameter, say) is
+        converted, and torch's rule to cast state to the parameter's dtype is not followed.
+        """
+        loaded: dict[str, Any] = {}
+        kept = [{k: v for k, v in g.items() if k in _storage.CHECKS} for g in self.param_groups]
+        hooks: Any = self
+        last = hooks.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final))
+        first = hooks.register_load_state_dict_post_hook(
+            lambda _: self._restore(loaded, kept), prepend=True
+        )
+        try:
+            super().load_state_dict(state_dict)  # type: ignore[misc]
+        finally:
+            last.remove()
+            first.remove()
+
+    def _restore(self, loaded: dict[str, Any], kept: list[dict[str, Any]]) -> None:
+        """Put the loaded state, as it was before torch cast it, into our formats."""
+        saved_groups = loaded["param_groups"]
+        for i, (group, saved, own) in enumerate(
+            zip(self.param_groups, saved_groups, kept, strict=True)
+        ):
+            for name in _storage.CHECKS:
+                group.pop(name, None)
+            group.update(own)
+            for param, number in zip(group["params"], saved["params"], strict=True):
+                entries = loaded["state"].get(number)
+                if entries:
+                    self._restore_leaf(i, param, entries)
+
+    def _restore_leaf(self, group: int, param: Any, saved: Mapping[str, Any]) -> None:
+        own = self.state[param]
+        names = self._numpy.state_names
+        for name, square in zip(names, self._numpy.state_is_square, strict=True):
+            if isinstance(saved.get(name), torch.Tensor):
+                own.pop(name + _BLOCKS, None)
+                own.update(_stored(param, name, square, saved, self._state_dtype(group, param)))
+        residual = saved.get("residual")
+        if residual is not None:
+            own.pop("residual")
+            if residual.dtype == _RESIDUALS.get(_bits(self.param_groups[group])):
+                own["residual"] = residual.to(param.device)
 
     # -------------------------------------------------------------- asked by TensorList.step
 
@@ -129,21 +215,57 @@ class _Fused:
             options[name] = value
         return options
 
+    def _plan(self, i: int, group: dict[str, Any]) -> tuple[Any, ...]:
+        """Return what the list must know of a group: see `TensorList.step`."""
+        _refuse_options(f"param_groups[{i}]", group)
+        names, squares = self._used(group)
+        extras = ("residual", *(name + _BLOCKS for name in names))
+        return group["params"], names, extras, squares, _bits(group), group.get("seed", 0)
+
+    def _used(self, group: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[bool, ...]]:
+        """Return the state arrays that a group's options use, and whether each holds squares."""
+        rows = zip(
+            self._numpy.state_names,
+            self._numpy.state_is_square,
+            self._numpy.uses(group),  # type: ignore[arg-type]
+            strict=True,
+        )
+        used = [(name, square) for name, square, use in rows if use]
+        return tuple(name for name, _ in used), tuple(square for _, square in used)
+
+    def _state_dtype(self, group: int, param: Any) -> Any:
+        """Return the dtype in which state of a parameter is kept; float32 unless asked."""
+        options = {**_storage.DEFAULTS, **self.param_groups[group]}
+        if param.dtype == torch.float64:
+            return torch.float64
+        if options["state_dtype"] == "bfloat16":
+            return torch.bfloat16
+        if options["state_dtype"] == "int8" and param.numel() >= options["min_8bit_size"]:
+            return torch.uint8
+        return torch.float32
+
     def _make_state(self, group: int, i: int, param: Any, own: dict[str, Any] | None) -> Any:
         """Return new state for a parameter; the list adds it to `state` after the step."""
-        _local(self._name(group, i), param)
-        names = self._numpy.state_names
-        used = zip(names, self._numpy.uses(self.param_groups[group]), strict=True)
-        missing = [name for name, use in used if use and not (own and name in own)]
-        if self._counts and own:
+        name = self._name(group, i)
+        local = _local(name, param)
+        names, _ = self._used(self.param_groups[group])
+        missing = [state for state in names if not own or own.get(state) is None]
+        if self._counts and own and ("step" not in own or len(missing) != len(names)):
             raise ValueError(
-                f"{self._name(group, i)}: its state has no {', '.join(missing) or 'step'}, which "
-                "these options need; set them when the optimizer is made"
+                f"{name}: its state has no {', '.join(missing) or 'step'}, which these options "
+                "need; set them when the optimizer is made"
             )
-        made = {
-            name: torch.zeros_like(param, memory_format=torch.preserve_format) for name in missing
-        }
-        return {"step": torch.zeros((), dtype=torch.float32), **made} if self._counts else made
+        dtype = self._state_dtype(group, param)
+        if dtype == torch.uint8 and local is not param and hasattr(type(param), "to_local"):
+            raise TypeError(f"{name}: is a shard; 8-bit state is for whole tensors only")
+        made = {} if not self._counts else {"step": torch.zeros((), dtype=torch.float32)}
+        for state in missing:
+            made[state] = torch.zeros_like(
+                param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
+            )
+            if dtype == torch.uint8:
+                made[state + _BLOCKS] = torch.zeros(-(-param.numel() // BLOCK), dtype=dtype)
+        return made
 
     def _count(self, group: int, i: int, step: Any) -> int:
         """Return the number of steps from a tensor that is not plain."""
@@ -152,38 +274,75 @@ class _Fused:
         return int(step.item())
 
     def _stand_in(
-        self, group: int, i: int, names: tuple[str, ...], tensors: list[Any]
-    ) -> tuple[list[Any], list[tuple[Any, Any]]]:
+        self,
+        group: int,
+        i: int,
+        names: tuple[str, ...],
+        tensors: list[Any],
+        extras: list[Any],
+        is_counted: bool,
+    ) -> tuple[list[Any], list[Any], list[tuple[Any, Any]], dict[str, Any]]:
         """Return for [parameter, gradient, *state] plain tensors in one dense memory order.
 
         Those that are so already, or hold such a one, stand for themselves; of the others a copy
-        does. Also returns what to write back: (tensor, its copy) for all but the gradient.
+        does. Also returns, alike, what belongs to their codes (`extras`); what to write back, as
+        (tensor, its copy); and state that a 16-bit parameter needs and that was not there.
         """
         name = self._name(group, i)
+        made: dict[str, Any] = {}
+        residual = _RESIDUALS.get(_bits(self.param_groups[group]))
+        rounded = tensors[0].dtype == torch.float16 or (
+            tensors[0].dtype == torch.bfloat16 and residual is None
+        )
+        rounded |= any(state.dtype in (torch.bfloat16, torch.uint8) for state in tensors[2:])
+        if rounded and not is_counted:  # by chance, which is keyed by the step
+            made["step"] = torch.zeros((), dtype=torch.float32)
+        if tensors[0].dtype == torch.bfloat16 and residual is not None and extras[0] is None:
+            extras[0] = torch.zeros_like(tensors[0], dtype=residual, requires_grad=False)
+            made["residual"] = extras[0]
         where = [name, f"{name}.grad", *(f"{name}.{state}" for state in names)]
-        local = [_local(w, t) for w, t in zip(where, tensors, strict=True)]
-        param = local[0]
-        strides = _order(param)
-        plain, back = [], []
-        for k, (w, tensor) in enumerate(zip(where, local, strict=True)):
+        known = [_DTYPES, _DTYPES, *(_STATE_DTYPES for _ in names)]
+        local = [_local(*row) for row in zip(where, tensors, known, strict=True)]
+        param, strides, back = local[0], _order(local[0]), []
+
+        def fit(where: str, tensor: Any, written: bool) -> Any:
             if tensor.shape != param.shape:
                 raise ValueError(
-                    f"{w}: shape {tuple(tensor.shape)} does not fit the parameter's "
+                    f"{where}: shape {tuple(tensor.shape)} does not fit the parameter's "
                     f"{tuple(param.shape)}"
                 )
-            if k > 1 and tensor.dtype != param.dtype:
-                raise TypeError(f"{w}: {tensor.dtype} does not fit the parameter's {param.dtype}")
-            if k != 1 and _repeats(tensor):
-                raise ValueError(f"{w}: elements share memory (expanded?); pass a contiguous copy")
+            if written and _repeats(tensor):
+                raise ValueError(
+                    f"{where}: elements share memory (expanded?); pass a contiguous copy"
+                )
             if _same_order(tensor, strides) and not tensor.is_neg():
-                plain.append(tensor)
-                continue
-            copy = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype)
-            copy.copy_(tensor)
-            plain.append(copy)
-            if k != 1:
+                return tensor
+            if tensor.dtype == torch.uint8:
+                raise ValueError(
+                    f"{where}: 8-bit state, made in another memory order than the parameter has "
+                    "now; keep the order, or make the optimizer anew"
+                )
+            copy = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
+            if written:
                 back.append((tensor, copy))
-        return plain, back
+            return copy
+
+        plain = [fit(w, t, k != 1) for k, (w, t) in enumerate(zip(where, local, strict=True))]
+        for w, tensor in zip(where[2:], plain[2:], strict=True):
+            if (tensor.dtype == torch.float64) != (param.dtype == torch.float64):
+                raise TypeError(f"{w}: {tensor.dtype} does not fit the parameter's {param.dtype}")
+        if extras[0] is not None:
+            if extras[0].dtype != residual:
+                raise TypeError(f"{name}.residual: expected {residual}, got {extras[0].dtype}")
+            extras[0] = fit(
+                f"{name}.residual", _local(f"{name}.residual", extras[0], (residual,)), True
+            )
+        for w, tensor, blocks in zip(where[2:], plain[2:], extras[2:], strict=True):
+            if tensor.dtype == torch.uint8 and (
+                blocks is None or blocks.shape != (-(-param.numel() // BLOCK),)
+            ):
+                raise ValueError(f"{w}: 8-bit codes need {w}{_BLOCKS}, one byte for {BLOCK} codes")
+        return plain, extras, back, made
 
 
 def _refuse_options(where: str, group: Mapping[str, Any]) -> None:
@@ -198,7 +357,40 @@ def _refuse_options(where: str, group: Mapping[str, Any]) -> None:
             )
 
 
-def _local(where: str, tensor: Any) -> Any:
+def _own_options(options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Return those of our own options that are given, checked."""
+    return {
+        name: check(where + name, options[name])
+        for name, check in _storage.CHECKS.items()
+        if name in options
+    }
+
+
+def _bits(group: Mapping[str, Any]) -> int:
+    return group.get("master_bits") or 32
+
+
+def _stored(
+    param: Any, name: str, square: bool, saved: Mapping[str, Any], dtype: Any
+) -> dict[str, Any]:
+    """Return a saved state array in another dtype, with the blocks of 8-bit codes."""
+    value, form = saved[name].to(param.device), "uint8" if square else "int8"
+    if value.dtype == dtype:
+        blocks = saved.get(name + _BLOCKS)
+        return {name: value} if blocks is None else {name: value, name + _BLOCKS: blocks}
+    if value.dtype == torch.uint8:
+        stored = Stored(form, value.numpy(), saved[name + _BLOCKS].numpy())
+        value = torch.from_numpy(stored.decode())
+    if dtype != torch.uint8:
+        return {name: value.to(dtype)}
+    codes = torch.zeros_like(param, dtype=dtype, requires_grad=False)
+    blocks = torch.zeros(-(-param.numel() // BLOCK), dtype=dtype)
+    laid = torch.empty_like(codes, dtype=torch.float32).copy_(value)
+    Stored(form, codes.numpy(), blocks.numpy()).encode(laid.numpy())
+    return {name: codes, name + _BLOCKS: blocks}
+
+
+def _local(where: str, tensor: Any, known: tuple[Any, ...] = _DTYPES) -> Any:
     """Return the plain tensor that a parameter, gradient or state array is, or holds (DTensor).
 
     Raises
@@ -218,9 +410,9 @@ def _local(where: str, tensor: Any) -> Any:
         fault = f"a {kind} tensor; make it dense, e.g. Embedding(sparse=False), or use torch.optim"
     elif tensor.device.type != "cpu":
         fault = f"on device {tensor.device}; fusedopt steps on the CPU, use torch.optim elsewhere"
-    elif tensor.dtype not in _DTYPES:
-        known = " or ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-        fault = f"of dtype {tensor.dtype}; supported: {known}"
+    elif tensor.dtype not in known:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in known)
+        fault = f"of dtype {tensor.dtype}; supported: {names}"
     elif not _has_memory(tensor):
         fault = f"a {type(tensor).__name__} without memory of its own; pass the tensor in it"
     if fault is not None:
@@ -285,11 +477,21 @@ class Adam(_FusedAdam, torch.optim.Adam):
     Parameters
     ----------
     params, lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay
-        As for `torch.optim.Adam`. Parameters are float32 or float64, on the CPU.
+        As for `torch.optim.Adam`. Parameters are float32, float64, bfloat16 or float16, on the CPU.
     foreach, fused : bool, optional
         Accepted and without effect.
     capturable, differentiable : bool, default False
         Refused where True.
+    state_dtype : {None, "float32", "bfloat16", "int8"}, default None
+        How the state is kept: in float32, whatever the parameter's dtype, unless a narrower dtype
+        is asked for (float64 of float64 parameters). See `fusedopt.Optimizer`.
+    master_bits : {None, 16, 24, 32}, default None
+        Bits of a 16-bit parameter that steps compute with. None: 32 of a bfloat16 parameter, whose
+        lower half is kept as ``residual`` in its state; 16, rounded stochastically, of float16.
+    min_8bit_size : int, default 4096
+        Tensors of fewer elements keep float32 state in the place of int8.
+    seed : int, default 0
+        Of the stochastic rounding.
 
     Raises
     ------
@@ -298,12 +500,15 @@ class Adam(_FusedAdam, torch.optim.Adam):
 
     Notes
     -----
-    State and ``state_dict`` are torch's, and load into either. Results are the bits of
-    `fusedopt.reference.adam`, within a few units in the last place of torch's. A step that raises
-    has changed nothing.
+    State and ``state_dict`` are torch's, and load into either; groups have our own options only
+    where they are not the default. Results are the bits of `fusedopt.reference.adam`, within a
+    few units in the last place of torch's. A step that raises has changed nothing. Codes of 8-bit
+    state, uint8, have one byte for each 64 of them beside them, as ``exp_avg_blocks``.
 
-    Differences: GradScaler's scale is taken off on the fly, so ``.grad`` stays scaled after a
-    step; a tensor that another one overlaps is refused; parameters on other devices too.
+    What differs: state of 16-bit parameters is float32; GradScaler's scale is taken off on the
+    fly, so ``.grad`` stays scaled after a step; tensors that overlap are refused, and so are
+    parameters on other devices (there, torch's own fused step is the one to use); the version
+    counter of each parameter is raised, that of its state is not.
     """
 
 
