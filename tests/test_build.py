@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from fusedopt import _core
+from fusedopt import _core, _tensors
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64" or shutil.which("objdump") is None,
@@ -103,14 +103,25 @@ def test_formats_are_vectorised(functions, isa):
     assert len(widening) >= 8 and len(narrowing) >= 8 and len(hashing) >= 16
 
 
-def test_exports_the_module_and_one_name():
+@pytest.mark.parametrize("module", [_core, _tensors], ids=lambda m: m.__name__)
+def test_exports_the_module_and_one_name(module):
     if shutil.which("nm") is None:
         pytest.skip("needs nm (binutils)")
-    run = ["nm", "-D", "--defined-only", _core.__file__]
+    run = ["nm", "-D", "--defined-only", module.__file__]
     listing = subprocess.run(run, capture_output=True, text=True, check=True).stdout
     names = {line.split()[-1] for line in listing.splitlines()}
-    assert names == {"PyInit__core", "fo_backend"}  # the second: for threadpoolctl
+    more = {"fo_backend"} if module is _core else set()  # for threadpoolctl
+    assert names == {f"PyInit_{module.__name__.rpartition('.')[2]}"} | more
+
+
+def test_the_library_is_linked_once():
+    """The border for tensors calls the C library through _core: one pool, one choice of ISA."""
+    if shutil.which("nm") is None:
+        pytest.skip("needs nm (binutils)")
+    run = ["nm", _tensors.__file__]
+    listing = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+    assert not [line for line in listing.splitlines() if re.search(r" \w fo_", line)]
 
 
 def test_stable_abi():
-    assert ".abi3." in _core.__file__
+    assert ".abi3." in _core.__file__ and ".abi3." in _tensors.__file__

@@ -1,6 +1,6 @@
 """What the package's other extension modules use of `_core`, which holds the one C library.
 
-Only these pass the border between modules, as function pointers; the library itself is linked once, so
+Only these pass between the modules, as function pointers; the library itself is linked once, so
 there is one thread pool and one choice of instruction set.
 """
 from libc.stdint cimport uint64_t

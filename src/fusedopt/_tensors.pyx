@@ -5,7 +5,8 @@
 Tensors are read anew in each step, through DLPack's C exchange API: no pointer outlives the call,
 because load_state_dict, FSDP and DeepSpeed exchange the buffers under a tensor. A leaf whose
 tensors are plain and in one dense memory order is resolved here, in C; any other is handed, whole,
-to the optimizer's `_stand_in` (see `fusedopt.torch`), which explains the fault or returns tensors that will do.
+to the optimizer's `_stand_in` (see `fusedopt.torch`), which explains the fault or returns tensors
+that will do.
 """
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, qsort
@@ -18,6 +19,8 @@ from cpython.ref cimport Py_DECREF, Py_INCREF
 
 from fusedopt._c cimport *
 from fusedopt._core cimport check, grow, noise_key, run_step
+
+import threading
 
 from fusedopt import _check, _core
 
@@ -219,6 +222,7 @@ cdef class TensorList:
     cdef int rule
     cdef list scalar_names
     cdef object tensor, parameter, export
+    cdef object claim         # a lock, held during a step
     cdef const DLPackExchangeAPI *api
     cdef PyCFunction is_neg   # called per leaf: as a C function it takes a third of the time
     cdef fo_leaf *leaves
@@ -232,7 +236,6 @@ cdef class TensorList:
     cdef ptrdiff_t number     # of the parameter, in all groups
     cdef Py_ssize_t at        # of the entry of the state that is tried first
     # of one step
-    cdef bint busy
     cdef list capsules        # what must live until the step is over
     cdef list written         # parameters
     cdef list back            # (tensor, copy that was stepped in its place)
@@ -245,6 +248,7 @@ cdef class TensorList:
         self.scalar_names = rows[self.rule][1]
         self.tensor, self.parameter = kinds
         self.export = export
+        self.claim = threading.Lock()
         if PyCFunction_GetFlags(<PyObject *>is_neg) != METH_NOARGS:
             raise TypeError("is_neg: expected a builtin method without arguments")
         self.is_neg = PyCFunction_GetFunction(<PyObject *>is_neg)
@@ -286,12 +290,11 @@ cdef class TensorList:
         """
         cdef fo_status status
         cdef ptrdiff_t i
-        if self.busy:
+        if not self.claim.acquire(False):
             raise RuntimeError(
                 f"{type(owner).__name__}.step: another thread is in a step of this optimizer; "
                 "use one optimizer for each thread, or a lock"
             )
-        self.busy = True
         try:
             self.n = self.n_arrays = self.n_hypers = self.at = 0
             self.number = -1
@@ -310,7 +313,7 @@ cdef class TensorList:
             for i in range(self.n):
                 let_go(&self.more[i], 0)
             self.capsules = self.written = self.back = self.made = None
-            self.busy = False
+            self.claim.release()
 
     cdef int finish(self, state) except -1:
         """Count the step, write what was done on copies, and take over new state."""
@@ -614,8 +617,8 @@ cdef class TensorList:
         return 0
 
     cdef bint locate(self, ptrdiff_t leaf, int slot, Span *span) noexcept nogil:
-        cdef fo_leaf *l = &self.leaves[leaf]
-        cdef void *data = l.param.data if slot == 0 else l.state[slot - 1].data
+        cdef fo_leaf *own = &self.leaves[leaf]
+        cdef void *data = own.param.data if slot == 0 else own.state[slot - 1].data
         span.low = <uintptr_t>data
         span.high = span.low + self.more[leaf].bytes[slot and slot + 1]
         span.leaf, span.slot = leaf, slot

@@ -54,9 +54,9 @@ class _Fused:
     _leaves: _tensors.TensorList | None = None
 
     _storage_options: Mapping[str, Any] = {}
-    defaults: dict[str, Any]
-    param_groups: list[dict[str, Any]]
-    state: dict[Any, dict[str, Any]]
+    defaults: Any  # torch's
+    param_groups: Any
+    state: Any
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class _Fused:
         *args: Any,
         state_dtype: str | None = None,
         master_bits: int | None = None,
-        min_8bit_size: int = _storage.DEFAULTS["min_8bit_size"],
+        min_8bit_size: int = 4096,
         seed: int = 0,
         **options: Any,
     ) -> None:
@@ -77,7 +77,7 @@ class _Fused:
         }
         own = {name: value for name, value in own.items() if value != _storage.DEFAULTS[name]}
         self._storage_options = _own_options(own)
-        super().__init__(params, *args, **options)
+        super().__init__(params, *args, **options)  # type: ignore[call-arg]
         self.defaults.update(self._storage_options)
 
     def __init_subclass__(cls) -> None:
@@ -215,7 +215,7 @@ class _Fused:
             options[name] = value
         return options
 
-    def _plan(self, i: int, group: dict[str, Any]) -> tuple[Any, ...]:
+    def _plan(self, i: int, group: Mapping[str, Any]) -> tuple[Any, ...]:
         """Return what the list must know of a group: see `TensorList.step`."""
         _refuse_options(f"param_groups[{i}]", group)
         names, squares = self._used(group)
@@ -227,7 +227,7 @@ class _Fused:
         rows = zip(
             self._numpy.state_names,
             self._numpy.state_is_square,
-            self._numpy.uses(group),  # type: ignore[arg-type]
+            self._numpy.uses(dict(group)),
             strict=True,
         )
         used = [(name, square) for name, square, use in rows if use]
@@ -436,9 +436,9 @@ def _order(tensor: Any) -> tuple[int, ...]:
         axis for axis in zip(tensor.stride(), tensor.shape, strict=True) if axis[1] != 1
     ):
         if stride != expected:
-            return torch.empty(tensor.shape, device="meta").stride()  # type: ignore[no-any-return]
+            return torch.empty(tensor.shape, device="meta").stride()
         expected *= length
-    return tensor.stride()  # type: ignore[no-any-return]
+    return tensor.stride()
 
 
 def _same_order(tensor: Any, strides: tuple[int, ...]) -> bool:
