@@ -2,9 +2,9 @@
 
     python bench/deepspeed_offload.py [--stage 1|2|3] [--steps 8] [--compare]
 
-With offload, DeepSpeed keeps float32 copies of the (bfloat16) parameters on the CPU and lets a client
-optimizer step them. Two settings let that be fusedopt: ``zero_force_ds_cpu_optimizer: false``,
-because DeepSpeed would else insist on its own, which it compiles at run time, and
+With offload, DeepSpeed keeps float32 copies of the (bfloat16) parameters on the CPU and lets a
+client optimizer step them. Two settings let that be fusedopt: ``zero_force_ds_cpu_optimizer:
+false``, because DeepSpeed would else insist on its own, which it compiles at run time, and
 ``zero_allow_untested_optimizer: true``. With `--compare` the same run is made with torch.optim, and
 the losses must be equal within 1e-6.
 """

@@ -34,9 +34,7 @@ OPTIMIZERS: dict[str, Make] = {
     "torch.optim.AdamW": lambda p: torch.optim.AdamW(p, lr=1e-3),
     "torch.optim.AdamW(fused=True)": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
     "fusedopt.torch.AdamW": lambda p: fo.AdamW(p, lr=1e-3),
-    "fusedopt.torch.AdamW(state_dtype='int8')": lambda p: fo.AdamW(
-        p, lr=1e-3, state_dtype="int8"
-    ),
+    "fusedopt.torch.AdamW(state_dtype='int8')": lambda p: fo.AdamW(p, lr=1e-3, state_dtype="int8"),
 }
 
 

@@ -12,6 +12,7 @@ import fusedopt
 torch = pytest.importorskip("torch", reason="tests the PyTorch adapter: extra `torch`")
 
 import fusedopt.torch as fo  # noqa: E402 (needs torch)
+from fusedopt import _torch_plain  # noqa: E402
 
 ROWS = [
     ("Adam", {}),
@@ -563,7 +564,7 @@ def test_inside_a_transform():
         p = x.detach()
         seen.append(p)
         with pytest.raises(TypeError, match="without memory of its own"):
-            fo._local("p", p)
+            _torch_plain.local("p", p)
         return x.sum()
 
     torch.func.grad(inner)(torch.zeros(3))

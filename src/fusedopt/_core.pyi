@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from fusedopt.formats import Stored
 
+__pyx_capi__: dict[str, object]  # what _tensors uses, see _core.pxd
 TILE: int
 BLOCK: int
 

@@ -8,8 +8,8 @@ tensors are plain and in one dense memory order is resolved here, in C; any othe
 to the optimizer's `_stand_in` (see `fusedopt.torch`), which explains the fault or returns tensors
 that will do.
 """
-from libc.stdint cimport int64_t, uint64_t, uintptr_t
-from libc.stdlib cimport free, qsort
+from libc.stdint cimport uint64_t, uintptr_t
+from libc.stdlib cimport free
 from libc.string cimport memset
 
 from cpython.dict cimport PyDict_GetItemWithError, PyDict_Next, PyDict_Size
@@ -19,48 +19,12 @@ from cpython.ref cimport Py_DECREF, Py_INCREF
 
 from fusedopt._c cimport *
 from fusedopt._core cimport check, grow, noise_key, run_step
+from fusedopt._dlpack cimport *
+from fusedopt._spans cimport Span, Spans, alias, overlap
 
 import threading
 
 from fusedopt import _check, _core
-
-cdef extern from "dlpack.h" nogil:
-    enum:
-        DLPACK_MAJOR_VERSION
-        kDLCPU
-        kDLFloat
-        kDLBfloat
-        kDLInt
-        kDLUInt
-
-    ctypedef struct DLDevice:
-        int device_type
-
-    ctypedef struct DLDataType:
-        unsigned char code, bits
-        unsigned short lanes
-
-    ctypedef struct DLTensor:
-        void *data
-        DLDevice device
-        int ndim
-        DLDataType dtype
-        int64_t *shape
-        int64_t *strides  # in elements
-        size_t byte_offset
-
-    ctypedef struct DLManagedTensor:
-        DLTensor dl_tensor
-
-    ctypedef struct DLPackVersion:
-        unsigned int major
-
-    ctypedef struct DLPackExchangeAPIHeader:
-        DLPackVersion version
-
-    ctypedef struct DLPackExchangeAPI:
-        DLPackExchangeAPIHeader header
-        int (*dltensor_from_py_object_no_sync)(void *tensor, DLTensor *out)
 
 cdef extern from "Python.h":
     ctypedef PyObject *(*PyCFunction)(PyObject *, PyObject *)
@@ -109,87 +73,9 @@ cdef inline void let_go(More *more, int left) noexcept:
         more.count = NULL
 
 
-cdef struct Span:
-    # bytes [low, high) of one array that the step writes
-    uintptr_t low, high
-    ptrdiff_t leaf
-    int slot  # 0: the parameter; 1 + k: state k
-
-
-cdef int by_address(const void *a, const void *b) noexcept nogil:
-    cdef uintptr_t x = (<const Span *>a).low, y = (<const Span *>b).low
-    return (x > y) - (x < y)
-
-
-cdef inline int dtype_of(const DLTensor *t) noexcept nogil:
-    """The format of plain numbers of this dtype, -1 if there is none."""
-    if t.dtype.lanes != 1:
-        return -1
-    if t.dtype.code == kDLFloat:
-        if t.dtype.bits == 32:
-            return FO_F32
-        if t.dtype.bits == 64:
-            return FO_F64
-        return FO_F16 if t.dtype.bits == 16 else -1
-    return FO_BF16 if t.dtype.code == kDLBfloat and t.dtype.bits == 16 else -1
-
-
-cdef inline bint is_int(const DLTensor *t, int code, int bits) noexcept nogil:
-    return t.dtype.code == code and t.dtype.bits == bits and t.dtype.lanes == 1
-
-
 cdef inline bint is_noisy(int format) noexcept nogil:
     return (format == FO_BF16_STOCHASTIC or format == FO_F16_STOCHASTIC or format == FO_S8
             or format == FO_U8)
-
-
-cdef inline ptrdiff_t size_of(const DLTensor *t) noexcept nogil:
-    cdef ptrdiff_t n = 1
-    cdef int k
-    for k in range(t.ndim):
-        n *= t.shape[k]
-    return n
-
-
-cdef bint is_dense(const DLTensor *t) noexcept nogil:
-    """Whether the elements fill one range of memory without gaps, in some order of the axes."""
-    cdef ptrdiff_t expected = 1, left = 0
-    cdef int k, found
-    cdef unsigned long long used = 0
-    for k in range(t.ndim - 1, -1, -1):
-        if t.shape[k] != 1:
-            if t.strides[k] != expected:
-                break
-            expected *= t.shape[k]
-    else:
-        return True  # row-major
-    expected = 1
-    if t.ndim > 64:
-        return False
-    while True:
-        left, found = 0, -1
-        for k in range(t.ndim):
-            if t.shape[k] != 1 and not used >> k & 1:
-                left += 1
-                if t.strides[k] == expected:
-                    found = k
-        if left == 0:
-            return True
-        if found < 0:
-            return False
-        used |= 1ULL << found
-        expected *= t.shape[found]
-
-
-cdef bint same_layout(const DLTensor *a, const DLTensor *b) noexcept nogil:
-    """Whether the shapes agree, and element i of both, in memory order, has the same index."""
-    cdef int k
-    if a.ndim != b.ndim:
-        return False
-    for k in range(a.ndim):
-        if a.shape[k] != b.shape[k] or (a.shape[k] != 1 and a.strides[k] != b.strides[k]):
-            return False
-    return True
 
 
 cdef inline PyObject *entry(own, name, Py_ssize_t *at) except? NULL:
@@ -228,9 +114,8 @@ cdef class TensorList:
     cdef fo_leaf *leaves
     cdef More *more
     cdef fo_hyper *hypers
-    cdef Span *spans          # of all arrays that the step writes, by address
-    cdef ptrdiff_t n, room, n_hypers, room_hypers, n_arrays, n_spans, room_spans
-    cdef ptrdiff_t gap        # the last gradient lay between spans[gap - 1] and spans[gap]
+    cdef Spans spans          # of all arrays that the step writes
+    cdef ptrdiff_t n, room, n_hypers, room_hypers, n_arrays
     cdef tuple squares        # of the group: whether each state array holds squares
     cdef int bits             # of the group: of master weights
     cdef ptrdiff_t number     # of the parameter, in all groups
@@ -263,7 +148,7 @@ cdef class TensorList:
         free(self.leaves)
         free(self.more)
         free(self.hypers)
-        free(self.spans)
+        free(self.spans.of)
 
     def step(self, owner, list groups, bint counted, state, int threads):
         """One step of all tensors that have a gradient; either all of it happens or none.
@@ -598,22 +483,44 @@ cdef class TensorList:
     # -------------------------------------------------------------- overlap
 
     cdef int refuse_overlap(self, owner) except -1:
-        """Let no two arrays that the step writes, and no gradient and one of them, share a byte.
-
-        The order of the last step is kept: as long as it still sorts, nothing needs sorting.
-        """
-        cdef ptrdiff_t i
+        """Let no two arrays that the step writes, and no gradient and one of them, share a byte."""
+        cdef ptrdiff_t i, found
+        cdef uintptr_t low
         if not self.refresh():
             self.collect()
-        if not self.is_sorted():
-            qsort(self.spans, self.n_spans, sizeof(Span), by_address)
-        for i in range(1, self.n_spans):
-            if self.spans[i].low < self.spans[i - 1].high:
-                a, b = self.span_name(owner, i - 1), self.span_name(owner, i)
-                _check.overlap(min(a, b), max(a, b))
-        self.gap = 0
+        i = overlap(&self.spans)
+        if i > 0:
+            a, b = self.span_name(owner, i - 1), self.span_name(owner, i)
+            _check.overlap(min(a, b), max(a, b))
         for i in range(self.n):
-            self.refuse_alias(owner, i)
+            low = <uintptr_t>self.leaves[i].grad.data
+            found = alias(&self.spans, low, low + self.more[i].bytes[1])
+            if found >= 0:
+                _check.alias(self.name(owner, i) + ".grad", self.span_name(owner, found))
+        return 0
+
+    cdef bint refresh(self) noexcept nogil:
+        """Give the spans of the last step the addresses of this one; False if they do not fit."""
+        cdef ptrdiff_t i
+        cdef Span *span
+        if self.spans.n != self.n_arrays:
+            return False
+        for i in range(self.spans.n):
+            span = &self.spans.of[i]
+            if span.leaf >= self.n or not self.locate(span.leaf, span.slot, span):
+                return False
+        return True
+
+    cdef int collect(self) except -1:
+        cdef ptrdiff_t i
+        cdef int slot
+        if self.spans.room < self.room * (1 + FO_MAX_STATES):
+            self.spans.room = self.room * (1 + FO_MAX_STATES)
+            self.spans.of = <Span *>grow(self.spans.of, self.spans.room, sizeof(Span))
+        self.spans.n = 0
+        for i in range(self.n):
+            for slot in range(1 + FO_MAX_STATES):
+                self.spans.n += self.locate(i, slot, &self.spans.of[self.spans.n])
         return 0
 
     cdef bint locate(self, ptrdiff_t leaf, int slot, Span *span) noexcept nogil:
@@ -624,63 +531,10 @@ cdef class TensorList:
         span.leaf, span.slot = leaf, slot
         return span.low < span.high
 
-    cdef bint refresh(self) noexcept nogil:
-        """Give the spans of the last step the addresses of this one; False if they do not fit."""
-        cdef ptrdiff_t i
-        if self.n_spans != self.n_arrays:
-            return False
-        for i in range(self.n_spans):
-            if self.spans[i].leaf >= self.n or not self.locate(self.spans[i].leaf, self.spans[i].slot, &self.spans[i]):
-                return False
-        return True
-
-    cdef int collect(self) except -1:
-        cdef ptrdiff_t i
-        cdef int slot
-        if self.room_spans < self.room * (1 + FO_MAX_STATES):
-            self.room_spans = self.room * (1 + FO_MAX_STATES)
-            self.spans = <Span *>grow(self.spans, self.room_spans, sizeof(Span))
-        self.n_spans = 0
-        for i in range(self.n):
-            for slot in range(1 + FO_MAX_STATES):
-                self.n_spans += self.locate(i, slot, &self.spans[self.n_spans])
-        return 0
-
-    cdef bint is_sorted(self) noexcept nogil:
-        cdef ptrdiff_t i
-        for i in range(1, self.n_spans):
-            if self.spans[i].low < self.spans[i - 1].low:
-                return False
-        return True
-
-    cdef int refuse_alias(self, owner, ptrdiff_t leaf) except -1:
-        """Refuse a gradient that shares memory with what is written.
-
-        Gradients often lie side by side: the gap in which the last one lay is tried first.
-        """
-        cdef uintptr_t low = <uintptr_t>self.leaves[leaf].grad.data
-        cdef uintptr_t high = low + self.more[leaf].bytes[1]
-        cdef ptrdiff_t a = 0, b = self.n_spans, middle = self.gap
-        if low == high or ((middle == 0 or self.spans[middle - 1].high <= low)
-                           and (middle == b or high <= self.spans[middle].low)):
-            return 0
-        while a < b:  # a: the first span that begins after low
-            middle = (a + b) // 2
-            if self.spans[middle].low <= low:
-                a = middle + 1
-            else:
-                b = middle
-        if a > 0 and self.spans[a - 1].high > low:
-            _check.alias(self.name(owner, leaf) + ".grad", self.span_name(owner, a - 1))
-        if a < self.n_spans and self.spans[a].low < high:
-            _check.alias(self.name(owner, leaf) + ".grad", self.span_name(owner, a))
-        self.gap = a
-        return 0
-
     cdef str name(self, owner, ptrdiff_t leaf):
         return owner._name(self.more[leaf].group, self.more[leaf].i)
 
     cdef str span_name(self, owner, ptrdiff_t i):
-        cdef int slot = self.spans[i].slot
-        name = self.name(owner, self.spans[i].leaf)
+        cdef int slot = self.spans.of[i].slot
+        name = self.name(owner, self.spans.of[i].leaf)
         return name if slot == 0 else f"{name}.{owner._numpy.state_names[slot - 1]}"

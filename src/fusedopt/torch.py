@@ -28,17 +28,15 @@ except ModuleNotFoundError as exc:
     ) from exc
 
 from fusedopt import _storage, _tensors, _threads
-from fusedopt.formats import BLOCK, Stored
+from fusedopt import _torch_plain as _plain
+from fusedopt.formats import BLOCK
 from fusedopt.optim import adam as _adam
 from fusedopt.optim import sgd as _sgd
 from fusedopt.optimizer import Optimizer as _NumpyOptimizer
 
 __all__ = ["SGD", "Adam", "AdamW"]
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_STATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.uint8)
 _RESIDUALS = {32: torch.int16, 24: torch.int8}  # by master_bits of a bfloat16 parameter
-_BLOCKS = "_blocks"  # ends the name of what belongs to 8-bit codes
 
 
 class _Fused:
@@ -177,8 +175,10 @@ class _Fused:
         names = self._numpy.state_names
         for name, square in zip(names, self._numpy.state_is_square, strict=True):
             if isinstance(saved.get(name), torch.Tensor):
-                own.pop(name + _BLOCKS, None)
-                own.update(_stored(param, name, square, saved, self._state_dtype(group, param)))
+                own.pop(name + _plain.BLOCKS, None)
+                own.update(
+                    _plain.stored(param, name, square, saved, self._state_dtype(group, param))
+                )
         residual = saved.get("residual")
         if residual is not None:
             own.pop("residual")
@@ -219,7 +219,7 @@ class _Fused:
         """Return what the list must know of a group: see `TensorList.step`."""
         _refuse_options(f"param_groups[{i}]", group)
         names, squares = self._used(group)
-        extras = ("residual", *(name + _BLOCKS for name in names))
+        extras = ("residual", *(name + _plain.BLOCKS for name in names))
         return group["params"], names, extras, squares, _bits(group), group.get("seed", 0)
 
     def _used(self, group: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[bool, ...]]:
@@ -247,7 +247,7 @@ class _Fused:
     def _make_state(self, group: int, i: int, param: Any, own: dict[str, Any] | None) -> Any:
         """Return new state for a parameter; the list adds it to `state` after the step."""
         name = self._name(group, i)
-        local = _local(name, param)
+        local = _plain.local(name, param)
         names, _ = self._used(self.param_groups[group])
         missing = [state for state in names if not own or own.get(state) is None]
         if self._counts and own and ("step" not in own or len(missing) != len(names)):
@@ -264,7 +264,7 @@ class _Fused:
                 param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
             )
             if dtype == torch.uint8:
-                made[state + _BLOCKS] = torch.zeros(-(-param.numel() // BLOCK), dtype=dtype)
+                made[state + _plain.BLOCKS] = torch.zeros(-(-param.numel() // BLOCK), dtype=dtype)
         return made
 
     def _count(self, group: int, i: int, step: Any) -> int:
@@ -301,9 +301,9 @@ class _Fused:
             extras[0] = torch.zeros_like(tensors[0], dtype=residual, requires_grad=False)
             made["residual"] = extras[0]
         where = [name, f"{name}.grad", *(f"{name}.{state}" for state in names)]
-        known = [_DTYPES, _DTYPES, *(_STATE_DTYPES for _ in names)]
-        local = [_local(*row) for row in zip(where, tensors, known, strict=True)]
-        param, strides, back = local[0], _order(local[0]), []
+        known = [_plain.DTYPES, _plain.DTYPES, *(_plain.STATE_DTYPES for _ in names)]
+        local = [_plain.local(*row) for row in zip(where, tensors, known, strict=True)]
+        param, strides, back = local[0], _plain.order(local[0]), []
 
         def fit(where: str, tensor: Any, written: bool) -> Any:
             if tensor.shape != param.shape:
@@ -311,11 +311,11 @@ class _Fused:
                     f"{where}: shape {tuple(tensor.shape)} does not fit the parameter's "
                     f"{tuple(param.shape)}"
                 )
-            if written and _repeats(tensor):
+            if written and _plain.repeats(tensor):
                 raise ValueError(
                     f"{where}: elements share memory (expanded?); pass a contiguous copy"
                 )
-            if _same_order(tensor, strides) and not tensor.is_neg():
+            if _plain.same_order(tensor, strides) and not tensor.is_neg():
                 return tensor
             if tensor.dtype == torch.uint8:
                 raise ValueError(
@@ -335,13 +335,15 @@ class _Fused:
             if extras[0].dtype != residual:
                 raise TypeError(f"{name}.residual: expected {residual}, got {extras[0].dtype}")
             extras[0] = fit(
-                f"{name}.residual", _local(f"{name}.residual", extras[0], (residual,)), True
+                f"{name}.residual", _plain.local(f"{name}.residual", extras[0], (residual,)), True
             )
         for w, tensor, blocks in zip(where[2:], plain[2:], extras[2:], strict=True):
             if tensor.dtype == torch.uint8 and (
                 blocks is None or blocks.shape != (-(-param.numel() // BLOCK),)
             ):
-                raise ValueError(f"{w}: 8-bit codes need {w}{_BLOCKS}, one byte for {BLOCK} codes")
+                raise ValueError(
+                    f"{w}: 8-bit codes need {w}{_plain.BLOCKS}, one byte for {BLOCK} codes"
+                )
         return plain, extras, back, made
 
 
@@ -368,88 +370,6 @@ def _own_options(options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
 
 def _bits(group: Mapping[str, Any]) -> int:
     return group.get("master_bits") or 32
-
-
-def _stored(
-    param: Any, name: str, square: bool, saved: Mapping[str, Any], dtype: Any
-) -> dict[str, Any]:
-    """Return a saved state array in another dtype, with the blocks of 8-bit codes."""
-    value, form = saved[name].to(param.device), "uint8" if square else "int8"
-    if value.dtype == dtype:
-        blocks = saved.get(name + _BLOCKS)
-        return {name: value} if blocks is None else {name: value, name + _BLOCKS: blocks}
-    if value.dtype == torch.uint8:
-        stored = Stored(form, value.numpy(), saved[name + _BLOCKS].numpy())
-        value = torch.from_numpy(stored.decode())
-    if dtype != torch.uint8:
-        return {name: value.to(dtype)}
-    codes = torch.zeros_like(param, dtype=dtype, requires_grad=False)
-    blocks = torch.zeros(-(-param.numel() // BLOCK), dtype=dtype)
-    laid = torch.empty_like(codes, dtype=torch.float32).copy_(value)
-    Stored(form, codes.numpy(), blocks.numpy()).encode(laid.numpy())
-    return {name: codes, name + _BLOCKS: blocks}
-
-
-def _local(where: str, tensor: Any, known: tuple[Any, ...] = _DTYPES) -> Any:
-    """Return the plain tensor that a parameter, gradient or state array is, or holds (DTensor).
-
-    Raises
-    ------
-    TypeError
-        If there is none that C can work on.
-    """
-    if hasattr(type(tensor), "to_local"):
-        tensor = tensor.to_local()
-        if hasattr(type(tensor), "wait"):  # the result of a collective that may still be running
-            tensor = tensor.wait()
-    fault = None
-    if not isinstance(tensor, torch.Tensor):
-        fault = f"a {type(tensor).__name__}; expected a tensor"
-    elif tensor.layout != torch.strided or tensor.is_nested:
-        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
-        fault = f"a {kind} tensor; make it dense, e.g. Embedding(sparse=False), or use torch.optim"
-    elif tensor.device.type != "cpu":
-        fault = f"on device {tensor.device}; fusedopt steps on the CPU, use torch.optim elsewhere"
-    elif tensor.dtype not in known:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in known)
-        fault = f"of dtype {tensor.dtype}; supported: {names}"
-    elif not _has_memory(tensor):
-        fault = f"a {type(tensor).__name__} without memory of its own; pass the tensor in it"
-    if fault is not None:
-        raise TypeError(f"{where}: is {fault}")
-    return tensor if type(tensor) is torch.nn.Parameter else tensor.as_subclass(torch.Tensor)
-
-
-def _has_memory(tensor: Any) -> bool:
-    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        return False  # a wrapper: FakeTensor, MaskedTensor, low-bit weights, ...
-    try:
-        return tensor.numel() == 0 or tensor.data_ptr() != 0
-    except RuntimeError:  # inside a transform of torch.func
-        return False
-
-
-def _order(tensor: Any) -> tuple[int, ...]:
-    """Return the strides of a tensor if it is dense, else those of its contiguous copy."""
-    expected = 1
-    for stride, length in sorted(
-        axis for axis in zip(tensor.stride(), tensor.shape, strict=True) if axis[1] != 1
-    ):
-        if stride != expected:
-            return torch.empty(tensor.shape, device="meta").stride()
-        expected *= length
-    return tensor.stride()
-
-
-def _same_order(tensor: Any, strides: tuple[int, ...]) -> bool:
-    axes = zip(tensor.stride(), strides, tensor.shape, strict=True)
-    return all(a == b for a, b, length in axes if length != 1)
-
-
-def _repeats(tensor: Any) -> bool:
-    """Whether one place in memory is more than one element, as after expand()."""
-    reach = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return reach < tensor.numel() and tensor.numel() > 0
 
 
 def _new_list(rule: str) -> _tensors.TensorList:

@@ -1,0 +1,96 @@
+"""What `fusedopt.torch` takes a tensor for: plain or not, its memory order, its format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fusedopt.formats import BLOCK, Stored
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+STATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.uint8)
+BLOCKS = "_blocks"  # ends the name of what belongs to 8-bit codes
+
+
+def stored(
+    param: Any, name: str, square: bool, saved: Mapping[str, Any], dtype: Any
+) -> dict[str, Any]:
+    """Return a saved state array in another dtype, with the blocks of 8-bit codes."""
+    value, form = saved[name].to(param.device), "uint8" if square else "int8"
+    if value.dtype == dtype:
+        blocks = saved.get(name + BLOCKS)
+        return {name: value} if blocks is None else {name: value, name + BLOCKS: blocks}
+    if value.dtype == torch.uint8:
+        stored = Stored(form, value.numpy(), saved[name + BLOCKS].numpy())
+        value = torch.from_numpy(stored.decode())
+    if dtype != torch.uint8:
+        return {name: value.to(dtype)}
+    codes = torch.zeros_like(param, dtype=dtype, requires_grad=False)
+    blocks = torch.zeros(-(-param.numel() // BLOCK), dtype=dtype)
+    laid = torch.empty_like(codes, dtype=torch.float32).copy_(value)
+    Stored(form, codes.numpy(), blocks.numpy()).encode(laid.numpy())
+    return {name: codes, name + BLOCKS: blocks}
+
+
+def local(where: str, tensor: Any, known: tuple[Any, ...] = DTYPES) -> Any:
+    """Return the plain tensor that a parameter, gradient or state array is, or holds (DTensor).
+
+    Raises
+    ------
+    TypeError
+        If there is none that C can work on.
+    """
+    if hasattr(type(tensor), "to_local"):
+        tensor = tensor.to_local()
+        if hasattr(type(tensor), "wait"):  # the result of a collective that may still be running
+            tensor = tensor.wait()
+    fault = None
+    if not isinstance(tensor, torch.Tensor):
+        fault = f"a {type(tensor).__name__}; expected a tensor"
+    elif tensor.layout != torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        fault = f"a {kind} tensor; make it dense, e.g. Embedding(sparse=False), or use torch.optim"
+    elif tensor.device.type != "cpu":
+        fault = f"on device {tensor.device}; fusedopt steps on the CPU, use torch.optim elsewhere"
+    elif tensor.dtype not in known:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in known)
+        fault = f"of dtype {tensor.dtype}; supported: {names}"
+    elif not has_memory(tensor):
+        fault = f"a {type(tensor).__name__} without memory of its own; pass the tensor in it"
+    if fault is not None:
+        raise TypeError(f"{where}: is {fault}")
+    return tensor if type(tensor) is torch.nn.Parameter else tensor.as_subclass(torch.Tensor)
+
+
+def has_memory(tensor: Any) -> bool:
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return False  # a wrapper: FakeTensor, MaskedTensor, low-bit weights, ...
+    try:
+        return tensor.numel() == 0 or tensor.data_ptr() != 0
+    except RuntimeError:  # inside a transform of torch.func
+        return False
+
+
+def order(tensor: Any) -> tuple[int, ...]:
+    """Return the strides of a tensor if it is dense, else those of its contiguous copy."""
+    expected = 1
+    for stride, length in sorted(
+        axis for axis in zip(tensor.stride(), tensor.shape, strict=True) if axis[1] != 1
+    ):
+        if stride != expected:
+            return torch.empty(tensor.shape, device="meta").stride()
+        expected *= length
+    return tensor.stride()
+
+
+def same_order(tensor: Any, strides: tuple[int, ...]) -> bool:
+    axes = zip(tensor.stride(), strides, tensor.shape, strict=True)
+    return all(a == b for a, b, length in axes if length != 1)
+
+
+def repeats(tensor: Any) -> bool:
+    """Whether one place in memory is more than one element, as after expand()."""
+    reach = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return reach < tensor.numel() and tensor.numel() > 0
