@@ -229,8 +229,8 @@ def _encode_f16(bits: NDArray[np.uint32], random: NDArray[np.uint32] | None) -> 
     codes = np.where(is_small, subnormal, normal)
     codes = np.where(size >= INFINITE, np.uint32(0x7C00), codes)
     codes = np.where(size > INFINITE, np.uint32(0x7E00), codes)
-    codes = codes | ((bits >> np.uint32(16)) & np.uint32(0x8000))
-    return codes.astype(np.uint32)
+    signed: NDArray[np.uint32] = codes | ((bits >> np.uint32(16)) & np.uint32(0x8000))
+    return signed
 
 
 def _decode_8bit(codes: Array, about: Array, signed: bool) -> NDArray[np.uint32]:
