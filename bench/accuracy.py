@@ -8,7 +8,7 @@ and the same batches, so the difference is a mean of pairs; its standard error i
 A lower loss is a difference like any other: a biased second moment is a hidden learning rate, and
 may well look like an improvement.
 
-torch computes losses and gradients; fusedopt steps NumPy arrays: pip install ".[demo,peers]". The
+torch computes losses and gradients; fusedopt steps NumPy arrays: pip install ".[test,peers]". The
 text is Python's own (pydoc_data.topics), so losses depend on the version of Python.
 """
 
@@ -29,6 +29,7 @@ from pydoc_data.topics import topics
 from statistics import mean, stdev
 from typing import Any
 
+import ml_dtypes  # noqa: F401 (names bfloat16 to NumPy)
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
@@ -212,6 +213,14 @@ class Format:
 
 FORMATS = {
     "float32": Format(),  # the measure of the others: the first row
+    "bfloat16 moments": Format(options={"state_dtype": "bfloat16"}),
+    "8-bit moments": Format(options={"state_dtype": "int8"}),
+    "8-bit moments of all sizes": Format(options={"state_dtype": "int8", "min_8bit_size": 0}),
+    "bfloat16 weights, 16 more bits": Format("bfloat16"),
+    "bfloat16 weights, 8 more bits": Format("bfloat16", {"master_bits": 24}),
+    "the same, 8-bit moments": Format("bfloat16", {"master_bits": 24, "state_dtype": "int8"}),
+    "bfloat16 weights alone": Format("bfloat16", {"master_bits": 16}),
+    "float16 weights alone": Format("float16"),
 }
 
 
