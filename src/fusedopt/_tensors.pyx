@@ -38,6 +38,7 @@ cdef extern from "Python.h":
 cdef struct More:
     # what the binding knows of a leaf beside fo_leaf
     ptrdiff_t group, i     # its place in the optimizer
+    bint noisy             # whether a store rounds by chance
     int held               # how many tensors are held until the step is over:
     PyObject *tensors[8]   # parameter, gradient, state
     PyObject *extras[8]    # what belongs to the codes of each: residual bits, block exponents
@@ -251,7 +252,8 @@ cdef class TensorList:
                     raise SystemError("fusedopt: incomplete state; please report")
             self.fill(owner, more, names)
             count = 1 + self.read_count(owner, more) if more.count != NULL else step
-            self.leaves[self.n - 1].key = noise_key(seed, self.number, count)
+            if more.noisy:
+                self.leaves[self.n - 1].key = noise_key(seed, self.number, count)
             if counted:
                 step = count
             if step != last:
@@ -391,8 +393,10 @@ cdef class TensorList:
             more.bytes[k] = leaf.n * (other.dtype.bits // 8)
             if format >= FO_BF16_LOW16 and not self.take_extra(more, k, array, &param):
                 return False
-            if k != 1 and is_noisy(format) and more.count == NULL:
-                return False  # the noise of a step is keyed by its number
+            if k != 1 and is_noisy(format):
+                more.noisy = True
+                if more.count == NULL:
+                    return False  # the noise of a step is keyed by its number
         return True
 
     cdef int format_of(self, int k, const DLTensor *t) except -2:

@@ -16,6 +16,7 @@ GradScaler, checkpoints, DDP, FSDP2), and a run can change from one to the other
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -206,32 +207,33 @@ class _Fused:
     @staticmethod
     def _numbers(group: Mapping[str, Any]) -> dict[str, Any]:
         """Return a group's options with numbers in the place of tensors of one element."""
-        options = {"l1": 0.0}
+        options: dict[str, Any] = {"l1": 0.0, **group}
         for name, value in group.items():
-            if isinstance(value, torch.Tensor):
-                value = value.item()
-            elif name == "betas":
-                value = tuple(float(beta) for beta in value)
-            options[name] = value
+            if type(value) in (float, int, bool, str, list):
+                continue
+            if name == "betas":
+                options[name] = tuple(map(float, value))
+            elif isinstance(value, torch.Tensor):
+                options[name] = value.item()
         return options
 
     def _plan(self, i: int, group: Mapping[str, Any]) -> tuple[Any, ...]:
         """Return what the list must know of a group: see `TensorList.step`."""
         _refuse_options(f"param_groups[{i}]", group)
-        names, squares = self._used(group)
-        extras = ("residual", *(name + _plain.BLOCKS for name in names))
+        names, extras, squares = self._columns(self._numpy.uses(group))  # type: ignore[arg-type]
         return group["params"], names, extras, squares, _bits(group), group.get("seed", 0)
 
-    def _used(self, group: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[bool, ...]]:
-        """Return the state arrays that a group's options use, and whether each holds squares."""
-        rows = zip(
-            self._numpy.state_names,
-            self._numpy.state_is_square,
-            self._numpy.uses(dict(group)),
-            strict=True,
-        )
-        used = [(name, square) for name, square, use in rows if use]
-        return tuple(name for name, _ in used), tuple(square for _, square in used)
+    @classmethod
+    @functools.cache
+    def _columns(
+        cls, used: tuple[bool, ...]
+    ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[bool, ...]]:
+        """Return of the state arrays in use the names, those of their extras, and the squares."""
+        rows = zip(cls._numpy.state_names, cls._numpy.state_is_square, used, strict=True)
+        columns = [(name, square) for name, square, use in rows if use]
+        names = tuple(name for name, _ in columns)
+        extras = ("residual", *(name + _plain.BLOCKS for name in names))
+        return names, extras, tuple(square for _, square in columns)
 
     def _state_dtype(self, group: int, param: Any) -> Any:
         """Return the dtype in which state of a parameter is kept; float32 unless asked."""
@@ -248,7 +250,7 @@ class _Fused:
         """Return new state for a parameter; the list adds it to `state` after the step."""
         name = self._name(group, i)
         local = _plain.local(name, param)
-        names, _ = self._used(self.param_groups[group])
+        names = self._plan(group, self.param_groups[group])[1]
         missing = [state for state in names if not own or own.get(state) is None]
         if self._counts and own and ("step" not in own or len(missing) != len(names)):
             raise ValueError(
