@@ -1,4 +1,4 @@
-"""The command line: ``python -m fusedopt train | info``. One module for each command."""
+"""The command line: ``python -m fusedopt train | bench | info``. One module for each command."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fusedopt.cli import info, train
+from fusedopt.cli import bench, info, train
 
-COMMANDS = {"train": train, "info": info}  # each has add_arguments, run and a first docstring line
+COMMANDS = {
+    "train": train,
+    "bench": bench,
+    "info": info,
+}  # each has add_arguments, run and a first docstring line
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,144 @@
+"""What is stepped: shapes, optimizer and dtype, and the values that fill them."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import numpy as np
+
+from fusedopt._check import Array
+
+Shape = tuple[int, ...]
+
+# Options of each optimizer, by torch's names, and the arrays of a parameter's size that its step
+# reads and writes: p, g and the state are read; p and the state are written.
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adam": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0},
+    "adamw": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2},
+    "sgd": {"lr": 1e-3, "momentum": 0.9},
+}
+CLASSES = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD"}
+STATES = {"adam": 2, "adamw": 2, "sgd": 1}
+DTYPES = ("float32", "float64")
+
+_BLOCK = 65_537  # values repeat after so many: a prime, so that no two tensors begin alike
+
+
+@dataclass(frozen=True)
+class Case:
+    """The parameters of one step.
+
+    `kind` is "size" for one array, of which the curve over sizes is drawn, "many" for many small
+    arrays, "model" for the parameters of a model.
+    """
+
+    name: str
+    title: str
+    kind: str
+    shapes: tuple[Shape, ...]
+    source: str = ""
+
+    @property
+    def elements(self) -> int:
+        """Number of parameters."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+
+def _models() -> list[Case]:
+    text = resources.files("fusedopt.bench").joinpath("shapes.json").read_text("utf-8")
+    return [
+        Case(
+            name,
+            model["title"],
+            "model",
+            tuple(tuple(shape) for count, shape in model["shapes"] for _ in range(count)),
+            model["source"],
+        )
+        for name, model in json.loads(text).items()
+    ]
+
+
+def _sizes() -> list[Case]:
+    sizes = {"1k": 10**3, "30k": 30_000, "1M": 10**6, "10M": 10**7, "50M": 5 * 10**7}
+    sizes["200M"] = 2 * 10**8
+    return [Case(name, f"{name} in one array", "size", ((n,),)) for name, n in sizes.items()]
+
+
+CASES: dict[str, Case] = {
+    case.name: case
+    for case in (
+        *_sizes(),
+        Case("400x250", "400 arrays of 250", "many", ((250,),) * 400),
+        *_models(),
+    )
+}
+
+
+@cache
+def _block(stream: int, dtype: str) -> Array:
+    """Return normal values, 0.1 further from 0: no form of epsilon shows beside them."""
+    x = np.random.default_rng(stream).standard_normal(_BLOCK)
+    return (x + np.copysign(0.1, x)).astype(dtype)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A case with an optimizer and a dtype: all that a contender needs to set itself up."""
+
+    case: Case
+    optimizer: str
+    dtype: str
+    threads: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The optimizer's options, by torch's names."""
+        return OPTIMIZERS[self.optimizer]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return np.dtype(self.dtype).itemsize
+
+    @property
+    def moved(self) -> int:
+        """Bytes that a step must read and write, with state in the parameter's dtype."""
+        return self.case.elements * self.itemsize * (3 + 2 * STATES[self.optimizer])
+
+    @property
+    def held(self) -> int:
+        """Bytes of all arrays that a step touches: parameters, gradients and state."""
+        return self.case.elements * self.itemsize * (2 + STATES[self.optimizer])
+
+    def param(self, leaf: int) -> Array:
+        """Return a new array with the values that parameter `leaf` begins with."""
+        return self._filled(leaf, stream=0)
+
+    def grad(self, leaf: int) -> Array:
+        """Return a new array with the gradient of parameter `leaf`."""
+        return self._filled(leaf, stream=1)
+
+    def params(self) -> list[Array]:
+        """Return new arrays with the values that all parameters begin with."""
+        return [self.param(i) for i in range(len(self.case.shapes))]
+
+    def grads(self, scale: float = 1.0) -> list[Array]:
+        """Return new arrays with the gradients of all parameters, times `scale`."""
+        grads = [self.grad(i) for i in range(len(self.case.shapes))]
+        for g in grads:
+            g *= g.dtype.type(scale)
+        return grads
+
+    def _filled(self, leaf: int, stream: int) -> Array:
+        block = np.roll(_block(stream, self.dtype), 7 * leaf)
+        out = np.empty(self.case.shapes[leaf], self.dtype)
+        flat = out.reshape(-1)
+        whole = flat.size // block.size * block.size
+        flat[:whole].reshape(-1, block.size)[...] = block
+        flat[whole:] = block[: flat.size - whole]
+        return out

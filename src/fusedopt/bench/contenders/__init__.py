@@ -1,0 +1,68 @@
+"""The table of contenders: a row each. `ROWS` maps their names, in the order of a report."""
+
+from __future__ import annotations
+
+from fusedopt.bench.contenders._base import Contender, Row
+from fusedopt.bench.contenders.arrays import (
+    Functional,
+    Fusedopt,
+    InPlace,
+    Limit,
+    Numba,
+    ScikitLearn,
+    Thinc,
+)
+from fusedopt.bench.contenders.graphs import Keras, Optax
+from fusedopt.bench.contenders.torch import BitsAndBytes, Torch
+
+__all__ = ["AGAIN", "LIMIT", "OURS", "ROWS", "Contender", "Row"]
+
+# In every round: the limit, fusedopt, to which all others are compared, and fusedopt once more, on
+# arrays of its own: how far its ratio is from 1 is the error of the measurement.
+LIMIT, OURS, AGAIN = "limit", "fusedopt", "fusedopt-again"
+
+
+def _keras(backend: str, quick: bool = False) -> Row:
+    return Row(
+        f"keras-{backend}",
+        f"Keras on {backend}",
+        Keras,
+        ("keras", backend),
+        process=f"keras-{backend}",
+        env={"KERAS_BACKEND": backend},
+        temporaries=4,
+        quick=quick,
+    )
+
+
+ROWS: dict[str, Row] = {
+    row.name: row
+    for row in (
+        Row(LIMIT, "streaming limit", Limit, traced=True),
+        Row(OURS, "fusedopt", Fusedopt, traced=True),
+        Row(AGAIN, "fusedopt, again", Fusedopt, traced=True),
+        Row("functional", "fusedopt.functional", Functional, traced=True),
+        Row("numpy", "NumPy, in place", InPlace, temporaries=1, traced=True),
+        Row("reference", "fusedopt.reference", Fusedopt, options={"plain": True}, temporaries=4,
+            traced=True),
+        Row("numba", "Numba, parallel loop", Numba, ("numba",)),
+        Row("torch-single", "torch, single tensor", Torch, ("torch",),
+            options={"foreach": False, "fused": False}, temporaries=2),
+        Row("torch-foreach", "torch, foreach", Torch, ("torch",), options={"foreach": True},
+            temporaries=2),
+        Row("torch-fused", "torch, fused", Torch, ("torch",), options={"fused": True}),
+        Row("torch-compile", "torch, compiled", Torch, ("torch",), options={"compiled": True},
+            temporaries=2, quick=False, most_tensors=8,
+            most_why="compiling takes a third of a second for each tensor"),
+        Row("optax", "optax, jitted, donated", Optax, ("optax", "jax"), temporaries=1),
+        _keras("jax"),
+        _keras("torch"),
+        _keras("numpy"),
+        Row("scikit-learn", "scikit-learn's MLP", ScikitLearn, ("scikit-learn",),
+            optimizers=("adam", "sgd"), temporaries=4, traced=True),
+        Row("thinc", "thinc", Thinc, ("thinc",), optimizers=("adam", "adamw"),
+            dtypes=("float32",), temporaries=1),
+        Row("bitsandbytes", "bitsandbytes, 8-bit state", BitsAndBytes, ("bitsandbytes",),
+            dtypes=("float32",), tolerance=0.5),
+    )
+}  # fmt: skip

@@ -1,0 +1,231 @@
+"""Contenders on NumPy arrays: fusedopt, its limit, NumPy, Numba, scikit-learn, thinc."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+import fusedopt
+from fusedopt import functional, reference
+from fusedopt._check import Array
+from fusedopt.bench.cases import CLASSES, STATES, Problem
+from fusedopt.bench.contenders._base import Contender, nbytes
+
+
+class OnArrays(Contender):
+    """Keeps parameters and gradients as the NumPy arrays they are given as."""
+
+    def __init__(self, problem: Problem, params: list[Array]) -> None:
+        self.problem, self._params = problem, params
+        self.grads: list[Array] = []
+
+    def load(self, grads: list[Array]) -> None:
+        self.grads = grads
+
+    def params(self) -> list[Array]:
+        return self._params
+
+
+class Fusedopt(OnArrays):
+    """`fusedopt.Adam` and the like; or, with `plain`, their reference in NumPy."""
+
+    def __init__(self, problem: Problem, params: list[Array], plain: bool = False) -> None:
+        super().__init__(problem, params)
+        fusedopt.set_num_threads(problem.threads)
+        module = reference if plain else fusedopt
+        self.optimizer = getattr(module, CLASSES[problem.optimizer])(params, **problem.options)
+
+    def step(self) -> object:
+        return self.optimizer.step(self.grads)
+
+    def state_bytes(self) -> int:
+        states = (leaf.values() for leaf in self.optimizer.state.values())
+        return nbytes(a for leaf in states for a in leaf if isinstance(a, np.ndarray))
+
+
+class Limit(Fusedopt):
+    """The memory's limit: the bytes of the step, read and written in C, with no arithmetic."""
+
+    def step(self) -> object:
+        return self.optimizer._work.stream(self.grads, self.problem.threads)
+
+
+class WithStates(OnArrays):
+    """Keeps state as NumPy arrays, zeros at first, and counts steps."""
+
+    def __init__(self, problem: Problem, params: list[Array]) -> None:
+        super().__init__(problem, params)
+        count = STATES[problem.optimizer]
+        self.states = [[np.zeros_like(p) for p in params] for _ in range(count)]
+        self.count = 0
+
+    def state_bytes(self) -> int:
+        return nbytes(a for column in self.states for a in column)
+
+
+class Functional(WithStates):
+    """`fusedopt.functional.adam` and the like."""
+
+    def __init__(self, problem: Problem, params: list[Array]) -> None:
+        super().__init__(problem, params)
+        fusedopt.set_num_threads(problem.threads)
+        self.function = getattr(functional, problem.optimizer)
+
+    def step(self) -> object:
+        self.count += 1
+        return self.function(
+            self._params, self.grads, *self.states, step=self.count, **self.problem.options
+        )
+
+
+class InPlace(WithStates):
+    """A step as one writes it in NumPy with care: in place, with one scratch array for a leaf."""
+
+    def __init__(self, problem: Problem, params: list[Array]) -> None:
+        super().__init__(problem, params)
+        self.scratch = [np.empty_like(p) for p in params]
+        self.step = self.sgd if problem.optimizer == "sgd" else self.adam  # type: ignore[method-assign]
+
+    def step(self) -> object:  # replaced in __init__
+        raise NotImplementedError
+
+    def adam(self) -> None:
+        self.count += 1
+        o = self.problem.options
+        (beta1, beta2), t = o["betas"], self.count
+        rate, root = o["lr"] / (1 - beta1**t), (1 - beta2**t) ** 0.5
+        decay = o["lr"] * o["weight_decay"]
+        for p, g, m, v, x in zip(self._params, self.grads, *self.states, self.scratch, strict=True):
+            if decay:
+                p *= 1 - decay
+            m *= beta1
+            np.multiply(g, 1 - beta1, out=x)
+            m += x
+            v *= beta2
+            np.multiply(g, g, out=x)
+            x *= 1 - beta2
+            v += x
+            np.sqrt(v, out=x)
+            x /= root
+            x += o["eps"]
+            np.divide(m, x, out=x)
+            x *= rate
+            p -= x
+
+    def sgd(self) -> None:
+        o = self.problem.options
+        for p, g, b, x in zip(self._params, self.grads, *self.states, self.scratch, strict=True):
+            b *= o["momentum"]
+            b += g
+            np.multiply(b, o["lr"], out=x)
+            p -= x
+
+
+@cache
+def _numba_kernels() -> dict[str, Callable[..., None]]:
+    """One loop of parallel threads over an array, compiled at its first call."""
+    import numba
+
+    jit = numba.njit(parallel=True, fastmath=True, error_model="numpy")
+
+    def adam(
+        p: Any, g: Any, m: Any, v: Any, keep: Any, beta1: Any, w1: Any, beta2: Any, w2: Any,
+        root: Any, eps: Any, rate: Any,
+    ) -> None:  # fmt: skip
+        for i in numba.prange(p.size):
+            m[i] = beta1 * m[i] + w1 * g[i]
+            v[i] = beta2 * v[i] + w2 * g[i] * g[i]
+            p[i] = keep * p[i] - rate * m[i] / (np.sqrt(v[i]) / root + eps)
+
+    def sgd(p: Any, g: Any, b: Any, momentum: Any, rate: Any) -> None:
+        for i in numba.prange(p.size):
+            b[i] = momentum * b[i] + g[i]
+            p[i] = p[i] - rate * b[i]
+
+    return {"adam": jit(adam), "sgd": jit(sgd)}
+
+
+class Numba(WithStates):
+    """A parallel Numba loop for each array, in the arrays' own precision."""
+
+    def __init__(self, problem: Problem, params: list[Array]) -> None:
+        super().__init__(problem, params)
+        import numba
+
+        numba.set_num_threads(problem.threads)
+        self.kernel = _numba_kernels()["sgd" if problem.optimizer == "sgd" else "adam"]
+
+    def load(self, grads: list[Array]) -> None:
+        columns = (self._params, grads, *self.states)
+        self.leaves = [[a.reshape(-1) for a in leaf] for leaf in zip(*columns, strict=True)]
+
+    def constants(self) -> list[float]:
+        o = self.problem.options
+        if self.problem.optimizer == "sgd":
+            return [o["momentum"], o["lr"]]
+        (beta1, beta2), t = o["betas"], self.count
+        return [
+            1 - o["lr"] * o["weight_decay"], beta1, 1 - beta1, beta2, 1 - beta2,
+            (1 - beta2**t) ** 0.5, o["eps"], o["lr"] / (1 - beta1**t),
+        ]  # fmt: skip
+
+    def step(self) -> None:
+        self.count += 1
+        real = np.dtype(self.problem.dtype).type  # a Python float would make it double
+        constants = [real(x) for x in self.constants()]
+        for leaf in self.leaves:
+            self.kernel(*leaf, *constants)
+
+
+class ScikitLearn(OnArrays):
+    """The optimizer classes inside scikit-learn's multi-layer perceptrons."""
+
+    def __init__(self, problem: Problem, params: list[Array]) -> None:
+        super().__init__(problem, params)
+        from sklearn.neural_network import _stochastic_optimizers as module
+
+        o = problem.options
+        if problem.optimizer == "sgd":
+            self.optimizer = module.SGDOptimizer(params, o["lr"], "constant", o["momentum"], False)
+        else:
+            self.optimizer = module.AdamOptimizer(params, o["lr"], *o["betas"], o["eps"])
+
+    def step(self) -> None:
+        self.optimizer.update_params(self._params, self.grads)
+
+    def state_bytes(self) -> int:
+        names = ("velocities",) if self.problem.optimizer == "sgd" else ("ms", "vs")
+        return nbytes(a for name in names for a in getattr(self.optimizer, name))
+
+
+class Thinc(OnArrays):
+    """thinc's optimizer. It clears the gradients, so each step gets them anew, not timed."""
+
+    def __init__(self, problem: Problem, params: list[Array]) -> None:
+        super().__init__(problem, params)
+        from thinc.optimizers import Optimizer
+
+        o = problem.options
+        self.optimizer = Optimizer(
+            o["lr"], beta1=o["betas"][0], beta2=o["betas"][1], eps=o["eps"], L2=o["weight_decay"],
+            L2_is_weight_decay=True, grad_clip=0.0, use_averages=False,
+        )  # fmt: skip
+        self.keys = [(i, "p") for i in range(len(params))]
+
+    def load(self, grads: list[Array]) -> None:
+        self.kept, self.grads = grads, [g.copy() for g in grads]
+
+    def restore(self) -> None:
+        for g, kept in zip(self.grads, self.kept, strict=True):
+            np.copyto(g, kept)
+
+    def step(self) -> None:
+        step = self.optimizer
+        for i, (key, g) in enumerate(zip(self.keys, self.grads, strict=True)):
+            self._params[i], _ = step(key, self._params[i], g)
+
+    def state_bytes(self) -> int:
+        return nbytes([*self.optimizer.mom1.values(), *self.optimizer.mom2.values()])

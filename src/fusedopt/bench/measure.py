@@ -1,0 +1,313 @@
+"""The schedule: contenders take turns in random order, round after round, on the same machine.
+
+A round holds one turn of every contender that takes part in it; fusedopt and the limit take part in
+all. A contender's time is compared with fusedopt's of the same round, so that what else goes on on
+the machine hits both. Slow contenders sit rounds out, evenly, so that each gets about the same
+share of the time.
+
+Warm: a turn is some steps that are not timed, then some that are. Cold: the caches are emptied
+before each turn, which is one step. Arrays much larger than the caches are always cold.
+
+Where arrays happen to lie in memory decides how they share a cache's sets, and makes one and the
+same step some percent faster or slower for as long as they lie there. So small cases are measured
+on several placements: contenders are dropped and set up anew between rounds.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from fusedopt.bench import machine
+from fusedopt.bench.cases import Case, Problem
+from fusedopt.bench.contenders import AGAIN, LIMIT, OURS, Row
+from fusedopt.bench.recording import Entry, Memory, Recording
+from fusedopt.bench.worker import TIMED, UNTIMED
+from fusedopt.bench.workers import Failure, Workers
+
+ALWAYS = (LIMIT, OURS, AGAIN)  # in every round, and in every group that shares the memory
+_PAUSE = 3e-3  # seconds before a cold step, where no emptying of caches takes as long
+_PATIENCE = 2.0  # an entry may take so many times its time, if the machine slows down meanwhile
+_PLACEMENTS, _SMALL = 5, 64 << 20  # for cases whose arrays hold fewer bytes
+_QUICK_TO_BUILD = 0.25  # seconds; who takes longer (compilers) stays where it lies
+_OVERHEAD = 1 << 30  # bytes that libraries and the evictor take
+
+Progress = Callable[[str, float], None]  # what goes on; share of the entry that is now done
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    `seconds` go to each case and state of the caches, beside setting up; but every contender takes
+    part in `least` rounds, at most in `most`.
+    """
+
+    optimizer: str = "adam"
+    dtype: str = "float32"
+    seconds: float = 8.0
+    least: int = 5
+    most: int = 100
+    seed: int = 0
+
+
+def needed(row: Row, problem: Problem) -> int:
+    """Return the bytes that a contender takes at its peak."""
+    return int(problem.held + row.temporaries * problem.case.elements * problem.itemsize)
+
+
+def teams(
+    rows: Sequence[Row], problem: Problem, budget: float
+) -> tuple[list[list[Row]], dict[str, str]]:
+    """Divide contenders into teams that fit into `budget` bytes, each with those of `ALWAYS`.
+
+    Returns the teams, none if not even the first fits, and whom no team holds, with the bytes that
+    it would need.
+    """
+    always = [row for row in rows if row.name in ALWAYS]
+    setting_up = 2 * problem.case.elements * problem.itemsize  # values on their way to a contender
+    base = _OVERHEAD + setting_up + sum(needed(row, problem) for row in always)
+    used, members, too_large = base, [list(always)], {}
+    for row in rows:
+        size = needed(row, problem)
+        if base + size * (row not in always) > budget:
+            too_large[row.name] = (
+                f"needs {(base + size) / 1e9:.1f} GB of memory, {budget / 1e9:.1f} GB are free"
+            )
+        elif row not in always:
+            if used + size > budget:
+                members.append(list(always))
+                used = base
+            members[-1].append(row)
+            used += size
+    return ([] if base > budget else members), too_large
+
+
+def streams(problem: Problem) -> bool:
+    """Return whether the arrays are so much larger than the caches that every step is cold."""
+    return problem.held >= 2 * machine.last_level_cache()
+
+
+class Session:
+    """The contenders of one problem, set up in their workers."""
+
+    def __init__(self, workers: Workers, problem: Problem, absent: dict[str, str]) -> None:
+        self.workers, self.problem, self.absent = workers, problem, absent
+        self.rows: dict[str, Row] = {}
+        self.step_seconds: dict[str, float] = {}  # estimates, to plan with
+        self.quick_to_build: set[str] = set()
+        self.lost: dict[str, str] = {}  # who failed here, and why
+
+    def build(self, row: Row) -> None:
+        """Set a contender up and check it, unless it is there or known to be absent."""
+        if row.name in self.rows or row.name in self.absent:
+            return
+        start = time.perf_counter()
+        try:
+            self.step_seconds[row.name] = self.workers.ask(row, "build", row, self.problem)
+            self.rows[row.name] = row
+            if time.perf_counter() - start < _QUICK_TO_BUILD:
+                self.quick_to_build.add(row.name)
+        except Failure as exc:
+            self.fail(row, exc)
+
+    def turn(self, name: str, warm: bool) -> float | None:
+        """Return the seconds of a step, None if the contender was lost."""
+        row = self.rows.get(name)
+        if row is None:
+            return None
+        try:
+            seconds: float = self.workers.ask(row, "turn", name, warm)
+            return seconds
+        except Failure as exc:
+            self.fail(row, exc)
+            return None
+
+    def drop(self, names: Iterable[str], collect: bool = True) -> None:
+        """Let go of some; `collect` releases their memory at once, which takes a while."""
+        rows = [self.rows.pop(name) for name in names if name in self.rows]
+        last = {row.process: row for row in rows}
+        for row in rows:
+            try:
+                self.workers.ask(row, "drop", row.name)
+                if collect and row is last[row.process]:
+                    self.workers.ask(row, "collect")
+            except Failure as exc:
+                self.fail(row, exc)
+
+    def fail(self, row: Row, exc: Failure) -> None:
+        """Strike a contender off, and those that went down with it."""
+        self.rows.pop(row.name, None)
+        self.lost[row.name] = str(exc)
+        if exc.absent or exc.gone:  # what ended its process may do so again, and not alone
+            self.absent[row.name] = str(exc)
+        if exc.gone:
+            for other in [r for r in self.rows.values() if r.process == row.process]:
+                del self.rows[other.name]
+                self.lost[other.name] = f"{row.title} ended the process that it shared"
+
+
+def run_rounds(
+    session: Session, entry: Entry, settings: Settings, share: float,
+    evict: Callable[[], None] | None, progress: Progress,
+) -> None:  # fmt: skip
+    """Add rounds to an entry, of all that are set up, in `share` of the time."""
+    if OURS not in session.rows:
+        return
+    warm = entry.cache == "warm"
+    allowance = settings.seconds * share / len(session.rows)
+    before_step = _timed(evict) if evict else _PAUSE
+    least, most = math.ceil(settings.least * share), math.ceil(settings.most * share)
+    counts = {}
+    for name in session.rows:
+        step = session.step_seconds[name]
+        turn = max(UNTIMED, step) + max(TIMED, step) if warm else before_step + step
+        counts[name] = int(min(max(allowance / turn, least), most))
+    rounds = max(counts.values())
+    order = random.Random(settings.seed + len(entry.placements))
+    before = entry.rounds
+    start, taken = time.perf_counter(), _taken_by_others(session.workers)
+    for i in range(rounds):
+        names = [
+            n for n, k in counts.items() if n in ALWAYS or (i + 1) * k // rounds > i * k // rounds
+        ]
+        order.shuffle(names)
+        times = {}
+        for name in names:
+            if evict:
+                evict()
+            elif not warm:
+                time.sleep(_PAUSE)
+            times[name] = session.turn(name, warm)
+        entry.add_round({name: t for name, t in times.items() if t is not None})
+        progress("", share / rounds)
+        late = time.perf_counter() - start > _PATIENCE * settings.seconds * share
+        if OURS not in session.rows or (late and i + 1 >= least):
+            break
+    entry.placements.append(entry.rounds - before)
+    entry.elapsed += time.perf_counter() - start
+    entry.others += max(0.0, _taken_by_others(session.workers) - taken)
+
+
+def _taken_by_others(workers: Workers) -> float:
+    return machine.busy_seconds() - workers.cpu_seconds()
+
+
+def _timed(act: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    act()
+    return time.perf_counter() - start
+
+
+@dataclass
+class Bench:
+    """A run: what it fills, how it measures, whom, and whom it tells.
+
+    `named` says that the user chose the rows: then no rule of thumb leaves any of them out.
+    """
+
+    recording: Recording
+    settings: Settings
+    rows: Sequence[Row]
+    named: bool = False
+    quick: bool = False
+    caches: Sequence[str] = ("warm", "cold")
+    progress: Progress = lambda text, share: None
+
+    def measure(self, cases: Sequence[Case], threads: int) -> None:
+        """Measure cases, each with every contender that can take part."""
+        evict = machine.Evictor(machine.cpus(threads), machine.last_level_cache())
+        self.recording.evicted = evict.size
+        with Workers(threads) as workers:
+            for case in cases:
+                self._case(workers, self.problem(case, threads), evict)
+
+    def measure_memory(self, cases: Sequence[Case], threads: int) -> None:
+        """Measure what a step of each contender takes for the time being, and its state."""
+        for case in cases:
+            problem = self.problem(case, threads)
+            rows, left_out = self.able(problem)
+            for row in rows:
+                if row.name in (LIMIT, AGAIN):
+                    continue
+                self.progress(f"{case.name}: memory of {row.title}", 0)
+                result = Memory(case.name, case.elements, row.name)
+                try:
+                    # blocks of 64 KiB and more go back to the system when freed, so that what is
+                    # resident is what is in use
+                    with Workers(threads, {"MALLOC_MMAP_THRESHOLD_": "65536"}) as workers:
+                        result.temporary, result.how, result.state = workers.ask(
+                            row, "memory", row, problem
+                        )
+                except Failure as exc:
+                    result.why = str(exc)
+                    if exc.absent:
+                        self.recording.absent[row.name] = str(exc)
+                self.recording.memory.append(result)
+                self.progress("", 1 / len(rows))
+            for name, why in left_out.items():
+                absent = Memory(case.name, case.elements, name, why=why)
+                self.recording.memory.append(absent)
+
+    def problem(self, case: Case, threads: int) -> Problem:
+        """Return a case with this run's optimizer and dtype."""
+        return Problem(case, self.settings.optimizer, self.settings.dtype, threads)
+
+    def states(self, problem: Problem) -> list[str]:
+        """Return the states of the caches to measure a case in."""
+        return ["cold"] if streams(problem) else list(self.caches)
+
+    def able(self, problem: Problem) -> tuple[list[Row], dict[str, str]]:
+        """Divide the rows into those that can take part, and the others with the reason."""
+        left_out: dict[str, str] = {}
+        for row in self.rows:
+            why = row.lacks(problem)
+            if why is None and not self.named:
+                tensors = len(problem.case.shapes)
+                if self.quick and not row.quick:
+                    why = "not in a quick run"
+                elif row.most_tensors is not None and tensors > row.most_tensors:
+                    why = f"{row.most_why}; asked for by name it takes part"
+            if why is not None:
+                left_out[row.name] = why
+        return [row for row in self.rows if row.name not in left_out], left_out
+
+    def _case(self, workers: Workers, problem: Problem, evict: machine.Evictor) -> None:
+        name = problem.case.name
+        entries = [_new_entry(problem, state) for state in self.states(problem)]
+        self.recording.entries += entries  # at once: what an interrupted run has measured counts
+        rows, left_out = self.able(problem)
+        members, too_large = teams(rows, problem, 0.9 * (machine.available_memory() or math.inf))
+        session = Session(workers, problem, self.recording.absent)
+        for entry in entries:
+            entry.left_out = left_out | too_large
+            if not members:
+                entry.skipped = too_large[OURS]
+                self.progress("", 1)
+        placements = _PLACEMENTS if problem.held < _SMALL else 1
+        share = 1 / (len(members) * placements)
+        for team in members:
+            for _ in range(placements):
+                session.drop(session.quick_to_build, collect=False)
+                for row in team:
+                    self.progress(f"{name}: setting up {row.title}", 0)
+                    session.build(row)
+                for entry in entries:
+                    self.progress(f"{name}, {entry.cache}", 0)
+                    flush = evict if entry.cache == "cold" and not streams(problem) else None
+                    run_rounds(session, entry, self.settings, share, flush, self.progress)
+            session.drop([row.name for row in team if row.name not in ALWAYS])
+        session.drop(list(session.rows))
+        for entry in entries:
+            entry.left_out |= {n: why for n, why in session.lost.items() if n not in session.absent}
+
+
+def _new_entry(problem: Problem, cache: str) -> Entry:
+    case = problem.case
+    return Entry(
+        case.name, case.title, case.kind, case.elements, len(case.shapes), problem.moved,
+        problem.held, problem.threads, cache,
+    )  # fmt: skip

@@ -1,0 +1,218 @@
+"""A recording in pictures: time per element against size, bars of models, scaling over threads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusedopt.bench import report, stats
+from fusedopt.bench.contenders import AGAIN, LIMIT, OURS
+from fusedopt.bench.recording import Entry, Recording
+
+EXTRA = 'needs: pip install "fusedopt[bench]"'
+
+
+def check(path: Path | None) -> None:
+    """See to it that pictures can be drawn, before anything is measured; raises as `save`."""
+    known = _figure(1).canvas.get_supported_filetypes()
+    if path is not None and path.suffix[1:] not in known:
+        raise ValueError(f"--plot {path}: must end in one of .{', .'.join(sorted(known))}")
+
+
+def _figure(height: float) -> Any:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as exc:
+        raise ModuleNotFoundError(f"pictures {EXTRA}") from exc
+    figure = Figure(figsize=(10, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(recording: Recording, path: Path, picture: str | None = None) -> bool:
+    """Draw one picture, or all that there is data for, into a file; return whether there was any.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        Without matplotlib.
+    """
+    wanted = [p for p in PANELS if picture in (None, p)]
+    panels = [(PANELS[p], height) for p in wanted if (height := _height(recording, p))]
+    if not panels:
+        return False
+    heights = [height for _, height in panels]
+    figure = _figure(sum(heights))
+    parts = figure.subfigures(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for (draw, _), part in zip(panels, parts, strict=True):
+        draw(recording, part)
+    figure.savefig(path, dpi=110)
+    return True
+
+
+def _height(recording: Recording, picture: str) -> float:
+    """Return the inches that a picture takes; 0 without data for it."""
+    if picture == "sizes":
+        curves = report.sizes(recording)
+        return 6.5 if any(len(n) > 1 for n, _ in curves.values()) else 0
+    if picture == "models":
+        bars = [len(stats.summarize(e)) for e in _models(recording)]
+        return math.ceil(len(bars) / 2) * (0.9 + 0.23 * max(bars)) if bars else 0
+    return 5.0 if len(_scaling(recording)) else 0
+
+
+def _colour(name: str) -> str:
+    """Return fusedopt's red, the limit's black, and a colour of its own for each other."""
+    if name in (OURS, LIMIT):
+        return {OURS: "#c1121f", LIMIT: "black"}[name]
+    from matplotlib import colormaps, colors
+
+    wheel = colormaps["tab20"]
+    order = sum(ord(c) * (i + 1) for i, c in enumerate(name))
+    return str(colors.to_hex(wheel(order % 20)))
+
+
+def _style(name: str) -> dict[str, Any]:
+    return {
+        "color": _colour(name),
+        "linestyle": "--" if name == LIMIT else "-",
+        "linewidth": 2.6 if name == OURS else 1.6 if name == LIMIT else 1.1,
+        "zorder": 3 if name in (OURS, LIMIT) else 2,
+    }
+
+
+def _label_ends(axes: Any, ends: list[tuple[float, str, str]], x: float) -> None:
+    """Write each line's name beside its end, on a log axis, none over another.
+
+    `ends` holds height, name and colour.
+    """
+    low, high = (math.log(v) for v in axes.get_ylim())
+    gap = (high - low) * 0.033
+    ends = sorted(ends)
+    places = [math.log(y) for y, _, _ in ends]
+    for _ in range(200):  # push those apart that touch, a little at a time, until none do
+        for i in range(len(places) - 1):
+            short = gap - (places[i + 1] - places[i])
+            if short > 1e-6:
+                places[i] -= short / 2
+                places[i + 1] += short / 2
+        places = [min(max(p, low + gap / 2), high - gap / 2) for p in places]
+    for (y, name, colour), place in zip(ends, places, strict=True):
+        axes.annotate(
+            name, (x, y), (x * 1.35, math.exp(place)), fontsize=8, color=colour, va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkB": 0},
+        )  # fmt: skip
+
+
+def _draw_sizes(recording: Recording, part: Any) -> None:
+    """Draw the time per element against the size, warm and cold, a line for each contender."""
+    states = sorted({e.cache for e in recording.entries if e.kind == "size" and e.rounds})[::-1]
+    axes = part.subplots(1, len(states), sharey=True, squeeze=False)[0]
+    curves = [report.sizes(recording, state) for state in states]
+    every = [t / n for c in curves for ns, ts in c.values() for n, t in zip(ns, ts, strict=True)]
+    for ax, state, lines in zip(axes, states, curves, strict=True):
+        ax.set(xscale="log", yscale="log", ylim=(min(every) * 1e9 / 1.4, max(every) * 1e9 * 1.4))
+        ends = []
+        for name, (n, t) in lines.items():
+            if name == AGAIN:
+                continue
+            each = np.array(t) / np.array(n) * 1e9
+            ax.plot(n, each, "o", markersize=3, **_style(name))
+            ends.append((float(each[-1]), recording.titles.get(name, name), _colour(name)))
+        right = max(n[-1] for n, _ in lines.values())
+        _label_ends(ax, ends, right)
+        ax.set(xlabel="parameters in one array", title=state)
+        ax.grid(alpha=0.3, which="major")
+    axes[0].set_ylabel("ns per parameter and step")
+
+
+def _models(recording: Recording) -> list[Entry]:
+    """Return an entry for each model, on most threads, the warm one where there are two."""
+    entries = [e for e in recording.entries if e.kind in ("model", "many") and e.rounds]
+    most = max((e.threads for e in entries), default=0)
+    chosen: dict[str, Entry] = {}
+    for entry in entries:
+        if entry.threads == most and (entry.case not in chosen or entry.cache == "warm"):
+            chosen[entry.case] = entry
+    return list(chosen.values())
+
+
+def _draw_models(recording: Recording, part: Any) -> None:
+    """Draw for each model a bar for each contender: its time over fusedopt's."""
+    entries = _models(recording)
+    axes = part.subplots(math.ceil(len(entries) / 2), 2, squeeze=False).ravel()
+    for ax in axes[len(entries) :]:
+        ax.set_axis_off()
+    for ax, entry in zip(axes, entries, strict=False):
+        found = [s for s in stats.summarize(entry) if s.name != AGAIN][::-1]
+        names = [recording.titles.get(s.name, s.name) for s in found]
+        ratios = [s.ratio for s in found]
+        ax.barh(names, ratios, color=[_colour(s.name) for s in found], height=0.7)
+        ax.errorbar(
+            ratios, range(len(found)), fmt="none", ecolor="0.25", elinewidth=0.8,
+            xerr=[[s.ratio - s.low for s in found], [s.high - s.ratio for s in found]],
+        )  # fmt: skip
+        for i, s in enumerate(found):
+            ax.text(s.high * 1.06, i, f"{report.ratio_text(s.ratio)}", va="center", fontsize=7)
+        ours = next(s for s in found if s.name == OURS)
+        ax.set(xscale="log", xlim=(min(ratios) / 1.15, max(ratios) * 1.9))
+        ax.axvline(1, color="0.4", linewidth=0.8, zorder=0)
+        ax.set_title(
+            f"{entry.title}: {entry.tensors} arrays, {entry.elements / 1e6:.3g}M, {entry.cache}; "
+            f"fusedopt {report.time_text(ours.seconds)}", fontsize=9,
+        )  # fmt: skip
+        ax.tick_params(axis="y", labelsize=8)
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        ax.xaxis.set_minor_formatter(lambda x, _: "")
+        ax.grid(alpha=0.3, axis="x")
+    part.supxlabel("time of a step over fusedopt's (1: as fast; to the right: slower)", fontsize=9)
+
+
+def _scaling(recording: Recording) -> dict[tuple[str, str], list[Entry]]:
+    """Return entries by case and state of the caches, of those with several numbers of threads."""
+    by: dict[tuple[str, str], list[Entry]] = {}
+    for entry in recording.entries:
+        if entry.rounds:
+            by.setdefault((entry.case, entry.cache), []).append(entry)
+    return {k: v for k, v in by.items() if len({e.threads for e in v}) > 1}
+
+
+def _draw_scaling(recording: Recording, part: Any) -> None:
+    """Draw steps per second over one thread's of fusedopt against the number of threads."""
+    cases = _scaling(recording)
+    axes = part.subplots(1, len(cases), squeeze=False)[0]
+    for ax, entries in zip(axes, cases.values(), strict=True):
+        points: dict[str, dict[int, float]] = {}
+        for entry in entries:
+            for s in stats.summarize(entry):
+                points.setdefault(s.name, {})[entry.threads] = s.seconds
+        one = points[OURS][min(points[OURS])]
+        ends = []
+        ax.set(xscale="log", yscale="log")
+        for name, by_threads in points.items():
+            if name != AGAIN and len(by_threads) > 1:
+                threads = sorted(by_threads)
+                speed = [one / by_threads[k] for k in threads]
+                ax.plot(threads, speed, "o", markersize=3, **_style(name))
+                ends.append((speed[-1], recording.titles.get(name, name), _colour(name)))
+        counts = sorted({e.threads for e in entries})
+        _label_ends(ax, ends, counts[-1])
+        ax.set_xticks(counts, [str(k) for k in counts])
+        ax.minorticks_off()
+        ax.yaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        ax.set(xlabel="threads", title=f"{entries[0].title}, {entries[0].cache}")
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("speed, fusedopt on one thread is 1")
+
+
+PANELS: dict[str, Callable[[Recording, Any], None]] = {
+    "sizes": _draw_sizes,
+    "models": _draw_models,
+    "scaling": _draw_scaling,
+}

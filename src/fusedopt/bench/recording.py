@@ -1,0 +1,131 @@
+"""What was measured: a tree of plain data, with its JSON form. Nothing is computed here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+
+
+@dataclass
+class Entry:
+    """One case, on a number of threads, in one state of the caches.
+
+    `seconds` holds for each contender the time of a step in each round, None where it sat the round
+    out. `left_out` says of the others why they are not here; `skipped` why the whole case is not.
+    `placements` are the numbers of rounds on each set of arrays; small cases have several sets.
+    `others` are the CPU seconds that other processes and the host took in the `elapsed` seconds.
+    """
+
+    case: str
+    title: str
+    kind: str
+    elements: int
+    tensors: int
+    moved: int
+    held: int
+    threads: int
+    cache: str
+    seconds: dict[str, list[float | None]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    skipped: str | None = None
+    placements: list[int] = field(default_factory=list)
+    elapsed: float = 0.0
+    others: float = 0.0
+
+    @property
+    def rounds(self) -> int:
+        """How many rounds were measured."""
+        return max(map(len, self.seconds.values()), default=0)
+
+    def add_round(self, times: dict[str, float]) -> None:
+        """Add the seconds of those who took part in a round."""
+        before = self.rounds
+        for name in times:
+            self.seconds.setdefault(name, [None] * before)
+        for name, column in self.seconds.items():
+            column.append(times.get(name))
+
+
+@dataclass
+class Memory:
+    """What a step of one contender takes for the time being, and what it keeps for good.
+
+    Either is None, and `why` says why, where the contender is not there.
+    """
+
+    case: str
+    elements: int
+    contender: str
+    temporary: int | None = None
+    how: str = ""
+    state: int | None = None
+    why: str = ""
+
+
+@dataclass
+class Recording:
+    """A run of the benchmark.
+
+    `settings` are those of `measure.Settings`; `titles` and `versions` go by contender; `absent`
+    says of contenders that are in no case, why.
+    """
+
+    settings: dict[str, Any]
+    machine: dict[str, str]
+    titles: dict[str, str]
+    command: str = ""
+    date: str = ""
+    evicted: int = 0
+    versions: dict[str, str] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    entries: list[Entry] = field(default_factory=list)
+    memory: list[Memory] = field(default_factory=list)
+    complete: bool = False
+
+    def save(self, path: Path) -> None:
+        """Write the recording as JSON."""
+        tree = {"schema": SCHEMA, **asdict(self)}
+        for entry in tree["entries"]:  # 5 digits are more than any clock is good for
+            entry["seconds"] = {
+                name: [None if s is None else float(f"{s:.5g}") for s in column]
+                for name, column in entry["seconds"].items()
+            }
+        lines = json.dumps(tree, indent=1)
+        path.write_text(_shortened(lines) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Recording:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        OSError, ValueError
+            Naming the file, if it is not there or not such a file.
+        """
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+            if tree.pop("schema") != SCHEMA:
+                raise ValueError(f"its schema is not {SCHEMA}")
+            tree["entries"] = [Entry(**entry) for entry in tree["entries"]]
+            tree["memory"] = [Memory(**row) for row in tree["memory"]]
+            return cls(**tree)
+        except (ValueError, TypeError, KeyError, AttributeError) as exc:
+            raise ValueError(f"{path}: not a recording of fusedopt bench: {exc}") from exc
+
+
+def _shortened(text: str) -> str:
+    """Put every list of numbers on one line."""
+    out: list[str] = []
+    inside = False
+    for line in text.split("\n"):
+        if inside:
+            out[-1] += line.strip() + (" " if line.endswith(",") else "")
+            inside = not line.strip().startswith("]")
+        else:
+            out.append(line)
+            inside = line.endswith("[") and not line.endswith(('"entries": [', '"memory": ['))
+    return "\n".join(out)

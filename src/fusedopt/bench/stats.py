@@ -1,0 +1,143 @@
+"""From times to statements: ratios of the same round, their median and how sure it is, a fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusedopt.bench.contenders import LIMIT, OURS
+from fusedopt.bench.recording import Entry
+
+CONFIDENCE = 0.95
+_RESAMPLES = 1000
+
+
+def median_interval(
+    groups: Sequence[Sequence[float]], confidence: float = CONFIDENCE, seed: int = 0
+) -> tuple[float, float, float]:
+    """Return the median, and the ends of its bootstrap percentile interval.
+
+    Values of a group (a placement) have something in common: groups are drawn first, then values
+    from each of those. One group makes it the ordinary bootstrap.
+    """
+    filled = [np.asarray(group, np.float64) for group in groups if len(group)]
+    lengths = np.array([len(group) for group in filled])
+    table = np.zeros((len(filled), lengths.max()))
+    for row, group in zip(table, filled, strict=True):
+        row[: len(group)] = group
+    rng = np.random.default_rng(seed)
+    which = rng.integers(0, len(filled), (_RESAMPLES, len(filled), 1))
+    inside = (rng.random((_RESAMPLES, *table.shape)) * lengths[which]).astype(np.intp)
+    medians = np.median(table[which, inside].reshape(_RESAMPLES, -1), axis=1)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(medians, [tail, 1 - tail])
+    return float(np.median(np.concatenate(filled))), float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One contender in one entry.
+
+    `seconds` is the median time of a step; `rate` the bytes that the step has to move over it, per
+    second; `of_limit` the limit's time over its own; `ratio` its time over fusedopt's, with the
+    interval from `low` to `high`. The last two are medians of quotients within a round.
+    """
+
+    name: str
+    seconds: float
+    rate: float
+    of_limit: float
+    ratio: float
+    low: float
+    high: float
+    rounds: int
+
+
+def quotients(entry: Entry, above: str, below: str) -> list[list[float]]:
+    """Return the quotients of two contenders' times in rounds that have both, by placement."""
+    groups, start = [], 0
+    for count in entry.placements or [entry.rounds]:
+        rounds = slice(start, start + count)
+        columns = (entry.seconds.get(name, [])[rounds] for name in (above, below))
+        pairs = zip(*columns, strict=False)
+        groups.append([a / b for a, b in pairs if a is not None and b is not None])
+        start += count
+    return [group for group in groups if group]
+
+
+def summarize(entry: Entry) -> list[Summary]:
+    """Return a summary of each contender that took part, the limit first, then the fastest."""
+    summaries = []
+    for name, column in entry.seconds.items():
+        ratios = quotients(entry, name, OURS)
+        if ratios:
+            seconds = float(np.median([s for s in column if s is not None]))
+            to_limit = quotients(entry, LIMIT, name)
+            ratio, low, high = median_interval(ratios)
+            summaries.append(
+                Summary(
+                    name,
+                    seconds,
+                    entry.moved / seconds,
+                    float(np.median(np.concatenate(to_limit))) if to_limit else float("nan"),
+                    ratio,
+                    low,
+                    high,
+                    sum(map(len, ratios)),
+                )
+            )
+    return sorted(summaries, key=lambda s: (s.name != LIMIT, s.ratio))
+
+
+def noise(entry: Entry) -> float:
+    """Return the spread of the limit itself: the middle half of its times over their median."""
+    column = [s for s in entry.seconds.get(LIMIT, []) if s is not None]
+    if not column:
+        return float("nan")
+    low, middle, high = np.quantile(column, [0.25, 0.5, 0.75])
+    return float((high - low) / middle)
+
+
+def disturbance(entry: Entry) -> float:
+    """Return how many CPUs other processes and the host kept busy meanwhile."""
+    return entry.others / entry.elapsed if entry.elapsed else float("nan")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A step's time as ``fixed + near * n`` seconds; beyond `bend` elements, `far` for each.
+
+    `bend` is where the arrays outgrow the caches; `off` is the largest relative error of the fit.
+    """
+
+    fixed: float
+    near: float
+    far: float
+    bend: float
+    off: float
+
+    def __call__(self, n: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the seconds of steps on n elements."""
+        past = np.maximum(n - self.bend, 0)
+        return self.fixed + self.near * (n - past) + self.far * past
+
+
+def fit_cost(sizes: Sequence[float], seconds: Sequence[float]) -> Cost | None:
+    """Fit a `Cost`, least squares of the relative errors over every bend; None for < 4 sizes."""
+    n, t = np.asarray(sizes, np.float64), np.asarray(seconds, np.float64)
+    if len(n) < 4:
+        return None
+    best: tuple[float, Cost] | None = None
+    for bend in np.geomspace(n.min(), n.max(), 60):
+        past = np.maximum(n - bend, 0)
+        columns = np.stack([np.ones_like(n), n - past, past], axis=1) / t[:, None]
+        solution, *_ = np.linalg.lstsq(columns, np.ones_like(t), rcond=None)
+        error = columns @ solution - 1
+        if (solution >= 0).all() and (best is None or error @ error < best[0]):
+            fixed, near, far = map(float, solution)
+            cost = Cost(fixed, near, far, bend=float(bend), off=float(np.abs(error).max()))
+            best = float(error @ error), cost
+    return None if best is None else best[1]

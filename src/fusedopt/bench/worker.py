@@ -1,0 +1,225 @@
+"""A process that holds contenders and steps them when told to: `python -m fusedopt.bench.worker`.
+
+It is told over a pipe, one message after the other, so no two workers ever run at once. Contenders
+that can share a process do; the others have a worker of their own, under the same schedule.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import random
+import sys
+import tracemalloc
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from fusedopt import reference
+from fusedopt._check import Array
+from fusedopt.bench.cases import CLASSES, Problem
+from fusedopt.bench.contenders import LIMIT, Contender, Row
+
+# Seconds of a warm turn that are timed, and before them: at least. Meanwhile the threads of the
+# contender before stop spinning, and this one's settle on their CPUs.
+TIMED, UNTIMED = 2e-3, 4e-3
+_MOST_SHIFT = 4 << 20  # bytes
+_FIRST_SCALE = -0.5  # of the gradients of the first step: two alike would hide wrong betas
+
+
+class Disagreement(Exception):
+    """A contender does not compute the update of the reference."""
+
+
+def build(row: Row, problem: Problem) -> Contender:
+    """Set a contender up and let it take two steps, checked against the reference.
+
+    Raises
+    ------
+    Disagreement
+        If it does not compute the same update; says how far it is off.
+    """
+    contender = row.cls(problem, problem.params(), **row.options)
+    for scale in (_FIRST_SCALE, 1.0):
+        contender.load(problem.grads(scale))
+        step_once(contender)
+    if row.name != LIMIT:
+        off = distance(contender.params(), problem)
+        if not off <= row.tolerance:
+            raise Disagreement(
+                f"computes another update: off by {off:.3g} learning rates after two steps "
+                f"(allowed: {row.tolerance:g})"
+            )
+    return contender
+
+
+def distance(params: list[Array], problem: Problem) -> float:
+    """Return the largest difference from the reference after `build`'s steps, in learning rates.
+
+    Of each parameter the first and the last element are compared and some between: a step does the
+    same to every element, so these are stepped alone.
+    """
+    rng = np.random.default_rng(0)
+    ours, start, grad = [], [], []
+    for i, (param, shape) in enumerate(zip(params, problem.case.shapes, strict=True)):
+        n = math.prod(shape)
+        if param.shape != shape or param.dtype != problem.dtype:
+            raise Disagreement(f"parameter {i} became {param.dtype}{list(param.shape)}")
+        where = np.unique(np.append(rng.integers(0, n, 50), [0, n - 1]))
+        ours.append(param.reshape(-1)[where])
+        start.append(problem.param(i).reshape(-1)[where])
+        grad.append(problem.grad(i).reshape(-1)[where])
+    p, g = np.concatenate(start), np.concatenate(grad)
+    plain = getattr(reference, CLASSES[problem.optimizer])(p, **problem.options)
+    plain.step(g * g.dtype.type(_FIRST_SCALE))
+    plain.step(g)
+    return float(np.max(np.abs(np.concatenate(ours) - p)) / problem.options["lr"])
+
+
+def step_once(contender: Contender) -> float:
+    """Take a step; return its seconds."""
+    if contender.restore is not None:
+        contender.restore()
+    start = perf_counter()
+    contender.step()
+    return perf_counter() - start
+
+
+def warm_turn(contender: Contender, estimate: float) -> float:
+    """Take steps that are not timed, then some that are; return the seconds of one.
+
+    `estimate` is about what one takes: the clock is not read after each of many short ones.
+    """
+    chunk = math.ceil(TIMED / 4 / estimate)
+    for least in (UNTIMED, TIMED):
+        steps, taken = 0, 0.0
+        while taken < least:
+            taken += _seconds(contender, chunk)
+            steps += chunk
+    return taken / steps
+
+
+def _seconds(contender: Contender, steps: int) -> float:
+    if contender.restore is not None:
+        return sum(step_once(contender) for _ in range(steps))
+    step = contender.step
+    start = perf_counter()
+    for _ in range(steps):
+        step()
+    return perf_counter() - start
+
+
+def estimate(contender: Contender) -> float:
+    """Return about how many seconds a step takes."""
+    seconds = [step_once(contender)]
+    while sum(seconds) < 5e-3 and len(seconds) < 100:
+        seconds.append(step_once(contender))
+    return float(np.median(seconds))
+
+
+def temporary_bytes(contender: Contender, traced: bool) -> tuple[int, str]:
+    """Return the most bytes that a step holds beside what it held before, and how that was found.
+
+    By tracemalloc where all is allocated through Python and NumPy; else as the increase of the
+    process's peak resident memory, which Linux can reset.
+    """
+    if traced:
+        step_once(contender)
+        tracemalloc.start()
+        try:
+            step_once(contender)
+            return tracemalloc.get_traced_memory()[1], "tracemalloc"
+        finally:
+            tracemalloc.stop()
+    return min(_resident_increase(lambda: step_once(contender)) for _ in range(3)), "resident peak"
+
+
+def _resident_increase(act: Callable[[], object]) -> int:
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident now
+    before = _resident("VmRSS")
+    act()
+    return max(0, _resident("VmHWM") - before)
+
+
+def _resident(entry: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(entry):
+            return int(line.split()[1]) << 10
+    raise OSError(f"/proc/self/status: no {entry}")
+
+
+class Server:
+    """Answers messages: (method, arguments) gives ("ok", result) or (kind of fault, text)."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, Contender] = {}
+        self.shifts: dict[str, Array] = {}
+        self.estimates: dict[str, float] = {}
+        self.random = random.Random(0)
+
+    def build(self, row: Row, problem: Problem) -> float:
+        """Set up and check; return about how many seconds a step takes.
+
+        Some memory is taken before, at random, and kept as long: it would be as it was the last
+        time, if a contender that was dropped got the same place again.
+        """
+        size = self.random.randrange(min(problem.held, _MOST_SHIFT)) // 8
+        self.shifts[row.name] = np.ones(size)
+        self.held[row.name] = build(row, problem)
+        self.estimates[row.name] = estimate(self.held[row.name])
+        return self.estimates[row.name]
+
+    def turn(self, name: str, warm: bool) -> float:
+        """Return the seconds of a step: of one as it comes, or see `warm_turn`."""
+        if not warm:
+            return step_once(self.held[name])
+        return warm_turn(self.held[name], self.estimates[name])
+
+    def drop(self, name: str) -> None:
+        """Let go of a contender."""
+        self.held.pop(name, None)
+        self.shifts.pop(name, None)
+
+    def collect(self) -> None:
+        """Release the memory of all that was let go."""
+        gc.collect()
+
+    def memory(self, row: Row, problem: Problem) -> tuple[int, str, int]:
+        """Return the bytes that a step takes for the time being, how measured; bytes of state."""
+        contender = build(row, problem)
+        peak, how = temporary_bytes(contender, row.traced)
+        return peak, how, contender.state_bytes()
+
+
+def serve(pipe: Connection) -> None:
+    """Answer until the other end is closed."""
+    sys.path[:] = pipe.recv()
+    server = Server()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    while True:
+        try:
+            method, arguments = pipe.recv()
+        except EOFError:
+            return
+        answer: tuple[str, Any]
+        try:
+            answer = "ok", getattr(server, method)(*arguments)
+        except ImportError as exc:
+            answer = "absent", f"{type(exc).__name__}: {exc}"
+        except Disagreement as exc:
+            answer = "failed", str(exc)
+        except Exception as exc:  # any library may raise anything: it is listed with its words
+            answer = "failed", f"{type(exc).__name__}: {exc}"
+        pipe.send(answer)
+
+
+if __name__ == "__main__":
+    serve(Connection(int(sys.argv[1])))
+    os._exit(0)  # some libraries hang in their atexit functions

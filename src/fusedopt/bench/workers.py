@@ -1,0 +1,149 @@
+"""The processes that hold contenders: started with equal threads, asked one at a time, ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from multiprocessing import Pipe
+from typing import Any
+
+from fusedopt.bench import machine
+from fusedopt.bench.contenders import Row
+
+PATIENCE = 300.0  # seconds that any one request may take: compiling for hundreds of tensors does
+
+
+class Failure(Exception):
+    """A contender did not do what it was asked.
+
+    `absent`: it is not installed. `gone`: its process has ended, with all that was in it.
+    """
+
+    def __init__(self, reason: str, *, absent: bool = False, gone: bool = False) -> None:
+        super().__init__(reason)
+        self.absent, self.gone = absent, gone
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Return the variables that give every library the same number of threads, and no GPU."""
+    n = str(threads)
+    counts = (
+        "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS",
+        "FUSEDOPT_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "NPROC",
+    )  # fmt: skip
+    # XLA takes NPROC, in its releases that read it; the CPUs that a worker is bound to hold it, as
+    # they hold all others
+    return dict.fromkeys(counts, n) | {
+        "CUDA_VISIBLE_DEVICES": "-1",
+        "JAX_PLATFORMS": "cpu",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+
+
+class Worker:
+    """One process, bound to some CPUs."""
+
+    def __init__(self, threads: int, env: Mapping[str, str]) -> None:
+        ours, theirs = Pipe()
+        self._pipe = ours
+        self._log = tempfile.TemporaryFile()
+        with _bound_to(machine.cpus(threads)):  # a child inherits it, and so do all its threads
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "fusedopt.bench.worker", str(theirs.fileno())],
+                env=os.environ | environment(threads) | dict(env),
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                start_new_session=True,  # Ctrl-C is for the parent, which ends its workers
+            )
+        theirs.close()
+        ours.send(sys.path)
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """Call a method of `worker.Server`; Failure if it fails or the process ends."""
+        try:
+            self._pipe.send((method, arguments))
+            if not self._pipe.poll(PATIENCE):
+                self.stop()
+                raise Failure(f"no answer within {PATIENCE:g} s", gone=True)
+            kind, result = self._pipe.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError) as exc:
+            self.stop()
+            raise Failure(f"its process ended: {self._last_words()}", gone=True) from exc
+        if kind != "ok":
+            raise Failure(result, absent=kind == "absent")
+        return result
+
+    @property
+    def pid(self) -> int:
+        """The process's number."""
+        return self._process.pid
+
+    def stop(self) -> None:
+        """End the process and all that it started."""
+        self._pipe.close()
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _last_words(self) -> str:
+        status = self._process.returncode
+        how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").split("\n")
+        words = [line.strip() for line in lines if line.strip()]
+        return f"{how}{': ' if words else ''}{words[-1][:200] if words else ''}"
+
+
+@contextmanager
+def _bound_to(cpus: list[int]) -> Iterator[None]:
+    """Run on some CPUs for a while; none given: as it is."""
+    if not cpus:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+class Workers:
+    """A worker for each kind of process, started when first asked; a context that ends them."""
+
+    def __init__(self, threads: int, env: Mapping[str, str] | None = None) -> None:
+        self._threads, self._env = threads, dict(env or {})
+        self._workers: dict[str, Worker] = {}
+
+    def ask(self, row: Row, method: str, *arguments: Any) -> Any:
+        """Ask the worker that holds a row's contender; Failure as `Worker.ask`."""
+        worker = self._workers.get(row.process)
+        if worker is None:
+            worker = self._workers[row.process] = Worker(self._threads, {**self._env, **row.env})
+        try:
+            return worker.ask(method, *arguments)
+        except Failure as exc:
+            if exc.gone:  # the next question gets a new one
+                del self._workers[row.process]
+            raise
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU seconds that the workers and this process have used."""
+        pids = [os.getpid(), *(worker.pid for worker in self._workers.values())]
+        return sum(map(machine.process_seconds, pids))
+
+    def __enter__(self) -> Workers:
+        """Start nothing yet."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """End all."""
+        for worker in self._workers.values():
+            worker.stop()

@@ -1,0 +1,209 @@
+"""Time steps of fusedopt and its peers against the memory's limit of this machine."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fusedopt
+from fusedopt.bench import machine, plots, report
+from fusedopt.bench.cases import CASES, DTYPES, OPTIMIZERS, Case
+from fusedopt.bench.contenders import LIMIT, OURS, ROWS
+from fusedopt.bench.measure import Bench, Settings
+from fusedopt.bench.recording import Recording
+
+QUICK_CASES = ("1k", "1M", "50M", "mlp", "resnet50")
+SCALING_CASES = ("1M", "50M")
+SCALING_ROWS = ("numba", "torch-foreach", "torch-fused", "optax")  # beside the limit and fusedopt
+MEMORY_CASES = ("10M", "resnet50")
+SECONDS, QUICK_SECONDS, SCALING_SECONDS = 8.0, 3.0, 4.0
+PROGRAM = "python -m fusedopt bench"  # what a report says that it was made by
+T = TypeVar("T")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    add = parser.add_argument
+    add("--case", metavar="NAMES", help=f"some of {', '.join(CASES)} (default: all)")
+    add("--contender", metavar="NAMES", help=f"some of {', '.join(ROWS)} (default: all)")
+    add("--optimizer", choices=OPTIMIZERS, default="adam", help="sgd: with momentum 0.9")
+    add("--dtype", choices=DTYPES, default="float32", help="of parameters and gradients")
+    add("--threads", type=int, help="of every contender (default: as fusedopt would)")
+    add("--cache", choices=("warm", "cold", "both"), help="(default: both; quick: warm)")
+    add("--seconds", type=float, help="for each case and state of the caches, beside setting up "
+        f"(default: {SECONDS:g}; quick {QUICK_SECONDS:g})")  # fmt: skip
+    add("--quick", action="store_true", help=f"{', '.join(QUICK_CASES)}, in 90 seconds")
+    add("--scaling", action="store_true", help="over threads 1 to N instead")
+    add("--memory", action="store_true", help="bytes that a step takes and keeps instead of times")
+    add("--json", type=Path, metavar="FILE", help="write all that was measured")
+    add("--plot", type=Path, metavar="FILE.png", help="draw it")
+    add("--report", type=Path, metavar="FOLDER", help="times, scaling and memory: results.json, "
+        "README.md and pictures")  # fmt: skip
+    add("--load", type=Path, metavar="FILE", help="measure nothing; read what --json wrote")
+
+
+def chosen(option: str, names: str | None, known: Mapping[str, T]) -> list[T]:
+    """Return what some names, parted by commas, stand for; all without names.
+
+    Raises
+    ------
+    ValueError
+        If one is unknown; lists the known ones.
+    """
+    if names is None:
+        return list(known.values())
+    wanted = [name.strip() for name in names.split(",")]
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise ValueError(f"{option}: unknown: {', '.join(unknown)}; known: {', '.join(known)}")
+    return [value for name, value in known.items() if name in wanted]
+
+
+@contextmanager
+def progress_bar(total: int) -> Iterator[Any]:
+    """Give a function that shows what goes on: by tqdm if it is there, else a line for each."""
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+
+        def tell(text: str, share: float) -> None:
+            if text:
+                print(text, file=sys.stderr, flush=True)
+
+        yield tell
+        return
+    form = "{percentage:3.0f}%|{bar:24}| {elapsed} {desc}"
+    with tqdm(total=total, bar_format=form, leave=False) as bar:
+
+        def show(text: str, share: float) -> None:
+            if text:
+                bar.set_description_str(text)
+            bar.update(share)
+
+        yield show
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, and say what was found; after Ctrl-C too."""
+    for path in (options.json, options.plot, options.report):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
+    if options.plot or options.report:
+        plots.check(options.plot)
+    if options.load is not None:
+        tell(Recording.load(options.load), options)
+        return
+    bench = prepare(options)
+    jobs = plan(bench, options)
+    try:
+        with progress_bar(sum(job.amount for job in jobs)) as bench.progress:
+            for job in jobs:
+                job.do()
+        bench.recording.complete = True
+    finally:
+        if any(e.rounds or e.skipped for e in bench.recording.entries) or bench.recording.memory:
+            tell(bench.recording, options)
+
+
+def prepare(options: argparse.Namespace) -> Bench:
+    """Return what the options ask for, checked."""
+    rows = chosen("--contender", options.contender, ROWS)
+    always = [ROWS[name] for name in (LIMIT, OURS)]  # without them there is nothing to compare with
+    rows = [row for row in ROWS.values() if row in rows or row in always]
+    if options.seconds is not None and not options.seconds > 0:
+        raise ValueError("--seconds: must be > 0")
+    seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
+    cache = options.cache or ("warm" if options.quick else "both")
+    settings = Settings(options.optimizer, options.dtype, seconds)
+    recording = Recording(
+        settings=asdict(settings),
+        machine=machine.describe(),
+        titles={row.name: row.title for row in rows},
+        command=command(options),
+        date=datetime.date.today().isoformat(),
+        versions={
+            p: v for row in rows for p in row.packages if (v := machine.installed(p)) is not None
+        },
+    )
+    return Bench(
+        recording,
+        settings,
+        rows,
+        named=options.contender is not None,
+        quick=options.quick,
+        caches=("warm", "cold") if cache == "both" else (cache,),
+    )
+
+
+def command(options: argparse.Namespace) -> str:
+    """Return the command line that asks for the same measurement."""
+    words = []
+    for name, value in vars(options).items():
+        if name not in ("command", "json", "plot", "load") and value not in (None, False):
+            words += [f"--{name}"] + [str(value)] * (value is not True)
+    return " ".join([PROGRAM, shlex.join(words)])
+
+
+@dataclass
+class Job:
+    """A part of the run, and how many entries it measures."""
+
+    do: Callable[[], None]
+    amount: int
+
+
+def plan(bench: Bench, options: argparse.Namespace) -> list[Job]:
+    """Return the parts of the run that the options ask for."""
+    threads = options.threads or fusedopt.get_num_threads()
+    machine.cpus(threads)  # complains where there are fewer
+    steps = not (options.scaling or options.memory)
+    everything = steps and options.report is not None
+
+    def cases(default: Iterable[str]) -> list[Case]:
+        return chosen("--case", options.case or ",".join(default), CASES)
+
+    def sweep(few: Sequence[Case], count: int) -> None:
+        rows = [r for r in bench.rows if bench.named or r.name in (LIMIT, OURS, *SCALING_ROWS)]
+        settings = replace(bench.settings, seconds=options.seconds or SCALING_SECONDS)
+        replace(bench, rows=rows, settings=settings, caches=("warm",)).measure(few, count)
+
+    jobs = []
+    if steps:
+        mine = cases(QUICK_CASES if options.quick else CASES)
+        amount = sum(len(bench.states(bench.problem(case, threads))) for case in mine)
+        jobs.append(Job(partial(bench.measure, mine, threads), amount))
+    if options.scaling or everything:
+        few = cases(SCALING_CASES)
+        counts = [k for k in thread_counts(threads) if not (steps and k == threads)]
+        jobs += [Job(partial(sweep, few, count), len(few)) for count in counts]
+    if options.memory or everything:
+        held = cases(MEMORY_CASES)
+        jobs.append(Job(partial(bench.measure_memory, held, threads), len(held)))
+    return jobs
+
+
+def thread_counts(most: int) -> list[int]:
+    """Return 1, 2, 4, ... and `most`."""
+    return sorted({2**i for i in range(most.bit_length()) if 2**i <= most} | {most})
+
+
+def tell(recording: Recording, options: argparse.Namespace) -> None:
+    """Print a recording, and write the files that were asked for."""
+    print(report.text(recording))
+    if options.json is not None:
+        recording.save(options.json)
+        print(f"\nrecording: {options.json}")
+    if options.plot is not None:
+        drawn = plots.save(recording, options.plot)
+        print(f"plot: {options.plot}" if drawn else "plot: nothing to draw in these cases")
+    if options.report is not None:
+        names = report.write(recording, options.report)
+        print(f"report: {', '.join(names)} in {options.report}")
