@@ -24,7 +24,8 @@ typedef struct block {
     struct block *next;
     char *memory, *data;
     size_t size;
-    fo_array *array; /* whose data it is; its format tells how NaNs look */
+    fo_array *array; /* whose data, or extra, it is; its format tells how NaNs look */
+    int is_extra;
     ptrdiff_t leaf;
     int slot; /* 0: parameter, 1: gradient, then states */
 } block;
@@ -81,9 +82,10 @@ static float value(source *s, int hostile)
 
 /* Elements of any format, by size: doubles, floats, the upper halves of floats (moderate as bf16,
  * anything as f16), bytes. */
-static void fill(source *s, char *to, ptrdiff_t n, size_t size, int hostile)
+static void fill(source *s, block *b, int hostile)
 {
-    for (ptrdiff_t i = 0; i < n; i++, to += size) {
+    const size_t size = b->is_extra ? 1 : (size_t)fo_formats()[b->array->format].size;
+    for (char *to = b->data; to < b->data + b->size; to += size) {
         const float x = value(s, hostile);
         const double wide = x * (1 + 0x1p-30 * (double)(s->random >> 50));
         uint32_t bits;
@@ -99,49 +101,68 @@ static void fill(source *s, char *to, ptrdiff_t n, size_t size, int hostile)
     }
 }
 
-/* One format's NaN in the place of any of its NaNs. */
-static void one_nan(const fo_array *array, char *data, size_t size)
+/* How a NaN looks in formats whose names begin so: greater than `infinity` without its sign. */
+static const struct {
+    const char *name;
+    uint64_t infinity, nan;
+} nans[] = {
+    {"float32", 0x7f800000, 0x7fc00000},
+    {"float64", 0x7ff0000000000000, 0x7ff8000000000000},
+    {"float16", 0x7c00, 0x7e00},
+    {"bfloat16", 0x7f80, 0x7fc0},
+};
+
+/* One NaN in the place of any: their payloads and signs are not promised. */
+static void one_nan(const block *b, char *data)
 {
-    const size_t each = (size_t)fo_format_size(array->format);
-    for (char *at = data; at + each <= data + size; at += each) {
-        uint64_t bits = 0;
-        memcpy(&bits, at, each);
-        if (array->format == FO_F64 && (bits & INT64_MAX) > 0x7ff0000000000000)
-            bits = 0x7ff8000000000000;
-        else if (array->format == FO_F32 && (bits & INT32_MAX) > 0x7f800000)
-            bits = 0x7fc00000;
-        memcpy(at, &bits, each);
-    }
+    const fo_format_info *about = &fo_formats()[b->array->format];
+    const size_t size = (size_t)about->size;
+    const uint64_t sign = (uint64_t)1 << (8 * size - 1);
+    for (size_t k = 0; k < sizeof nans / sizeof *nans && !b->is_extra; k++)
+        if (strncmp(about->name, nans[k].name, strlen(nans[k].name)) == 0)
+            for (char *at = data; at < data + b->size; at += size) {
+                uint64_t bits = 0;
+                memcpy(&bits, at, size);
+                if ((bits & (sign - 1)) > nans[k].infinity)
+                    memcpy(at, &nans[k].nan, size);
+            }
 }
 
 /* ---------------------------------------------------------------- lists */
 
-static void add_block(source *s, list *l, ptrdiff_t leaf, int slot, fo_array *array, size_t size)
+static block *add_block(source *s, list *l, ptrdiff_t leaf, int slot, fo_array *array,
+                        ptrdiff_t bytes)
 {
     block *b = malloc(sizeof *b);
-    size_t offset = (size_t)choose(s, 17);
-    b->memory = malloc(offset + size + 2 * GUARD);
-    if (b->memory == NULL)
+    const size_t offset = (size_t)choose(s, 17), size = (size_t)bytes;
+    char *memory = malloc(offset + size + 2 * GUARD);
+    if (b == NULL || memory == NULL)
         abort();
-    memset(b->memory, 0xa5, offset + size + 2 * GUARD);
-    *b = (block){l->blocks, b->memory, b->memory + GUARD + offset, size, array, leaf, slot};
-    ASAN_POISON_MEMORY_REGION(b->memory, GUARD + offset);
+    memset(memory, 0xa5, offset + size + 2 * GUARD);
+    *b = (block){l->blocks, memory, memory + GUARD + offset, size, array, 0, leaf, slot};
+    memset(b->data, 0, size);
+    ASAN_POISON_MEMORY_REGION(memory, GUARD + offset);
     ASAN_POISON_MEMORY_REGION(b->data + size, GUARD);
-    array->data = b->data;
-    l->blocks = b;
+    return l->blocks = b;
 }
 
 static void add_array(source *s, list *l, ptrdiff_t leaf, int slot, fo_array *array, int format,
                       int hostile)
 {
     const ptrdiff_t n = l->leaves[leaf].n;
+    const int is_filled = slot < 2 || (hostile && choose(s, 4) == 0);
     array->format = (fo_format)format;
-    const size_t each = (size_t)fo_format_size(array->format);
-    add_block(s, l, leaf, slot, array, (size_t)n * each);
-    if (slot < 2)
-        fill(s, array->data, n, each, hostile);
-    else
-        memset(array->data, 0, (size_t)n * each);
+    block *data = add_block(s, l, leaf, slot, array, fo_data_bytes(array, n)), *extra = NULL;
+    array->data = data->data;
+    if (fo_formats()[format].extra > 0) {
+        extra = add_block(s, l, leaf, slot, array, fo_extra_bytes(array, n));
+        extra->is_extra = 1;
+        array->extra = extra->data;
+    }
+    if (is_filled)
+        fill(s, data, hostile);
+    if (is_filled && extra != NULL)
+        fill(s, extra, hostile);
 }
 
 static ptrdiff_t some_size(source *s, ptrdiff_t most)
@@ -171,7 +192,7 @@ int rule_count(void)
     return n;
 }
 
-void new_hypers(source *s, list *l)
+static void new_constants(source *s, list *l)
 {
     static const double some[] = {0, 1, 0.5, 0.9, 0.999, 0.1, 1e-3, 1e-8, -1, 3, 1e-42, 1e300};
     enum { SOME = sizeof some / sizeof *some };
@@ -185,6 +206,8 @@ void new_hypers(source *s, list *l)
         for (int k = 0; k < FO_MAX_SCALARS; k++)
             h->scalars[k] = some[choose(s, mild)];
     }
+    for (ptrdiff_t i = 0; i < l->n; i++)
+        l->leaves[i].key = random_bits(s);
 }
 
 static int format_of(source *s, int wish) { return wish < 0 ? (int)choose(s, FO_FORMATS) : wish; }
@@ -194,8 +217,9 @@ static int is_supported(int rule, int param, int state)
 {
     char byte[8];
     const fo_hyper hyper = {0};
-    fo_leaf leaf = {.param = {byte, (fo_format)param}, .grad = {byte, (fo_format)param}};
-    leaf.state[0] = (fo_array){byte, (fo_format)state};
+    fo_leaf leaf = {.param = {byte, byte, (fo_format)param},
+                    .grad = {byte, byte, (fo_format)param},
+                    .state = {{byte, byte, (fo_format)state}}};
     return fo_step(rule, &leaf, 1, &hyper, 1, 1) == FO_OK; /* no elements, nothing is written */
 }
 
@@ -203,13 +227,13 @@ list make_list(source *s, wish w)
 {
     list l = {.rule = w.rule < 0 ? (int)choose(s, rule_count()) : w.rule};
     const fo_rule *rule = &fo_rules()[l.rule];
-    l.n = choose(s, w.leaves + 1);
+    l.n = w.param < 0 ? choose(s, w.leaves + 1) : w.leaves;
     l.n_hypers = 1 + choose(s, 3);
     l.leaves = calloc((size_t)l.n + 1, sizeof *l.leaves);
     l.hypers = calloc((size_t)l.n_hypers, sizeof *l.hypers);
     if (l.leaves == NULL || l.hypers == NULL)
         abort();
-    new_hypers(s, &l);
+    new_constants(s, &l);
     for (ptrdiff_t i = 0; i < l.n; i++) {
         fo_leaf *leaf = &l.leaves[i];
         leaf->n = some_size(s, w.elements);
@@ -229,12 +253,21 @@ list make_list(source *s, wish w)
     return l;
 }
 
-void new_gradients(source *s, list *l, int hostile)
+void next_step(source *s, list *l, int hostile)
 {
     for (block *b = l->blocks; b != NULL; b = b->next)
         if (b->slot == 1)
-            fill(s, b->data, l->leaves[b->leaf].n, (size_t)fo_format_size(b->array->format),
-                 hostile);
+            fill(s, b, hostile);
+    new_constants(s, l);
+}
+
+int states_are_zero(const list *l)
+{
+    for (const block *b = l->blocks; b != NULL; b = b->next)
+        for (size_t at = 0; b->slot > 1 && at < b->size; at++)
+            if (b->data[at] != 0)
+                return 0;
+    return 1;
 }
 
 void free_list(list *l)
@@ -258,7 +291,7 @@ uint64_t digest(const list *l, uint64_t hash)
         if (copy == NULL)
             abort();
         memcpy(copy, b->data, b->size);
-        one_nan(b->array, copy, b->size);
+        one_nan(b, copy);
         for (size_t i = 0; i < b->size; i++) /* FNV-1a */
             hash = (hash ^ (uint8_t)copy[i]) * 0x100000001b3u;
         free(copy);
@@ -284,8 +317,8 @@ const char *difference(const list *ours, const list *theirs)
         const char *where = a->slot < 5 ? slots[a->slot] : "state";
         const char *what = NULL;
         size_t at = 0;
-        one_nan(a->array, a->data, a->size);
-        one_nan(b->array, b->data, b->size);
+        one_nan(a, a->data);
+        one_nan(b, b->data);
         while (at < a->size && a->data[at] == b->data[at])
             at++;
         if (at < a->size)
@@ -294,9 +327,9 @@ const char *difference(const list *ours, const list *theirs)
             what = "was written outside";
         if (what != NULL) {
             snprintf(text, sizeof text,
-                     "rule %s, leaf %td of %td elements, %s (format %d) %s at %zu",
+                     "rule %s, leaf %td of %td elements, %s (%s%s) %s at byte %zu",
                      fo_rules()[ours->rule].name, a->leaf, ours->leaves[a->leaf].n, where,
-                     (int)a->array->format, what, at);
+                     fo_formats()[a->array->format].name, a->is_extra ? ", extra" : "", what, at);
             return text;
         }
     }

@@ -32,13 +32,13 @@ typedef struct list {
 /* What a list is made of; -1: chosen for each leaf. */
 typedef struct wish {
     int rule, param, grad, state; /* the row of the rule; formats */
-    ptrdiff_t leaves, elements;   /* the most elements of a leaf */
-    int hostile;                  /* with infinities, NaNs and so on among the values */
+    ptrdiff_t leaves, elements;   /* the most; as many leaves as that where `param` is given */
+    int hostile;                  /* infinities and so on among the values; any bytes as state */
 } wish;
 
 list make_list(source *s, wish w);
-void new_gradients(source *s, list *l, int hostile);
-void new_hypers(source *s, list *l);
+void next_step(source *s, list *l, int hostile); /* other gradients, constants and keys */
+int states_are_zero(const list *l);
 void free_list(list *l);
 
 int rule_count(void);
