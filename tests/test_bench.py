@@ -7,8 +7,10 @@ import sys
 import numpy as np
 import pytest
 
-from fusedopt.bench import stats
+from fusedopt.bench import measure, stats
 from fusedopt.bench.cases import CASES
+from fusedopt.bench.contenders import LIMIT, OURS
+from fusedopt.bench.recording import Entry
 
 
 def run(*arguments):
@@ -64,3 +66,33 @@ def test_run_writes_what_it_measured(tmp_path):
     assert json.loads(path.read_text())
     again = run("--load", str(path))
     assert again.returncode == 0 and "NumPy, in place" in again.stdout
+
+
+class Slow:
+    """A session in which every step takes as long as it says, and nothing is really run."""
+
+    def __init__(self, seconds):
+        self.rows = self.step_seconds = seconds
+        self.workers = self
+
+    def cpu_seconds(self):
+        return 0.0
+
+    def turn(self, name, warm):
+        return self.step_seconds[name]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_slow_contenders_are_never_dropped(late, monkeypatch):
+    """All are in the first round, so that a run that ends early has a figure of each."""
+    if late:
+        monkeypatch.setattr(measure, "_PATIENCE", 0)
+    entry = Entry("x", "x", "size", 1, 1, 1, 1, 1, "warm")
+    session = Slow({LIMIT: 1e-6, OURS: 1e-6, "slow": 10.0, "slower": 100.0})
+    settings = measure.Settings()
+    measure.run_rounds(session, entry, settings, 1.0, None, lambda text, share: None)
+    taken = {name: sum(s is not None for s in column) for name, column in entry.seconds.items()}
+    assert taken.keys() == session.rows.keys()
+    assert taken[OURS] == entry.rounds
+    if not late:
+        assert taken["slow"] == taken["slower"] == settings.least < entry.rounds
