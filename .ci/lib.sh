@@ -21,7 +21,7 @@ environment() {
 # interpreter VERSION: the path of that CPython, on PATH or among pyenv's; nothing if there is none.
 interpreter() {
   local python
-  for python in "python$1" "$HOME/.pyenv/versions/$1".*/bin/python /usr/bin/python3; do
+  for python in "python$1" "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$1".*/bin/python /usr/bin/python3; do
     if [ "$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = "$1" ]; then
       command -v "$python"
       return

@@ -1,6 +1,6 @@
 /* Narrow formats: a block of FO_BLOCK elements to float and back, in integer arithmetic on the bits
  * of the float, which compilers vectorise on every instruction set and NumPy repeats to the bit
- * (reference/_formats.py).
+ * (src/fusedopt/formats.py).
  *
  * Included once by kernels.c. Every function works on a whole block: load and store in formats.h
  * pad the last one of an array. Nothing is aliased; byte arrays need no alignment.
@@ -18,6 +18,11 @@ typedef union block {               /* the same elements as numbers and as bits 
     _Alignas(64) float f[FO_BLOCK]; /* a cache line: wide accesses must not cross one */
     uint32_t u[FO_BLOCK];
 } block;
+
+typedef union number {
+    float f;
+    uint32_t u;
+} number;
 
 #define HALF (FO_BLOCK / 2)
 #define INFINITE 0x7f800000u
@@ -39,6 +44,7 @@ FO_INLINE uint32_t noise(uint32_t key, uint32_t counter)
 
 FO_INLINE uint32_t absolute(uint32_t bits) { return bits & 0x7fffffffu; }
 FO_INLINE int is_finite(uint32_t bits) { return absolute(bits) < INFINITE; }
+FO_INLINE uint32_t quiet(uint32_t bits) { return absolute(bits) > INFINITE ? QUIET_NAN : bits; }
 
 /* ---------------------------------------------------------------- bf16 */
 
@@ -52,8 +58,7 @@ FO_INLINE void decode_bf16(const uint16_t *restrict from, block *restrict to)
 /* Adds what makes the upper half right, and cuts; infinities stay, NaN becomes the quiet one. */
 FO_INLINE uint32_t bf16_of(uint32_t bits, uint32_t add)
 {
-    uint32_t special = absolute(bits) > INFINITE ? QUIET_NAN : bits;
-    return (is_finite(bits) ? bits + add : special) >> 16;
+    return (is_finite(bits) ? bits + add : quiet(bits)) >> 16;
 }
 
 FO_INLINE void encode_bf16(const block *restrict from, uint16_t *restrict to)
@@ -89,7 +94,7 @@ FO_INLINE void encode_low16(const block *restrict from, uint16_t *restrict to,
 {
     FO_SIMD
     for (int j = 0; j < FO_BLOCK; j++) {
-        uint32_t bits = absolute(from->u[j]) > INFINITE ? QUIET_NAN : from->u[j];
+        uint32_t bits = quiet(from->u[j]);
         uint32_t high = (bits + 0x8000) >> 16;
         to[j] = (uint16_t)high;
         low[j] = (int16_t)(bits - (high << 16));
@@ -108,7 +113,7 @@ FO_INLINE void encode_low8(const block *restrict from, uint16_t *restrict to, in
 {
     FO_SIMD
     for (int j = 0; j < FO_BLOCK; j++) {
-        uint32_t bits = absolute(from->u[j]) > INFINITE ? QUIET_NAN : from->u[j];
+        uint32_t bits = quiet(from->u[j]);
         uint32_t longer = (bits + 0x80) >> 8, high = (longer + 0x80) >> 8;
         to[j] = (uint16_t)high;
         low[j] = (int8_t)(longer - (high << 8));
@@ -125,10 +130,7 @@ FO_INLINE void decode_f16(const uint16_t *restrict from, block *restrict to)
     FO_SIMD
     for (int j = 0; j < FO_BLOCK; j++) {
         uint32_t half = from[j], size = half & 0x7fff;
-        union {
-            float f;
-            uint32_t u;
-        } subnormal = {.f = (float)(int32_t)size * 0x1p-24f};
+        number subnormal = {.f = (float)(int32_t)size * 0x1p-24f};
         uint32_t normal = (size + REBIAS) << 13;
         uint32_t special = ((size & 0x3ff) << 13) | INFINITE;
         uint32_t bits = size < 0x400 ? subnormal.u : size < 0x7c00 ? normal : special;
@@ -146,25 +148,27 @@ FO_INLINE uint32_t f16_of(uint32_t bits, uint32_t add, uint32_t subnormal)
     return code | ((bits >> 16) & 0x8000);
 }
 
+/* |x| where its code is subnormal, else 0. */
+FO_INLINE uint32_t f16_small(uint32_t bits)
+{
+    return absolute(bits) < F16_LEAST ? absolute(bits) : 0;
+}
+
 FO_INLINE void encode_f16(const block *restrict from, uint16_t *restrict to)
 {
     FO_SIMD
     for (int j = 0; j < FO_BLOCK; j++) {
         uint32_t bits = from->u[j];
-        block size; /* |x| + 0.5 has the subnormal code in its last bits, rounded to even */
-        size.u[0] = absolute(bits) < F16_LEAST ? absolute(bits) : 0;
-        size.f[0] += 0.5f;
-        to[j] = (uint16_t)f16_of(bits, 0xfff + ((bits >> 13) & 1), size.u[0] - 0x3f000000u);
+        number size = {.u = f16_small(bits)}; /* + 0.5: the code in its last bits, to even */
+        size.f += 0.5f;
+        to[j] = (uint16_t)f16_of(bits, 0xfff + ((bits >> 13) & 1), size.u - 0x3f000000u);
     }
 }
 
 /* A subnormal code by chance: |x| in units of 2^-24 plus a number in [0, 1), cut. */
 FO_INLINE uint32_t f16_subnormal(uint32_t bits, uint32_t random)
 {
-    union {
-        float f;
-        uint32_t u;
-    } size = {.u = absolute(bits) < F16_LEAST ? absolute(bits) : 0};
+    number size = {.u = f16_small(bits)};
     return (uint32_t)(int32_t)(size.f * 0x1p24f + (float)(int32_t)random * 0x1p-16f);
 }
 
@@ -218,8 +222,8 @@ FO_INLINE uint8_t encode_8bit(const block *restrict from, uint32_t key, uint32_t
     const int binades = is_signed ? 15 : 31;
     block codes;
     uint32_t largest = 0, is_odd = 0;
-    _Pragma("omp simd reduction(max : largest)") for (int j = 0; j < FO_BLOCK; j++)
-    {
+    FO_REDUCE(max, largest)
+    for (int j = 0; j < FO_BLOCK; j++) {
         uint32_t size = absolute(from->u[j]);
         largest = size > largest ? size : largest;
     }

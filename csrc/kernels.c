@@ -20,6 +20,8 @@
 #define FO_TYPED(name) FO_CAT3(name, FO_TYPE, FO_ISA) /* adam_f32_avx2 */
 #define FO_RULE(name) FO_TYPED(name)
 #define FO_SIMD _Pragma("omp simd") /* the arrays do not overlap: no check at run time */
+#define FO_PRAGMA(text) _Pragma(#text)
+#define FO_REDUCE(operation, name) FO_PRAGMA(omp simd reduction(operation : name))
 #define FO_INLINE static inline __attribute__((always_inline))
 
 /* Functions over blocks on the stack, which are aligned: the full registers pay there. */
@@ -80,9 +82,9 @@ static void FO_CAT(stream, FO_ISA)(const fo_leaf *leaf, const fo_hyper *hyper, i
         const unsigned char *g = leaf->grad.data;
         unsigned char sum = 0;
         g += fo_data_bytes(&leaf->grad, at);
-        _Pragma("omp simd reduction(+ : sum)") for (ptrdiff_t i = 0;
-                                                    i < fo_data_bytes(&leaf->grad, n); i++) sum =
-            (unsigned char)(sum + g[i]);
+        FO_REDUCE(+, sum)
+        for (ptrdiff_t i = 0; i < fo_data_bytes(&leaf->grad, n); i++)
+            sum = (unsigned char)(sum + g[i]);
         for (int k = -1; k < FO_MAX_STATES; k++) {
             const fo_array *array = k < 0 ? &leaf->param : &leaf->state[k];
             if (array->data == NULL)

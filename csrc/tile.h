@@ -55,9 +55,9 @@ FO_INLINE void FO_TYPED(whole)(const fo_leaf *leaf, const fo_hyper *hyper, FO_TY
 }
 
 /* Else: blocks, with the rule compiled into the loop for their fixed length, so that the processor
- * decodes and encodes one block while its divider works on another (measured: a third less time
- * than through a call). The lists are copied so that no store can seem to change them. Behind the
- * end of an array the arithmetic runs on zeros that nobody sees. */
+ * decodes and encodes one block while its divider works on another (see CONTRIBUTING). The lists
+ * are copied so that no store can seem to change them. Behind the end of an array the arithmetic
+ * runs on zeros that nobody sees. */
 FO_INLINE void FO_TYPED(blocks)(const fo_leaf *leaf, const fo_hyper *hyper, FO_TYPED(rule) * rule,
                                 ptrdiff_t begin, ptrdiff_t end)
 {

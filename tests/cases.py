@@ -116,3 +116,16 @@ def isa(name: str) -> Iterator[None]:
         yield
     finally:
         _core.select_isa(before)
+
+
+SPLIT = 400_000  # elements: enough to be split over threads
+
+
+def work(seed: int = 0, steps: int = 5, module: Any = fusedopt) -> bytes:
+    """The bytes of a parameter, large enough to be split, after some steps."""
+    rng = np.random.default_rng(seed)
+    p, g = (rng.standard_normal(SPLIT).astype(np.float32) for _ in range(2))
+    opt = module.Adam([p])
+    for _ in range(steps):
+        opt.step([g])
+    return p.tobytes()

@@ -11,28 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import threads
+from cases import SPLIT, threads, work
 
 import fusedopt
 from fusedopt import reference
-
-N = 400_000  # large enough to be split
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 # from 3.12 on CPython warns of any fork with threads alive: that is what is tested here
 quiet_fork = pytest.mark.filterwarnings(
     "ignore:This process .* is multi-threaded:DeprecationWarning"
 )
-
-
-def work(seed=0, steps=3, module=fusedopt):
-    """The bytes of a parameter after some steps."""
-    rng = np.random.default_rng(seed)
-    p, g = (rng.standard_normal(N).astype(np.float32) for _ in range(2))
-    opt = module.Adam([p])
-    for _ in range(steps):
-        opt.step([g])
-    return p.tobytes()
 
 
 def in_child(check, limit=30):
@@ -69,7 +57,7 @@ def test_fork_after_parallel_steps():
 @quiet_fork
 def test_the_childs_optimizer_continues_the_parents():
     with threads(3):
-        p, g = np.zeros(N, np.float32), np.ones(N, np.float32)
+        p, g = np.zeros(SPLIT, np.float32), np.ones(SPLIT, np.float32)
         opt = fusedopt.SGD([p], lr=1.0)
         opt.step([g])
 

@@ -10,12 +10,10 @@ import time
 
 import numpy as np
 import pytest
-from cases import threads
+from cases import threads, work
 
 import fusedopt
 from fusedopt import _core, _threads, reference
-
-N = 400_000  # large enough to be split
 
 
 def test_set_and_get():
@@ -99,16 +97,6 @@ def test_bad_environment_is_an_error_at_import():
     run = subprocess.run([sys.executable, "-c", "import fusedopt"], env=env, capture_output=True)
     assert run.returncode != 0
     assert b"ValueError: FUSEDOPT_NUM_THREADS='many': expected a whole number" in run.stderr
-
-
-def work(seed=0, steps=5, module=fusedopt):
-    """The bytes of a parameter after some steps."""
-    rng = np.random.default_rng(seed)
-    p, g = (rng.standard_normal(N).astype(np.float32) for _ in range(2))
-    opt = module.Adam([p])
-    for _ in range(steps):
-        opt.step([g])
-    return p.tobytes()
 
 
 def send_work(pipe):

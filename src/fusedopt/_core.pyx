@@ -8,7 +8,7 @@ will do. So every rule about input is written once, in `_check`, and this file h
 side.
 """
 from libc.stdint cimport int64_t, uintptr_t
-from libc.stdlib cimport free, qsort, realloc
+from libc.stdlib cimport free, realloc
 from libc.string cimport memset
 
 from cpython.buffer cimport (
@@ -17,6 +17,7 @@ from cpython.buffer cimport (
 )
 
 from fusedopt._c cimport *
+from fusedopt._spans cimport Span, Spans, alias, overlap
 
 cdef extern from *:
     """
@@ -28,7 +29,7 @@ from math import prod
 
 import numpy
 
-from fusedopt import _check
+from fusedopt import _check, formats as _formats
 from fusedopt.formats import Stored
 
 cdef object ndarray = numpy.ndarray
@@ -36,6 +37,8 @@ cdef object float32 = numpy.dtype(numpy.float32)
 cdef object float64 = numpy.dtype(numpy.float64)
 cdef object float16 = numpy.dtype(numpy.float16)
 cdef object bfloat16 = None  # the dtype of ml_dtypes, once an array of it was seen
+
+cdef list FORMAT_NAMES = list(_formats.FORMATS)  # in the order of the C table
 
 TILE = FO_TILE
 BLOCK = FO_BLOCK
@@ -148,18 +151,6 @@ cdef struct Held:
     int group
 
 
-cdef struct Extent:
-    # bytes [low, high) of one held array
-    uintptr_t low, high
-    ptrdiff_t leaf
-    int view
-
-
-cdef int by_address(const void *a, const void *b) noexcept nogil:
-    cdef uintptr_t x = (<const Extent *>a).low, y = (<const Extent *>b).low
-    return (x > y) - (x < y)
-
-
 cdef class WorkList:
     """The leaves of an optimizer as C sees them, with what must be held so that they stay valid.
 
@@ -179,12 +170,11 @@ cdef class WorkList:
     cdef readonly list stored  # the same, as arrays or `Stored`
     cdef readonly list states  # of each leaf, arrays or `Stored` or None
     cdef list grad_names
-    cdef ptrdiff_t n, n_hypers, room_hypers, n_extents
+    cdef ptrdiff_t n, n_hypers, room_hypers
     cdef fo_leaf *leaves
     cdef Held *held
     cdef fo_hyper *hypers
-    cdef Extent *extents      # of all held arrays, by address
-    cdef ptrdiff_t gap        # a gradient lay between extents[gap - 1] and extents[gap] last time
+    cdef Spans spans          # of all held arrays
     cdef readonly object count  # steps of the whole list, a Python int
     cdef int claimed          # 1 while a thread has the list; exchanged atomically
 
@@ -205,7 +195,7 @@ cdef class WorkList:
         free(self.leaves)
         free(self.held)
         free(self.hypers)
-        free(self.extents)
+        free(self.spans.of)
 
     def __len__(self):
         return self.n
@@ -231,7 +221,7 @@ cdef class WorkList:
         cdef ptrdiff_t i, old = self.n, total = old + len(names)
         self.leaves = <fo_leaf *>grow(self.leaves, total, sizeof(fo_leaf))
         self.held = <Held *>grow(self.held, total, sizeof(Held))
-        self.extents = <Extent *>grow(self.extents, total * 2 * SLOTS, sizeof(Extent))
+        self.spans.of = <Span *>grow(self.spans.of, total * 2 * SLOTS, sizeof(Span))
         memset(&self.leaves[old], 0, (total - old) * sizeof(fo_leaf))
         memset(&self.held[old], 0, (total - old) * sizeof(Held))
         try:
@@ -280,7 +270,7 @@ cdef class WorkList:
         if format != FO_F32 and format != FO_F64:
             value = _check.parameter(name, value) if param is None else (
                 _check.state(name, value, param))
-            format = format_index(value.format) if isinstance(value, Stored) else (
+            format = FORMAT_NAMES.index(value.format) if isinstance(value, Stored) else (
                 checked_format(value))
         array = value.data if isinstance(value, Stored) else value
         if param is None:
@@ -299,63 +289,38 @@ cdef class WorkList:
         return 0
 
     cdef int refuse_overlap(self) except -1:
-        """Sort the extents of all held arrays and let no two have a byte in common."""
+        """Let no two held arrays have a byte in common."""
         cdef ptrdiff_t i
         cdef int k
         cdef Py_buffer *view
-        cdef Extent *extent
-        self.n_extents = self.gap = 0
+        cdef Span *span
+        self.spans.n = 0
         for i in range(self.n):
             for k in range(2 * SLOTS):
                 view = &self.held[i].views[k]
                 if <void *>view.obj != NULL and view.len > 0:
-                    extent = &self.extents[self.n_extents]
-                    extent.low = <uintptr_t>view.buf
-                    extent.high = extent.low + view.len
-                    extent.leaf, extent.view = i, k
-                    self.n_extents += 1
-        qsort(self.extents, self.n_extents, sizeof(Extent), by_address)
-        for i in range(1, self.n_extents):
-            if self.extents[i].low < self.extents[i - 1].high:
-                a, b = self.extent_name(i - 1), self.extent_name(i)
-                _check.overlap(min(a, b), max(a, b))
+                    span = &self.spans.of[self.spans.n]
+                    span.low = <uintptr_t>view.buf
+                    span.high = span.low + view.len
+                    span.leaf, span.slot = i, k % SLOTS
+                    self.spans.n += 1
+        i = overlap(&self.spans)
+        if i > 0:
+            a, b = self.span_name(i - 1), self.span_name(i)
+            _check.overlap(min(a, b), max(a, b))
         return 0
 
-    cdef str extent_name(self, ptrdiff_t i):
-        cdef int slot = self.extents[i].view % SLOTS
-        name = self.names[self.extents[i].leaf]
+    cdef str span_name(self, ptrdiff_t i):
+        cdef int slot = self.spans.of[i].slot
+        name = self.names[self.spans.of[i].leaf]
         return name if slot == 0 else f"{name}.{self.state_names[slot - 1]}"
-
-    cdef int refuse_alias(self, const Py_buffer *view, str name) except -1:
-        """Refuse a gradient that shares memory with a held array.
-
-        Gradients often lie side by side: the gap in which the last one lay is tried first.
-        """
-        cdef uintptr_t low = <uintptr_t>view.buf, high = low + view.len
-        cdef ptrdiff_t a = 0, b = self.n_extents, middle
-        if view.len == 0:
-            return 0
-        middle = self.gap
-        if ((middle == 0 or self.extents[middle - 1].high <= low)
-                and (middle == b or high <= self.extents[middle].low)):
-            return 0
-        while a < b:  # a: the first extent that begins after low
-            middle = (a + b) // 2
-            if self.extents[middle].low <= low:
-                a = middle + 1
-            else:
-                b = middle
-        if a > 0 and self.extents[a - 1].high > low:
-            _check.alias(name, self.extent_name(a - 1))
-        if a < self.n_extents and self.extents[a].low < high:
-            _check.alias(name, self.extent_name(a))
-        self.gap = a
-        return 0
 
     cdef int take_gradient(self, ptrdiff_t i, object grad) except -1:
         cdef Held *held = &self.held[i]
         cdef fo_leaf *leaf = &self.leaves[i]
         cdef int format = format_of(grad)
+        cdef uintptr_t low
+        cdef ptrdiff_t found
         if format >= 0:
             PyObject_GetBuffer(grad, &held.grad, PyBUF_STRIDES)
             if not same_layout(&held.grad, &held.views[0]):
@@ -367,7 +332,11 @@ cdef class WorkList:
             format = checked_format(grad)
         leaf.grad.data = held.grad.buf
         leaf.grad.format = <fo_format>format
-        return self.refuse_alias(&held.grad, self.grad_names[i])
+        low = <uintptr_t>held.grad.buf
+        found = alias(&self.spans, low, low + held.grad.len)
+        if found >= 0:
+            _check.alias(self.grad_names[i], self.span_name(found))
+        return 0
 
     cdef ptrdiff_t hyper(self, dict seen, int group, object step, object scalars,
                          list options) except -1:
@@ -521,10 +490,6 @@ cdef int export_array(object array, Py_buffer *view, str name) except -1:
     if not PyBuffer_IsContiguous(view, b"A"):
         _check.writable(name, array)
     return 0
-
-
-cdef int format_index(str name) except -1:
-    return [row[0] for row in formats()].index(name)
 
 
 # ------------------------------------------------------------------ the library

@@ -16,6 +16,8 @@ from fusedopt import _check, _core
 from fusedopt._check import Array
 from fusedopt.formats import FORMATS, Stored, extra_shape, is_bfloat16
 
+Spec = tuple[tuple[int, ...], Any, tuple[int, ...] | None]  # an array's shape, dtype, strides
+
 CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "state_dtype": _check.choice(None, "float32", "bfloat16", "int8"),
     "master_bits": _check.choice(None, 16, 24, 32),
@@ -74,8 +76,8 @@ def allocate(
 
     All arrays lie on one block of memory, leaf by leaf, not yet written.
     """
-    specs: list[tuple[tuple[int, ...], Any, tuple[int, ...] | None]] = []
-    plans: list[tuple[Array | Stored, list[str | None], list[str | None]]] = []
+    specs: list[Spec] = []
+    plans: list[tuple[Array | Stored, str | None, list[str | None]]] = []
     for name, param in zip(names, params, strict=True):
         checked = _check.parameter(name, param)
         array = checked.data if isinstance(checked, Stored) else checked
@@ -89,7 +91,7 @@ def allocate(
             _state_format(array, square, options) if use else None
             for use, square in zip(used, is_square, strict=True)
         ]
-        plans.append((checked, [own], formats))
+        plans.append((checked, own, formats))
         if own is not None and FORMATS[own][1] is not None:
             specs.append((array.shape, FORMATS[own][1], _strides(array, FORMATS[own][1])))
         for form in formats:
@@ -98,7 +100,7 @@ def allocate(
     arrays = iter(_core.allocate(specs))
     stored: list[Array | Stored] = []
     states: list[list[Array | Stored | None]] = []
-    for checked, (own,), formats in plans:
+    for checked, own, formats in plans:
         if own is not None:
             assert isinstance(checked, Stored)
             extra = None if FORMATS[own][1] is None else next(arrays)
@@ -114,11 +116,10 @@ def _strides(like: Array, dtype: Any) -> tuple[int, ...]:
     return tuple(s // like.itemsize * np.dtype(dtype).itemsize for s in like.strides)
 
 
-def _specs(form: str, like: Array) -> list[tuple[tuple[int, ...], Any, tuple[int, ...] | None]]:
+def _specs(form: str, like: Array) -> list[Spec]:
     dtype, extra, _ = FORMATS[form]
     dtype = np.uint16 if dtype is None else dtype
-    specs: list[tuple[tuple[int, ...], Any, tuple[int, ...] | None]]
-    specs = [(like.shape, dtype, _strides(like, dtype))]
+    specs: list[Spec] = [(like.shape, dtype, _strides(like, dtype))]
     return specs if extra is None else [*specs, (extra_shape(form, like.shape), extra, None)]
 
 

@@ -194,7 +194,7 @@ def encode(stored: Stored, values: Array, key: int) -> None:
     elif name.startswith("float16"):
         codes = _encode_f16(bits, random if name.endswith("-stochastic") else None)
     elif extra is not None:
-        bits = np.where(_size(bits) > INFINITE, QUIET_NAN, bits)
+        bits = _quiet(bits)
         shift = np.uint32(0 if extra.dtype == np.int16 else 8)
         if shift:
             bits = (bits + np.uint32(0x80)) >> shift << shift
@@ -204,14 +204,17 @@ def encode(stored: Stored, values: Array, key: int) -> None:
     else:
         nearest = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
         add = random if name.endswith("-stochastic") else nearest
-        special = np.where(_size(bits) > INFINITE, QUIET_NAN, bits)
-        codes = np.where(_size(bits) < INFINITE, bits + add, special) >> np.uint32(16)
+        codes = np.where(_size(bits) < INFINITE, bits + add, _quiet(bits)) >> np.uint32(16)
     unsigned = np.uint8 if stored.data.itemsize == 1 else np.uint16
     flat(stored.data).view(unsigned)[...] = codes.astype(unsigned).ravel()[:n]
 
 
 def _size(bits: NDArray[np.uint32]) -> NDArray[np.uint32]:
     return bits & np.uint32(0x7FFFFFFF)
+
+
+def _quiet(bits: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    return np.where(_size(bits) > INFINITE, QUIET_NAN, bits)
 
 
 def _encode_f16(bits: NDArray[np.uint32], random: NDArray[np.uint32] | None) -> NDArray[np.uint32]:

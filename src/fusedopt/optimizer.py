@@ -228,11 +228,11 @@ class Optimizer:
         Parameters
         ----------
         grads : array or nesting of arrays
-            Nested as `params` were, float32 or float64 in the parameter's shape. None in the
-            place of a leaf (or of a whole part) leaves it out: neither it nor its state or step
-            count changes. With groups, a list with one entry for each. A gradient in another
-            memory order than its parameter is copied first; the gradients themselves are not
-            changed.
+            Nested as `params` were, float32, float64, float16 or bfloat16 in the parameter's shape.
+            None in the place of a leaf (or of a whole part) leaves it out: neither it nor its state
+            or step count changes. With groups, a list with one entry for each. A gradient in
+            another memory order than its parameter is copied first; the gradients themselves are
+            not changed.
 
         Returns
         -------
