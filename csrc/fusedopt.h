@@ -13,8 +13,9 @@
 enum {
     FO_TILE = 512, /* elements of the unit of work; a tile never crosses a tensor */
     FO_BLOCK = 64, /* elements that are decoded at once and share an exponent in 8-bit formats */
-    FO_MAX_STATES = 3,  /* state arrays of a rule */
-    FO_MAX_SCALARS = 12 /* constants of a rule */
+    FO_MAX_STATES = 3,   /* state arrays of a rule */
+    FO_MAX_SCALARS = 12, /* constants of a rule */
+    FO_LANES = 16        /* sums: element i of a tile, or tile i of a leaf, goes to lane i % 16 */
 };
 
 typedef enum fo_status {
@@ -63,6 +64,7 @@ typedef struct fo_hyper {
     double grad_scale;              /* g = grad_scale * g; -1 maximizes; 1 leaves g alone */
     double l2;                      /* g = g + l2 * p, unless 0 */
     double l1;                      /* g = g + l1 * sign(p), unless 0 */
+    double ema_weight;              /* ema = ema + ema_weight * (p - ema), where a leaf has one */
     double scalars[FO_MAX_SCALARS]; /* the rule's own, in the order of fo_rule.scalars */
 } fo_hyper;
 
@@ -75,10 +77,39 @@ typedef struct fo_leaf {
     fo_array param;
     fo_array grad; /* data NULL: the leaf is left out of the step */
     fo_array state[FO_MAX_STATES];
-    uint64_t key;    /* of the noise: fo_key(seed, leaf, step) where a format is stochastic */
-    ptrdiff_t hyper; /* index into the hyper list of the call */
-    ptrdiff_t start; /* scratch of the call: where the leaf begins in the work to split */
+    fo_array ema;      /* running average of the parameter, or data NULL */
+    fo_array copy;     /* gets the parameter after the step, rounded to its format; or data NULL */
+    double grad_scale; /* of this leaf (unscaling, clipping), beside fo_hyper.grad_scale */
+    uint64_t key;      /* of the noise: fo_key(seed, leaf, step) where a format is stochastic */
+    ptrdiff_t hyper;   /* index into the hyper list of the call */
+    ptrdiff_t start;   /* scratch of the call: where the leaf begins in the work to split */
+    ptrdiff_t tile;    /* scratch of the call: its first tile's place in fo_run.tiles */
+    double trust;      /* scratch of the call: the rate of a layer-wise rule for this leaf */
 } fo_leaf;
+
+/* What is measured of an array: the same bits for every thread count and instruction set, since
+ * lanes, tiles and leaves are added in a fixed order, in double. */
+typedef struct fo_sums {
+    double squares;           /* sum of the squares */
+    double largest;           /* magnitude; NaN if an element is */
+    int64_t zeros, nonfinite; /* how many elements are 0, and infinite or NaN */
+} fo_sums;
+
+typedef struct fo_stats {
+    fo_sums grad;   /* as given, before any scale */
+    fo_sums param;  /* after the step */
+    fo_sums update; /* what the step added to the parameter */
+} fo_stats;
+
+/* What a call does beside the rule. The caller owns the lists. */
+typedef struct fo_run {
+    double clip_value; /* > 0: scaled gradients are limited to [-clip_value, clip_value]; 0: not */
+    int zero_grads;    /* gradients are set to 0; then no two leaves may share one */
+    int measure;       /* fo_step fills `stats`; its `grad` too, unless fo_measure has done so */
+    int has_grad;      /* it has */
+    fo_stats *tiles;   /* scratch, fo_count_tiles() of them; NULL where nothing is measured */
+    fo_stats *stats;   /* results, one for each leaf; of those without gradient 0 */
+} fo_run;
 
 /* A rule of the table, as a binding needs it. */
 typedef struct fo_rule {
@@ -86,16 +117,27 @@ typedef struct fo_rule {
     const char *const *scalars; /* names, ended by NULL */
     int states;                 /* state arrays that it knows, optional ones last */
     int required;               /* how many of them every leaf must have */
+    int layerwise;              /* its rate depends on norms over the leaf: needs fo_run.tiles */
 } fo_rule;
 
 /* The rules, ended by a row whose name is NULL. Constant. */
 const fo_rule *fo_rules(void);
 
 /* One step of rule number `rule` on n leaves. Leaves are updated as if one after the other, and
- * with the same bits for every thread count and instruction set. Writes leaf->start; reads the
+ * with the same bits for every thread count and instruction set. `run` may be NULL: then the step
+ * does no more than the rule, the averages and the copies. Writes the leaves' scratch; reads the
  * rest. Thread-safe as long as concurrent calls have no array and no list in common. */
 fo_status fo_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
-                  ptrdiff_t n_hypers, int threads);
+                  ptrdiff_t n_hypers, const fo_run *run, int threads);
+
+/* One read of the gradients: fills `grad` of run->stats and leaves everything else alone. */
+fo_status fo_measure(fo_leaf *leaves, ptrdiff_t n, const fo_run *run, int threads);
+
+/* The sums of n leaves' sums, in lanes as those of tiles. */
+fo_sums fo_total(const fo_stats *stats, ptrdiff_t n);
+
+/* How many tiles n leaves have: the length of fo_run.tiles. */
+ptrdiff_t fo_count_tiles(const fo_leaf *leaves, ptrdiff_t n);
 
 /* The key of the noise in a step (from 1) of leaf number `leaf`: all bits of all three count. */
 uint64_t fo_key(uint64_t seed, uint64_t leaf, uint64_t step);

@@ -31,13 +31,15 @@
 #define FO_WIDE
 #endif
 
-/* A rule's constants by name, rounded once: const REAL keep = (REAL)h[at_keep]; ... */
+/* A rule's constants by name, rounded once: const REAL keep = (REAL)h[at_keep]; ... Behind them all
+ * is what a layer-wise rule made of the leaf's norms. */
 #define FO_INDEX(name) at_##name,
 #define FO_CONSTANT(name) const REAL name = (REAL)h[at_##name];
-#define FO_SCALARS(LIST)                                                                           \
+#define FO_PLACES(LIST)                                                                            \
     enum { LIST(FO_INDEX) fo_count };                                                              \
-    _Static_assert((int)fo_count <= (int)FO_MAX_SCALARS, "raise FO_MAX_SCALARS");                  \
-    LIST(FO_CONSTANT)
+    _Static_assert((int)fo_count <= (int)FO_MAX_SCALARS, "raise FO_MAX_SCALARS");
+#define FO_SCALARS(LIST) FO_PLACES(LIST) LIST(FO_CONSTANT)
+#define FO_TRUST FO_MAX_SCALARS
 
 #include "codec.h"
 
@@ -50,6 +52,8 @@
 #define FO_DECODE decode
 #define FO_ENCODE encode
 #define FO_SQRT sqrtf
+#define FO_BITS uint32_t
+#define FO_INFINITE 0x7f800000u
 #include "tile.h"
 #undef REAL
 #undef FO_TYPE
@@ -60,6 +64,8 @@
 #undef FO_DECODE
 #undef FO_ENCODE
 #undef FO_SQRT
+#undef FO_BITS
+#undef FO_INFINITE
 
 #define REAL double
 #define FO_TYPE f64
@@ -70,13 +76,15 @@
 #define FO_DECODE FO_CAT(decode_wide, FO_ISA)
 #define FO_ENCODE FO_CAT(encode_wide, FO_ISA)
 #define FO_SQRT sqrt
+#define FO_BITS uint64_t
+#define FO_INFINITE 0x7ff0000000000000u
 #include "tile.h"
 
 /* Reads the gradient and writes the other arrays, a byte at a time so that any format will do. */
-static void FO_CAT(stream, FO_ISA)(const fo_leaf *leaf, const fo_hyper *hyper, int rule,
-                                   ptrdiff_t begin, ptrdiff_t end)
+static void FO_CAT(stream, FO_ISA)(const fo_task *task, const fo_leaf *leaf, ptrdiff_t begin,
+                                   ptrdiff_t end)
 {
-    (void)hyper, (void)rule;
+    (void)task;
     for (ptrdiff_t at = begin; at < end; at += FO_TILE) {
         const ptrdiff_t n = end - at < FO_TILE ? end - at : FO_TILE;
         const unsigned char *g = leaf->grad.data;
@@ -105,18 +113,28 @@ static void FO_CAT(stream, FO_ISA)(const fo_leaf *leaf, const fo_hyper *hyper, i
 }
 
 #define FO_NAME(name) #name,
-#define FO_NAMES(rule, LIST, states, required)                                                     \
+#define FO_NAMES(rule, LIST, states, required, KIND)                                               \
     static const char *const FO_CAT3(rule, names, FO_ISA)[] = {LIST(FO_NAME) NULL};
 FO_RULES(FO_NAMES)
 
-#define FO_ROW(rule, LIST, states, required)                                                       \
-    {#rule, FO_CAT3(rule, names, FO_ISA), states, required},
-static const fo_rule FO_CAT(rules, FO_ISA)[] = {FO_RULES(FO_ROW){NULL, NULL, 0, 0}};
+#define PLAIN_FLAG 0
+#define LAYERWISE_FLAG 1
+#define FO_ROW(rule, LIST, states, required, KIND)                                                 \
+    {#rule, FO_CAT3(rule, names, FO_ISA), states, required, KIND##_FLAG},
+static const fo_rule FO_CAT(rules, FO_ISA)[] = {FO_RULES(FO_ROW){NULL, NULL, 0, 0, 0}};
+
+#define PLAIN_TRUST(rule) NULL
+#define LAYERWISE_TRUST(rule) FO_CAT3(rule##_trust, f64, FO_ISA)
+#define FO_OWN_TRUST(rule, LIST, states, required, KIND) KIND##_TRUST(rule),
+static fo_trust *const FO_CAT(trust, FO_ISA)[] = {FO_RULES(FO_OWN_TRUST)};
 
 extern const fo_kernels FO_CAT(fo_kernels, FO_ISA);
 const fo_kernels FO_CAT(fo_kernels, FO_ISA) = {
     .isa = FO_STRING(FO_ISA),
     .rules = FO_CAT(rules, FO_ISA),
+    .trust = FO_CAT(trust, FO_ISA),
     .step = {FO_CAT3(step, f32, FO_ISA), FO_CAT3(step, f64, FO_ISA)},
+    .measure = {FO_CAT3(measure, f32, FO_ISA), FO_CAT3(measure, f64, FO_ISA)},
+    .direct = {FO_CAT3(direct, f32, FO_ISA), FO_CAT3(direct, f64, FO_ISA)},
     .stream = FO_CAT(stream, FO_ISA),
 };

@@ -8,6 +8,7 @@
 #include "kernels.h"
 #include "threads.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -22,6 +23,7 @@ enum {
     CHUNK_ROOM = 8 *
         TILE_ROOM,           /* measured: large enough to hide the claim, small enough to balance */
     SERIAL_ROOM = 64 * 1024, /* measured: below, waking threads costs more than they bring */
+    FOLD_ROOM = 4 << 20,     /* the same, for adding up the sums of tiles */
     CACHE_LINE = 64,
     HUGE_PAGE = 2 << 20,
 };
@@ -29,18 +31,21 @@ enum {
 typedef struct work {
     fo_leaf *leaves;
     ptrdiff_t n, room;
-    int rule;
-    fo_range *range[FO_COMPUTES]; /* what to do, by compute type */
-    const fo_hyper *hypers;       /* NULL where the work needs none */
+    fo_task task;
+    fo_range *const *range; /* what to do, by compute type */
 } work;
 
-/* Writes each leaf's start; returns the room of all. A leaf without work has none. */
+static ptrdiff_t tiles_of(const fo_leaf *leaf) { return (leaf->n + FO_TILE - 1) / FO_TILE; }
+
+/* Writes each leaf's start and tile; returns the room of all. A leaf without work has none. */
 static ptrdiff_t lay_out(fo_leaf *leaves, ptrdiff_t n, int needs_grad)
 {
-    ptrdiff_t room = 0;
+    ptrdiff_t room = 0, tile = 0;
     for (ptrdiff_t i = 0; i < n; i++) {
         fo_leaf *leaf = &leaves[i];
         leaf->start = room;
+        leaf->tile = tile;
+        tile += tiles_of(leaf);
         if (leaf->n > 0 && (leaf->grad.data != NULL || !needs_grad)) {
             ptrdiff_t full = leaf->n / FO_TILE, rest = leaf->n % FO_TILE;
             room += full * TILE_ROOM + (rest > 0 ? rest + (TILE_ROOM - FO_TILE) : 0);
@@ -70,10 +75,9 @@ static void zero(char *bytes, ptrdiff_t begin, ptrdiff_t end)
 }
 
 /* Zeros are zero in every format. A fo_range. */
-static void zero_state(const fo_leaf *leaf, const fo_hyper *hyper, int rule, ptrdiff_t begin,
-                       ptrdiff_t end)
+static void zero_state(const fo_task *task, const fo_leaf *leaf, ptrdiff_t begin, ptrdiff_t end)
 {
-    (void)hyper, (void)rule;
+    (void)task;
     for (int k = 0; k < FO_MAX_STATES; k++) {
         const fo_array *state = &leaf->state[k];
         zero(state->data, fo_data_bytes(state, begin), fo_data_bytes(state, end));
@@ -103,8 +107,7 @@ static void run_chunk(void *context, ptrdiff_t chunk)
             end = leaf->n;
         if (begin >= end)
             continue;
-        w->range[fo_compute_type(leaf)](leaf, w->hypers ? &w->hypers[leaf->hyper] : NULL, w->rule,
-                                        begin, end);
+        w->range[fo_compute_type(leaf)](&w->task, leaf, begin, end);
     }
 }
 
@@ -115,30 +118,111 @@ static void run(work *w, int needs_grad, int threads)
     fo_parallel(run_chunk, w, chunks, w->room < SERIAL_ROOM ? 1 : threads);
 }
 
+/* ---------------------------------------------------------------- sums */
+
+static double larger(double a, double b) { return b > a || b != b ? b : a; }
+
+/* The sums of `count` sums, `stride` apart. */
+static fo_sums total(const fo_sums *sums, ptrdiff_t count, ptrdiff_t stride)
+{
+    double lanes[FO_LANES] = {0};
+    fo_sums all = {0};
+    for (ptrdiff_t i = 0; i < count; i++, sums += stride) {
+        lanes[i % FO_LANES] += sums->squares;
+        all.largest = larger(all.largest, sums->largest);
+        all.zeros += sums->zeros;
+        all.nonfinite += sums->nonfinite;
+    }
+    all.squares = fo_fold(lanes);
+    return all;
+}
+
+enum { SUMS = sizeof(fo_stats) / sizeof(fo_sums) }; /* fo_stats is this many fo_sums */
+
+typedef struct folding {
+    const work *w;
+    int first, last; /* which of the sums */
+} folding;
+
+static void fold_leaf(void *context, ptrdiff_t i)
+{
+    const folding *f = context;
+    const fo_run *run = f->w->task.run;
+    const fo_leaf *leaf = &f->w->leaves[i];
+    const ptrdiff_t count = leaf->grad.data != NULL ? tiles_of(leaf) : 0;
+    for (int k = f->first; k <= f->last; k++)
+        (&run->stats[i].grad)[k] = total(&run->tiles[leaf->tile].grad + k, count, SUMS);
+}
+
+/* Folds the sums of tiles into those of leaves. */
+static void fold(const work *w, int first, int last, int threads)
+{
+    folding f = {w, first, last};
+    fo_parallel(fold_leaf, &f, w->n, w->room < FOLD_ROOM ? 1 : threads);
+}
+
+fo_sums fo_total(const fo_stats *stats, ptrdiff_t n) { return total(&stats->grad, n, SUMS); }
+
+ptrdiff_t fo_count_tiles(const fo_leaf *leaves, ptrdiff_t n)
+{
+    ptrdiff_t tiles = 0;
+    for (ptrdiff_t i = 0; i < n; i++)
+        tiles += tiles_of(&leaves[i]);
+    return tiles;
+}
+
+/* ---------------------------------------------------------------- the calls */
+
 static int is_format(const fo_array *array)
 {
     return (unsigned)array->format < FO_FORMATS &&
            (fo_formats()[array->format].extra == 0 || array->extra != NULL);
 }
 
+/* An array that steps write beside the parameter, if there is one. */
+static int is_companion(const fo_array *array, int is_double)
+{
+    return array->data == NULL || (is_format(array) && (array->format == FO_F64) == is_double);
+}
+
+static int is_copy(const fo_array *array, int is_double)
+{
+    return array->data == NULL ||
+           (is_format(array) && array->format != (is_double ? FO_F32 : FO_F64));
+}
+
 static int is_valid(const fo_leaf *leaf, const fo_rule *rule, ptrdiff_t n_hypers)
 {
+    const int is_double = leaf->param.format == FO_F64;
     if (leaf->n < 0 || (leaf->n > 0 && !is_format(&leaf->param)))
         return 0;
-    for (int k = 0; k < FO_MAX_STATES; k++) {
-        const fo_array *state = &leaf->state[k];
-        if (state->data == NULL) {
-            if (k < rule->required && leaf->n > 0)
-                return 0;
-        } else if (!is_format(state) || (state->format == FO_F64) != (leaf->param.format == FO_F64))
+    for (int k = 0; k < FO_MAX_STATES; k++)
+        if (!is_companion(&leaf->state[k], is_double) ||
+            (leaf->state[k].data == NULL && k < rule->required && leaf->n > 0))
             return 0;
+    return is_companion(&leaf->ema, is_double) && is_copy(&leaf->copy, is_double) &&
+           (leaf->grad.data == NULL ||
+            (is_format(&leaf->grad) && leaf->hyper >= 0 && leaf->hyper < n_hypers));
+}
+
+/* The trust ratio of every leaf, from one read of all that the rule reads. */
+static void direct(work *w, const fo_kernels *kernels, int threads)
+{
+    const fo_stats *stats = w->task.run->stats;
+    w->range = kernels->direct;
+    run(w, 1, threads);
+    fold(w, 1, 2, threads);
+    for (ptrdiff_t i = 0; i < w->n; i++) {
+        fo_leaf *leaf = &w->leaves[i];
+        if (leaf->grad.data != NULL)
+            leaf->trust = kernels->trust[w->task.rule](w->task.hypers[leaf->hyper].scalars,
+                                                       sqrt(stats[i].param.squares),
+                                                       sqrt(stats[i].update.squares));
     }
-    return leaf->grad.data == NULL ||
-           (is_format(&leaf->grad) && leaf->hyper >= 0 && leaf->hyper < n_hypers);
 }
 
 fo_status fo_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
-                  ptrdiff_t n_hypers, int threads)
+                  ptrdiff_t n_hypers, const fo_run *how, int threads)
 {
     const fo_kernels *kernels = fo_active_kernels();
     for (int i = 0; i <= rule; i++)
@@ -146,26 +230,46 @@ fo_status fo_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers
             return FO_BAD_ARGUMENT;
     if (rule < 0)
         return FO_BAD_ARGUMENT;
+    const int layerwise = kernels->rules[rule].layerwise, measures = how != NULL && how->measure;
+    if ((layerwise || measures) && (how == NULL || how->tiles == NULL || how->stats == NULL))
+        return FO_BAD_ARGUMENT;
     for (ptrdiff_t i = 0; i < n; i++)
         if (!is_valid(&leaves[i], &kernels->rules[rule], n_hypers))
             return FO_BAD_ARGUMENT;
-    work w = {.leaves = leaves, .n = n, .rule = rule, .hypers = hypers};
-    memcpy(w.range, kernels->step, sizeof w.range);
+    work w = {.leaves = leaves, .n = n, .task = {rule, hypers, how}};
+    if (layerwise)
+        direct(&w, kernels, threads);
+    w.range = kernels->step;
     run(&w, 1, threads);
+    if (measures)
+        fold(&w, how->has_grad ? 1 : 0, 2, threads);
+    return FO_OK;
+}
+
+fo_status fo_measure(fo_leaf *leaves, ptrdiff_t n, const fo_run *how, int threads)
+{
+    for (ptrdiff_t i = 0; i < n; i++)
+        if (leaves[i].n < 0 || (leaves[i].grad.data != NULL && !is_format(&leaves[i].grad)))
+            return FO_BAD_ARGUMENT;
+    work w = {.leaves = leaves, .n = n, .task = {.run = how}};
+    w.range = fo_active_kernels()->measure;
+    run(&w, 1, threads);
+    fold(&w, 0, 0, threads);
     return FO_OK;
 }
 
 fo_status fo_stream(fo_leaf *leaves, ptrdiff_t n, int threads)
 {
-    fo_range *stream = fo_active_kernels()->stream;
-    work w = {.leaves = leaves, .n = n, .range = {stream, stream}};
+    fo_range *const stream = fo_active_kernels()->stream, *const range[] = {stream, stream};
+    work w = {.leaves = leaves, .n = n, .range = range};
     run(&w, 1, threads);
     return FO_OK;
 }
 
 fo_status fo_zero_state(fo_leaf *leaves, ptrdiff_t n, int threads)
 {
-    work w = {.leaves = leaves, .n = n, .range = {zero_state, zero_state}};
+    fo_range *const range[] = {zero_state, zero_state};
+    work w = {.leaves = leaves, .n = n, .range = range};
     run(&w, 0, threads);
     return FO_OK;
 }

@@ -2,24 +2,65 @@
  *
  * Included by kernels.c once per compute type (REAL, FO_TYPE, FO_NATIVE, FO_SQRT defined there), so
  * it has no guard. Nothing here depends on how the work was split: a tile is the same tile for any
- * number of threads. What a step adds around the rule (clip factor, statistics, averages, copies)
- * goes into before() or beside the stores, and no rule learns of it. */
+ * number of threads. What a step does around the rule (scale, clip, statistics, averages, copies)
+ * is in before() and after(), and no rule learns of it. */
 #include "formats.h"
 #include "rules/index.h"
+#include "sums.h"
+
+/* What a leaf needs in a call, in the compute type: made once for a range of it. */
+typedef struct FO_TYPED(plan) {
+    const fo_leaf *leaf;
+    double scalars[FO_MAX_SCALARS + 1]; /* the last is h[FO_TRUST] */
+    REAL scale, clip, l2, l1, ema_weight;
+    int changes_grad, measures_grad, measures_rest, zeroes, has_after;
+    fo_stats *tiles; /* of the leaf */
+} FO_TYPED(plan);
+
+static FO_TYPED(plan) FO_TYPED(make_plan)(const fo_task *task, const fo_leaf *leaf)
+{
+    static const fo_run nothing;
+    const fo_hyper *hyper = &task->hypers[leaf->hyper];
+    const fo_run *run = task->run != NULL ? task->run : &nothing;
+    FO_TYPED(plan)
+    it = {
+        .leaf = leaf,
+        .scale = (REAL)(hyper->grad_scale * leaf->grad_scale),
+        .clip = (REAL)run->clip_value,
+        .l2 = (REAL)hyper->l2,
+        .l1 = (REAL)hyper->l1,
+        .ema_weight = (REAL)hyper->ema_weight,
+        .measures_grad = run->measure && !run->has_grad,
+        .measures_rest = run->measure,
+        .zeroes = run->zero_grads,
+        .tiles = run->tiles != NULL ? run->tiles + leaf->tile : NULL,
+    };
+    memcpy(it.scalars, hyper->scalars, sizeof hyper->scalars);
+    it.scalars[FO_TRUST] = leaf->trust;
+    it.changes_grad = it.scale != 1 || it.clip != 0 || it.l2 != 0 || it.l1 != 0;
+    it.has_after =
+        it.measures_rest || it.zeroes || leaf->ema.data != NULL || leaf->copy.data != NULL;
+    return it;
+}
 
 /* The gradient as the rule shall see it: g itself if nothing is asked, else `out` (which may be g).
  * Multiplying by a scale of 1 keeps the bits; adding 0 * p would not (p may be infinite), so the
  * additive terms are branches. */
-FO_INLINE const REAL *FO_TYPED(before)(const fo_hyper *hyper, ptrdiff_t n, const REAL *p,
+FO_INLINE const REAL *FO_TYPED(before)(const FO_TYPED(plan) * plan, ptrdiff_t n, const REAL *p,
                                        const REAL *g, REAL *out)
 {
-    const REAL scale = (REAL)hyper->grad_scale, l2 = (REAL)hyper->l2, l1 = (REAL)hyper->l1;
-    const int has_l2 = hyper->l2 != 0, has_l1 = hyper->l1 != 0;
-    if (hyper->grad_scale == 1 && !has_l2 && !has_l1)
+    const REAL scale = plan->scale, clip = plan->clip, l2 = plan->l2, l1 = plan->l1;
+    const int has_l2 = plan->l2 != 0, has_l1 = plan->l1 != 0;
+    if (!plan->changes_grad)
         return g;
     FO_SIMD
     for (ptrdiff_t i = 0; i < n; i++)
         out[i] = scale * g[i];
+    if (clip != 0) {
+        FO_SIMD
+        for (ptrdiff_t i = 0; i < n; i++) /* a NaN stays */
+            out[i] = out[i] > clip ? clip : out[i] < -clip ? -clip : out[i];
+    }
     if (has_l2) {
         FO_SIMD
         for (ptrdiff_t i = 0; i < n; i++)
@@ -35,22 +76,93 @@ FO_INLINE const REAL *FO_TYPED(before)(const fo_hyper *hyper, ptrdiff_t n, const
     return out;
 }
 
+/* What after() keeps from piece to piece of a tile. */
+typedef struct FO_TYPED(beside) {
+    _Alignas(64) REAL old[FO_TILE]; /* the parameter before the step */
+    FO_TYPED(tally) grad, param, update;
+} FO_TYPED(beside);
+
+/* Statistics of elements [at, at + n) of a leaf, a tile or a block of one. */
+FO_INLINE void FO_TYPED(measure_piece)(const FO_TYPED(plan) * plan, ptrdiff_t at, ptrdiff_t n,
+                                       const REAL *param, const REAL *grad,
+                                       FO_TYPED(beside) * beside)
+{
+    fo_stats *tile = &plan->tiles[at / FO_TILE];
+    if (at % FO_TILE == 0) {
+        memset(&beside->grad, 0, sizeof beside->grad);
+        memset(&beside->param, 0, sizeof beside->param);
+        memset(&beside->update, 0, sizeof beside->update);
+    }
+    FO_SIMD
+    for (ptrdiff_t i = 0; i < n; i++)
+        beside->old[i] = param[i] - beside->old[i];
+    if (plan->measures_grad)
+        FO_TYPED(add)(&beside->grad, n, grad);
+    FO_TYPED(add)(&beside->param, n, param);
+    FO_TYPED(add)(&beside->update, n, beside->old);
+    if ((at + n) % FO_TILE == 0 || at + n == plan->leaf->n) {
+        if (plan->measures_grad)
+            tile->grad = FO_TYPED(finish)(&beside->grad);
+        tile->param = FO_TYPED(finish)(&beside->param);
+        tile->update = FO_TYPED(finish)(&beside->update);
+    }
+}
+
+/* What is done beside the rule once it has stepped elements [at, at + n): a tile or a block. `grad`
+ * is as it was given. Not inlined: one copy for all rules, out of the way of those that need none.
+ */
+static __attribute__((noinline)) void FO_TYPED(after)(const FO_TYPED(plan) * plan, ptrdiff_t at,
+                                                      ptrdiff_t n, const REAL *param,
+                                                      const REAL *grad, FO_TYPED(beside) * beside)
+{
+    const fo_leaf *leaf = plan->leaf;
+    FO_ROOM room;
+    if (plan->measures_rest)
+        FO_TYPED(measure_piece)(plan, at, n, param, grad, beside);
+    for (ptrdiff_t from = 0; from < n; from += FO_BLOCK) {
+        const ptrdiff_t count = n - from < FO_BLOCK ? n - from : FO_BLOCK;
+        const REAL *p = param + from;
+        if (leaf->ema.data != NULL) {
+            REAL *restrict e = FO_TYPED(load)(&leaf->ema, at + from, count, &room);
+            FO_SIMD
+            for (ptrdiff_t i = 0; i < count; i++)
+                e[i] = e[i] + plan->ema_weight * (p[i] - e[i]);
+            FO_TYPED(store)(&leaf->ema, at + from, count, e, 0);
+        }
+        if (leaf->copy.data != NULL) {
+            memset(&room, 0, sizeof room);
+            memcpy(room.f, p, (size_t)count * sizeof *p);
+            FO_TYPED(store)(&leaf->copy, at + from, count, room.f, 0);
+        }
+    }
+    if (plan->zeroes) {
+        char *g = (char *)leaf->grad.data + fo_data_bytes(&leaf->grad, at);
+        memset(g, 0, (size_t)fo_data_bytes(&leaf->grad, n));
+    }
+}
+
 typedef void FO_TYPED(rule)(const double *h, ptrdiff_t n, REAL *param, const REAL *grad,
                             REAL *const *state);
 
 /* Where every array is native and aligned: tiles, in place. */
-FO_INLINE void FO_TYPED(whole)(const fo_leaf *leaf, const fo_hyper *hyper, FO_TYPED(rule) * rule,
-                               ptrdiff_t begin, ptrdiff_t end)
+FO_INLINE void FO_TYPED(whole)(const FO_TYPED(plan) * plan, FO_TYPED(rule) * rule, ptrdiff_t begin,
+                               ptrdiff_t end)
 {
+    const fo_leaf *leaf = plan->leaf;
+    FO_TYPED(beside) beside;
     REAL scratch[FO_TILE], *state[FO_MAX_STATES];
     for (ptrdiff_t at = begin; at < end; at += FO_TILE) {
         const ptrdiff_t n = end - at < FO_TILE ? end - at : FO_TILE;
         REAL *param = (REAL *)leaf->param.data + at;
-        const REAL *grad = (const REAL *)leaf->grad.data + at;
+        const REAL *raw = (const REAL *)leaf->grad.data + at;
         for (int k = 0; k < FO_MAX_STATES; k++)
             state[k] = leaf->state[k].data ? (REAL *)leaf->state[k].data + at : NULL;
-        grad = FO_TYPED(before)(hyper, n, param, grad, scratch);
-        rule(hyper->scalars, n, param, grad, state);
+        if (plan->measures_rest)
+            memcpy(beside.old, param, (size_t)n * sizeof *param);
+        const REAL *grad = FO_TYPED(before)(plan, n, param, raw, scratch);
+        rule(plan->scalars, n, param, grad, state);
+        if (plan->has_after)
+            FO_TYPED(after)(plan, at, n, param, raw, &beside);
     }
 }
 
@@ -58,13 +170,14 @@ FO_INLINE void FO_TYPED(whole)(const fo_leaf *leaf, const fo_hyper *hyper, FO_TY
  * decodes and encodes one block while its divider works on another (see CONTRIBUTING). The lists
  * are copied so that no store can seem to change them. Behind the end of an array the arithmetic
  * runs on zeros that nobody sees. */
-FO_INLINE void FO_TYPED(blocks)(const fo_leaf *leaf, const fo_hyper *hyper, FO_TYPED(rule) * rule,
-                                ptrdiff_t begin, ptrdiff_t end)
+FO_INLINE void FO_TYPED(blocks)(const FO_TYPED(plan) * plan, FO_TYPED(rule) * rule, ptrdiff_t begin,
+                                ptrdiff_t end)
 {
+    FO_TYPED(beside) beside;
     FO_ROOM param_room, grad_room, state_room[FO_MAX_STATES];
     REAL scratch[FO_BLOCK], *state[FO_MAX_STATES];
-    const fo_leaf its = *leaf;
-    const fo_hyper h = *hyper;
+    const FO_TYPED(plan) h = *plan;
+    const fo_leaf its = *plan->leaf;
     uint32_t keys[1 + FO_MAX_STATES];
     for (int slot = 0; slot < 1 + FO_MAX_STATES; slot++)
         keys[slot] = (uint32_t)(fo_mix(its.key + (uint64_t)slot) >> 32);
@@ -72,12 +185,16 @@ FO_INLINE void FO_TYPED(blocks)(const fo_leaf *leaf, const fo_hyper *hyper, FO_T
     for (ptrdiff_t at = begin; at < end; at += FO_BLOCK) {
         const ptrdiff_t n = end - at < FO_BLOCK ? end - at : FO_BLOCK;
         REAL *param = FO_TYPED(load)(&its.param, at, n, &param_room);
-        const REAL *grad = FO_TYPED(load)(&its.grad, at, n, &grad_room);
+        const REAL *raw = FO_TYPED(load)(&its.grad, at, n, &grad_room);
         for (int k = 0; k < FO_MAX_STATES; k++)
             state[k] = FO_TYPED(load)(&its.state[k], at, n, &state_room[k]);
 
-        grad = FO_TYPED(before)(&h, FO_BLOCK, param, grad, scratch);
+        if (h.measures_rest)
+            memcpy(beside.old, param, FO_BLOCK * sizeof *param);
+        const REAL *grad = FO_TYPED(before)(&h, FO_BLOCK, param, raw, scratch);
         rule(h.scalars, FO_BLOCK, param, grad, state);
+        if (h.has_after)
+            FO_TYPED(after)(plan, at, n, param, raw, &beside);
 
         FO_TYPED(store)(&its.param, at, n, param, keys[0]);
         for (int k = 0; k < FO_MAX_STATES; k++)
@@ -85,32 +202,109 @@ FO_INLINE void FO_TYPED(blocks)(const fo_leaf *leaf, const fo_hyper *hyper, FO_T
     }
 }
 
-#define FO_LOOPS(rule, LIST, states, required)                                                     \
-    static void FO_CAT(FO_RULE(rule), whole)(const fo_leaf *leaf, const fo_hyper *hyper,           \
-                                             ptrdiff_t begin, ptrdiff_t end)                       \
+#define FO_LOOPS(rule, LIST, states, required, KIND)                                               \
+    static void FO_CAT(FO_RULE(rule), whole)(const FO_TYPED(plan) * plan, ptrdiff_t begin,         \
+                                             ptrdiff_t end)                                        \
     {                                                                                              \
-        FO_TYPED(whole)(leaf, hyper, FO_RULE(rule), begin, end);                                   \
+        FO_TYPED(whole)(plan, FO_RULE(rule), begin, end);                                          \
     }                                                                                              \
-    static FO_WIDE void FO_CAT(FO_RULE(rule), blocks)(const fo_leaf *leaf, const fo_hyper *hyper,  \
+    static FO_WIDE void FO_CAT(FO_RULE(rule), blocks)(const FO_TYPED(plan) * plan,                 \
                                                       ptrdiff_t begin, ptrdiff_t end)              \
     {                                                                                              \
-        FO_TYPED(blocks)(leaf, hyper, FO_RULE(rule), begin, end);                                  \
+        FO_TYPED(blocks)(plan, FO_RULE(rule), begin, end);                                         \
     }
 FO_RULES(FO_LOOPS)
+#undef FO_LOOPS
 
-typedef void FO_TYPED(loop)(const fo_leaf *leaf, const fo_hyper *hyper, ptrdiff_t begin,
-                            ptrdiff_t end);
-#define FO_ENTRY(rule, LIST, states, required)                                                     \
+typedef void FO_TYPED(loop)(const FO_TYPED(plan) * plan, ptrdiff_t begin, ptrdiff_t end);
+#define FO_ENTRY(rule, LIST, states, required, KIND)                                               \
     {FO_CAT(FO_RULE(rule), whole), FO_CAT(FO_RULE(rule), blocks)},
 static FO_TYPED(loop) *const FO_TYPED(loops)[][2] = {FO_RULES(FO_ENTRY)};
 #undef FO_ENTRY
-#undef FO_LOOPS
 
-static void FO_TYPED(step)(const fo_leaf *leaf, const fo_hyper *hyper, int rule, ptrdiff_t begin,
-                           ptrdiff_t end)
+static void FO_TYPED(step)(const fo_task *task, const fo_leaf *leaf, ptrdiff_t begin, ptrdiff_t end)
 {
+    const FO_TYPED(plan) plan = FO_TYPED(make_plan)(task, leaf);
     int is_whole = FO_TYPED(is_whole)(&leaf->param) && FO_TYPED(is_whole)(&leaf->grad);
     for (int k = 0; k < FO_MAX_STATES; k++)
         is_whole = is_whole && FO_TYPED(is_whole)(&leaf->state[k]);
-    FO_TYPED(loops)[rule][!is_whole](leaf, hyper, begin, end);
+    FO_TYPED(loops)[task->rule][!is_whole](&plan, begin, end);
+}
+
+/* The gradient's sums. */
+static void FO_TYPED(measure)(const fo_task *task, const fo_leaf *leaf, ptrdiff_t begin,
+                              ptrdiff_t end)
+{
+    const int is_whole = FO_TYPED(is_whole)(&leaf->grad);
+    fo_stats *tiles = task->run->tiles + leaf->tile;
+    FO_ROOM room;
+    for (ptrdiff_t at = begin; at < end; at += FO_TILE) {
+        const ptrdiff_t n = end - at < FO_TILE ? end - at : FO_TILE;
+        FO_TYPED(tally) t = {{0}, {0}, {0}, {0}};
+        for (ptrdiff_t from = 0; from < n && !is_whole; from += FO_BLOCK) {
+            const ptrdiff_t count = n - from < FO_BLOCK ? n - from : FO_BLOCK;
+            FO_TYPED(add)(&t, count, FO_TYPED(load)(&leaf->grad, at + from, count, &room));
+        }
+        if (is_whole)
+            FO_TYPED(add)(&t, n, (const REAL *)leaf->grad.data + at);
+        tiles[at / FO_TILE].grad = FO_TYPED(finish)(&t);
+    }
+}
+
+/* The sums of the parameter and of the direction in which a layer-wise rule would go. */
+typedef void FO_TYPED(direction)(const double *h, ptrdiff_t n, const REAL *param, const REAL *grad,
+                                 REAL *const *state, REAL *out);
+FO_INLINE void FO_TYPED(directions)(const FO_TYPED(plan) * plan, FO_TYPED(direction) * direction,
+                                    ptrdiff_t begin, ptrdiff_t end)
+{
+    FO_ROOM param_room, grad_room, state_room[FO_MAX_STATES];
+    REAL scratch[FO_BLOCK], out[FO_BLOCK], *state[FO_MAX_STATES];
+    const fo_leaf *leaf = plan->leaf;
+    FO_TYPED(tally) params, outs;
+    for (ptrdiff_t at = begin; at < end; at += FO_BLOCK) {
+        const ptrdiff_t n = end - at < FO_BLOCK ? end - at : FO_BLOCK;
+        const REAL *param = FO_TYPED(load)(&leaf->param, at, n, &param_room);
+        const REAL *raw = FO_TYPED(load)(&leaf->grad, at, n, &grad_room);
+        for (int k = 0; k < FO_MAX_STATES; k++)
+            state[k] = FO_TYPED(load)(&leaf->state[k], at, n, &state_room[k]);
+        direction(plan->scalars, FO_BLOCK, param,
+                  FO_TYPED(before)(plan, FO_BLOCK, param, raw, scratch), state, out);
+        if (at % FO_TILE == 0) {
+            memset(&params, 0, sizeof params);
+            memset(&outs, 0, sizeof outs);
+        }
+        FO_TYPED(add)(&params, n, param);
+        FO_TYPED(add)(&outs, n, out);
+        if ((at + n) % FO_TILE == 0 || at + n == end) {
+            plan->tiles[at / FO_TILE].param = FO_TYPED(finish)(&params);
+            plan->tiles[at / FO_TILE].update = FO_TYPED(finish)(&outs);
+        }
+    }
+}
+
+#define PLAIN_DIRECTIONS(rule)
+#define LAYERWISE_DIRECTIONS(rule)                                                                 \
+    static void FO_CAT(FO_RULE(rule), directions)(const FO_TYPED(plan) * plan, ptrdiff_t begin,    \
+                                                  ptrdiff_t end)                                   \
+    {                                                                                              \
+        FO_TYPED(directions)(plan, FO_RULE(rule##_direction), begin, end);                         \
+    }
+#define FO_OWN_DIRECTIONS(rule, LIST, states, required, KIND) KIND##_DIRECTIONS(rule)
+FO_RULES(FO_OWN_DIRECTIONS)
+#define PLAIN_ENTRY(rule) NULL
+#define LAYERWISE_ENTRY(rule) FO_CAT(FO_RULE(rule), directions)
+#define FO_OWN_ENTRY(rule, LIST, states, required, KIND) KIND##_ENTRY(rule),
+static FO_TYPED(loop) *const FO_TYPED(direction_loops)[] = {FO_RULES(FO_OWN_ENTRY)};
+#undef PLAIN_DIRECTIONS
+#undef LAYERWISE_DIRECTIONS
+#undef FO_OWN_DIRECTIONS
+#undef PLAIN_ENTRY
+#undef LAYERWISE_ENTRY
+#undef FO_OWN_ENTRY
+
+static void FO_TYPED(direct)(const fo_task *task, const fo_leaf *leaf, ptrdiff_t begin,
+                             ptrdiff_t end)
+{
+    const FO_TYPED(plan) plan = FO_TYPED(make_plan)(task, leaf);
+    FO_TYPED(direction_loops)[task->rule](&plan, begin, end);
 }

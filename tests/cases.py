@@ -52,6 +52,14 @@ def _sgd(name: str, **options: Any) -> Case:
     return Case("sgd", name, "sgd", "SGD", states, options)
 
 
+def _lamb(name: str, **options: Any) -> Case:
+    return Case("lamb", name, "lamb", "LAMB", ("exp_avg", "exp_avg_sq"), options)
+
+
+def _lars(name: str, **options: Any) -> Case:
+    return Case("lars", name, "lars", "LARS", ("momentum_buffer",), options)
+
+
 CASES = [
     _adam("adam"),
     _adam("adam-lr-betas-eps", lr=0.3, betas=(0.5, 0.75), eps=1e-3),
@@ -68,6 +76,18 @@ CASES = [
     _sgd("momentum", lr=0.1, momentum=0.9),
     _sgd("momentum-damped", lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.1),
     _sgd("nesterov", lr=0.1, momentum=0.8, nesterov=True, l1=0.01, maximize=True),
+    _lamb("lamb", lr=0.01),
+    _lamb("lamb-all", lr=0.3, betas=(0.5, 0.75), eps=1e-3, weight_decay=0.0, maximize=True),
+    _lars("lars"),
+    _lars(
+        "lars-all",
+        lr=0.5,
+        momentum=0.7,
+        weight_decay=0.1,
+        trust_coefficient=0.1,
+        eps=1e-6,
+        maximize=True,
+    ),
 ]
 
 

@@ -1,11 +1,20 @@
 /* The one list of rules. A new rule is its header here, one row below, and the two files of the
  * same name in src/fusedopt/optim and src/fusedopt/reference.
  *
+ * A PLAIN rule is one function over a tile. A LAYERWISE one has a rate for each leaf, its trust
+ * ratio: before the step, <rule>_direction is called on every tile, writes where the rule would go,
+ * and changes nothing; <rule>_trust gets the norms of the parameter and of that direction over the
+ * leaf; what it returns the rule finds behind its constants, in h[FO_TRUST].
+ *
  * Included by tile.h once per compute type, so it has no guard. */
 #include "adam.h"
+#include "lamb.h"
+#include "lars.h"
 #include "sgd.h"
 
 #undef FO_RULES
-#define FO_RULES(X) /* name, scalars, state arrays, how many of them are required */               \
-    X(adam, ADAM_SCALARS, 3, 2)                                                                    \
-    X(sgd, SGD_SCALARS, 1, 0)
+#define FO_RULES(X) /* name, scalars, state arrays, how many of them are required, kind */         \
+    X(adam, ADAM_SCALARS, 3, 2, PLAIN)                                                             \
+    X(sgd, SGD_SCALARS, 1, 0, PLAIN)                                                               \
+    X(lamb, LAMB_SCALARS, 2, 2, LAYERWISE)                                                         \
+    X(lars, LARS_SCALARS, 1, 1, LAYERWISE)

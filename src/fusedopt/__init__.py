@@ -23,21 +23,29 @@ if _isa is not None:
         ) from exc
 
 from fusedopt import _threadpoolctl, formats, functional, reference, schedules  # noqa: E402
+from fusedopt._around import StepStats  # noqa: E402
 from fusedopt._info import info  # noqa: E402
 from fusedopt._threads import get_num_threads, set_num_threads  # noqa: E402
 from fusedopt._version import __version__  # noqa: E402
+from fusedopt.accumulate import GradAccumulator  # noqa: E402
 from fusedopt.optim.adam import Adam, AdamW  # noqa: E402
+from fusedopt.optim.lamb import LAMB  # noqa: E402
+from fusedopt.optim.lars import LARS  # noqa: E402
 from fusedopt.optim.sgd import SGD  # noqa: E402
 from fusedopt.optimizer import Optimizer, StepResult  # noqa: E402
 
 _threadpoolctl.watch()
 
 __all__ = [
+    "LAMB",
+    "LARS",
     "SGD",
     "Adam",
     "AdamW",
+    "GradAccumulator",
     "Optimizer",
     "StepResult",
+    "StepStats",
     "__version__",
     "formats",
     "functional",

@@ -1,6 +1,6 @@
 """csrc/fusedopt.h as Cython sees it, nothing else."""
 
-from libc.stdint cimport uint64_t
+from libc.stdint cimport int64_t, uint64_t
 
 cdef extern from "fusedopt.h" nogil:
     enum:
@@ -36,24 +36,42 @@ cdef extern from "fusedopt.h" nogil:
         fo_format format
 
     ctypedef struct fo_hyper:
-        double grad_scale, l2, l1
+        double grad_scale, l2, l1, ema_weight
         double *scalars
 
     ctypedef struct fo_leaf:
         ptrdiff_t n
         fo_array param, grad
         fo_array *state
+        fo_array ema, copy
+        double grad_scale
         uint64_t key
         ptrdiff_t hyper
+
+    ctypedef struct fo_sums:
+        double squares, largest
+        int64_t zeros, nonfinite
+
+    ctypedef struct fo_stats:
+        fo_sums grad, param, update
+
+    ctypedef struct fo_run:
+        double clip_value
+        int zero_grads, measure, has_grad
+        fo_stats *tiles
+        fo_stats *stats
 
     ctypedef struct fo_rule:
         const char *name
         const char *const *scalars
-        int states, required
+        int states, required, layerwise
 
     const fo_rule *fo_rules()
     fo_status fo_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
-                      ptrdiff_t n_hypers, int threads)
+                      ptrdiff_t n_hypers, const fo_run *run, int threads)
+    fo_status fo_measure(fo_leaf *leaves, ptrdiff_t n, const fo_run *run, int threads)
+    fo_sums fo_total(const fo_stats *stats, ptrdiff_t n)
+    ptrdiff_t fo_count_tiles(const fo_leaf *leaves, ptrdiff_t n)
     const fo_format_info *fo_formats()
     uint64_t fo_key(uint64_t seed, uint64_t leaf, uint64_t step)
     fo_status fo_zero_state(fo_leaf *leaves, ptrdiff_t n, int threads)

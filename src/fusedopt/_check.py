@@ -163,6 +163,42 @@ def overlap(a: str, b: str) -> NoReturn:
     )
 
 
+def copy_target(name: str, value: object, param: Array) -> Array:
+    """Return `value` if a rounded copy of `param` can be written to it."""
+    target = writable(name, array(name, value))
+    _same_shape(name, target, param)
+    if target.itemsize > 2 and (target.dtype == np.float64) != (param.dtype == np.float64):
+        raise TypeError(
+            f"{name}: a copy of {param.dtype} is written as float16, bfloat16 or in the dtype that "
+            f"steps compute in, not as {target.dtype}"
+        )
+    if not _same_layout(target, param):
+        raise ValueError(
+            f"{name}: strides {target.strides} lie otherwise than the parameter's {param.strides}; "
+            "make it with numpy.empty_like(param, dtype=...)"
+        )
+    return target
+
+
+def zeroed(name: str, value: Array, param: Array) -> Array:
+    """Return `value` if it is a gradient that can be set to zero in the pass that reads it."""
+    if not value.flags.writeable:
+        raise ValueError(f"{name}: read-only array; zero_grads writes to it, pass a writable one")
+    if not _same_layout(value, param):
+        raise ValueError(
+            f"{name}: in another memory order than its parameter, so that a copy of it is stepped; "
+            "zero_grads needs them alike, or set it to zero yourself"
+        )
+    return value
+
+
+def not_finite(leaves: list[tuple[str, int, int]]) -> NoReturn:
+    """Refuse gradients with infinite or NaN elements: (name, how many, of how many)."""
+    first = [f"{name}: {bad} of {n} elements are infinite or NaN" for name, bad, n in leaves[:4]]
+    more = f"; and {len(leaves) - 4} more" if len(leaves) > 4 else ""
+    raise FloatingPointError("; ".join(first) + more)
+
+
 def alias(grad: str, other: str) -> NoReturn:
     """Refuse a gradient that the step itself would change."""
     raise ValueError(f"{grad}: shares memory with {other}, which the step writes; pass a copy")
@@ -184,6 +220,14 @@ def number(name: str, value: Any) -> float:
     return result
 
 
+def positive(name: str, value: Any) -> float:
+    """Return `value` as a finite float > 0."""
+    result = number(name, value)
+    if result <= 0:
+        raise ValueError(f"{name}: must be > 0, got {result}")
+    return result
+
+
 def nonnegative(name: str, value: Any) -> float:
     """Return `value` as a finite float >= 0."""
     result = number(name, value)
@@ -196,11 +240,20 @@ def decay_rates(name: str, value: Any) -> tuple[float, float]:
     """Return `value` as two floats in [0, 1)."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise TypeError(f"{name}: expected two numbers, got {value!r}")
-    rates = (number(f"{name}[0]", value[0]), number(f"{name}[1]", value[1]))
-    for k, rate in enumerate(rates):
-        if not 0 <= rate < 1:
-            raise ValueError(f"{name}[{k}]: must be in [0, 1), got {rate}")
-    return rates
+    return (decay_rate(f"{name}[0]", value[0]), decay_rate(f"{name}[1]", value[1]))
+
+
+def decay_rate(name: str, value: Any) -> float:
+    """Return `value` as a float in [0, 1)."""
+    rate = number(name, value)
+    if not 0 <= rate < 1:
+        raise ValueError(f"{name}: must be in [0, 1), got {rate}")
+    return rate
+
+
+def optional(check: Any) -> Any:
+    """Return a check that lets None pass."""
+    return lambda name, value: None if value is None else check(name, value)
 
 
 def flag(name: str, value: Any) -> bool:

@@ -15,6 +15,7 @@ from cpython.buffer cimport (
     PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_IsContiguous, PyBuffer_Release,
     PyObject_GetBuffer,
 )
+from cpython.bytes cimport PyBytes_FromStringAndSize
 
 from fusedopt._c cimport *
 from fusedopt._spans cimport Span, Spans, alias, overlap
@@ -30,6 +31,7 @@ from math import prod
 import numpy
 
 from fusedopt import _check, formats as _formats
+from fusedopt._around import STATS, ema_weight
 from fusedopt.formats import Stored
 
 cdef object ndarray = numpy.ndarray
@@ -52,8 +54,8 @@ cdef int check(fo_status status) except -1:
 
 
 cdef fo_status run_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
-                        ptrdiff_t n_hypers, int threads) noexcept nogil:
-    return fo_step(rule, leaves, n, hypers, n_hypers, threads)
+                        ptrdiff_t n_hypers, const fo_run *run, int threads) noexcept nogil:
+    return fo_step(rule, leaves, n, hypers, n_hypers, run, threads)
 
 
 cdef uint64_t noise_key(uint64_t seed, uint64_t leaf, uint64_t step) noexcept nogil:
@@ -140,14 +142,16 @@ def allocate(list specs):
 # ------------------------------------------------------------------ the work list
 
 cdef enum:
-    SLOTS = 4  # of a leaf's written arrays: the parameter, then FO_MAX_STATES states
+    EMA = 4    # slot of a leaf's average
+    SLOTS = 5  # of a leaf's written arrays: the parameter, FO_MAX_STATES states, the average
+    GRAD, COPY # of what is written in some steps only
 
 cdef struct Held:
     # what the binding knows of a leaf beside fo_leaf; views stay exported while it lives
-    Py_buffer views[8]  # the data of each slot, then the extra of each
-    Py_buffer grad      # exported during a step only
-    bint noisy          # whether a store rounds stochastically, so that the leaf needs a key
-    int64_t step        # steps that this leaf has taken
+    Py_buffer views[10]  # the data of each slot, then the extra of each
+    Py_buffer grad, copy # exported during a step only
+    bint noisy           # whether a store rounds stochastically, so that the leaf needs a key
+    int64_t step         # steps that this leaf has taken
     int group
 
 
@@ -159,7 +163,8 @@ cdef class WorkList:
     rule : str
         Name of a rule of the C table.
     state_names : tuple of str
-        Names of the rule's state arrays, for messages.
+        Names of the rule's state arrays, for messages. Behind the rule's own a leaf may have one
+        more, its running average.
     """
     cdef int rule
     cdef const fo_rule *about
@@ -170,11 +175,14 @@ cdef class WorkList:
     cdef readonly list stored  # the same, as arrays or `Stored`
     cdef readonly list states  # of each leaf, arrays or `Stored` or None
     cdef list grad_names
-    cdef ptrdiff_t n, n_hypers, room_hypers
+    cdef ptrdiff_t n, n_hypers, room_hypers, room_tiles
     cdef fo_leaf *leaves
     cdef Held *held
     cdef fo_hyper *hypers
     cdef Spans spans          # of all held arrays
+    cdef Spans others         # of what else a step writes
+    cdef fo_stats *stats      # of the leaves, where a step measures
+    cdef fo_stats *tiles
     cdef readonly object count  # steps of the whole list, a Python int
     cdef int claimed          # 1 while a thread has the list; exchanged atomically
 
@@ -196,6 +204,9 @@ cdef class WorkList:
         free(self.held)
         free(self.hypers)
         free(self.spans.of)
+        free(self.others.of)
+        free(self.stats)
+        free(self.tiles)
 
     def __len__(self):
         return self.n
@@ -227,6 +238,7 @@ cdef class WorkList:
         try:
             for i in range(total - old):
                 self.n += 1
+                self.leaves[self.n - 1].grad_scale = 1
                 self.names.append(names[i])
                 self.grad_names.append(grad_names[i])
                 self.states.append(list(states[i]))
@@ -253,8 +265,11 @@ cdef class WorkList:
         held.group = group
         for k, state in enumerate(states):
             if state is not None:
+                name_of_state = self.state_names[k] if k < self.about.states else "ema"
                 self.export_slot(
-                    i, 1 + k, &leaf.state[k], f"{name}.{self.state_names[k]}", state, self.params[i]
+                    i, EMA if k == self.about.states else 1 + k,
+                    &leaf.ema if k == self.about.states else &leaf.state[k],
+                    f"{name}.{name_of_state}", state, self.params[i]
                 )
         return 0
 
@@ -277,7 +292,7 @@ cdef class WorkList:
             self.params.append(array)
             self.stored.append(value)
         else:
-            self.states[i][slot - 1] = value
+            self.states[i][self.about.states if slot == EMA else slot - 1] = value
         export_array(array, data, name)
         if param is not None and not same_layout(data, &held.views[0]):
             _check.state(name, value, param)
@@ -306,14 +321,22 @@ cdef class WorkList:
                     self.spans.n += 1
         i = overlap(&self.spans)
         if i > 0:
-            a, b = self.span_name(i - 1), self.span_name(i)
+            a, b = self.span_name(&self.spans.of[i - 1]), self.span_name(&self.spans.of[i])
             _check.overlap(min(a, b), max(a, b))
         return 0
 
-    cdef str span_name(self, ptrdiff_t i):
-        cdef int slot = self.spans.of[i].slot
-        name = self.names[self.spans.of[i].leaf]
-        return name if slot == 0 else f"{name}.{self.state_names[slot - 1]}"
+    cdef str span_name(self, Span *span):
+        name = self.names[span.leaf]
+        if span.slot == GRAD:
+            return self.grad_names[span.leaf]
+        if span.slot == COPY:
+            return self.copy_name(span.leaf)
+        if span.slot == EMA:
+            return f"{name}.ema"
+        return name if span.slot == 0 else f"{name}.{self.state_names[span.slot - 1]}"
+
+    cdef str copy_name(self, ptrdiff_t i):
+        return "copy_out" + self.grad_names[i].removeprefix("grads")
 
     cdef int take_gradient(self, ptrdiff_t i, object grad) except -1:
         cdef Held *held = &self.held[i]
@@ -335,7 +358,7 @@ cdef class WorkList:
         low = <uintptr_t>held.grad.buf
         found = alias(&self.spans, low, low + held.grad.len)
         if found >= 0:
-            _check.alias(self.grad_names[i], self.span_name(found))
+            _check.alias(self.grad_names[i], self.span_name(&self.spans.of[found]))
         return 0
 
     cdef ptrdiff_t hyper(self, dict seen, int group, object step, object scalars,
@@ -352,13 +375,125 @@ cdef class WorkList:
             self.room_hypers = 2 * self.room_hypers + 4
         h = &self.hypers[self.n_hypers]
         h.grad_scale, h.l2, h.l1 = values["grad_scale"], values["l2"], values["l1"]
+        ema = options[group].get("ema")
+        h.ema_weight = 0 if ema is None else ema_weight(step, ema, options[group]["ema_warmup"])
         for k, name in enumerate(self.scalar_names):
             h.scalars[k] = values[name]
         seen[(group, step)] = self.n_hypers
         self.n_hypers += 1
         return self.n_hypers - 1
 
-    def step(self, prepare, grads, scalars, list options, int threads, plain=None):
+    # -------------------------------------------------------------- around the rule
+
+    cdef int take_others(self, list grads, around) except -1:
+        """Export what this step alone writes: copies, and gradients that it zeroes."""
+        cdef ptrdiff_t i
+        cdef list copies = around.copy_out
+        self.others.n = 0
+        if copies is None and not around.zero_grads:
+            return 0
+        self.others.of = <Span *>grow(self.others.of, 2 * self.n, sizeof(Span))
+        for i in range(self.n):
+            if grads[i] is None:
+                continue
+            if copies is not None and copies[i] is not None:
+                name = self.copy_name(i)
+                copy = _check.copy_target(name, copies[i], self.params[i])
+                export_array(copy, &self.held[i].copy, name)
+                self.leaves[i].copy.data = self.held[i].copy.buf
+                self.leaves[i].copy.format = <fo_format>checked_format(copy)
+                self.add_other(i, COPY, &self.held[i].copy, name)
+            if around.zero_grads:
+                _check.zeroed(self.grad_names[i], grads[i], self.params[i])
+                self.add_other(i, GRAD, &self.held[i].grad, self.grad_names[i])
+        i = overlap(&self.others)
+        if i > 0:
+            a, b = self.span_name(&self.others.of[i - 1]), self.span_name(&self.others.of[i])
+            _check.overlap(min(a, b), max(a, b))
+        for i in range(self.n):
+            if grads[i] is not None and not around.zero_grads:
+                self.refuse_alias(&self.others, &self.held[i].grad, self.grad_names[i])
+        return 0
+
+    cdef int add_other(self, ptrdiff_t i, int slot, Py_buffer *view, str name) except -1:
+        cdef Span *span = &self.others.of[self.others.n]
+        if view.len > 0:
+            span.low = <uintptr_t>view.buf
+            span.high = span.low + view.len
+            span.leaf, span.slot = i, slot
+            self.others.n += 1
+            self.refuse_alias(&self.spans, view, name)
+        return 0
+
+    cdef int refuse_alias(self, Spans *spans, Py_buffer *view, str name) except -1:
+        cdef uintptr_t low = <uintptr_t>view.buf
+        cdef ptrdiff_t found = alias(spans, low, low + view.len)
+        if found >= 0:
+            _check.alias(name, self.span_name(&spans.of[found]))
+        return 0
+
+    cdef object judge(self, list grads, around, plain, fo_run *how, int threads):
+        """Measure the gradients, where this step must know them before it writes.
+
+        Sets the scale of every leaf. Returns whether to skip the step, the norm or None, and the
+        factor of the clip.
+        """
+        cdef ptrdiff_t i
+        cdef fo_status status
+        cdef double scale = around.grad_scale, factor = 1, least = 1
+        cdef fo_sums total
+        if around.sums is not None:
+            for i in range(self.n):
+                read_sums(around.sums[i], &self.stats[i].grad)
+        elif not around.must_measure:
+            return False, None, 1.0
+        elif plain is not None:
+            for i in range(self.n):
+                read_sums((0, 0, 0, 0) if grads[i] is None else plain._plain_sums(i, grads[i]),
+                          &self.stats[i].grad)
+        else:
+            with nogil:
+                status = fo_measure(self.leaves, self.n, how, threads)
+            check(status)
+        how.has_grad = 1
+        total = fo_total(self.stats, self.n)
+        norm = around.norm(total.squares, total.largest)
+        if total.nonfinite > 0 and around.nonfinite != "propagate":
+            if around.nonfinite == "skip":
+                return True, norm, 1.0
+            _check.not_finite([
+                (self.grad_names[i], self.stats[i].grad.nonfinite, self.leaves[i].n)
+                for i in range(self.n) if self.stats[i].grad.nonfinite > 0
+            ])
+        if around.max_grad_norm is None:
+            return False, norm, 1.0
+        if not around.per_tensor:
+            factor = least = around.factor(norm)
+        for i in range(self.n):
+            if around.per_tensor:
+                factor = around.factor(
+                    around.norm(self.stats[i].grad.squares, self.stats[i].grad.largest))
+                least = factor if not factor >= least else least
+            self.leaves[i].grad_scale = scale * factor
+        return False, norm, least
+
+    cdef int zero_gradients(self, list grads) except -1:
+        cdef ptrdiff_t i
+        for i in range(self.n):
+            if grads[i] is not None:
+                memset(self.held[i].grad.buf, 0, self.held[i].grad.len)
+        return 0
+
+    cdef object read_stats(self, list grads):
+        """Numbers of the leaves with a gradient, and their sums as rows of `_around.STATS`."""
+        table = numpy.frombuffer(
+            PyBytes_FromStringAndSize(<char *>self.stats, self.n * sizeof(fo_stats)), STATS)
+        if all([grad is not None for grad in grads]):
+            return range(self.n), table
+        present = [i for i in range(self.n) if grads[i] is not None]
+        return present, table[present]
+
+    def step(self, prepare, grads, scalars, list options, int threads, plain=None, around=None):
         """One step of all leaves that have a gradient; either all of it happens or none.
 
         The list is claimed for the whole call, that of `prepare` included: here, where no signal's
@@ -375,13 +510,18 @@ cdef class WorkList:
         options : list of dict
             What `scalars` gets, for each group.
         threads : int
-        plain : callable(leaf, grad, step), optional
+        plain : reference.Plain, optional
             Does the arithmetic in the place of C, after the same checks.
+        around : Around, optional
+            What the step shall do around the rule.
 
         Returns
         -------
         int, int
             Steps of the list, this one included; leaves updated.
+        tuple, optional
+            With `around`: whether the step was skipped, the gradients' norm or None, the factor of
+            the clip, and None or the statistics: numbers of leaves and their table.
 
         Raises
         ------
@@ -390,19 +530,26 @@ cdef class WorkList:
         """
         self.claim()
         try:
-            return self.run(prepare(grads), scalars, options, threads, plain)
+            return self.run(prepare(grads), scalars, options, threads, plain, around)
         finally:
             fo_exchange(&self.claimed, 0)
 
-    cdef tuple run(self, list grads, scalars, list options, int threads, plain):
+    cdef tuple run(self, list grads, scalars, list options, int threads, plain, around):
         cdef ptrdiff_t i, n = self.n, updated = 0, index = 0
         cdef int group = -1
         cdef int64_t step = -1
         cdef fo_status status
+        cdef fo_run how
+        cdef double scale = 1
         cdef dict seen = {}
+        cdef bint skipped = False
         if len(grads) != n:
             raise ValueError(f"grads: {len(grads)} arrays for {n} parameters")
         self.n_hypers = 0
+        memset(&how, 0, sizeof(how))
+        if around is not None:
+            scale, how.clip_value = around.grad_scale, around.clip_value or 0
+            how.zero_grads, how.measure = around.zero_grads, around.stats
         try:
             for i in range(n):
                 grad = grads[i]
@@ -415,25 +562,65 @@ cdef class WorkList:
                     group, step = self.held[i].group, self.held[i].step
                     index = self.hyper(seen, group, step + 1, scalars, options)
                 self.leaves[i].hyper = index
+                self.leaves[i].grad_scale = scale
                 if self.held[i].noisy:
                     self.leaves[i].key = fo_key(options[group]["seed"], i, step + 1)
+            if around is not None or self.about.layerwise:
+                self.make_room()
+                how.tiles, how.stats = self.tiles, self.stats
+            if around is not None:
+                self.take_others(grads, around)
+                skipped, norm, factor = self.judge(grads, around, plain, &how, threads)
+            if skipped:
+                if around.zero_grads:
+                    self.zero_gradients(grads)
+                return self.count, 0, (True, norm, factor, None)
             if plain is None:
                 with nogil:
-                    status = fo_step(self.rule, self.leaves, n, self.hypers, self.n_hypers, threads)
+                    status = fo_step(
+                        self.rule, self.leaves, n, self.hypers, self.n_hypers, &how, threads)
                 check(status)
             else:
                 for i in range(n):
                     if grads[i] is not None:
-                        plain(i, grads[i], self.held[i].step + 1)
+                        self.step_plainly(plain, i, grads[i], around, how.has_grad)
+                if how.zero_grads:
+                    self.zero_gradients(grads)
             for i in range(n):
                 if grads[i] is not None:
                     self.held[i].step += 1
             self.count += 1
+            if around is None:
+                return self.count, updated
+            return self.count, updated, (
+                False, norm, factor, self.read_stats(grads) if around.stats else None)
         finally:
             for i in range(n):
                 if <void *>self.held[i].grad.obj != NULL:
                     PyBuffer_Release(&self.held[i].grad)
-        return self.count, updated
+                if <void *>self.held[i].copy.obj != NULL:
+                    PyBuffer_Release(&self.held[i].copy)
+                    self.leaves[i].copy.data = NULL
+
+    cdef int make_room(self) except -1:
+        self.stats = <fo_stats *>grow(self.stats, self.n, sizeof(fo_stats))
+        memset(self.stats, 0, self.n * sizeof(fo_stats))
+        cdef ptrdiff_t tiles = fo_count_tiles(self.leaves, self.n)
+        if self.tiles == NULL or tiles > self.room_tiles:
+            self.tiles = <fo_stats *>grow(self.tiles, tiles, sizeof(fo_stats))
+            self.room_tiles = tiles
+        return 0
+
+    cdef int step_plainly(self, plain, ptrdiff_t i, grad, around, bint has_grad) except -1:
+        copy = None if around is None or around.copy_out is None else around.copy_out[i]
+        sums = plain._plain_step(i, grad, self.held[i].step + 1, self.leaves[i].grad_scale, around,
+                                 copy)
+        if sums is not None:
+            if not has_grad:
+                read_sums(sums[0], &self.stats[i].grad)
+            read_sums(sums[1], &self.stats[i].param)
+            read_sums(sums[2], &self.stats[i].update)
+        return 0
 
     def stream(self, list grads, int threads):
         """Move the bytes of a step without its arithmetic; changes every array it writes."""
@@ -451,7 +638,7 @@ cdef class WorkList:
     def use_states(self, ptrdiff_t i, tuple used):
         """Hide from C the state arrays that the leaf's options do not ask for."""
         cdef int k
-        for k in range(len(used)):
+        for k in range(self.about.states):
             self.leaves[i].state[k].data = self.held[i].views[1 + k].buf if used[k] else NULL
 
     def get_step(self, ptrdiff_t i):
@@ -464,6 +651,11 @@ cdef class WorkList:
         self.count = count
         for i in range(self.n):
             self.held[i].step = steps[i]
+
+
+cdef int read_sums(object values, fo_sums *sums) except -1:
+    sums.squares, sums.largest, sums.zeros, sums.nonfinite = values
+    return 0
 
 
 cdef void *grow(void *memory, Py_ssize_t count, size_t size) except NULL:

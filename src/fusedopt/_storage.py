@@ -23,8 +23,17 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "master_bits": _check.choice(None, 16, 24, 32),
     "min_8bit_size": _check.count,
     "seed": _check.count,
+    "ema": _check.optional(_check.decay_rate),
+    "ema_warmup": _check.flag,
 }
-DEFAULTS = {"state_dtype": None, "master_bits": None, "min_8bit_size": 4096, "seed": 0}
+DEFAULTS = {
+    "state_dtype": None,
+    "master_bits": None,
+    "min_8bit_size": 4096,
+    "seed": 0,
+    "ema": None,
+    "ema_warmup": False,
+}
 FIXED = ("state_dtype", "master_bits", "min_8bit_size")  # once the arrays are made
 
 _MASTERS = {32: "bfloat16+int16", 24: "bfloat16+int8", 16: "bfloat16-stochastic"}
@@ -38,6 +47,11 @@ def refuse_change(where: str, old: Mapping[str, Any], new: Mapping[str, Any]) ->
                 f"{where}{name}: {new[name]!r} instead of {old[name]!r}, but the arrays are made; "
                 "make another optimizer and load the state with convert=True"
             )
+    if (new["ema"] is None) != (old["ema"] is None):
+        raise ValueError(
+            f"{where}ema: an average is kept from the start or not at all; "
+            "set it when the optimizer is made"
+        )
 
 
 def _state_format(param: Array, is_square: bool, options: Mapping[str, Any]) -> str:
@@ -74,7 +88,8 @@ def allocate(
 ) -> tuple[list[Array | Stored], list[list[Array | Stored | None]]]:
     """Check the parameters and make their states; return both, as arrays or `Stored`.
 
-    All arrays lie on one block of memory, leaf by leaf, not yet written.
+    Behind a leaf's state comes its average, or None; it begins as the parameter. All arrays lie on
+    one block of memory, leaf by leaf, but for averages not yet written.
     """
     specs: list[Spec] = []
     plans: list[tuple[Array | Stored, str | None, list[str | None]]] = []
@@ -94,6 +109,10 @@ def allocate(
         plans.append((checked, own, formats))
         if own is not None and FORMATS[own][1] is not None:
             specs.append((array.shape, FORMATS[own][1], _strides(array, FORMATS[own][1])))
+        if options["ema"] is not None:
+            formats.append("float64" if array.dtype == np.float64 else "float32")
+        else:
+            formats.append(None)
         for form in formats:
             if form is not None:
                 specs += _specs(form, array)
@@ -109,7 +128,18 @@ def allocate(
             checked = Stored(own, checked.data, extra)
         stored.append(checked)
         states.append([None if form is None else _take(form, arrays) for form in formats])
+        average = states[-1][-1]
+        if average is not None:
+            np.copyto(average, checked.decode() if isinstance(checked, Stored) else checked)
     return stored, states
+
+
+def show(param: Array | Stored, values: Array) -> None:
+    """Write float `values` to the array that the caller sees, rounded to nearest."""
+    if not isinstance(param, Stored):
+        np.copyto(param, values)
+    else:
+        Stored(param.format.split("+")[0].removesuffix("-stochastic"), param.data).encode(values)
 
 
 def _strides(like: Array, dtype: Any) -> tuple[int, ...]:

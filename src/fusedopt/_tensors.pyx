@@ -190,7 +190,7 @@ cdef class TensorList:
                 self.gather(owner, number, plan, counted, state)
             self.refuse_overlap(owner)
             with nogil:
-                status = run_step(self.rule, self.leaves, self.n, self.hypers, self.n_hypers,
+                status = run_step(self.rule, self.leaves, self.n, self.hypers, self.n_hypers, NULL,
                                   threads)
             check(status)
             self.finish(state)
@@ -313,6 +313,7 @@ cdef class TensorList:
             self.more = <More *>grow(self.more, room, sizeof(More))
             self.room = room
         memset(&self.leaves[self.n], 0, sizeof(fo_leaf))
+        self.leaves[self.n].grad_scale = 1
         more = &self.more[self.n]
         memset(more, 0, sizeof(More))
         more.group, more.i = group, i

@@ -82,3 +82,25 @@ def _list_reader(parts: list[Reader]) -> Reader:
                 part(f"{name}[{i}]", other[i], out)
 
     return read
+
+
+def rebuilder(tree: Any) -> Callable[[list[Any]], Any]:
+    """Return a function that nests a flat list of leaves as `tree` is; tuples become lists."""
+
+    def build(node: Any, values: Iterator[Any]) -> Any:
+        if isinstance(node, dict):
+            return {key: build(part, values) for key, part in node.items()}
+        if isinstance(node, list):
+            return [build(part, values) for part in node]
+        return next(values)
+
+    skeleton = _skeleton(tree)
+    return lambda flat: build(skeleton, iter(flat))
+
+
+def _skeleton(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _skeleton(node) for key, node in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_skeleton(node) for node in tree]
+    return None

@@ -1,6 +1,8 @@
 """The steps as functions on lists of arrays that the caller keeps."""
 
 from fusedopt.optim.adam import adam, adamw
+from fusedopt.optim.lamb import lamb
+from fusedopt.optim.lars import lars
 from fusedopt.optim.sgd import sgd
 
-__all__ = ["adam", "adamw", "sgd"]
+__all__ = ["adam", "adamw", "lamb", "lars", "sgd"]

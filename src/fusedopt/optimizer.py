@@ -7,11 +7,16 @@ of a step; this file knows no rule.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
-from fusedopt import _check, _checkpoint, _core, _storage, _threads, _tree, formats
+import numpy as np
+
+from fusedopt import _around, _check, _checkpoint, _core, _storage, _threads, _tree, formats
+from fusedopt._around import StepStats
 from fusedopt._check import Array
+from fusedopt.accumulate import GradAccumulator
 from fusedopt.formats import Stored
 
 Options = dict[str, Any]
@@ -27,10 +32,29 @@ class StepResult(NamedTuple):
         Number of steps that the optimizer has taken, this one included.
     updated : int
         Number of leaves that were updated: those with a gradient.
+    skipped : bool
+        Whether nothing was changed, for want of finite gradients.
+    grad_norm : float or None
+        Norm of all gradients, times ``grad_scale`` and before the clip; None if nobody asked for
+        anything that needs it.
+    clip_factor : float
+        What the clip by the norm multiplied gradients by; of a clip for each tensor, the least.
+    stats : StepStats or None
+        What was measured of each leaf, if asked for.
     """
 
     step: int
     updated: int
+    skipped: bool = False
+    grad_norm: float | None = None
+    clip_factor: float = 1.0
+    stats: StepStats | None = None
+
+    def __repr__(self) -> str:
+        """Say what is not as in a plain step."""
+        defaults = self._field_defaults
+        fields = (f"{k}={v!r}" for k, v in self._asdict().items() if defaults.get(k, ...) != v)
+        return f"{type(self).__name__}({', '.join(fields)})"
 
 
 class Optimizer:
@@ -56,14 +80,20 @@ class Optimizer:
     seed : int, default 0
         Of stochastic rounding, which depends on it, the step, the number of the leaf and the
         element, and on nothing else.
+    ema : None or float in [0, 1), default None
+        Decay of a running average of the parameters, kept as state ``ema`` in float32 (float64 of
+        float64 parameters) and updated in the same pass: ``ema + (1 - decay) * (param - ema)``. It
+        begins as the parameters. See `ema_params` and `swap_ema`.
+    ema_warmup : bool, default False
+        Let the decay of step t be no more than ``(1 + t) / (10 + t)``, so that the first parameters
+        are soon forgotten.
     """
 
     rule: ClassVar[str]
     state_names: ClassVar[tuple[str, ...]]
     state_is_square: ClassVar[tuple[bool, ...]]  # whether each is a mean of squares, so never < 0
     checks: ClassVar[dict[str, Check]]  # an option's name -> its check, for every option
-    # (leaf, gradient, step): does the arithmetic in the place of C; see fusedopt.reference
-    _plain_step: Callable[[int, Array, int], None] | None = None
+    _is_plain = False  # whether the arithmetic is done in NumPy; see fusedopt.reference
 
     @staticmethod
     def uses(options: Options) -> tuple[bool, ...]:
@@ -74,6 +104,10 @@ class Optimizer:
     def scalars(step: int, options: Options) -> dict[str, float]:
         """Return the constants of a step by name, in double: computed here and nowhere else."""
         raise NotImplementedError
+
+    @property
+    def _slots(self) -> tuple[str, ...]:
+        return (*self.state_names, "ema")
 
     @classmethod
     def check_options(cls, options: Options, where: str) -> Options:
@@ -168,7 +202,7 @@ class Optimizer:
             zip(self._work.names, self._work.stored, self._work.states, strict=True)
         ):
             state[name] = {"step": self._work.get_step(i)} | {
-                key: a for key, a in zip(self.state_names, arrays, strict=True) if a is not None
+                key: a for key, a in zip(self._slots, arrays, strict=True) if a is not None
             }
             if isinstance(stored, Stored) and stored.extra is not None:
                 state[name]["residual"] = stored.extra
@@ -200,9 +234,7 @@ class Optimizer:
             ``resident``, bytes kept between steps, and ``moved``, bytes read and written by a step
             that finds nothing in the cache. Gradients are the caller's and count as moved only.
         """
-        return _storage.memory(
-            self._work.stored, self._work.states, self.state_names, grad_itemsize
-        )
+        return _storage.memory(self._work.stored, self._work.states, self._slots, grad_itemsize)
 
     def __repr__(self) -> str:
         """Name, options of the groups, and size."""
@@ -222,17 +254,57 @@ class Optimizer:
 
     # -------------------------------------------------------------- the step
 
-    def step(self, grads: Any) -> StepResult:
+    def step(
+        self,
+        grads: Any,
+        *,
+        grad_scale: float = 1.0,
+        max_grad_norm: float | None = None,
+        norm_type: float = 2.0,
+        per_tensor: bool = False,
+        clip_value: float | None = None,
+        nonfinite: str = "propagate",
+        stats: bool = False,
+        zero_grads: bool = False,
+        copy_out: Any = None,
+    ) -> StepResult:
         """Update all parameters in place, in one pass.
+
+        All that is asked for beside the update is done in the same pass, in this order: gradients
+        are scaled, clipped by their norm, clipped by value; the rule; then averages, copies,
+        statistics, zeros. Only a norm, or a look for what is not finite, must come before the first
+        write: one read of the gradients for both.
 
         Parameters
         ----------
-        grads : array or nesting of arrays
+        grads : array or nesting of arrays, or GradAccumulator
             Nested as `params` were, float32, float64, float16 or bfloat16 in the parameter's shape.
             None in the place of a leaf (or of a whole part) leaves it out: neither it nor its state
             or step count changes. With groups, a list with one entry for each. A gradient in
-            another memory order than its parameter is copied first; the gradients themselves are
-            not changed.
+            another memory order than its parameter is copied first. The gradients themselves are
+            not changed, unless `zero_grads` says so.
+        grad_scale : float, default 1
+            Multiplies the gradients on the fly; 1 / scale where a loss was scaled.
+        max_grad_norm : float > 0, optional
+            Gradients, after `grad_scale`, whose norm over all groups is larger are multiplied by
+            ``max_grad_norm / (norm + 1e-6)``, as by ``torch.nn.utils.clip_grad_norm_``.
+        norm_type : 2 or inf, default 2
+            Which norm: of the squares, or the largest magnitude.
+        per_tensor : bool, default False
+            Clip each leaf by its own norm.
+        clip_value : float > 0, optional
+            Limit every element to [-clip_value, clip_value].
+        nonfinite : {"propagate", "skip", "raise"}, default "propagate"
+            What to do if a gradient has an infinite or NaN element: compute with it; change nothing
+            of the optimizer, neither a parameter nor a step count; or raise. The gradients are
+            judged as they are given.
+        stats : bool, default False
+            Measure each leaf, see `StepStats`.
+        zero_grads : bool, default False
+            Set the gradients to 0, those of a skipped step too.
+        copy_out : nesting of arrays, optional
+            Nested as `params`: float16, bfloat16 (or float32, or float64 of float64 parameters)
+            arrays that get the parameters after the step, rounded to nearest. None leaves out.
 
         Returns
         -------
@@ -242,34 +314,70 @@ class Optimizer:
         ------
         TypeError, ValueError
             Naming the leaf or the option; nothing has been written.
+        FloatingPointError
+            Naming the gradients that are not finite, where `nonfinite` is "raise"; nothing has been
+            written.
         RuntimeError
             If another thread is inside a call of the same optimizer; nothing has been written.
         """
         threads = _threads.get_num_threads()
-        number, updated = self._work.step(
-            self._prepare, grads, self.scalars, self._options, threads, self._plain_step
+        plain = self if self._is_plain else None
+        accumulated = isinstance(grads, GradAccumulator)
+        plainly = (
+            max_grad_norm is None and clip_value is None and copy_out is None
+            and grad_scale == 1 and nonfinite == "propagate" and not (stats or zero_grads)
+        )  # fmt: skip
+        if plainly and not accumulated:
+            number, updated = self._work.step(
+                self._prepare, grads, self.scalars, self._options, threads, plain
+            )
+            return StepResult(number, updated)
+        how = _around.around(
+            grad_scale=grad_scale,
+            max_grad_norm=max_grad_norm,
+            norm_type=norm_type,
+            per_tensor=per_tensor,
+            clip_value=clip_value,
+            nonfinite=nonfinite,
+            stats=stats,
+            zero_grads=zero_grads or accumulated,
+            copy_out=None if copy_out is None else self._flatten(copy_out, "copy_out"),
+            sums=grads.sums if accumulated else None,
         )
-        return StepResult(number, updated)
+        number, updated, (skipped, norm, factor, table) = self._work.step(
+            self._prepare, grads, self.scalars, self._options, threads, plain, how
+        )
+        if accumulated:
+            grads.forget()
+        measured = None
+        if table is not None:
+            leaves, rows = table
+            names, params = self._work.names, self._work.params
+            measured = StepStats(
+                [names[i] for i in leaves], [params[i].size for i in leaves], rows, how.grad_scale
+            )
+        return StepResult(number, updated, skipped, norm, factor, measured)
 
     def _prepare(self, grads: Any) -> list[Array | None]:
         """Read the options of the groups as they are now; return the gradient of each leaf."""
-        flat = self._flatten(grads)
+        flat = self._flatten(grads.grads if isinstance(grads, GradAccumulator) else grads, "grads")
         number = self._work.count + 1
         for i in range(len(self.param_groups)):
             self._read_options(i, number)
         return flat
 
-    def _flatten(self, grads: Any) -> list[Array | None]:
+    def _flatten(self, tree: Any, name: str) -> list[Array | None]:
         flat: list[Array | None] = []
         if self._bare and len(self._readers) == 1:
-            self._readers[0]("grads", grads, flat)
+            self._readers[0](name, tree, flat)
             return flat
-        if not isinstance(grads, (list, tuple)) or len(grads) != len(self._readers):
+        if not isinstance(tree, (list, tuple)) or len(tree) != len(self._readers):
             raise ValueError(
-                f"grads: expected a list with one entry for each of the {len(self._readers)} groups"
+                f"{name}: expected a list with one entry for each of the {len(self._readers)} "
+                "groups"
             )
         for i, read in enumerate(self._readers):
-            read(f"grads[{i}]", grads[i], flat)
+            read(f"{name}[{i}]", tree[i], flat)
         return flat
 
     def _read_options(self, i: int, step: int) -> None:
@@ -292,7 +400,7 @@ class Optimizer:
         mine = [leaf for leaf, its in enumerate(self._group_of) if its == group]
         for leaf in mine:
             for name, use, array in zip(
-                self.state_names, used, self._work.states[leaf], strict=True
+                self.state_names, used, self._work.states[leaf], strict=False
             ):
                 if use and array is None:
                     raise ValueError(
@@ -301,6 +409,59 @@ class Optimizer:
                     )
         for leaf in mine:
             self._work.use_states(leaf, used)
+
+    # -------------------------------------------------------------- averages
+
+    def ema_params(self) -> dict[str, Array]:
+        """Return the running averages of the parameters by leaf name: the live arrays.
+
+        Raises
+        ------
+        ValueError
+            If no group has `ema`.
+        """
+        averages = {
+            name: arrays[-1]
+            for name, arrays in zip(self._work.names, self._work.states, strict=True)
+            if arrays[-1] is not None
+        }
+        if not averages:
+            raise ValueError("there is no average: make the optimizer with ema=0.999 or the like")
+        return averages  # type: ignore[return-value]
+
+    @contextmanager
+    def swap_ema(self) -> Iterator[None]:
+        """Put the averages in the place of the parameters for a ``with`` block.
+
+        The parameters, which are back when it ends, however it ends, are kept in a copy meanwhile.
+        16-bit parameters show the average rounded to nearest. What is written to them within is
+        lost.
+
+        Raises
+        ------
+        ValueError
+            If no group has `ema`.
+        RuntimeError
+            If another thread is inside a call of the same optimizer; and from any call that would
+            change it within the block.
+        """
+        averages = self.ema_params()
+        with self._work:
+            swapped = [
+                (param, stored, averages[name])
+                for name, param, stored in zip(
+                    self._work.names, self._work.params, self._work.stored, strict=True
+                )
+                if name in averages
+            ]
+            kept = [param.copy(order="K") for param, _, _ in swapped]
+            try:
+                for _, stored, average in swapped:
+                    _storage.show(stored, average)
+                yield
+            finally:
+                for (param, _, _), before in zip(swapped, kept, strict=True):
+                    np.copyto(param, before)
 
     # -------------------------------------------------------------- checkpoints
 
@@ -372,7 +533,7 @@ class Optimizer:
             steps.append(_check.count(f"state dict: {name}.step", state[name]["step"]))
             for key, array in arrays.items():
                 if key != "step":
-                    slot = 1 + self.state_names.index(key) if key in self.state_names else 0
+                    slot = 1 + self._slots.index(key) if key in self._slots else 0
                     noise = formats.key(0, leaf, steps[-1], slot)
                     where = f"state dict: {name}.{key}"
                     copies.append(_storage.copier(where, array, state[name][key], convert, noise))

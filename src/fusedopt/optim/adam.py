@@ -34,8 +34,8 @@ class Adam(Optimizer):
         Divide by the largest second moment so far [2]_.
     maximize : bool, default False
         Go up the gradient.
-    state_dtype, master_bits, min_8bit_size, seed
-        How arrays are stored; see `Optimizer`.
+    state_dtype, master_bits, min_8bit_size, seed, ema, ema_warmup
+        How arrays are stored, and a running average of the parameters; see `Optimizer`.
 
     Raises
     ------
@@ -96,6 +96,8 @@ class Adam(Optimizer):
         master_bits: int | None = None,
         min_8bit_size: int = 4096,
         seed: int = 0,
+        ema: float | None = None,
+        ema_warmup: bool = False,
     ) -> None:
         """See the class."""
         super().__init__(
@@ -111,6 +113,8 @@ class Adam(Optimizer):
             master_bits=master_bits,
             min_8bit_size=min_8bit_size,
             seed=seed,
+            ema=ema,
+            ema_warmup=ema_warmup,
         )
 
     @staticmethod
@@ -129,7 +133,8 @@ class AdamW(Adam):
 
     Parameters
     ----------
-    params, lr, betas, eps, amsgrad, maximize, state_dtype, master_bits, min_8bit_size, seed
+    params, lr, betas, eps, amsgrad, maximize
+    state_dtype, master_bits, min_8bit_size, seed, ema, ema_warmup
         As for `Adam`.
     weight_decay : float, default 1e-2
         >= 0: before the update the parameter shrinks by the factor ``1 - lr * weight_decay``.
@@ -164,6 +169,8 @@ class AdamW(Adam):
         master_bits: int | None = None,
         min_8bit_size: int = 4096,
         seed: int = 0,
+        ema: float | None = None,
+        ema_warmup: bool = False,
     ) -> None:
         """See the class."""
         Optimizer.__init__(
@@ -179,6 +186,8 @@ class AdamW(Adam):
             master_bits=master_bits,
             min_8bit_size=min_8bit_size,
             seed=seed,
+            ema=ema,
+            ema_warmup=ema_warmup,
         )
 
     @staticmethod

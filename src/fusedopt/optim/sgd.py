@@ -33,8 +33,8 @@ class SGD(Optimizer):
         L1 penalty, >= 0: ``l1 * sign(param)`` is added to the gradient.
     maximize : bool, default False
         Go up the gradient.
-    state_dtype, master_bits, min_8bit_size, seed
-        How arrays are stored; see `Optimizer`.
+    state_dtype, master_bits, min_8bit_size, seed, ema, ema_warmup
+        How arrays are stored, and a running average of the parameters; see `Optimizer`.
 
     Raises
     ------
@@ -92,6 +92,8 @@ class SGD(Optimizer):
         master_bits: int | None = None,
         min_8bit_size: int = 4096,
         seed: int = 0,
+        ema: float | None = None,
+        ema_warmup: bool = False,
     ) -> None:
         """See the class."""
         super().__init__(
@@ -107,6 +109,8 @@ class SGD(Optimizer):
             master_bits=master_bits,
             min_8bit_size=min_8bit_size,
             seed=seed,
+            ema=ema,
+            ema_warmup=ema_warmup,
         )
 
     @classmethod

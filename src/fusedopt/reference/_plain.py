@@ -8,9 +8,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fusedopt import _check, formats
+from fusedopt._around import Around, ema_weight
 from fusedopt._check import Array
 from fusedopt.formats import Stored, flat
 from fusedopt.optimizer import Optimizer
+
+Sums = tuple[float, float, int, int]
 
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -40,19 +43,84 @@ def leaf(
     number: int,
     step: int,
     seed: int,
-) -> None:
-    """Decode what is stored, call ``update(p, g, *states)``, which works in place, and encode."""
+    scale: float = 1.0,
+    around: Around | None = None,
+    ema: Array | None = None,
+    ema_weight: float = 0.0,
+    copy: Array | None = None,
+) -> tuple[Sums, Sums, Sums] | None:
+    """Decode what is stored, call ``update(p, g, *states)``, which works in place, and encode.
+
+    What a step does around the rule is done here too; returns the sums, where they are wanted.
+    """
     arrays: list[Array | Stored | None] = [param, *states]
     for i, array in enumerate(arrays):  # a 16-bit array by itself is one with rounding
         if isinstance(array, np.ndarray) and array.dtype.itemsize == 2:
             arrays[i] = _check.parameter("array", array)
     values = [array.decode() if isinstance(array, Stored) else array for array in arrays]
     p, *tensors = values
-    update(p, grad, *tensors)
+    assert p is not None
+    before = p.copy(order="K") if around is not None and around.stats else None
+
+    c, given = p.dtype.type, _check.gradient("gradient", grad, p).astype(p.dtype, copy=False)
+    g = given
+    if scale != 1:
+        g = c(scale) * g
+    if around is not None and around.clip_value is not None:
+        g = np.clip(g, -c(around.clip_value), c(around.clip_value))
+    update(p, g, *tensors)
+    if ema is not None:
+        ema[...] = ema + c(ema_weight) * (p - ema)
+    if copy is not None:
+        _write_copy(copy, p)
     for slot, (array, value) in enumerate(zip(arrays, values, strict=True)):
         if isinstance(array, Stored):
             assert value is not None
             formats.encode(array, flat(value), formats.key(seed, number, step, slot))
+    return None if before is None else (sums(given), sums(p), sums(p - before))
+
+
+def _write_copy(copy: Array, p: Array) -> None:
+    if copy.itemsize > 2:
+        copy[...] = p
+    else:
+        kind = "bfloat16" if formats.is_bfloat16(copy.dtype) else "float16"
+        formats.encode(Stored(kind, copy), flat(p).astype(np.float32), 0)
+
+
+# ---------------------------------------------------------------- sums
+
+_TILE, _LANES = 512, 16  # FO_TILE and FO_LANES
+
+
+def _fold(lanes: Array) -> Array:
+    """Add up the last axis, of 16, in the order of fo_fold."""
+    while lanes.shape[-1] > 1:
+        half = lanes.shape[-1] // 2
+        lanes = lanes[..., :half] + lanes[..., half:]
+    return lanes[..., 0]
+
+
+def _in_lanes(x: Array) -> Array:
+    """Add up the last axis: element i to lane i % 16, one after the other; then the lanes."""
+    lanes = np.zeros((*x.shape[:-1], _LANES))
+    for start in range(0, x.shape[-1], _LANES):
+        piece = x[..., start : start + _LANES]
+        lanes[..., : piece.shape[-1]] += piece
+    return _fold(lanes)
+
+
+@quiet
+def sums(x: Array) -> Sums:
+    """Return sum of squares, largest magnitude, number of zeros, and of what is not finite."""
+    values = flat(np.asarray(x))
+    magnitudes = np.abs(values)
+    tiles = np.zeros((-(-values.size // _TILE), _TILE))
+    tiles.reshape(-1)[: values.size] = values.astype(np.float64) ** 2
+    squares = float(_in_lanes(_in_lanes(tiles)))
+    largest = float(magnitudes.max(initial=0))
+    zeros = int((magnitudes == 0).sum())
+    return squares, largest, zeros, int((~np.isfinite(values)).sum())
 
 
 def leaves(
@@ -79,12 +147,40 @@ class Plain(Optimizer):
         """Return what updates one leaf, given its arrays."""
         raise NotImplementedError
 
-    def _plain_step(self, number: int, grad: Array, step: int) -> None:
+    _is_plain = True
+
+    def _plain_sums(self, number: int, grad: Array) -> Sums:
+        param = self._work.params[number]
+        compute = np.float64 if param.dtype == np.float64 else np.float32
+        laid = _check.gradient("gradient", grad, param)
+        return sums(laid.astype(compute, copy=False))
+
+    def _plain_step(
+        self,
+        number: int,
+        grad: Array,
+        step: int,
+        scale: float,
+        around: Around | None,
+        copy: Array | None,
+    ) -> tuple[Sums, Sums, Sums] | None:
         options = self._options[self._group_of[number]]
+        *arrays, average = self._work.states[number]
         states = [
-            array if use else None
-            for use, array in zip(self.uses(options), self._work.states[number], strict=True)
+            array if use else None for use, array in zip(self.uses(options), arrays, strict=True)
         ]
-        param = self._work.stored[number]
-        update = self._update(step, options)
-        leaf(update, param, grad, states, number=number, step=step, seed=options["seed"])
+        decay = options["ema"]
+        return leaf(
+            self._update(step, options),
+            self._work.stored[number],
+            grad,
+            states,
+            number=number,
+            step=step,
+            seed=options["seed"],
+            scale=scale,
+            around=around,
+            ema=average,  # type: ignore[arg-type]
+            ema_weight=0.0 if decay is None else ema_weight(step, decay, options["ema_warmup"]),
+            copy=copy,
+        )

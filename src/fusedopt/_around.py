@@ -1,0 +1,150 @@
+"""What one step does around the rule: scale, clip, skip, measure, copy, zero.
+
+The options of `Optimizer.step` in the form that the border and the references work with, the few
+formulas that both need, and the table that statistics come in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fusedopt import _check
+from fusedopt._check import Array
+
+# fo_sums and fo_stats of csrc/fusedopt.h
+SUMS = np.dtype([("squares", "f8"), ("largest", "f8"), ("zeros", "i8"), ("nonfinite", "i8")])
+STATS = np.dtype([("grad", SUMS), ("param", SUMS), ("update", SUMS)])
+
+NONFINITE = ("propagate", "skip", "raise")
+
+
+def ema_weight(step: int, decay: float, warmup: bool) -> float:
+    """Return the weight with which the parameter enters its average in a step, from 1."""
+    return 1 - (min(decay, (1 + step) / (10 + step)) if warmup else decay)
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """The options of a step, checked; `sums` are those of the gradients where they are known."""
+
+    grad_scale: float = 1.0
+    max_grad_norm: float | None = None
+    norm_type: float = 2.0
+    per_tensor: bool = False
+    clip_value: float | None = None
+    nonfinite: str = "propagate"
+    stats: bool = False
+    zero_grads: bool = False
+    copy_out: Sequence[Array | None] | None = None
+    sums: Sequence[tuple[float, float, int, int]] | None = None
+
+    @property
+    def must_measure(self) -> bool:
+        """Whether the gradients must be known before the first write."""
+        return self.max_grad_norm is not None or self.nonfinite != "propagate"
+
+    def norm(self, squares: float, largest: float) -> float:
+        """Return the norm of scaled gradients from the sums of the unscaled."""
+        size = math.sqrt(squares) if self.norm_type == 2 else largest
+        return abs(self.grad_scale) * size
+
+    def factor(self, norm: float) -> float:
+        """Return what the clip multiplies gradients of a norm by, as torch's clip_grad_norm_."""
+        assert self.max_grad_norm is not None
+        factor = self.max_grad_norm / (norm + 1e-6)
+        return 1.0 if factor > 1 else factor  # NaN stays
+
+
+def around(
+    *,
+    grad_scale: Any,
+    max_grad_norm: Any,
+    norm_type: Any,
+    per_tensor: Any,
+    clip_value: Any,
+    nonfinite: Any,
+    stats: Any,
+    zero_grads: Any,
+    copy_out: Sequence[Array | None] | None,
+    sums: Sequence[tuple[float, float, int, int]] | None,
+) -> Around:
+    """Check the options of a step.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the option.
+    """
+    if norm_type != 2 and norm_type not in (math.inf, "inf"):
+        raise ValueError(f"norm_type: expected 2 or inf, got {norm_type!r}")
+    return Around(
+        _check.number("grad_scale", grad_scale),
+        _check.optional(_check.positive)("max_grad_norm", max_grad_norm),
+        float(norm_type),
+        _check.flag("per_tensor", per_tensor),
+        _check.optional(_check.positive)("clip_value", clip_value),
+        _check.choice(*NONFINITE)("nonfinite", nonfinite),
+        _check.flag("stats", stats),
+        _check.flag("zero_grads", zero_grads),
+        copy_out,
+        sums,
+    )
+
+
+class StepStats:
+    """What a step measured of every leaf, in arrays with one entry for each, in order.
+
+    Attributes
+    ----------
+    names : tuple of str
+        Names of the leaves that had a gradient. ``stats[name]`` is a dict of what follows for one.
+    grad_norm, param_norm, update_norm : array of float64
+        2-norms: of the gradient (times ``grad_scale``, before any clip), of the parameter after the
+        step, and of what the step added to it.
+    update_ratio : array of float64
+        ``update_norm / param_norm``; around 1e-3 in a healthy run.
+    max_update : array of float64
+        Largest change of an element.
+    zero_fraction : array of float64
+        Fraction of the gradient's elements that are exactly 0.
+    nonfinite : array of int64
+        Number of the gradient's elements that are infinite or NaN.
+    """
+
+    __slots__ = ("grad_norm", "max_update", "names", "nonfinite", "param_norm",
+                 "update_norm", "update_ratio", "zero_fraction")  # fmt: skip
+    COLUMNS = ("grad_norm", "param_norm", "update_norm", "update_ratio", "max_update",
+               "zero_fraction", "nonfinite")  # fmt: skip
+
+    def __init__(
+        self, names: Sequence[str], sizes: Sequence[int], table: Array, grad_scale: float
+    ) -> None:
+        """Compute the columns from a table of `STATS`, a row for each name."""
+        self.names = tuple(names)
+        grad, param, update = table["grad"], table["param"], table["update"]
+        self.grad_norm = abs(grad_scale) * np.sqrt(grad["squares"])
+        self.param_norm = np.sqrt(param["squares"])
+        self.update_norm = np.sqrt(update["squares"])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            self.update_ratio = self.update_norm / self.param_norm
+        self.max_update = update["largest"].copy()
+        self.zero_fraction = grad["zeros"] / np.maximum(sizes, 1)
+        self.nonfinite = grad["nonfinite"].copy()
+
+    def __getitem__(self, name: str) -> dict[str, float]:
+        """Return what was measured of one leaf."""
+        i = self.names.index(name)
+        return {column: getattr(self, column)[i].item() for column in self.COLUMNS}
+
+    def __len__(self) -> int:
+        """Return the number of leaves."""
+        return len(self.names)
+
+    def __repr__(self) -> str:
+        """Say how much there is."""
+        return f"<StepStats of {len(self)} leaves: {', '.join(self.COLUMNS)}>"

@@ -1,0 +1,138 @@
+"""Gradients of several micro-batches, added up in float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fusedopt import _around, _check, _core, _threads, _tree
+from fusedopt._check import Array
+from fusedopt.formats import Stored
+
+# p - (-1) * g: the C rule that adds, with its constants
+_ADD = {
+    "grad_scale": 1.0, "l2": 0.0, "l1": 0.0, "lr": -1.0, "momentum": 0.0, "w": 1.0,
+    "nesterov": 0.0, "first": 0.0,
+}  # fmt: skip
+
+
+class GradAccumulator:
+    """Adds gradients of micro-batches into buffers, and measures the sum as it goes.
+
+    Each `add` reads the micro-batch's gradients and updates the buffers in one pass, in which it
+    also takes the sum's squares and counts what is not finite: a step with a clip or a look for
+    what is not finite then needs no pass of its own. ``opt.step(accumulator)`` uses the sum up: the
+    buffers are zeroed in the pass that reads them.
+
+    Parameters
+    ----------
+    params : array or nesting of arrays, or list of groups
+        As they were given to the optimizer; only shapes and memory orders count. Buffers are
+        float32, of float64 arrays float64.
+
+    Raises
+    ------
+    TypeError, ValueError, MemoryError
+        Naming the leaf.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedopt
+    >>> params = {"W": np.ones(3, np.float32)}
+    >>> opt, sum_ = fusedopt.SGD(params, lr=1.0), fusedopt.GradAccumulator(params)
+    >>> for micro_batch in range(4):
+    ...     sum_.add({"W": np.full(3, 0.25, np.float16)})
+    >>> opt.step(sum_, max_grad_norm=10.0).grad_norm
+    1.7320508075688772
+    >>> params["W"]
+    array([0., 0., 0.], dtype=float32)
+    """
+
+    def __init__(self, params: Any) -> None:
+        """Make the buffers, which are zero."""
+        self._read = _tree.reader(_trees(params))
+        named = list(_tree.leaves("params", _trees(params)))
+        arrays = []
+        for name, param in named:
+            checked = _check.parameter(name, param)
+            arrays.append(checked.data if isinstance(checked, Stored) else checked)
+        specs = [_spec(array) for array in arrays]
+        self._buffers: list[Array] = _core.allocate(specs)
+        names = [name for name, _ in named]
+        grads = ["grads" + name.removeprefix("params") for name in names]
+        self._work = _core.WorkList("sgd", ("momentum_buffer",))
+        self._work.add(
+            names, grads, self._buffers, [[None]] * len(names), 0, False, _threads.get_num_threads()
+        )
+        for buffer in self._buffers:
+            buffer[...] = 0
+        self._rebuild = _tree.rebuilder(_trees(params))
+        self.forget()
+
+    def add(self, grads: Any, *, scale: float = 1.0) -> None:
+        """Add the gradients of a micro-batch, times `scale`.
+
+        Parameters
+        ----------
+        grads : array or nesting of arrays
+            Nested as `params`, of any dtype that a step takes; None leaves a leaf out.
+        scale : float, default 1
+            Multiplies them, in the buffers' dtype.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the leaf; nothing has been added.
+        RuntimeError
+            If another thread is adding to the same buffers.
+        """
+        how = _around.Around(grad_scale=_check.number("scale", scale), stats=True)
+        flat: list[Array | None] = []
+        self._read("grads", grads, flat)
+        _, _, (_, _, _, (leaves, rows)) = self._work.step(
+            list, flat, lambda step, options: _ADD, [{}], _threads.get_num_threads(), None, how
+        )
+        for i, row in zip(leaves, rows["param"], strict=True):
+            self._sums[i] = tuple(row)
+        self.count += 1
+
+    @property
+    def grads(self) -> Any:
+        """The sums, nested as `params`: the live buffers, None for a leaf that got nothing."""
+        return self._rebuild(
+            [b if s is not None else None for b, s in zip(self._buffers, self._sums, strict=True)]
+        )
+
+    @property
+    def sums(self) -> list[tuple[float, float, int, int]]:
+        """Of each leaf: sum of squares, largest magnitude, zeros, elements that are not finite."""
+        return [(0.0, 0.0, 0, 0) if s is None else s for s in self._sums]
+
+    def zero(self) -> None:
+        """Set the buffers to zero."""
+        for buffer in self._buffers:
+            buffer[...] = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew on buffers that are zero: what a step does that has zeroed them."""
+        self.count = 0
+        self._sums: list[Any] = [None] * len(self._buffers)
+
+
+def _trees(params: Any) -> Any:
+    """Return the nesting of the gradients: of a list of groups, a list of theirs."""
+    if (
+        isinstance(params, (list, tuple))
+        and params
+        and all(isinstance(group, dict) and "params" in group for group in params)
+    ):
+        return [group["params"] for group in params]
+    return params
+
+
+def _spec(array: Array) -> tuple[tuple[int, ...], Any, tuple[int, ...]]:
+    dtype = np.dtype(np.float64 if array.dtype == np.float64 else np.float32)
+    strides = tuple(s // array.itemsize * dtype.itemsize for s in array.strides)
+    return array.shape, dtype, strides
