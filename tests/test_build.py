@@ -36,7 +36,7 @@ def functions():
 
 
 def isa_of(name):
-    found = re.search(r"_(sse2|avx2|avx512)(_whole|_blocks)?(\.|$)", name)
+    found = re.search(r"_(sse2|avx2|avx512)(_whole|_blocks|_directions)?(\.|$)", name)
     return found[1] if found else None
 
 

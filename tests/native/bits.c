@@ -15,7 +15,7 @@ static uint64_t checksum(wish w, int rounds, int threads)
         source s = source_seeded((uint64_t)(round + 10 * (w.param + FO_FORMATS * w.state)));
         list l = make_list(&s, w);
         for (int step = 0; step < 3; step++) {
-            if (fo_step(l.rule, l.leaves, l.n, l.hypers, l.n_hypers, threads) != FO_OK)
+            if (fo_step(l.rule, l.leaves, l.n, l.hypers, l.n_hypers, &l.run, threads) != FO_OK)
                 hash = 0;
             next_step(&s, &l, w.hostile);
         }

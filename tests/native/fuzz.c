@@ -25,13 +25,20 @@ static void fail(const char *what, const list *l)
     abort();
 }
 
-static void plain_step(list *l)
+/* Takes the place of tiles, and the rates of layer-wise rules, from the list that was stepped. */
+static void plain_step(list *l, const list *stepped)
 {
+    const fo_task task = {l->rule, l->hypers, &l->run};
+    const int layerwise = fo_rules()[l->rule].layerwise;
     for (ptrdiff_t i = 0; i < l->n; i++) {
-        const fo_leaf *leaf = &l->leaves[i];
-        if (leaf->grad.data != NULL && leaf->n > 0)
-            fo_kernels_plain.step[fo_compute_type(leaf)](leaf, &l->hypers[leaf->hyper], l->rule, 0,
-                                                         leaf->n);
+        fo_leaf *leaf = &l->leaves[i];
+        leaf->tile = stepped->leaves[i].tile;
+        leaf->trust = stepped->leaves[i].trust;
+        if (leaf->grad.data != NULL && leaf->n > 0) {
+            if (layerwise)
+                fo_kernels_plain.direct[fo_compute_type(leaf)](&task, leaf, 0, leaf->n);
+            fo_kernels_plain.step[fo_compute_type(leaf)](&task, leaf, 0, leaf->n);
+        }
     }
 }
 
@@ -65,7 +72,7 @@ static void step_spoilt(source *s, list *l, int threads)
     leaf->n += leaf->n == 0; /* what has no elements needs neither format nor state */
     if (fo_rules()[l->rule].required == 0 && leaf->n > 0 && rule == l->rule)
         rule = -1; /* case 4 found nothing to spoil */
-    if (fo_step(rule, l->leaves, l->n, l->hypers, l->n_hypers, threads) == FO_OK)
+    if (fo_step(rule, l->leaves, l->n, l->hypers, l->n_hypers, &l->run, threads) == FO_OK)
         fail("a spoilt list was not refused", l);
     *leaf = whole;
 }
@@ -87,8 +94,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
     source a = s, b = s; /* the same choices for both */
     list ours = make_list(&a, w), theirs = make_list(&b, w);
     for (int step = 0; step < count; step++) {
-        if (fo_step(ours.rule, ours.leaves, ours.n, ours.hypers, ours.n_hypers, threads) == FO_OK) {
-            plain_step(&theirs);
+        if (fo_step(ours.rule, ours.leaves, ours.n, ours.hypers, ours.n_hypers, &ours.run,
+                    threads) == FO_OK) {
+            plain_step(&theirs, &ours);
             steps++;
         } else
             refused++; /* a mixture of formats that is not supported: nothing may be written */

@@ -1,6 +1,7 @@
 /* See lists.h. */
 #include "lists.h"
 
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -27,8 +28,10 @@ typedef struct block {
     fo_array *array; /* whose data, or extra, it is; its format tells how NaNs look */
     int is_extra;
     ptrdiff_t leaf;
-    int slot; /* 0: parameter, 1: gradient, then states */
+    int slot; /* 0: parameter, 1: gradient, then states, EMA, COPY */
 } block;
+
+enum { EMA = 2 + FO_MAX_STATES, COPY };
 
 /* ---------------------------------------------------------------- choices */
 
@@ -206,8 +209,15 @@ static void new_constants(source *s, list *l)
         for (int k = 0; k < FO_MAX_SCALARS; k++)
             h->scalars[k] = some[choose(s, mild)];
     }
-    for (ptrdiff_t i = 0; i < l->n; i++)
+    for (ptrdiff_t i = 0; i < l->n_hypers; i++)
+        l->hypers[i].ema_weight = some[choose(s, 7)];
+    for (ptrdiff_t i = 0; i < l->n; i++) {
         l->leaves[i].key = random_bits(s);
+        l->leaves[i].grad_scale = choose(s, 2) ? 1 : some[choose(s, SOME)];
+    }
+    l->run.clip_value = choose(s, 2) ? 0 : some[1 + choose(s, 6)];
+    l->run.zero_grads = choose(s, 4) == 0;
+    l->run.measure = choose(s, 2) == 0;
 }
 
 static int format_of(source *s, int wish) { return wish < 0 ? (int)choose(s, FO_FORMATS) : wish; }
@@ -220,7 +230,9 @@ static int is_supported(int rule, int param, int state)
     fo_leaf leaf = {.param = {byte, byte, (fo_format)param},
                     .grad = {byte, byte, (fo_format)param},
                     .state = {{byte, byte, (fo_format)state}}};
-    return fo_step(rule, &leaf, 1, &hyper, 1, 1) == FO_OK; /* no elements, nothing is written */
+    fo_stats stats;
+    const fo_run run = {.tiles = &stats, .stats = &stats};
+    return fo_step(rule, &leaf, 1, &hyper, 1, &run, 1) == FO_OK; /* no elements: nothing written */
 }
 
 list make_list(source *s, wish w)
@@ -249,7 +261,17 @@ list make_list(source *s, wish w)
         const ptrdiff_t states = rule->required + (optional > 0 ? choose(s, optional + 1) : 0);
         for (int k = 0; k < states; k++)
             add_array(s, &l, i, 2 + k, &leaf->state[k], state, w.hostile);
+        if (choose(s, 3) == 0)
+            add_array(s, &l, i, EMA, &leaf->ema, format == FO_F64 ? FO_F64 : FO_F32, w.hostile);
+        if (choose(s, 3) == 0) {
+            const int kinds[] = {format == FO_F64 ? FO_F64 : FO_F32, FO_BF16, FO_F16};
+            add_array(s, &l, i, COPY, &leaf->copy, kinds[choose(s, 3)], 0);
+        }
     }
+    l.run.tiles = calloc((size_t)fo_count_tiles(l.leaves, l.n) + 1, sizeof *l.run.tiles);
+    l.run.stats = calloc((size_t)l.n + 1, sizeof *l.run.stats);
+    if (l.run.tiles == NULL || l.run.stats == NULL)
+        abort();
     return l;
 }
 
@@ -264,7 +286,7 @@ void next_step(source *s, list *l, int hostile)
 int states_are_zero(const list *l)
 {
     for (const block *b = l->blocks; b != NULL; b = b->next)
-        for (size_t at = 0; b->slot > 1 && at < b->size; at++)
+        for (size_t at = 0; b->slot > 1 && b->slot < EMA && at < b->size; at++)
             if (b->data[at] != 0)
                 return 0;
     return 1;
@@ -280,20 +302,46 @@ void free_list(list *l)
     }
     free(l->leaves);
     free(l->hypers);
+    free(l->run.tiles);
+    free(l->run.stats);
 }
 
 /* ---------------------------------------------------------------- comparison */
 
+/* Some doubles' NaNs as one. */
+static void one_nan_of(double *x, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        x[i] = x[i] != x[i] ? (double)NAN : x[i];
+}
+
+static void one_nan_in(fo_stats *stats, ptrdiff_t n)
+{
+    for (ptrdiff_t i = 0; i < n; i++) {
+        one_nan_of(&stats[i].grad.squares, 2);
+        one_nan_of(&stats[i].param.squares, 2);
+        one_nan_of(&stats[i].update.squares, 2);
+    }
+}
+
+static uint64_t hash_bytes(const void *data, size_t size, uint64_t hash)
+{
+    for (size_t i = 0; i < size; i++) /* FNV-1a */
+        hash = (hash ^ ((const uint8_t *)data)[i]) * 0x100000001b3u;
+    return hash;
+}
+
 uint64_t digest(const list *l, uint64_t hash)
 {
+    one_nan_in(l->run.stats, l->n);
+    hash = hash_bytes(l->run.stats, (size_t)l->n * sizeof *l->run.stats, hash);
     for (const block *b = l->blocks; b != NULL; b = b->next) {
         char *copy = malloc(b->size + 1);
         if (copy == NULL)
             abort();
         memcpy(copy, b->data, b->size);
         one_nan(b, copy);
-        for (size_t i = 0; i < b->size; i++) /* FNV-1a */
-            hash = (hash ^ (uint8_t)copy[i]) * 0x100000001b3u;
+        hash = hash_bytes(copy, b->size, hash);
         free(copy);
     }
     return hash;
@@ -312,9 +360,10 @@ static int is_guarded(const block *b)
 const char *difference(const list *ours, const list *theirs)
 {
     static char text[200];
-    static const char *const slots[] = {"param", "grad", "state 0", "state 1", "state 2"};
+    static const char *const slots[] = {"param",   "grad", "state 0", "state 1",
+                                        "state 2", "ema",  "copy"};
     for (const block *a = ours->blocks, *b = theirs->blocks; a != NULL; a = a->next, b = b->next) {
-        const char *where = a->slot < 5 ? slots[a->slot] : "state";
+        const char *where = slots[a->slot];
         const char *what = NULL;
         size_t at = 0;
         one_nan(a, a->data);
@@ -333,5 +382,10 @@ const char *difference(const list *ours, const list *theirs)
             return text;
         }
     }
+    const ptrdiff_t tiles = fo_count_tiles(ours->leaves, ours->n);
+    one_nan_in(ours->run.tiles, tiles);
+    one_nan_in(theirs->run.tiles, tiles);
+    if (memcmp(ours->run.tiles, theirs->run.tiles, (size_t)tiles * sizeof *ours->run.tiles) != 0)
+        return "the sums of tiles differ";
     return NULL;
 }

@@ -26,6 +26,7 @@ typedef struct list {
     ptrdiff_t n, n_hypers;
     fo_leaf *leaves;
     fo_hyper *hypers;
+    fo_run run;
     struct block *blocks;
 } list;
 
@@ -43,7 +44,7 @@ void free_list(list *l);
 
 int rule_count(void);
 
-/* A hash of all arrays, with one NaN for all. */
+/* A hash of all arrays and statistics, with one NaN for all. */
 uint64_t digest(const list *l, uint64_t hash);
 
 /* Where two lists made from the same source differ, or what wrote outside an array: a text; NULL
