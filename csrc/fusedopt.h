@@ -87,28 +87,29 @@ typedef struct fo_leaf {
     double trust;      /* scratch of the call: the rate of a layer-wise rule for this leaf */
 } fo_leaf;
 
-/* What is measured of an array: the same bits for every thread count and instruction set, since
- * lanes, tiles and leaves are added in a fixed order, in double. */
-typedef struct fo_sums {
-    double squares;           /* sum of the squares */
-    double largest;           /* magnitude; NaN if an element is */
-    int64_t zeros, nonfinite; /* how many elements are 0, and infinite or NaN */
-} fo_sums;
-
+/* What is measured of a leaf: the same bits for every thread count and instruction set, since
+ * lanes, tiles and leaves are added in a fixed order, in double. `update` is what the step added to
+ * the parameter. Gradients count as they are given, before any scale. */
 typedef struct fo_stats {
-    fo_sums grad;   /* as given, before any scale */
-    fo_sums param;  /* after the step */
-    fo_sums update; /* what the step added to the parameter */
+    double grad, param, update;          /* sums of squares; of the parameter after the step */
+    double largest_grad, largest_update; /* magnitudes; NaN if an element is */
+    int64_t zeros, nonfinite;            /* how many elements of the gradient are 0; inf or NaN */
 } fo_stats;
+
+typedef enum fo_measures {
+    FO_MEASURE_NOTHING,
+    FO_MEASURE_LEAF,  /* all of fo_stats, but what is of the gradient if fo_run.has_grad */
+    FO_MEASURE_PARAM, /* of the parameter after the step, as if it were a gradient */
+} fo_measures;
 
 /* What a call does beside the rule. The caller owns the lists. */
 typedef struct fo_run {
     double clip_value; /* > 0: scaled gradients are limited to [-clip_value, clip_value]; 0: not */
     int zero_grads;    /* gradients are set to 0; then no two leaves may share one */
-    int measure;       /* fo_step fills `stats`; its `grad` too, unless fo_measure has done so */
-    int has_grad;      /* it has */
-    fo_stats *tiles;   /* scratch, fo_count_tiles() of them; NULL where nothing is measured */
-    fo_stats *stats;   /* results, one for each leaf; of those without gradient 0 */
+    int has_grad;      /* fo_measure has been here */
+    fo_measures measure; /* what fo_step fills `stats` with */
+    fo_stats *tiles;     /* scratch, fo_count_tiles() of them; NULL where nothing is measured */
+    fo_stats *stats;     /* results, one for each leaf; of those without gradient 0 */
 } fo_run;
 
 /* A rule of the table, as a binding needs it. */
@@ -130,11 +131,11 @@ const fo_rule *fo_rules(void);
 fo_status fo_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
                   ptrdiff_t n_hypers, const fo_run *run, int threads);
 
-/* One read of the gradients: fills `grad` of run->stats and leaves everything else alone. */
+/* One read of the gradients: fills what is of them in run->stats, and leaves all else alone. */
 fo_status fo_measure(fo_leaf *leaves, ptrdiff_t n, const fo_run *run, int threads);
 
 /* The sums of n leaves' sums, in lanes as those of tiles. */
-fo_sums fo_total(const fo_stats *stats, ptrdiff_t n);
+fo_stats fo_total(const fo_stats *stats, ptrdiff_t n);
 
 /* How many tiles n leaves have: the length of fo_run.tiles. */
 ptrdiff_t fo_count_tiles(const fo_leaf *leaves, ptrdiff_t n);

@@ -122,26 +122,38 @@ static void run(work *w, int needs_grad, int threads)
 
 static double larger(double a, double b) { return b > a || b != b ? b : a; }
 
-/* The sums of `count` sums, `stride` apart. */
-static fo_sums total(const fo_sums *sums, ptrdiff_t count, ptrdiff_t stride)
+enum { GRAD = 1, STEP = 2 }; /* parts of fo_stats */
+
+/* Writes parts of the sums of some sums. */
+static void total(const fo_stats *sums, ptrdiff_t count, int parts, fo_stats *to)
 {
-    double lanes[FO_LANES] = {0};
-    fo_sums all = {0};
-    for (ptrdiff_t i = 0; i < count; i++, sums += stride) {
-        lanes[i % FO_LANES] += sums->squares;
-        all.largest = larger(all.largest, sums->largest);
+    double grad[FO_LANES] = {0}, param[FO_LANES] = {0}, update[FO_LANES] = {0};
+    fo_stats all = {0};
+    for (ptrdiff_t i = 0; i < count; i++, sums++) {
+        grad[i % FO_LANES] += sums->grad;
+        param[i % FO_LANES] += sums->param;
+        update[i % FO_LANES] += sums->update;
+        all.largest_grad = larger(all.largest_grad, sums->largest_grad);
+        all.largest_update = larger(all.largest_update, sums->largest_update);
         all.zeros += sums->zeros;
         all.nonfinite += sums->nonfinite;
     }
-    all.squares = fo_fold(lanes);
-    return all;
+    if (parts & GRAD) {
+        to->grad = fo_fold(grad);
+        to->largest_grad = all.largest_grad;
+        to->zeros = all.zeros;
+        to->nonfinite = all.nonfinite;
+    }
+    if (parts & STEP) {
+        to->param = fo_fold(param);
+        to->update = fo_fold(update);
+        to->largest_update = all.largest_update;
+    }
 }
-
-enum { SUMS = sizeof(fo_stats) / sizeof(fo_sums) }; /* fo_stats is this many fo_sums */
 
 typedef struct folding {
     const work *w;
-    int first, last; /* which of the sums */
+    int parts;
 } folding;
 
 static void fold_leaf(void *context, ptrdiff_t i)
@@ -150,18 +162,22 @@ static void fold_leaf(void *context, ptrdiff_t i)
     const fo_run *run = f->w->task.run;
     const fo_leaf *leaf = &f->w->leaves[i];
     const ptrdiff_t count = leaf->grad.data != NULL ? tiles_of(leaf) : 0;
-    for (int k = f->first; k <= f->last; k++)
-        (&run->stats[i].grad)[k] = total(&run->tiles[leaf->tile].grad + k, count, SUMS);
+    total(run->tiles + leaf->tile, count, f->parts, &run->stats[i]);
 }
 
 /* Folds the sums of tiles into those of leaves. */
-static void fold(const work *w, int first, int last, int threads)
+static void fold(const work *w, int parts, int threads)
 {
-    folding f = {w, first, last};
+    folding f = {w, parts};
     fo_parallel(fold_leaf, &f, w->n, w->room < FOLD_ROOM ? 1 : threads);
 }
 
-fo_sums fo_total(const fo_stats *stats, ptrdiff_t n) { return total(&stats->grad, n, SUMS); }
+fo_stats fo_total(const fo_stats *stats, ptrdiff_t n)
+{
+    fo_stats all = {0};
+    total(stats, n, GRAD | STEP, &all);
+    return all;
+}
 
 ptrdiff_t fo_count_tiles(const fo_leaf *leaves, ptrdiff_t n)
 {
@@ -211,13 +227,12 @@ static void direct(work *w, const fo_kernels *kernels, int threads)
     const fo_stats *stats = w->task.run->stats;
     w->range = kernels->direct;
     run(w, 1, threads);
-    fold(w, 1, 2, threads);
+    fold(w, STEP, threads);
     for (ptrdiff_t i = 0; i < w->n; i++) {
         fo_leaf *leaf = &w->leaves[i];
         if (leaf->grad.data != NULL)
             leaf->trust = kernels->trust[w->task.rule](w->task.hypers[leaf->hyper].scalars,
-                                                       sqrt(stats[i].param.squares),
-                                                       sqrt(stats[i].update.squares));
+                                                       sqrt(stats[i].param), sqrt(stats[i].update));
     }
 }
 
@@ -230,7 +245,8 @@ fo_status fo_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers
             return FO_BAD_ARGUMENT;
     if (rule < 0)
         return FO_BAD_ARGUMENT;
-    const int layerwise = kernels->rules[rule].layerwise, measures = how != NULL && how->measure;
+    const int layerwise = kernels->rules[rule].layerwise,
+              measures = how != NULL && how->measure != FO_MEASURE_NOTHING;
     if ((layerwise || measures) && (how == NULL || how->tiles == NULL || how->stats == NULL))
         return FO_BAD_ARGUMENT;
     for (ptrdiff_t i = 0; i < n; i++)
@@ -242,7 +258,11 @@ fo_status fo_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers
     w.range = kernels->step;
     run(&w, 1, threads);
     if (measures)
-        fold(&w, how->has_grad ? 1 : 0, 2, threads);
+        fold(&w,
+             how->measure == FO_MEASURE_PARAM ? GRAD
+             : how->has_grad                  ? STEP
+                                              : GRAD | STEP,
+             threads);
     return FO_OK;
 }
 
@@ -254,7 +274,7 @@ fo_status fo_measure(fo_leaf *leaves, ptrdiff_t n, const fo_run *how, int thread
     work w = {.leaves = leaves, .n = n, .task = {.run = how}};
     w.range = fo_active_kernels()->measure;
     run(&w, 1, threads);
-    fold(&w, 0, 0, threads);
+    fold(&w, GRAD, threads);
     return FO_OK;
 }
 

@@ -1,63 +1,160 @@
-/* What is measured of an array, piece by piece, in lanes.
+/* What is measured of a leaf, piece by piece, in lanes.
  *
  * Included by tile.h once per compute type (REAL, FO_BITS, FO_INFINITE defined there), so it has no
  * guard. Element i of a tile goes to lane i % FO_LANES, and the lanes are folded when the tile is
  * done: compilers may use registers of any width, and the sums are the same bits for all of them.
- * Magnitudes are compared as bits, in which order a NaN is the largest of all. */
+ * Magnitudes are compared as bits, in which order a NaN is the largest of all.
+ *
+ * Squares of gradients and of directions, on which steps depend, are added in double from the
+ * start; those of parameters and updates, which are for people, in REAL over the 32 elements that a
+ * lane has of a tile, which costs a third as much, and in double from there.
+ *
+ * Every piece but the last of a tile has a multiple of FO_LANES elements. */
 typedef struct FO_TYPED(tally) {
-    double squares[FO_LANES];
-    FO_BITS largest[FO_LANES], zeros[FO_LANES], nonfinite[FO_LANES];
+    double grad[FO_LANES];
+    REAL param[FO_LANES], update[FO_LANES];
+    FO_BITS largest_grad[FO_LANES], largest_update[FO_LANES], zeros[FO_LANES];
+    int64_t nonfinite;
 } FO_TYPED(tally);
 
-FO_INLINE void FO_TYPED(square)(double *squares, int n, const REAL *x)
+FO_INLINE FO_BITS FO_TYPED(magnitude)(REAL x)
+{
+    FO_BITS bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits & ((FO_BITS)-1 >> 1);
+}
+
+/* The inner loops: n is FO_LANES, a constant, but for the last elements of a tile. */
+FO_INLINE void FO_TYPED(square)(double *restrict squares, ptrdiff_t n, const REAL *restrict x)
 {
     FO_SIMD
-    for (int j = 0; j < n; j++) {
+    for (ptrdiff_t j = 0; j < n; j++) {
         const double wide = (double)x[j];
         squares[j] += wide * wide;
     }
 }
 
-FO_INLINE void FO_TYPED(count)(FO_TYPED(tally) * t, int n, const REAL *x)
+FO_INLINE void FO_TYPED(enlarge)(FO_BITS *restrict largest, ptrdiff_t n, const REAL *restrict x)
 {
     FO_SIMD
-    for (int j = 0; j < n; j++) {
-        FO_BITS size;
-        memcpy(&size, &x[j], sizeof size);
-        size &= (FO_BITS)-1 >> 1;
-        t->largest[j] = size > t->largest[j] ? size : t->largest[j];
-        t->zeros[j] += size == 0;
-        t->nonfinite[j] += size >= FO_INFINITE;
+    for (ptrdiff_t j = 0; j < n; j++) {
+        const FO_BITS size = FO_TYPED(magnitude)(x[j]);
+        largest[j] = size > largest[j] ? size : largest[j];
     }
 }
 
-/* Adds n elements of x, the next of a tile; all pieces but its last have a multiple of FO_LANES. */
-FO_INLINE void FO_TYPED(add)(FO_TYPED(tally) *restrict to, ptrdiff_t n, const REAL *restrict x)
+FO_INLINE void FO_TYPED(count_zeros)(FO_BITS *restrict zeros, ptrdiff_t n, const REAL *restrict x)
 {
-    FO_TYPED(tally) t = *to; /* in registers */
-    ptrdiff_t i = 0;
-    for (; i + FO_LANES <= n; i += FO_LANES) {
-        FO_TYPED(square)(t.squares, FO_LANES, x + i);
-        FO_TYPED(count)(&t, FO_LANES, x + i);
-    }
-    *to = t;
-    if (i < n) {
-        FO_TYPED(square)(to->squares, (int)(n - i), x + i);
-        FO_TYPED(count)(to, (int)(n - i), x + i);
-    }
+    FO_SIMD
+    for (ptrdiff_t j = 0; j < n; j++)
+        zeros[j] += FO_TYPED(magnitude)(x[j]) == 0;
 }
 
-FO_INLINE fo_sums FO_TYPED(finish)(FO_TYPED(tally) * t)
+static __attribute__((noinline)) int64_t FO_TYPED(count_nonfinite)(ptrdiff_t n, const REAL *x)
 {
-    fo_sums sums = {.squares = fo_fold(t->squares)};
+    int64_t count = 0;
+    for (ptrdiff_t i = 0; i < n; i++)
+        count += FO_TYPED(magnitude)(x[i]) >= FO_INFINITE;
+    return count;
+}
+
+FO_INLINE FO_BITS FO_TYPED(largest_lane)(const FO_BITS *lanes)
+{
     FO_BITS largest = 0;
-    REAL magnitude;
-    for (int j = 0; j < FO_LANES; j++) {
-        largest = t->largest[j] > largest ? t->largest[j] : largest;
-        sums.zeros += (int64_t)t->zeros[j];
-        sums.nonfinite += (int64_t)t->nonfinite[j];
+    for (int j = 0; j < FO_LANES; j++)
+        largest = lanes[j] > largest ? lanes[j] : largest;
+    return largest;
+}
+
+/* Adds n elements of a gradient. */
+FO_INLINE void FO_TYPED(add_grad)(FO_TYPED(tally) *restrict to, ptrdiff_t n, const REAL *g)
+{
+    double squares[FO_LANES];
+    FO_BITS largest[FO_LANES], zeros[FO_LANES];
+    ptrdiff_t i = 0;
+    FO_SIMD
+    for (int j = 0; j < FO_LANES; j++) /* into registers */
+        squares[j] = to->grad[j], largest[j] = to->largest_grad[j], zeros[j] = to->zeros[j];
+    for (; i + FO_LANES <= n; i += FO_LANES) {
+        FO_TYPED(square)(squares, FO_LANES, g + i);
+        FO_TYPED(enlarge)(largest, FO_LANES, g + i);
+        FO_TYPED(count_zeros)(zeros, FO_LANES, g + i);
     }
-    memcpy(&magnitude, &largest, sizeof magnitude);
-    sums.largest = (double)magnitude;
-    return sums;
+    FO_SIMD
+    for (int j = 0; j < FO_LANES; j++)
+        to->grad[j] = squares[j], to->largest_grad[j] = largest[j], to->zeros[j] = zeros[j];
+    if (i < n) {
+        FO_TYPED(square)(to->grad, n - i, g + i);
+        FO_TYPED(enlarge)(to->largest_grad, n - i, g + i);
+        FO_TYPED(count_zeros)(to->zeros, n - i, g + i);
+    }
+    if (FO_TYPED(largest_lane)(to->largest_grad) >= FO_INFINITE) /* seldom */
+        to->nonfinite += FO_TYPED(count_nonfinite)(n, g);
+}
+
+/* Adds n elements of a parameter after the step; `old` is the same before it. */
+FO_INLINE void FO_TYPED(add_step)(FO_TYPED(tally) *restrict to, ptrdiff_t n, const REAL *restrict p,
+                                  const REAL *restrict old)
+{
+    REAL params[FO_LANES], updates[FO_LANES], moved[FO_LANES];
+    FO_BITS largest[FO_LANES];
+    FO_SIMD
+    for (int j = 0; j < FO_LANES; j++)
+        params[j] = to->param[j], updates[j] = to->update[j], largest[j] = to->largest_update[j];
+    for (ptrdiff_t i = 0; i < n; i += FO_LANES) {
+        const int count = n - i < FO_LANES ? (int)(n - i) : FO_LANES;
+        if (count == FO_LANES) {
+            FO_SIMD
+            for (int j = 0; j < FO_LANES; j++) {
+                const REAL u = p[i + j] - old[i + j];
+                const FO_BITS size = FO_TYPED(magnitude)(u);
+                params[j] += p[i + j] * p[i + j];
+                updates[j] += u * u;
+                largest[j] = size > largest[j] ? size : largest[j];
+            }
+        } else {
+            for (int j = 0; j < count; j++) {
+                moved[j] = p[i + j] - old[i + j];
+                params[j] += p[i + j] * p[i + j];
+                updates[j] += moved[j] * moved[j];
+            }
+            FO_TYPED(enlarge)(largest, count, moved);
+        }
+    }
+    FO_SIMD
+    for (int j = 0; j < FO_LANES; j++)
+        to->param[j] = params[j], to->update[j] = updates[j], to->largest_update[j] = largest[j];
+}
+
+static double FO_TYPED(number)(FO_BITS magnitude)
+{
+    REAL x;
+    memcpy(&x, &magnitude, sizeof x);
+    return (double)x;
+}
+
+static double FO_TYPED(fold)(const REAL *lanes)
+{
+    double wide[FO_LANES];
+    for (int j = 0; j < FO_LANES; j++)
+        wide[j] = (double)lanes[j];
+    return fo_fold(wide);
+}
+
+/* Writes the sums of a tile's gradient, and of its parameter and update. */
+static void FO_TYPED(finish_grad)(FO_TYPED(tally) * t, fo_stats *to)
+{
+    to->grad = fo_fold(t->grad);
+    to->largest_grad = FO_TYPED(number)(FO_TYPED(largest_lane)(t->largest_grad));
+    to->nonfinite = t->nonfinite;
+    to->zeros = 0;
+    for (int j = 0; j < FO_LANES; j++)
+        to->zeros += (int64_t)t->zeros[j];
+}
+
+static void FO_TYPED(finish_step)(const FO_TYPED(tally) * t, fo_stats *to)
+{
+    to->param = FO_TYPED(fold)(t->param);
+    to->update = FO_TYPED(fold)(t->update);
+    to->largest_update = FO_TYPED(number)(FO_TYPED(largest_lane)(t->largest_update));
 }

@@ -13,7 +13,7 @@ typedef struct FO_TYPED(plan) {
     const fo_leaf *leaf;
     double scalars[FO_MAX_SCALARS + 1]; /* the last is h[FO_TRUST] */
     REAL scale, clip, l2, l1, ema_weight;
-    int changes_grad, measures_grad, measures_rest, zeroes, has_after;
+    int changes_grad, measures_grad, measures_param, measures_step, measures, zeroes, has_after;
     fo_stats *tiles; /* of the leaf */
 } FO_TYPED(plan);
 
@@ -30,16 +30,17 @@ static FO_TYPED(plan) FO_TYPED(make_plan)(const fo_task *task, const fo_leaf *le
         .l2 = (REAL)hyper->l2,
         .l1 = (REAL)hyper->l1,
         .ema_weight = (REAL)hyper->ema_weight,
-        .measures_grad = run->measure && !run->has_grad,
-        .measures_rest = run->measure,
+        .measures_grad = run->measure == FO_MEASURE_LEAF && !run->has_grad,
+        .measures_param = run->measure == FO_MEASURE_PARAM,
+        .measures_step = run->measure == FO_MEASURE_LEAF,
         .zeroes = run->zero_grads,
         .tiles = run->tiles != NULL ? run->tiles + leaf->tile : NULL,
     };
     memcpy(it.scalars, hyper->scalars, sizeof hyper->scalars);
     it.scalars[FO_TRUST] = leaf->trust;
     it.changes_grad = it.scale != 1 || it.clip != 0 || it.l2 != 0 || it.l1 != 0;
-    it.has_after =
-        it.measures_rest || it.zeroes || leaf->ema.data != NULL || leaf->copy.data != NULL;
+    it.measures = it.measures_param || it.measures_step;
+    it.has_after = it.measures || it.zeroes || leaf->ema.data != NULL || leaf->copy.data != NULL;
     return it;
 }
 
@@ -76,49 +77,40 @@ FO_INLINE const REAL *FO_TYPED(before)(const FO_TYPED(plan) * plan, ptrdiff_t n,
     return out;
 }
 
-/* What after() keeps from piece to piece of a tile. */
-typedef struct FO_TYPED(beside) {
-    _Alignas(64) REAL old[FO_TILE]; /* the parameter before the step */
-    FO_TYPED(tally) grad, param, update;
-} FO_TYPED(beside);
-
-/* Statistics of elements [at, at + n) of a leaf, a tile or a block of one. */
+/* Statistics of elements [at, at + n) of a leaf: a tile, or a block of one. `old` is the parameter
+ * before the step. */
 FO_INLINE void FO_TYPED(measure_piece)(const FO_TYPED(plan) * plan, ptrdiff_t at, ptrdiff_t n,
-                                       const REAL *param, const REAL *grad,
-                                       FO_TYPED(beside) * beside)
+                                       const REAL *param, const REAL *grad, const REAL *old,
+                                       FO_TYPED(tally) * tally)
 {
     fo_stats *tile = &plan->tiles[at / FO_TILE];
-    if (at % FO_TILE == 0) {
-        memset(&beside->grad, 0, sizeof beside->grad);
-        memset(&beside->param, 0, sizeof beside->param);
-        memset(&beside->update, 0, sizeof beside->update);
+    const int ends = (at + n) % FO_TILE == 0 || at + n == plan->leaf->n;
+    if (at % FO_TILE == 0)
+        memset(tally, 0, sizeof *tally);
+    if (plan->measures_grad || plan->measures_param) {
+        FO_TYPED(add_grad)(tally, n, plan->measures_param ? param : grad);
+        if (ends)
+            FO_TYPED(finish_grad)(tally, tile);
     }
-    FO_SIMD
-    for (ptrdiff_t i = 0; i < n; i++)
-        beside->old[i] = param[i] - beside->old[i];
-    if (plan->measures_grad)
-        FO_TYPED(add)(&beside->grad, n, grad);
-    FO_TYPED(add)(&beside->param, n, param);
-    FO_TYPED(add)(&beside->update, n, beside->old);
-    if ((at + n) % FO_TILE == 0 || at + n == plan->leaf->n) {
-        if (plan->measures_grad)
-            tile->grad = FO_TYPED(finish)(&beside->grad);
-        tile->param = FO_TYPED(finish)(&beside->param);
-        tile->update = FO_TYPED(finish)(&beside->update);
+    if (plan->measures_step) {
+        FO_TYPED(add_step)(tally, n, param, old);
+        if (ends)
+            FO_TYPED(finish_step)(tally, tile);
     }
 }
 
-/* What is done beside the rule once it has stepped elements [at, at + n): a tile or a block. `grad`
+/* What is done beside the rule once it has stepped elements [at, at + n), a tile or a block; `grad`
  * is as it was given. Not inlined: one copy for all rules, out of the way of those that need none.
  */
 static __attribute__((noinline)) void FO_TYPED(after)(const FO_TYPED(plan) * plan, ptrdiff_t at,
                                                       ptrdiff_t n, const REAL *param,
-                                                      const REAL *grad, FO_TYPED(beside) * beside)
+                                                      const REAL *grad, const REAL *old,
+                                                      FO_TYPED(tally) * tally)
 {
     const fo_leaf *leaf = plan->leaf;
     FO_ROOM room;
-    if (plan->measures_rest)
-        FO_TYPED(measure_piece)(plan, at, n, param, grad, beside);
+    if (plan->measures)
+        FO_TYPED(measure_piece)(plan, at, n, param, grad, old, tally);
     for (ptrdiff_t from = 0; from < n; from += FO_BLOCK) {
         const ptrdiff_t count = n - from < FO_BLOCK ? n - from : FO_BLOCK;
         const REAL *p = param + from;
@@ -149,20 +141,20 @@ FO_INLINE void FO_TYPED(whole)(const FO_TYPED(plan) * plan, FO_TYPED(rule) * rul
                                ptrdiff_t end)
 {
     const fo_leaf *leaf = plan->leaf;
-    FO_TYPED(beside) beside;
-    REAL scratch[FO_TILE], *state[FO_MAX_STATES];
+    FO_TYPED(tally) tally;
+    REAL scratch[FO_TILE], old[FO_TILE], *state[FO_MAX_STATES];
     for (ptrdiff_t at = begin; at < end; at += FO_TILE) {
         const ptrdiff_t n = end - at < FO_TILE ? end - at : FO_TILE;
         REAL *param = (REAL *)leaf->param.data + at;
         const REAL *raw = (const REAL *)leaf->grad.data + at;
         for (int k = 0; k < FO_MAX_STATES; k++)
             state[k] = leaf->state[k].data ? (REAL *)leaf->state[k].data + at : NULL;
-        if (plan->measures_rest)
-            memcpy(beside.old, param, (size_t)n * sizeof *param);
+        if (plan->measures)
+            memcpy(old, param, (size_t)n * sizeof *param);
         const REAL *grad = FO_TYPED(before)(plan, n, param, raw, scratch);
         rule(plan->scalars, n, param, grad, state);
         if (plan->has_after)
-            FO_TYPED(after)(plan, at, n, param, raw, &beside);
+            FO_TYPED(after)(plan, at, n, param, raw, old, &tally);
     }
 }
 
@@ -173,7 +165,8 @@ FO_INLINE void FO_TYPED(whole)(const FO_TYPED(plan) * plan, FO_TYPED(rule) * rul
 FO_INLINE void FO_TYPED(blocks)(const FO_TYPED(plan) * plan, FO_TYPED(rule) * rule, ptrdiff_t begin,
                                 ptrdiff_t end)
 {
-    FO_TYPED(beside) beside;
+    FO_TYPED(tally) tally;
+    REAL old[FO_BLOCK];
     FO_ROOM param_room, grad_room, state_room[FO_MAX_STATES];
     REAL scratch[FO_BLOCK], *state[FO_MAX_STATES];
     const FO_TYPED(plan) h = *plan;
@@ -189,12 +182,12 @@ FO_INLINE void FO_TYPED(blocks)(const FO_TYPED(plan) * plan, FO_TYPED(rule) * ru
         for (int k = 0; k < FO_MAX_STATES; k++)
             state[k] = FO_TYPED(load)(&its.state[k], at, n, &state_room[k]);
 
-        if (h.measures_rest)
-            memcpy(beside.old, param, FO_BLOCK * sizeof *param);
+        if (h.measures)
+            memcpy(old, param, sizeof old);
         const REAL *grad = FO_TYPED(before)(&h, FO_BLOCK, param, raw, scratch);
         rule(h.scalars, FO_BLOCK, param, grad, state);
         if (h.has_after)
-            FO_TYPED(after)(plan, at, n, param, raw, &beside);
+            FO_TYPED(after)(plan, at, n, param, raw, old, &tally);
 
         FO_TYPED(store)(&its.param, at, n, param, keys[0]);
         for (int k = 0; k < FO_MAX_STATES; k++)
@@ -240,14 +233,15 @@ static void FO_TYPED(measure)(const fo_task *task, const fo_leaf *leaf, ptrdiff_
     FO_ROOM room;
     for (ptrdiff_t at = begin; at < end; at += FO_TILE) {
         const ptrdiff_t n = end - at < FO_TILE ? end - at : FO_TILE;
-        FO_TYPED(tally) t = {{0}, {0}, {0}, {0}};
+        FO_TYPED(tally) t;
+        memset(&t, 0, sizeof t);
         for (ptrdiff_t from = 0; from < n && !is_whole; from += FO_BLOCK) {
             const ptrdiff_t count = n - from < FO_BLOCK ? n - from : FO_BLOCK;
-            FO_TYPED(add)(&t, count, FO_TYPED(load)(&leaf->grad, at + from, count, &room));
+            FO_TYPED(add_grad)(&t, count, FO_TYPED(load)(&leaf->grad, at + from, count, &room));
         }
         if (is_whole)
-            FO_TYPED(add)(&t, n, (const REAL *)leaf->grad.data + at);
-        tiles[at / FO_TILE].grad = FO_TYPED(finish)(&t);
+            FO_TYPED(add_grad)(&t, n, (const REAL *)leaf->grad.data + at);
+        FO_TYPED(finish_grad)(&t, &tiles[at / FO_TILE]);
     }
 }
 
@@ -260,7 +254,7 @@ FO_INLINE void FO_TYPED(directions)(const FO_TYPED(plan) * plan, FO_TYPED(direct
     FO_ROOM param_room, grad_room, state_room[FO_MAX_STATES];
     REAL scratch[FO_BLOCK], out[FO_BLOCK], *state[FO_MAX_STATES];
     const fo_leaf *leaf = plan->leaf;
-    FO_TYPED(tally) params, outs;
+    double params[FO_LANES], outs[FO_LANES];
     for (ptrdiff_t at = begin; at < end; at += FO_BLOCK) {
         const ptrdiff_t n = end - at < FO_BLOCK ? end - at : FO_BLOCK;
         const REAL *param = FO_TYPED(load)(&leaf->param, at, n, &param_room);
@@ -270,14 +264,18 @@ FO_INLINE void FO_TYPED(directions)(const FO_TYPED(plan) * plan, FO_TYPED(direct
         direction(plan->scalars, FO_BLOCK, param,
                   FO_TYPED(before)(plan, FO_BLOCK, param, raw, scratch), state, out);
         if (at % FO_TILE == 0) {
-            memset(&params, 0, sizeof params);
-            memset(&outs, 0, sizeof outs);
+            memset(params, 0, sizeof params);
+            memset(outs, 0, sizeof outs);
         }
-        FO_TYPED(add)(&params, n, param);
-        FO_TYPED(add)(&outs, n, out);
+        for (ptrdiff_t i = 0; i < n; i += FO_LANES) {
+            const ptrdiff_t lanes = n - i < FO_LANES ? n - i : FO_LANES;
+            FO_TYPED(square)(params, lanes, param + i);
+            FO_TYPED(square)(outs, lanes, out + i);
+        }
         if ((at + n) % FO_TILE == 0 || at + n == end) {
-            plan->tiles[at / FO_TILE].param = FO_TYPED(finish)(&params);
-            plan->tiles[at / FO_TILE].update = FO_TYPED(finish)(&outs);
+            fo_stats *tile = &plan->tiles[at / FO_TILE];
+            tile->param = fo_fold(params);
+            tile->update = fo_fold(outs);
         }
     }
 }

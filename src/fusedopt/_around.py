@@ -16,9 +16,16 @@ import numpy as np
 from fusedopt import _check
 from fusedopt._check import Array
 
-# fo_sums and fo_stats of csrc/fusedopt.h
-SUMS = np.dtype([("squares", "f8"), ("largest", "f8"), ("zeros", "i8"), ("nonfinite", "i8")])
-STATS = np.dtype([("grad", SUMS), ("param", SUMS), ("update", SUMS)])
+# fo_stats of csrc/fusedopt.h
+STATS = np.dtype(
+    [(name, "f8") for name in ("grad", "param", "update", "largest_grad", "largest_update")]
+    + [("zeros", "i8"), ("nonfinite", "i8")]
+)
+# what is known of a gradient: sum of squares, largest magnitude, zeros, infinite or NaN
+GradSums = tuple[float, float, int, int]
+GRAD_SUMS = ["grad", "largest_grad", "zeros", "nonfinite"]  # of STATS
+
+NOTHING, LEAF, PARAM = range(3)  # fo_measures
 
 NONFINITE = ("propagate", "skip", "raise")
 
@@ -38,10 +45,10 @@ class Around:
     per_tensor: bool = False
     clip_value: float | None = None
     nonfinite: str = "propagate"
-    stats: bool = False
+    measure: int = NOTHING
     zero_grads: bool = False
     copy_out: Sequence[Array | None] | None = None
-    sums: Sequence[tuple[float, float, int, int]] | None = None
+    sums: Sequence[GradSums] | None = None
 
     @property
     def must_measure(self) -> bool:
@@ -71,7 +78,7 @@ def around(
     stats: Any,
     zero_grads: Any,
     copy_out: Sequence[Array | None] | None,
-    sums: Sequence[tuple[float, float, int, int]] | None,
+    sums: Sequence[GradSums] | None,
 ) -> Around:
     """Check the options of a step.
 
@@ -89,7 +96,7 @@ def around(
         _check.flag("per_tensor", per_tensor),
         _check.optional(_check.positive)("clip_value", clip_value),
         _check.choice(*NONFINITE)("nonfinite", nonfinite),
-        _check.flag("stats", stats),
+        LEAF if _check.flag("stats", stats) else NOTHING,
         _check.flag("zero_grads", zero_grads),
         copy_out,
         sums,
@@ -126,15 +133,14 @@ class StepStats:
     ) -> None:
         """Compute the columns from a table of `STATS`, a row for each name."""
         self.names = tuple(names)
-        grad, param, update = table["grad"], table["param"], table["update"]
-        self.grad_norm = abs(grad_scale) * np.sqrt(grad["squares"])
-        self.param_norm = np.sqrt(param["squares"])
-        self.update_norm = np.sqrt(update["squares"])
+        self.grad_norm = abs(grad_scale) * np.sqrt(table["grad"])
+        self.param_norm = np.sqrt(table["param"])
+        self.update_norm = np.sqrt(table["update"])
         with np.errstate(divide="ignore", invalid="ignore"):
             self.update_ratio = self.update_norm / self.param_norm
-        self.max_update = update["largest"].copy()
-        self.zero_fraction = grad["zeros"] / np.maximum(sizes, 1)
-        self.nonfinite = grad["nonfinite"].copy()
+        self.max_update = table["largest_update"].copy()
+        self.zero_fraction = table["zeros"] / np.maximum(sizes, 1)
+        self.nonfinite = table["nonfinite"].copy()
 
     def __getitem__(self, name: str) -> dict[str, float]:
         """Return what was measured of one leaf."""

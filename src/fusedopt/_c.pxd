@@ -48,16 +48,19 @@ cdef extern from "fusedopt.h" nogil:
         uint64_t key
         ptrdiff_t hyper
 
-    ctypedef struct fo_sums:
-        double squares, largest
+    ctypedef struct fo_stats:
+        double grad, param, update, largest_grad, largest_update
         int64_t zeros, nonfinite
 
-    ctypedef struct fo_stats:
-        fo_sums grad, param, update
+    ctypedef enum fo_measures:
+        FO_MEASURE_NOTHING
+        FO_MEASURE_LEAF
+        FO_MEASURE_PARAM
 
     ctypedef struct fo_run:
         double clip_value
-        int zero_grads, measure, has_grad
+        int zero_grads, has_grad
+        fo_measures measure
         fo_stats *tiles
         fo_stats *stats
 
@@ -70,7 +73,7 @@ cdef extern from "fusedopt.h" nogil:
     fo_status fo_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
                       ptrdiff_t n_hypers, const fo_run *run, int threads)
     fo_status fo_measure(fo_leaf *leaves, ptrdiff_t n, const fo_run *run, int threads)
-    fo_sums fo_total(const fo_stats *stats, ptrdiff_t n)
+    fo_stats fo_total(const fo_stats *stats, ptrdiff_t n)
     ptrdiff_t fo_count_tiles(const fo_leaf *leaves, ptrdiff_t n)
     const fo_format_info *fo_formats()
     uint64_t fo_key(uint64_t seed, uint64_t leaf, uint64_t step)

@@ -441,29 +441,29 @@ cdef class WorkList:
         cdef ptrdiff_t i
         cdef fo_status status
         cdef double scale = around.grad_scale, factor = 1, least = 1
-        cdef fo_sums total
+        cdef fo_stats total
         if around.sums is not None:
             for i in range(self.n):
-                read_sums(around.sums[i], &self.stats[i].grad)
+                read_grad(around.sums[i], &self.stats[i])
         elif not around.must_measure:
             return False, None, 1.0
         elif plain is not None:
             for i in range(self.n):
-                read_sums((0, 0, 0, 0) if grads[i] is None else plain._plain_sums(i, grads[i]),
-                          &self.stats[i].grad)
+                if grads[i] is not None:
+                    read_grad(plain._plain_sums(i, grads[i]), &self.stats[i])
         else:
             with nogil:
                 status = fo_measure(self.leaves, self.n, how, threads)
             check(status)
         how.has_grad = 1
         total = fo_total(self.stats, self.n)
-        norm = around.norm(total.squares, total.largest)
+        norm = around.norm(total.grad, total.largest_grad)
         if total.nonfinite > 0 and around.nonfinite != "propagate":
             if around.nonfinite == "skip":
                 return True, norm, 1.0
             _check.not_finite([
-                (self.grad_names[i], self.stats[i].grad.nonfinite, self.leaves[i].n)
-                for i in range(self.n) if self.stats[i].grad.nonfinite > 0
+                (self.grad_names[i], self.stats[i].nonfinite, self.leaves[i].n)
+                for i in range(self.n) if self.stats[i].nonfinite > 0
             ])
         if around.max_grad_norm is None:
             return False, norm, 1.0
@@ -472,7 +472,7 @@ cdef class WorkList:
         for i in range(self.n):
             if around.per_tensor:
                 factor = around.factor(
-                    around.norm(self.stats[i].grad.squares, self.stats[i].grad.largest))
+                    around.norm(self.stats[i].grad, self.stats[i].largest_grad))
                 least = factor if not factor >= least else least
             self.leaves[i].grad_scale = scale * factor
         return False, norm, least
@@ -549,7 +549,7 @@ cdef class WorkList:
         memset(&how, 0, sizeof(how))
         if around is not None:
             scale, how.clip_value = around.grad_scale, around.clip_value or 0
-            how.zero_grads, how.measure = around.zero_grads, around.stats
+            how.zero_grads, how.measure = around.zero_grads, <fo_measures><int>around.measure
         try:
             for i in range(n):
                 grad = grads[i]
@@ -593,7 +593,7 @@ cdef class WorkList:
             if around is None:
                 return self.count, updated
             return self.count, updated, (
-                False, norm, factor, self.read_stats(grads) if around.stats else None)
+                False, norm, factor, self.read_stats(grads) if around.measure else None)
         finally:
             for i in range(n):
                 if <void *>self.held[i].grad.obj != NULL:
@@ -617,9 +617,8 @@ cdef class WorkList:
                                  copy)
         if sums is not None:
             if not has_grad:
-                read_sums(sums[0], &self.stats[i].grad)
-            read_sums(sums[1], &self.stats[i].param)
-            read_sums(sums[2], &self.stats[i].update)
+                read_grad(sums[0], &self.stats[i])
+            read_step(sums[1], &self.stats[i])
         return 0
 
     def stream(self, list grads, int threads):
@@ -653,8 +652,13 @@ cdef class WorkList:
             self.held[i].step = steps[i]
 
 
-cdef int read_sums(object values, fo_sums *sums) except -1:
-    sums.squares, sums.largest, sums.zeros, sums.nonfinite = values
+cdef int read_grad(object values, fo_stats *to) except -1:
+    to.grad, to.largest_grad, to.zeros, to.nonfinite = values
+    return 0
+
+
+cdef int read_step(object values, fo_stats *to) except -1:
+    to.param, to.update, to.largest_update = values
     return 0
 
 

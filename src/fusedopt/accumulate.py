@@ -87,14 +87,14 @@ class GradAccumulator:
         RuntimeError
             If another thread is adding to the same buffers.
         """
-        how = _around.Around(grad_scale=_check.number("scale", scale), stats=True)
+        how = _around.Around(grad_scale=_check.number("scale", scale), measure=_around.PARAM)
         flat: list[Array | None] = []
         self._read("grads", grads, flat)
         _, _, (_, _, _, (leaves, rows)) = self._work.step(
             list, flat, lambda step, options: _ADD, [{}], _threads.get_num_threads(), None, how
         )
-        for i, row in zip(leaves, rows["param"], strict=True):
-            self._sums[i] = tuple(row)
+        for i, row in zip(leaves, rows[_around.GRAD_SUMS].tolist(), strict=True):
+            self._sums[i] = row
         self.count += 1
 
     @property
@@ -105,7 +105,7 @@ class GradAccumulator:
         )
 
     @property
-    def sums(self) -> list[tuple[float, float, int, int]]:
+    def sums(self) -> list[_around.GradSums]:
         """Of each leaf: sum of squares, largest magnitude, zeros, elements that are not finite."""
         return [(0.0, 0.0, 0, 0) if s is None else s for s in self._sums]
 
@@ -118,7 +118,7 @@ class GradAccumulator:
     def forget(self) -> None:
         """Start anew on buffers that are zero: what a step does that has zeroed them."""
         self.count = 0
-        self._sums: list[Any] = [None] * len(self._buffers)
+        self._sums: list[_around.GradSums | None] = [None] * len(self._buffers)
 
 
 def _trees(params: Any) -> Any:

@@ -217,7 +217,7 @@ static void new_constants(source *s, list *l)
     }
     l->run.clip_value = choose(s, 2) ? 0 : some[1 + choose(s, 6)];
     l->run.zero_grads = choose(s, 4) == 0;
-    l->run.measure = choose(s, 2) == 0;
+    l->run.measure = (fo_measures)choose(s, 3);
 }
 
 static int format_of(source *s, int wish) { return wish < 0 ? (int)choose(s, FO_FORMATS) : wish; }
@@ -318,9 +318,7 @@ static void one_nan_of(double *x, size_t n)
 static void one_nan_in(fo_stats *stats, ptrdiff_t n)
 {
     for (ptrdiff_t i = 0; i < n; i++) {
-        one_nan_of(&stats[i].grad.squares, 2);
-        one_nan_of(&stats[i].param.squares, 2);
-        one_nan_of(&stats[i].update.squares, 2);
+        one_nan_of(&stats[i].grad, 5); /* the doubles */
     }
 }
 

@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fusedopt import _check, formats
-from fusedopt._around import Around, ema_weight
+from fusedopt._around import Around, GradSums, ema_weight
 from fusedopt._check import Array
 from fusedopt.formats import Stored, flat
 from fusedopt.optimizer import Optimizer
 
-Sums = tuple[float, float, int, int]
+StepSums = tuple[float, float, float]  # squares of parameter and update, largest update
 
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -48,7 +48,7 @@ def leaf(
     ema: Array | None = None,
     ema_weight: float = 0.0,
     copy: Array | None = None,
-) -> tuple[Sums, Sums, Sums] | None:
+) -> tuple[GradSums, StepSums] | None:
     """Decode what is stored, call ``update(p, g, *states)``, which works in place, and encode.
 
     What a step does around the rule is done here too; returns the sums, where they are wanted.
@@ -60,7 +60,7 @@ def leaf(
     values = [array.decode() if isinstance(array, Stored) else array for array in arrays]
     p, *tensors = values
     assert p is not None
-    before = p.copy(order="K") if around is not None and around.stats else None
+    before = p.copy(order="K") if around is not None and around.measure else None
 
     c, given = p.dtype.type, _check.gradient("gradient", grad, p).astype(p.dtype, copy=False)
     g = given
@@ -77,7 +77,7 @@ def leaf(
         if isinstance(array, Stored):
             assert value is not None
             formats.encode(array, flat(value), formats.key(seed, number, step, slot))
-    return None if before is None else (sums(given), sums(p), sums(p - before))
+    return None if before is None else (grad_sums(given), step_sums(p, p - before))
 
 
 def _write_copy(copy: Array, p: Array) -> None:
@@ -103,24 +103,33 @@ def _fold(lanes: Array) -> Array:
 
 def _in_lanes(x: Array) -> Array:
     """Add up the last axis: element i to lane i % 16, one after the other; then the lanes."""
-    lanes = np.zeros((*x.shape[:-1], _LANES))
+    lanes = np.zeros((*x.shape[:-1], _LANES), x.dtype)
     for start in range(0, x.shape[-1], _LANES):
         piece = x[..., start : start + _LANES]
         lanes[..., : piece.shape[-1]] += piece
-    return _fold(lanes)
+    return _fold(lanes.astype(np.float64, copy=False))
 
 
 @quiet
-def sums(x: Array) -> Sums:
-    """Return sum of squares, largest magnitude, number of zeros, and of what is not finite."""
+def squares(x: Array, dtype: Any = np.float64) -> float:
+    """Return the sum of squares, added up in `dtype` within a lane of a tile, and in float64."""
     values = flat(np.asarray(x))
-    magnitudes = np.abs(values)
-    tiles = np.zeros((-(-values.size // _TILE), _TILE))
-    tiles.reshape(-1)[: values.size] = values.astype(np.float64) ** 2
-    squares = float(_in_lanes(_in_lanes(tiles)))
-    largest = float(magnitudes.max(initial=0))
-    zeros = int((magnitudes == 0).sum())
-    return squares, largest, zeros, int((~np.isfinite(values)).sum())
+    tiles = np.zeros((-(-values.size // _TILE), _TILE), dtype)
+    tiles.reshape(-1)[: values.size] = values.astype(dtype, copy=False) ** 2
+    return float(_in_lanes(_in_lanes(tiles)))
+
+
+def grad_sums(g: Array) -> GradSums:
+    """Return what is measured of a gradient."""
+    size = np.abs(g)
+    zeros, nonfinite = np.count_nonzero(size == 0), np.count_nonzero(~np.isfinite(size))
+    return squares(g), float(size.max(initial=0)), int(zeros), int(nonfinite)
+
+
+def step_sums(p: Array, update: Array) -> StepSums:
+    """Return what is measured of a parameter and of its update."""
+    largest = float(np.abs(update).max(initial=0))
+    return squares(p, p.dtype), squares(update, p.dtype), largest
 
 
 def leaves(
@@ -149,11 +158,11 @@ class Plain(Optimizer):
 
     _is_plain = True
 
-    def _plain_sums(self, number: int, grad: Array) -> Sums:
+    def _plain_sums(self, number: int, grad: Array) -> GradSums:
         param = self._work.params[number]
         compute = np.float64 if param.dtype == np.float64 else np.float32
         laid = _check.gradient("gradient", grad, param)
-        return sums(laid.astype(compute, copy=False))
+        return grad_sums(laid.astype(compute, copy=False))
 
     def _plain_step(
         self,
@@ -163,7 +172,7 @@ class Plain(Optimizer):
         scale: float,
         around: Around | None,
         copy: Array | None,
-    ) -> tuple[Sums, Sums, Sums] | None:
+    ) -> tuple[GradSums, StepSums] | None:
         options = self._options[self._group_of[number]]
         *arrays, average = self._work.states[number]
         states = [

@@ -12,7 +12,7 @@ import numpy as np
 from fusedopt._check import Array
 from fusedopt.formats import Stored
 from fusedopt.optim import lamb as _fast
-from fusedopt.reference._plain import Plain, leaves, penalized, sums
+from fusedopt.reference._plain import Plain, leaves, penalized, squares
 
 
 def _update(
@@ -34,7 +34,7 @@ def _update(
     v[...] = v * c(beta2) + (c(1 - beta2) * g) * g
     d = np.sqrt(v) / c(sqrt(1 - beta2**step)) + c(eps)
     u = (c(1 / (1 - beta1**step)) * m) / d + c(weight_decay) * p
-    size, way = sqrt(sums(p)[0]), sqrt(sums(u)[0])
+    size, way = sqrt(squares(p)), sqrt(squares(u))
     trust = size / way if size > 0 and way > 0 else 1.0
     p[...] = p - c(lr * trust) * u
 

@@ -10,7 +10,7 @@ from typing import Any
 from fusedopt._check import Array
 from fusedopt.formats import Stored
 from fusedopt.optim import lars as _fast
-from fusedopt.reference._plain import Plain, leaves, penalized, sums
+from fusedopt.reference._plain import Plain, leaves, penalized, squares
 
 
 def _update(
@@ -27,7 +27,7 @@ def _update(
 ) -> None:
     c = p.dtype.type  # round a constant once
     g = penalized(p, grad, 0.0, 0.0, maximize)
-    size, way = sqrt(sums(p)[0]), sqrt(sums(g)[0])
+    size, way = sqrt(squares(p)), sqrt(squares(g))
     trust = 1.0
     if size > 0 and way > 0:
         trust = trust_coefficient * size / (way + weight_decay * size + eps)
