@@ -2,8 +2,8 @@
  * of the float, which compilers vectorise on every instruction set and NumPy repeats to the bit
  * (src/fusedopt/formats.py).
  *
- * Included once by kernels.c. Every function works on a whole block: load and store in formats.h
- * pad the last one of an array. Nothing is aliased; byte arrays need no alignment.
+ * Included once by kernels.c. Every function works on a whole block: formats.h pads the last one of
+ * an array, and arrays that are not aligned.
  *
  * 8-bit block floats. A block shares a base, the float exponent of its smallest binade, even and in
  * a byte of its own whose lowest bit says that some element is not finite. Code 0 is zero; code k
@@ -14,39 +14,20 @@
  * small for the window is zero in S8; in U8 it is code 1, because a second moment of 0 beside a
  * first that is not would make an update of m / eps. */
 
-typedef union block {               /* the same elements as numbers and as bits */
-    _Alignas(64) float f[FO_BLOCK]; /* a cache line: wide accesses must not cross one */
-    uint32_t u[FO_BLOCK];
-} block;
-
-typedef union number {
-    float f;
-    uint32_t u;
-} number;
-
-#define HALF (FO_BLOCK / 2)
-#define INFINITE 0x7f800000u
-#define QUIET_NAN 0x7fc00000u
-
-/* 32 random bits from a counter: a multiplicative hash over a Weyl sequence (the multipliers are
- * Wellons' lowbias32, 2018). With one multiplication less it fails the tests of correlation in
- * tests/test_formats.py. Element j of block b takes the low half of number b * HALF + j, element
- * j + HALF the high half. */
-FO_INLINE uint32_t noise(uint32_t key, uint32_t counter)
-{
-    uint32_t x = (counter * 0x9e3779b9u) ^ key;
-    x ^= x >> 16;
-    x *= 0x7feb352du;
-    x ^= x >> 15;
-    x *= 0x846ca68bu;
-    return x ^ (x >> 16);
-}
-
-FO_INLINE uint32_t absolute(uint32_t bits) { return bits & 0x7fffffffu; }
-FO_INLINE int is_finite(uint32_t bits) { return absolute(bits) < INFINITE; }
-FO_INLINE uint32_t quiet(uint32_t bits) { return absolute(bits) > INFINITE ? QUIET_NAN : bits; }
+#include "block.h"
 
 /* ---------------------------------------------------------------- bf16 */
+
+/* Looked for once in a block: a test of every element would cost more than the rounding. */
+FO_INLINE int has_nan(const block *from) { return largest_of(from) > INFINITE; }
+
+FO_INLINE void quiet_nans(const block *restrict from, uint16_t *restrict to)
+{
+    if (has_nan(from))
+        for (int j = 0; j < FO_BLOCK; j++)
+            if (is_nan(from->u[j]))
+                to[j] = QUIET_NAN >> 16;
+}
 
 FO_INLINE void decode_bf16(const uint16_t *restrict from, block *restrict to)
 {
@@ -55,28 +36,29 @@ FO_INLINE void decode_bf16(const uint16_t *restrict from, block *restrict to)
         to->u[j] = (uint32_t)from[j] << 16;
 }
 
-/* Adds what makes the upper half right, and cuts; infinities stay, NaN becomes the quiet one. */
-FO_INLINE uint32_t bf16_of(uint32_t bits, uint32_t add)
-{
-    return (is_finite(bits) ? bits + add : quiet(bits)) >> 16;
-}
-
+/* What is added makes the upper half right. An infinity has no low bits that could carry. */
 FO_INLINE void encode_bf16(const block *restrict from, uint16_t *restrict to)
 {
+    block sums;
     FO_SIMD
     for (int j = 0; j < FO_BLOCK; j++)
-        to[j] = (uint16_t)bf16_of(from->u[j], 0x7fff + ((from->u[j] >> 16) & 1));
+        sums.u[j] = from->u[j] + 0x7fff + ((from->u[j] >> 16) & 1);
+    upper_halves(&sums, to);
+    quiet_nans(from, to);
 }
 
-FO_INLINE void encode_bf16_stochastic(const block *restrict from, uint32_t key, uint32_t counter,
+FO_INLINE void encode_bf16_stochastic(const block *restrict from, uint32_t key, uint32_t weyl,
                                       uint16_t *restrict to)
 {
+    block sums;
     FO_SIMD
     for (int j = 0; j < HALF; j++) {
-        uint32_t random = noise(key, counter + (uint32_t)j);
-        to[j] = (uint16_t)bf16_of(from->u[j], random & 0xffff);
-        to[j + HALF] = (uint16_t)bf16_of(from->u[j + HALF], random >> 16);
+        uint32_t random = noise(key, weyl + (uint32_t)j * WEYL);
+        sums.u[j] = from->u[j] + (random & 0xffff);
+        sums.u[j + HALF] = from->u[j + HALF] + (random >> 16);
     }
+    upper_halves(&sums, to);
+    quiet_nans(from, to);
 }
 
 /* ------------------------------------------------- bf16 with residual bits */
@@ -89,16 +71,21 @@ FO_INLINE void decode_low16(const uint16_t *restrict from, const int16_t *restri
         to->u[j] = ((uint32_t)from[j] << 16) + (uint32_t)low[j];
 }
 
+/* The residual is the difference from a number whose low bits are zero: the low bits. */
 FO_INLINE void encode_low16(const block *restrict from, uint16_t *restrict to,
                             int16_t *restrict low)
 {
+    block sums;
     FO_SIMD
     for (int j = 0; j < FO_BLOCK; j++) {
-        uint32_t bits = quiet(from->u[j]);
-        uint32_t high = (bits + 0x8000) >> 16;
-        to[j] = (uint16_t)high;
-        low[j] = (int16_t)(bits - (high << 16));
+        sums.u[j] = from->u[j] + 0x8000;
+        low[j] = (int16_t)from->u[j];
     }
+    upper_halves(&sums, to);
+    if (has_nan(from))
+        for (int j = 0; j < FO_BLOCK; j++)
+            if (is_nan(from->u[j]))
+                to[j] = QUIET_NAN >> 16, low[j] = 0;
 }
 
 FO_INLINE void decode_low8(const uint16_t *restrict from, const int8_t *restrict low,
@@ -109,15 +96,20 @@ FO_INLINE void decode_low8(const uint16_t *restrict from, const int8_t *restrict
         to->u[j] = ((uint32_t)from[j] << 16) + ((uint32_t)low[j] << 8);
 }
 
-FO_INLINE void encode_low8(const block *restrict from, uint16_t *restrict to, int8_t *restrict low)
+FO_INLINE void encode_low8(const block *restrict from, uint16_t *restrict to, uint8_t *restrict low)
 {
+    block longer, sums;
     FO_SIMD
     for (int j = 0; j < FO_BLOCK; j++) {
-        uint32_t bits = quiet(from->u[j]);
-        uint32_t longer = (bits + 0x80) >> 8, high = (longer + 0x80) >> 8;
-        to[j] = (uint16_t)high;
-        low[j] = (int8_t)(longer - (high << 8));
+        longer.u[j] = ((from->u[j] + 0x80) >> 8) & 0xff;
+        sums.u[j] = ((from->u[j] + 0x80) & 0xffffff00u) + 0x8000;
     }
+    upper_halves(&sums, to);
+    narrow(&longer, low);
+    if (has_nan(from))
+        for (int j = 0; j < FO_BLOCK; j++)
+            if (is_nan(from->u[j]))
+                to[j] = QUIET_NAN >> 16, low[j] = 0;
 }
 
 /* ---------------------------------------------------------------- f16 */
@@ -172,12 +164,13 @@ FO_INLINE uint32_t f16_subnormal(uint32_t bits, uint32_t random)
     return (uint32_t)(int32_t)(size.f * 0x1p24f + (float)(int32_t)random * 0x1p-16f);
 }
 
-FO_INLINE void encode_f16_stochastic(const block *restrict from, uint32_t key, uint32_t counter,
+FO_INLINE void encode_f16_stochastic(const block *restrict from, uint32_t key, uint32_t weyl,
                                      uint16_t *restrict to)
 {
     FO_SIMD
     for (int j = 0; j < HALF; j++) {
-        uint32_t random = noise(key, counter + (uint32_t)j), r = random & 0xffff, s = random >> 16;
+        uint32_t random = noise(key, weyl + (uint32_t)j * WEYL);
+        uint32_t r = random & 0xffff, s = random >> 16;
         uint32_t x = from->u[j], y = from->u[j + HALF];
         to[j] = (uint16_t)f16_of(x, r >> 3, f16_subnormal(x, r));
         to[j + HALF] = (uint16_t)f16_of(y, s >> 3, f16_subnormal(y, s));
@@ -193,11 +186,13 @@ FO_INLINE void decode_8bit(const uint8_t *restrict from, uint32_t about, int is_
                            block *restrict to)
 {
     const uint32_t base = (about & 0xfe) << 23, codes = is_signed ? 0x7f : 0xff;
+    block wide;
+    widen(from, &wide);
     FO_SIMD
     for (int j = 0; j < FO_BLOCK; j++) {
-        uint32_t size = ((uint32_t)from[j] & codes) << 20;
-        uint32_t bits = size != 0 ? size + base : 0;
-        to->u[j] = is_signed ? bits | (((uint32_t)from[j] & 0x80) << 24) : bits;
+        uint32_t size = (wide.u[j] & codes) << 20;
+        uint32_t bits = size + (size != 0 ? base : 0);
+        to->u[j] = is_signed ? bits | (wide.u[j] & 0x80000000u) : bits;
     }
     if (about & 1)
         for (int j = 0; j < FO_BLOCK; j++)
@@ -205,28 +200,23 @@ FO_INLINE void decode_8bit(const uint8_t *restrict from, uint32_t about, int is_
                 to->u[j] = QUIET_NAN;
 }
 
-FO_INLINE uint32_t code_8bit(uint32_t bits, uint32_t random, uint32_t base, int is_signed)
+/* random is in bits 4 to 19; start is the base less a half of the lowest of them. */
+FO_INLINE uint32_t code_8bit(uint32_t bits, uint32_t random, uint32_t start, int is_signed)
 {
-    const int32_t least = is_signed ? 0 : STEP;
-    int32_t size = (int32_t)(absolute(bits) + ((random << 4) | 8) - base);
-    uint32_t code = (uint32_t)(size < least ? least : size) >> 20;
+    const int32_t least = is_signed ? 0 : STEP, size = (int32_t)(absolute(bits) + random - start);
+    const uint32_t sum = (uint32_t)(size < least ? least : size), code = sum >> 20;
     if (is_signed)
-        return code | ((bits >> 24) & 0x80);
-    return absolute(bits) != 0 ? code : 0;
+        return ((sum << 4) | (bits & 0x80000000u)) >> 24;
+    return code < absolute(bits) ? code : absolute(bits); /* 0 for 0; what is less has code 1 */
 }
 
 /* Returns the byte about the block. */
-FO_INLINE uint8_t encode_8bit(const block *restrict from, uint32_t key, uint32_t counter,
+FO_INLINE uint8_t encode_8bit(const block *restrict from, uint32_t key, uint32_t weyl,
                               int is_signed, uint8_t *restrict to)
 {
     const int binades = is_signed ? 15 : 31;
     block codes;
-    uint32_t largest = 0, is_odd = 0;
-    FO_REDUCE(max, largest)
-    for (int j = 0; j < FO_BLOCK; j++) {
-        uint32_t size = absolute(from->u[j]);
-        largest = size > largest ? size : largest;
-    }
+    uint32_t largest = largest_of(from), is_odd = 0;
     if (largest >= INFINITE) { /* then of the finite ones */
         is_odd = 1;
         largest = 0;
@@ -237,15 +227,15 @@ FO_INLINE uint8_t encode_8bit(const block *restrict from, uint32_t key, uint32_t
     int32_t base = (int32_t)((largest + 2 * STEP) >> 23) - binades;
     base = base > 0 ? (base + 1) & ~1 : 0;
 
+    const uint32_t start = ((uint32_t)base << 23) - 8;
     FO_SIMD
     for (int j = 0; j < HALF; j++) {
-        uint32_t random = noise(key, counter + (uint32_t)j), smallest = (uint32_t)base << 23;
-        codes.u[j] = code_8bit(from->u[j], random & 0xffff, smallest, is_signed);
-        codes.u[j + HALF] = code_8bit(from->u[j + HALF], random >> 16, smallest, is_signed);
+        uint32_t random = noise(key, weyl + (uint32_t)j * WEYL);
+        codes.u[j] = code_8bit(from->u[j], (random << 4) & 0xffff0, start, is_signed);
+        codes.u[j + HALF] =
+            code_8bit(from->u[j + HALF], (random >> 12) & 0xffff0, start, is_signed);
     }
-    FO_SIMD
-    for (int j = 0; j < FO_BLOCK; j++) /* apart: narrowing by four is a shuffle of its own */
-        to[j] = (uint8_t)codes.u[j];
+    narrow(&codes, to);
     if (is_odd)
         for (int j = 0; j < FO_BLOCK; j++)
             if (!is_finite(from->u[j]))
@@ -255,132 +245,112 @@ FO_INLINE uint8_t encode_8bit(const block *restrict from, uint32_t key, uint32_t
 
 /* ---------------------------------------------------------------- any of them */
 
-/* The bytes of one block, aligned, with zeros behind the last element. */
-typedef union padded {
-    uint16_t align;
-    unsigned char bytes[2 * FO_BLOCK];
-} padded;
-
-FO_INLINE void *pad(padded *room, void *from, ptrdiff_t bytes)
+/* One block out of an array's data and extra. The format is a constant in loops that know it. */
+FO_INLINE void decode(fo_format format, const void *data, const void *extra, block *to)
 {
-    memset(room, 0, sizeof *room);
-    memcpy(room, from, (size_t)bytes);
-    return room;
-}
-
-/* Where the n elements from `at` lie in data and in extra, n <= FO_BLOCK, and whether they must
- * pass through a padded copy: at the end of an array, or where they are not aligned. */
-typedef struct place {
-    void *data, *extra;
-    ptrdiff_t data_bytes, extra_bytes;
-    int is_padded;
-} place;
-
-FO_INLINE place place_of(const fo_array *array, ptrdiff_t at, ptrdiff_t n)
-{
-    place it = {.data = (char *)array->data + fo_data_bytes(array, at),
-                .data_bytes = fo_data_bytes(array, n)};
-    if (array->extra != NULL) {
-        it.extra = (char *)array->extra + fo_extra_bytes(array, at);
-        it.extra_bytes = fo_extra_bytes(array, n);
-    }
-    it.is_padded = n < FO_BLOCK || ((uintptr_t)it.data | (uintptr_t)it.extra) % 2 != 0;
-    return it;
-}
-
-/* Elements [at, at + n) of an array of a narrow format; zeros behind them. */
-FO_INLINE void decode(const fo_array *array, ptrdiff_t at, ptrdiff_t n, block *to)
-{
-    padded data, extra;
-    place it = place_of(array, at, n);
-    if (it.is_padded) {
-        it.data = pad(&data, it.data, it.data_bytes);
-        it.extra = it.extra ? pad(&extra, it.extra, it.extra_bytes) : NULL;
-    }
-    switch (array->format) {
+    switch (format) {
     case FO_BF16_LOW16:
-        decode_low16(it.data, it.extra, to);
+        decode_low16(data, extra, to);
         break;
     case FO_BF16_LOW8:
-        decode_low8(it.data, it.extra, to);
+        decode_low8(data, extra, to);
         break;
     case FO_S8:
-        decode_8bit(it.data, *(uint8_t *)it.extra, 1, to);
+        decode_8bit(data, *(const uint8_t *)extra, 1, to);
         break;
     case FO_U8:
-        decode_8bit(it.data, *(uint8_t *)it.extra, 0, to);
+        decode_8bit(data, *(const uint8_t *)extra, 0, to);
         break;
     case FO_F16:
     case FO_F16_STOCHASTIC:
-        decode_f16(it.data, to);
+        decode_f16(data, to);
         break;
     default:
-        decode_bf16(it.data, to);
+        decode_bf16(data, to);
     }
 }
 
-/* The way back; key is of the array in this step. */
-FO_INLINE void encode(const fo_array *array, ptrdiff_t at, ptrdiff_t n, const block *from,
-                      uint32_t key)
+/* And back; key is of the array in this step, weyl of the block. */
+FO_INLINE void encode(fo_format format, const block *from, uint32_t key, uint32_t weyl, void *data,
+                      void *extra)
 {
-    const uint32_t counter = (uint32_t)((uint64_t)at / FO_BLOCK * HALF);
-    padded data, extra;
-    const place there = place_of(array, at, n);
-    void *to = there.is_padded ? &data : there.data;
-    void *beside = there.is_padded ? &extra : there.extra;
-    switch (array->format) {
+    switch (format) {
     case FO_BF16_LOW16:
-        encode_low16(from, to, beside);
+        encode_low16(from, data, extra);
         break;
     case FO_BF16_LOW8:
-        encode_low8(from, to, beside);
+        encode_low8(from, data, extra);
         break;
     case FO_S8:
-        *(uint8_t *)beside = encode_8bit(from, key, counter, 1, to);
+        *(uint8_t *)extra = encode_8bit(from, key, weyl, 1, data);
         break;
     case FO_U8:
-        *(uint8_t *)beside = encode_8bit(from, key, counter, 0, to);
+        *(uint8_t *)extra = encode_8bit(from, key, weyl, 0, data);
         break;
     case FO_F16:
-        encode_f16(from, to);
+        encode_f16(from, data);
         break;
     case FO_F16_STOCHASTIC:
-        encode_f16_stochastic(from, key, counter, to);
+        encode_f16_stochastic(from, key, weyl, data);
         break;
     case FO_BF16:
-        encode_bf16(from, to);
+        encode_bf16(from, data);
         break;
     default:
-        encode_bf16_stochastic(from, key, counter, to);
-    }
-    if (there.is_padded) {
-        memcpy(there.data, &data, (size_t)there.data_bytes);
-        if (there.extra != NULL)
-            memcpy(there.extra, &extra, (size_t)there.extra_bytes);
+        encode_bf16_stochastic(from, key, weyl, data);
     }
 }
 
-/* The same for leaves in double, where narrow formats are rare: compiled once. */
+/* The same for leaves in double, where narrow formats are rare. */
 typedef struct wide_block {
     _Alignas(64) double f[FO_BLOCK];
 } wide_block;
 
-static __attribute__((noinline)) void
-FO_CAT(decode_wide, FO_ISA)(const fo_array *array, ptrdiff_t at, ptrdiff_t n, wide_block *to)
+FO_INLINE void decode_wide(fo_format format, const void *data, const void *extra, wide_block *to)
 {
     block narrow;
-    decode(array, at, n, &narrow);
+    decode(format, data, extra, &narrow);
     for (int j = 0; j < FO_BLOCK; j++)
         to->f[j] = (double)narrow.f[j];
 }
 
-static __attribute__((noinline)) void FO_CAT(encode_wide, FO_ISA)(const fo_array *array,
-                                                                  ptrdiff_t at, ptrdiff_t n,
-                                                                  const wide_block *from,
-                                                                  uint32_t key)
+FO_INLINE void encode_wide(fo_format format, const wide_block *from, uint32_t key, uint32_t weyl,
+                           void *data, void *extra)
 {
     block narrow;
     for (int j = 0; j < FO_BLOCK; j++)
         narrow.f[j] = (float)from->f[j];
-    encode(array, at, n, &narrow, key);
+    encode(format, &narrow, key, weyl, data, extra);
+}
+
+/* ---------------------------------------------------------------- all of a leaf's */
+
+/* The formats of a leaf's arrays; FO_FORMATS: there is no such array. */
+typedef struct set {
+    fo_format param, grad, state[FO_MAX_STATES];
+} set;
+
+static inline int is_array_of(const fo_array *array, fo_format format)
+{
+    return array->data == NULL ? format == FO_FORMATS
+                               : array->format == format && fo_is_aligned(array);
+}
+
+/* Whether a leaf has exactly these arrays, all of them aligned. */
+static inline int is_of(const fo_leaf *leaf, const set *formats)
+{
+    int fits = is_array_of(&leaf->param, formats->param) && is_array_of(&leaf->grad, formats->grad);
+    for (int k = 0; k < FO_MAX_STATES; k++)
+        fits = fits && is_array_of(&leaf->state[k], formats->state[k]);
+    return fits;
+}
+
+/* Tells the compiler what is_of has found out. */
+FO_INLINE void know(fo_array *array, fo_format format)
+{
+    array->format = format;
+    if (format == FO_FORMATS)
+        array->data = NULL;
+    else if (array->data == NULL || (fo_format_table[format].extra != 0 && array->extra == NULL))
+        __builtin_unreachable();
 }

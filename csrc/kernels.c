@@ -10,6 +10,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #define FO_CAT3_(a, b, c) a##_##b##_##c
 #define FO_CAT3(a, b, c) FO_CAT3_(a, b, c)
 #define FO_CAT_(a, b) a##_##b
@@ -23,6 +27,7 @@
 #define FO_PRAGMA(text) _Pragma(#text)
 #define FO_REDUCE(operation, name) FO_PRAGMA(omp simd reduction(operation : name))
 #define FO_INLINE static inline __attribute__((always_inline))
+#define FO_APART __attribute__((noinline)) /* compiled once, out of the way of others */
 
 /* Functions over blocks on the stack, which are aligned: the full registers pay there. */
 #if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__)
@@ -51,6 +56,10 @@
 #define FO_ROOM block
 #define FO_DECODE decode
 #define FO_ENCODE encode
+#define FO_SETS(X, rule) /* formats with a loop of their own: parameter, gradient, two states */   \
+    X(rule, bf16_state_blocks, FO_F32, FO_F32, FO_BF16_STOCHASTIC, FO_BF16_STOCHASTIC)             \
+    X(rule, int8_state_blocks, FO_F32, FO_F32, FO_S8, FO_U8)                                       \
+    X(rule, int8_state_bf16_param_blocks, FO_BF16_LOW8, FO_BF16, FO_S8, FO_U8)
 #define FO_SQRT sqrtf
 #define FO_BITS uint32_t
 #define FO_INFINITE 0x7f800000u
@@ -63,6 +72,7 @@
 #undef FO_ROOM
 #undef FO_DECODE
 #undef FO_ENCODE
+#undef FO_SETS
 #undef FO_SQRT
 #undef FO_BITS
 #undef FO_INFINITE
@@ -73,8 +83,9 @@
 #define FO_FOREIGN FO_F32
 #define FO_FOREIGN_TYPE float
 #define FO_ROOM wide_block
-#define FO_DECODE FO_CAT(decode_wide, FO_ISA)
-#define FO_ENCODE FO_CAT(encode_wide, FO_ISA)
+#define FO_DECODE decode_wide
+#define FO_ENCODE encode_wide
+#define FO_SETS(X, rule)
 #define FO_SQRT sqrt
 #define FO_BITS uint64_t
 #define FO_INFINITE 0x7ff0000000000000u

@@ -49,7 +49,22 @@ static inline double fo_fold(double *lanes)
     return lanes[0];
 }
 
-extern const fo_format_info fo_format_table[FO_FORMATS]; /* fo_formats, without a call */
+enum { BLOCK_SHIFT = 6 };
+_Static_assert(1 << BLOCK_SHIFT == FO_BLOCK, "one exponent for each block");
+
+/* fo_formats: here, so that loops that know a format know its sizes. */
+static const fo_format_info fo_format_table[FO_FORMATS] = {
+    [FO_F32] = {"float32", 4, 0, 0, 0},
+    [FO_F64] = {"float64", 8, 0, 0, 0},
+    [FO_BF16] = {"bfloat16", 2, 0, 0, 0},
+    [FO_F16] = {"float16", 2, 0, 0, 0},
+    [FO_BF16_STOCHASTIC] = {"bfloat16-stochastic", 2, 0, 0, 1},
+    [FO_F16_STOCHASTIC] = {"float16-stochastic", 2, 0, 0, 1},
+    [FO_BF16_LOW16] = {"bfloat16+int16", 2, 2, 0, 0},
+    [FO_BF16_LOW8] = {"bfloat16+int8", 2, 1, 0, 0},
+    [FO_S8] = {"int8", 1, 1, BLOCK_SHIFT, 1},
+    [FO_U8] = {"uint8", 1, 1, BLOCK_SHIFT, 1},
+};
 
 /* Bytes of elements [0, n) in data and in extra; n is a multiple of FO_BLOCK or the array's end. */
 static inline ptrdiff_t fo_data_bytes(const fo_array *array, ptrdiff_t n)
@@ -61,6 +76,27 @@ static inline ptrdiff_t fo_extra_bytes(const fo_array *array, ptrdiff_t n)
 {
     const fo_format_info *about = &fo_format_table[array->format];
     return ((n + ((ptrdiff_t)1 << about->shift) - 1) >> about->shift) * about->extra;
+}
+
+/* Where element n, a multiple of FO_BLOCK, is in data, and what belongs to it in extra, or NULL. */
+static inline void *fo_data_at(const fo_array *array, ptrdiff_t n)
+{
+    return (char *)array->data + fo_data_bytes(array, n);
+}
+
+static inline void *fo_extra_at(const fo_array *array, ptrdiff_t n)
+{
+    return array->extra != NULL ? (char *)array->extra + fo_extra_bytes(array, n) : NULL;
+}
+
+/* Whether an array's elements lie where a compiler expects elements of their size, a power of 2. */
+static inline int fo_is_aligned(const fo_array *array)
+{
+    const fo_format_info *about = &fo_format_table[array->format];
+    uintptr_t off = (uintptr_t)array->data & (uintptr_t)(about->size - 1);
+    if (about->extra != 0)
+        off |= (uintptr_t)array->extra & (uintptr_t)(about->extra - 1);
+    return off == 0;
 }
 
 /* The chosen kernels: never NULL. */

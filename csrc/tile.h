@@ -115,22 +115,20 @@ static __attribute__((noinline)) void FO_TYPED(after)(const FO_TYPED(plan) * pla
         const ptrdiff_t count = n - from < FO_BLOCK ? n - from : FO_BLOCK;
         const REAL *p = param + from;
         if (leaf->ema.data != NULL) {
-            REAL *restrict e = FO_TYPED(load)(&leaf->ema, at + from, count, &room);
+            REAL *restrict e = FO_TYPED(load)(&leaf->ema, at + from, count, 0, &room);
             FO_SIMD
             for (ptrdiff_t i = 0; i < count; i++)
                 e[i] = e[i] + plan->ema_weight * (p[i] - e[i]);
-            FO_TYPED(store)(&leaf->ema, at + from, count, e, 0);
+            FO_TYPED(store)(&leaf->ema, at + from, count, 0, e, 0);
         }
         if (leaf->copy.data != NULL) {
             memset(&room, 0, sizeof room);
             memcpy(room.f, p, (size_t)count * sizeof *p);
-            FO_TYPED(store)(&leaf->copy, at + from, count, room.f, 0);
+            FO_TYPED(store)(&leaf->copy, at + from, count, 0, room.f, 0);
         }
     }
-    if (plan->zeroes) {
-        char *g = (char *)leaf->grad.data + fo_data_bytes(&leaf->grad, at);
-        memset(g, 0, (size_t)fo_data_bytes(&leaf->grad, n));
-    }
+    if (plan->zeroes)
+        memset(fo_data_at(&leaf->grad, at), 0, (size_t)fo_data_bytes(&leaf->grad, n));
 }
 
 typedef void FO_TYPED(rule)(const double *h, ptrdiff_t n, REAL *param, const REAL *grad,
@@ -161,26 +159,38 @@ FO_INLINE void FO_TYPED(whole)(const FO_TYPED(plan) * plan, FO_TYPED(rule) * rul
 /* Else: blocks, with the rule compiled into the loop for their fixed length, so that the processor
  * decodes and encodes one block while its divider works on another (see CONTRIBUTING). The lists
  * are copied so that no store can seem to change them. Behind the end of an array the arithmetic
- * runs on zeros that nobody sees. */
+ * runs on zeros that nobody sees. `known` is NULL, or the leaf's formats, as constants: then the
+ * codecs become part of the loop, and [begin, end) must be whole blocks of aligned arrays. States
+ * are written out, as compilers unroll loops too late to see that a format is a constant. */
 FO_INLINE void FO_TYPED(blocks)(const FO_TYPED(plan) * plan, FO_TYPED(rule) * rule, ptrdiff_t begin,
-                                ptrdiff_t end)
+                                ptrdiff_t end, const set *known)
 {
+    _Static_assert(FO_MAX_STATES == 3, "three are written out below");
+    const int is_known = known != NULL;
     FO_TYPED(tally) tally;
     REAL old[FO_BLOCK];
     FO_ROOM param_room, grad_room, state_room[FO_MAX_STATES];
     REAL scratch[FO_BLOCK], *state[FO_MAX_STATES];
     const FO_TYPED(plan) h = *plan;
-    const fo_leaf its = *plan->leaf;
+    fo_leaf its = *plan->leaf;
     uint32_t keys[1 + FO_MAX_STATES];
     for (int slot = 0; slot < 1 + FO_MAX_STATES; slot++)
         keys[slot] = (uint32_t)(fo_mix(its.key + (uint64_t)slot) >> 32);
+    if (is_known) {
+        know(&its.param, known->param);
+        know(&its.grad, known->grad);
+        know(&its.state[0], known->state[0]);
+        know(&its.state[1], known->state[1]);
+        know(&its.state[2], known->state[2]);
+    }
 
     for (ptrdiff_t at = begin; at < end; at += FO_BLOCK) {
-        const ptrdiff_t n = end - at < FO_BLOCK ? end - at : FO_BLOCK;
-        REAL *param = FO_TYPED(load)(&its.param, at, n, &param_room);
-        const REAL *raw = FO_TYPED(load)(&its.grad, at, n, &grad_room);
-        for (int k = 0; k < FO_MAX_STATES; k++)
-            state[k] = FO_TYPED(load)(&its.state[k], at, n, &state_room[k]);
+        const ptrdiff_t n = is_known || end - at >= FO_BLOCK ? FO_BLOCK : end - at;
+        REAL *param = FO_TYPED(load)(&its.param, at, n, is_known, &param_room);
+        const REAL *raw = FO_TYPED(load)(&its.grad, at, n, is_known, &grad_room);
+        state[0] = FO_TYPED(load)(&its.state[0], at, n, is_known, &state_room[0]);
+        state[1] = FO_TYPED(load)(&its.state[1], at, n, is_known, &state_room[1]);
+        state[2] = FO_TYPED(load)(&its.state[2], at, n, is_known, &state_room[2]);
 
         if (h.measures)
             memcpy(old, param, sizeof old);
@@ -189,13 +199,35 @@ FO_INLINE void FO_TYPED(blocks)(const FO_TYPED(plan) * plan, FO_TYPED(rule) * ru
         if (h.has_after)
             FO_TYPED(after)(plan, at, n, param, raw, old, &tally);
 
-        FO_TYPED(store)(&its.param, at, n, param, keys[0]);
-        for (int k = 0; k < FO_MAX_STATES; k++)
-            FO_TYPED(store)(&its.state[k], at, n, state[k], keys[1 + k]);
+        FO_TYPED(store)(&its.param, at, n, is_known, param, keys[0]);
+        FO_TYPED(store)(&its.state[0], at, n, is_known, state[0], keys[1]);
+        FO_TYPED(store)(&its.state[1], at, n, is_known, state[1], keys[2]);
+        FO_TYPED(store)(&its.state[2], at, n, is_known, state[2], keys[3]);
     }
 }
 
+/* The loops of a rule: over whole tiles, over blocks of any formats, and over blocks of each set of
+ * formats that has a loop of its own. A rule takes as many states of a set as it has. */
+typedef void FO_TYPED(loop)(const FO_TYPED(plan) * plan, ptrdiff_t begin, ptrdiff_t end);
+typedef struct FO_TYPED(known) {
+    set formats;
+    FO_TYPED(loop) * loop;
+} FO_TYPED(known);
+
+#define FO_SET(rule, param, grad, m, v)                                                            \
+    {                                                                                              \
+        param, grad, { m, FO_TYPED(rule##_states) > 1 ? v : FO_FORMATS, FO_FORMATS }               \
+    }
+#define FO_KNOWN_LOOP(rule, name, ...)                                                             \
+    static FO_WIDE void FO_CAT(FO_RULE(rule), name)(const FO_TYPED(plan) * plan, ptrdiff_t begin,  \
+                                                    ptrdiff_t end)                                 \
+    {                                                                                              \
+        const set formats = FO_SET(rule, __VA_ARGS__);                                             \
+        FO_TYPED(blocks)(plan, FO_RULE(rule), begin, end, &formats);                               \
+    }
+#define FO_KNOWN(rule, name, ...) {FO_SET(rule, __VA_ARGS__), FO_CAT(FO_RULE(rule), name)},
 #define FO_LOOPS(rule, LIST, states, required, KIND)                                               \
+    enum { FO_TYPED(rule##_states) = states };                                                     \
     static void FO_CAT(FO_RULE(rule), whole)(const FO_TYPED(plan) * plan, ptrdiff_t begin,         \
                                              ptrdiff_t end)                                        \
     {                                                                                              \
@@ -204,16 +236,32 @@ FO_INLINE void FO_TYPED(blocks)(const FO_TYPED(plan) * plan, FO_TYPED(rule) * ru
     static FO_WIDE void FO_CAT(FO_RULE(rule), blocks)(const FO_TYPED(plan) * plan,                 \
                                                       ptrdiff_t begin, ptrdiff_t end)              \
     {                                                                                              \
-        FO_TYPED(blocks)(plan, FO_RULE(rule), begin, end);                                         \
-    }
+        FO_TYPED(blocks)(plan, FO_RULE(rule), begin, end, NULL);                                   \
+    }                                                                                              \
+    FO_SETS(FO_KNOWN_LOOP, rule)                                                                   \
+    static const FO_TYPED(known)                                                                   \
+        FO_CAT(FO_RULE(rule), known)[] = {FO_SETS(FO_KNOWN, rule){.loop = NULL}};
 FO_RULES(FO_LOOPS)
-#undef FO_LOOPS
 
-typedef void FO_TYPED(loop)(const FO_TYPED(plan) * plan, ptrdiff_t begin, ptrdiff_t end);
 #define FO_ENTRY(rule, LIST, states, required, KIND)                                               \
-    {FO_CAT(FO_RULE(rule), whole), FO_CAT(FO_RULE(rule), blocks)},
-static FO_TYPED(loop) *const FO_TYPED(loops)[][2] = {FO_RULES(FO_ENTRY)};
+    {FO_CAT(FO_RULE(rule), whole), FO_CAT(FO_RULE(rule), blocks), FO_CAT(FO_RULE(rule), known)},
+static const struct {
+    FO_TYPED(loop) * whole, *blocks;
+    const FO_TYPED(known) * known; /* ended by a NULL loop */
+} FO_TYPED(loops)[] = {FO_RULES(FO_ENTRY)};
 #undef FO_ENTRY
+#undef FO_LOOPS
+#undef FO_KNOWN
+#undef FO_KNOWN_LOOP
+#undef FO_SET
+
+/* The loop that was compiled for a leaf's formats, or NULL. */
+static FO_TYPED(loop) * FO_TYPED(known_loop)(const fo_leaf *leaf, const FO_TYPED(known) * known)
+{
+    while (known->loop != NULL && !is_of(leaf, &known->formats))
+        known++;
+    return known->loop;
+}
 
 static void FO_TYPED(step)(const fo_task *task, const fo_leaf *leaf, ptrdiff_t begin, ptrdiff_t end)
 {
@@ -221,7 +269,17 @@ static void FO_TYPED(step)(const fo_task *task, const fo_leaf *leaf, ptrdiff_t b
     int is_whole = FO_TYPED(is_whole)(&leaf->param) && FO_TYPED(is_whole)(&leaf->grad);
     for (int k = 0; k < FO_MAX_STATES; k++)
         is_whole = is_whole && FO_TYPED(is_whole)(&leaf->state[k]);
-    FO_TYPED(loops)[task->rule][!is_whole](&plan, begin, end);
+    if (is_whole) {
+        FO_TYPED(loops)[task->rule].whole(&plan, begin, end);
+        return;
+    }
+    FO_TYPED(loop) *known = FO_TYPED(known_loop)(leaf, FO_TYPED(loops)[task->rule].known);
+    const ptrdiff_t unit = plan.measures ? FO_TILE : FO_BLOCK; /* sums pass from block to block */
+    const ptrdiff_t full = known != NULL ? end - (end - begin) % unit : begin;
+    if (full > begin)
+        known(&plan, begin, full);
+    if (full < end)
+        FO_TYPED(loops)[task->rule].blocks(&plan, full, end);
 }
 
 /* The gradient's sums. */
@@ -237,7 +295,7 @@ static void FO_TYPED(measure)(const fo_task *task, const fo_leaf *leaf, ptrdiff_
         memset(&t, 0, sizeof t);
         for (ptrdiff_t from = 0; from < n && !is_whole; from += FO_BLOCK) {
             const ptrdiff_t count = n - from < FO_BLOCK ? n - from : FO_BLOCK;
-            FO_TYPED(add_grad)(&t, count, FO_TYPED(load)(&leaf->grad, at + from, count, &room));
+            FO_TYPED(add_grad)(&t, count, FO_TYPED(load)(&leaf->grad, at + from, count, 0, &room));
         }
         if (is_whole)
             FO_TYPED(add_grad)(&t, n, (const REAL *)leaf->grad.data + at);
@@ -257,10 +315,10 @@ FO_INLINE void FO_TYPED(directions)(const FO_TYPED(plan) * plan, FO_TYPED(direct
     double params[FO_LANES], outs[FO_LANES];
     for (ptrdiff_t at = begin; at < end; at += FO_BLOCK) {
         const ptrdiff_t n = end - at < FO_BLOCK ? end - at : FO_BLOCK;
-        const REAL *param = FO_TYPED(load)(&leaf->param, at, n, &param_room);
-        const REAL *raw = FO_TYPED(load)(&leaf->grad, at, n, &grad_room);
+        const REAL *param = FO_TYPED(load)(&leaf->param, at, n, 0, &param_room);
+        const REAL *raw = FO_TYPED(load)(&leaf->grad, at, n, 0, &grad_room);
         for (int k = 0; k < FO_MAX_STATES; k++)
-            state[k] = FO_TYPED(load)(&leaf->state[k], at, n, &state_room[k]);
+            state[k] = FO_TYPED(load)(&leaf->state[k], at, n, 0, &state_room[k]);
         direction(plan->scalars, FO_BLOCK, param,
                   FO_TYPED(before)(plan, FO_BLOCK, param, raw, scratch), state, out);
         if (at % FO_TILE == 0) {

@@ -36,7 +36,7 @@ def functions():
 
 
 def isa_of(name):
-    found = re.search(r"_(sse2|avx2|avx512)(_whole|_blocks|_directions)?(\.|$)", name)
+    found = re.search(r"_(sse2|avx2|avx512)(_whole|_directions|_blocks|_\w+_blocks)?(\.|$)", name)
     return found[1] if found else None
 
 
@@ -95,12 +95,13 @@ def test_rules_are_vectorised(functions, rule, kind, isa):
 
 @pytest.mark.parametrize("isa", WIDEST)
 def test_formats_are_vectorised(functions, isa):
-    """Decoding and encoding between the arithmetic of a rule, in packed integers."""
-    code = code_of(functions, f"adam_f32_{isa}_blocks")
-    widening = [i for i in code if re.match(r"v?(pmovzx(bd|wd)|punpck[lh](bw|wd))", i)]
-    narrowing = [i for i in code if re.match(r"v?(pmov(db|dw|wb)|packus|punpck)", i)]
-    hashing = [i for i in code if re.match(r"v?(pmulld|pmuludq)", i)]
-    assert len(widening) >= 8 and len(narrowing) >= 8 and len(hashing) >= 16
+    """Decoding and encoding in the loop of a rule, in packed integers."""
+    for name in (f"adam_f32_{isa}_bf16_state", f"adam_f32_{isa}_int8_state"):
+        code = code_of(functions, name)
+        widening = [i for i in code if re.match(r"v?(pmov[sz]x(bd|wd)|punpck[lh](bw|wd))", i)]
+        narrowing = [i for i in code if re.match(r"v?(pmov(db|dw|wb)|packus|punpck|perm[it]2w)", i)]
+        hashing = [i for i in code if re.match(r"v?(pmulld|pmuludq)", i)]
+        assert len(widening) >= 8 and len(narrowing) >= 4 and len(hashing) >= 8
 
 
 @pytest.mark.parametrize("module", [_core, _tensors], ids=lambda m: m.__name__)
