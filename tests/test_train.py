@@ -186,3 +186,14 @@ def test_info(capsys):
     out = capsys.readouterr().out
     for label, text in fusedopt.info().items():
         assert re.search(rf"^{label} +{re.escape(text)}$", out, re.M)
+
+
+def test_monitor(capsys, tmp_path):
+    """Measuring changes no bit, says what it saw, and draws it."""
+    plain = run(capsys, "--epochs", 2, "--no-reference")
+    out = run(capsys, "--epochs", 2, "--no-reference", "--monitor", tmp_path / "m.png")
+    assert weights(out) == weights(plain)
+    assert re.search(r"params\['dense1'\]\['W'\] +\d\.\d\de[-+]\d\d", out)
+    assert (tmp_path / "m.png").stat().st_size > 10_000
+    dead = run(capsys, "--epochs", 2, "--no-reference", "--monitor", "--lr", 1e-9)
+    assert "too small; raise the learning rate" in dead

@@ -22,7 +22,7 @@ if _isa is not None:
             f"{', '.join(_core.available_isas())}"
         ) from exc
 
-from fusedopt import _threadpoolctl, formats, functional, reference, schedules  # noqa: E402
+from fusedopt import _threadpoolctl, formats, functional, monitor, reference, schedules  # noqa: E402
 from fusedopt._around import StepStats  # noqa: E402
 from fusedopt._info import info  # noqa: E402
 from fusedopt._threads import get_num_threads, set_num_threads  # noqa: E402
@@ -33,6 +33,7 @@ from fusedopt.optim.lamb import LAMB  # noqa: E402
 from fusedopt.optim.lars import LARS  # noqa: E402
 from fusedopt.optim.sgd import SGD  # noqa: E402
 from fusedopt.optimizer import Optimizer, StepResult  # noqa: E402
+from fusedopt.scaler import GradScaler  # noqa: E402
 
 _threadpoolctl.watch()
 
@@ -43,6 +44,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "GradAccumulator",
+    "GradScaler",
     "Optimizer",
     "StepResult",
     "StepStats",
@@ -51,6 +53,7 @@ __all__ = [
     "functional",
     "get_num_threads",
     "info",
+    "monitor",
     "reference",
     "schedules",
     "set_num_threads",

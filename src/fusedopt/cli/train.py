@@ -20,6 +20,7 @@ from fusedopt.cli import data as data_module
 from fusedopt.cli import model
 from fusedopt.cli.data import Data
 from fusedopt.cli.plot import save_plot
+from fusedopt.monitor import History
 
 # per optimizer: class, learning rate, schedule, epochs
 OPTIMIZERS: dict[str, tuple[str, float, str, int]] = {
@@ -62,6 +63,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume", type=Path, metavar="CHECKPOINT", help="go on from a --save, to the same end; "
         f"--epochs may grow with --schedule {', '.join(OPEN_ENDED)}")  # fmt: skip
     add("--plot", type=Path, metavar="FILE.png", help="draw loss, accuracy and learning rate")
+    add(
+        "--monitor",
+        type=Path,
+        nargs="?",
+        const=Path(),
+        metavar="FILE.png",
+        help="measure every layer in each step, say what looks wrong; draw it, if a file is given",
+    )
     add("--no-reference", action="store_true", help="do not time the NumPy reference beside it")
 
 
@@ -103,7 +112,7 @@ def settle(options: argparse.Namespace, data: Data) -> argparse.Namespace:
     for name, least in (("epochs", 1), ("batch_size", 1), ("warmup", 0), ("seed", 0)):
         if getattr(settled, name) < least:
             raise ValueError(f"--{name.replace('_', '-')}: must be >= {least}")
-    for path in (settled.save, settled.plot):
+    for path in (settled.save, settled.plot, settled.monitor):
         if path is not None and not path.absolute().parent.is_dir():
             raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
     return settled
@@ -132,7 +141,7 @@ def batches(data: Data, o: argparse.Namespace, epoch: int) -> Iterator[NDArray[n
 
 
 def train_epoch(
-    state: Run, opt: Any, twin: Any, data: Data, o: argparse.Namespace, bar: Any
+    state: Run, opt: Any, twin: Any, data: Data, o: argparse.Namespace, bar: Any, monitor: History
 ) -> None:
     """Take the steps of one epoch: the loop that this program is an example of."""
     seconds, history = state.seconds, state.history
@@ -140,13 +149,15 @@ def train_epoch(
         start = perf_counter()
         loss, grads = model.loss_and_gradients(state.params, data.x_train[rows], data.y_train[rows])
         computed = perf_counter()
-        taken = opt.step(grads)
+        taken = opt.step(grads, stats=o.monitor is not None)
         stepped = perf_counter()
         if twin is not None:
             twin.step(grads)
         seconds["forward+backward"] += computed - start
         seconds["optimizer"] += stepped - computed
         seconds["reference"] += perf_counter() - stepped
+        if o.monitor is not None:
+            monitor.record(taken)
         history["loss"].append(loss)
         history["lr"].append(opt.param_groups[0]["lr"](taken.step))
         bar.update()
@@ -211,11 +222,12 @@ def run(options: argparse.Namespace) -> None:
     if twin is not None:
         twin.load_state_dict(opt.state_dict())
 
+    monitor = History()
     total = o.epochs * -(-len(data.x_train) // o.batch_size)
     with tqdm(total=total, initial=len(state.history["loss"]), unit="step") as bar:
         while state.epoch < o.epochs:
             bar.set_description(f"epoch {state.epoch + 1}/{o.epochs}")
-            train_epoch(state, opt, twin, data, o, bar)
+            train_epoch(state, opt, twin, data, o, bar, monitor)
             state.epoch += 1
             _, predicted = model.evaluate(state.params, data.x_test, data.y_test)
             state.history["accuracy"].append(float(np.mean(predicted == data.y_test)))
@@ -223,10 +235,27 @@ def run(options: argparse.Namespace) -> None:
             if o.save is not None:
                 save(o.save, state, opt, data, o)
     report(state, None if twin is None else shadow, data)
+    if o.monitor is not None:
+        tell(monitor, o.monitor)
     if o.plot is not None:
         title = f"{type(opt).__name__}, {o.schedule} schedule, batches of {o.batch_size}"
         save_plot(o.plot, state.history, title)
         print(f"plot: {o.plot}")
+
+
+def tell(monitor: History, path: Path) -> None:
+    """Print the last statistics of every layer and what looks wrong; draw them into a file."""
+    columns = {
+        name: monitor.column(name) for name in ("grad_norm", "update_ratio", "zero_fraction")
+    }
+    print("\nlayer                 gradient norm  update / parameter  zeros in the gradient")
+    for leaf in monitor.names:
+        norm, ratio, zeros = (by_leaf[leaf][-1] for by_leaf in columns.values())
+        print(f"{leaf:22}{norm:13.2e}  {ratio:18.1e}  {zeros:21.0%}")
+    print("\n".join(monitor.troubles() or ["nothing looks wrong"]))
+    if path != Path():
+        monitor.plot(path)
+        print(f"plot: {path}")
 
 
 def digest(params: model.Params) -> str:

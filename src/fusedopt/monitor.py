@@ -1,0 +1,220 @@
+r"""What training looks like from the optimizer: statistics over steps, the usual troubles in words.
+
+>>> import numpy as np, fusedopt
+>>> w = {"W": np.ones((3, 3), np.float32), "b": np.ones(3, np.float32)}
+>>> opt, history = fusedopt.SGD(w, lr=0.001), fusedopt.monitor.History()
+>>> for _ in range(30):
+...     grads = {"W": np.full((3, 3), 0.5, np.float32), "b": np.zeros(3, np.float32)}
+...     _ = history.record(opt.step(grads, stats=True))
+>>> print("\n".join(history.troubles()))
+params['b']: its gradient was 0 everywhere in the last 20 steps: a dead layer, or not used
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fusedopt import _check
+from fusedopt._around import StepStats
+from fusedopt._check import Array
+from fusedopt.optimizer import StepResult
+
+RATIOS = (1e-5, 1e-1)  # of update and parameter: a factor of 100 around the 1e-3 of a healthy run
+GROWTH = 100.0  # of a gradient's norm, between the first and the last steps, that is trouble
+
+
+class History:
+    """Statistics of steps, by leaf.
+
+    Parameters
+    ----------
+    window : int, default 20
+        Steps that `troubles` looks at, at the end and, to compare, at the beginning.
+
+    Attributes
+    ----------
+    steps : list of int
+        The optimizer's step count at each record.
+    skipped : list of int
+        The same, of steps that were skipped.
+    """
+
+    def __init__(self, window: int = 20) -> None:
+        """Begin without records."""
+        self.window = _check.count("window", window, least=1)
+        self.steps: list[int] = []
+        self.skipped: list[int] = []
+        self._records: list[StepStats] = []
+
+    def record(self, result: StepResult) -> StepResult:
+        """Take in what a step with ``stats=True`` returned; return it.
+
+        Raises
+        ------
+        ValueError
+            If the step was neither measured nor skipped.
+        """
+        if result.skipped:
+            self.skipped.append(result.step)
+        elif result.stats is None:
+            raise ValueError("the step has no statistics: call step(grads, stats=True)")
+        else:
+            self.steps.append(result.step)
+            self._records.append(result.stats)
+        return result
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all leaves that were seen, in the order in which they were."""
+        return list(dict.fromkeys(name for stats in self._records for name in stats.names))
+
+    def column(self, name: str) -> dict[str, Array]:
+        """Return one of `StepStats.COLUMNS` by leaf, a value for each record.
+
+        NaN stands for a step in which the leaf had no gradient.
+
+        Raises
+        ------
+        ValueError
+            For an unknown column; lists the known ones.
+        """
+        if name not in StepStats.COLUMNS:
+            raise ValueError(f"column {name!r}; known: {', '.join(StepStats.COLUMNS)}")
+        names = self.names
+        place = {leaf: i for i, leaf in enumerate(names)}
+        table = np.full((len(self._records), len(names)), np.nan)
+        for row, stats in zip(table, self._records, strict=True):
+            row[[place[leaf] for leaf in stats.names]] = getattr(stats, name)
+        return dict(zip(names, table.T, strict=True))
+
+    def troubles(self) -> list[str]:
+        """Return what looks wrong, a sentence for each; empty if nothing does.
+
+        Looked for: infinite or NaN gradients; layers whose gradient is 0, or nearly everywhere;
+        norms that grew or fell by a factor of 100; updates that are not between 1e-5 and 1e-1 of
+        their parameter; steps that were skipped.
+        """
+        found = []
+        total = len(self.steps) + len(self.skipped)
+        if len(self.skipped) * 10 > total:
+            found.append(
+                f"{len(self.skipped)} of {total} steps were skipped for gradients that are not "
+                "finite: lower the loss scale or the learning rate"
+            )
+        columns = {name: self.column(name) for name in StepStats.COLUMNS}
+        for leaf in self.names:
+            found += _troubles(
+                leaf, {name: by_leaf[leaf] for name, by_leaf in columns.items()}, self.window,
+                self.steps,
+            )  # fmt: skip
+        return found
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
+        """Draw gradient norm, update ratio and zeros over the steps, a line for each leaf.
+
+        Parameters
+        ----------
+        path : path, optional
+            Where to save the picture.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+
+        Raises
+        ------
+        ModuleNotFoundError
+            Without matplotlib: ``pip install "fusedopt[demo]"``.
+        ValueError
+            If nothing was recorded, or the path's ending names no picture format.
+        """
+        if not self.steps:
+            raise ValueError("nothing to draw: no step was recorded")
+        return _draw(self, path)
+
+
+def _troubles(leaf: str, columns: dict[str, Array], window: int, steps: Sequence[int]) -> list[str]:
+    has = ~np.isnan(columns["zero_fraction"])  # steps in which the leaf had a gradient
+    seen = {name: values[has] for name, values in columns.items()}
+    bad = np.flatnonzero(seen["nonfinite"] > 0)
+    if bad.size:
+        first = np.asarray(steps)[has][bad[0]]
+        more = f", and in {bad.size - 1} more" if bad.size > 1 else ""
+        return [f"{leaf}: infinite or NaN gradient in step {first}{more}"]
+    last = {name: values[-window:] for name, values in seen.items()}
+    if last["zero_fraction"].size < window:
+        return []  # too early to tell
+    zeros = float(np.median(last["zero_fraction"]))
+    if last["zero_fraction"].min() == 1:
+        return [
+            f"{leaf}: its gradient was 0 everywhere in the last {window} steps: a dead layer, "
+            "or not used"
+        ]
+    found = []
+    if zeros > 0.9:
+        found.append(f"{leaf}: {zeros:.0%} of its gradient is 0: dying units, or sparse input")
+    first, now = np.median(seen["grad_norm"][:window]), np.median(last["grad_norm"])
+    if len(seen["grad_norm"]) >= 2 * window and first > 0:
+        if now > GROWTH * first:
+            found.append(
+                f"{leaf}: gradient norm grew from {first:.2g} to {now:.2g}: exploding; "
+                "clip it (max_grad_norm) or lower the learning rate"
+            )
+        elif now < first / GROWTH:
+            found.append(f"{leaf}: gradient norm fell from {first:.2g} to {now:.2g}: vanishing")
+    ratio = float(np.median(last["update_ratio"]))
+    if np.isfinite(ratio) and not RATIOS[0] <= ratio <= RATIOS[1]:
+        size, way = ("large", "lower") if ratio > RATIOS[1] else ("small", "raise")
+        found.append(
+            f"{leaf}: a step moves it by {ratio:.1g} of its norm (1e-3 is usual): too {size}; "
+            f"{way} the learning rate"
+        )
+    return found
+
+
+def _draw(history: History, path: str | os.PathLike[str] | None) -> Any:
+    try:
+        from matplotlib import colormaps
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as exc:
+        raise ModuleNotFoundError('a plot needs: pip install "fusedopt[demo]"') from exc
+    names = history.names
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(3, 1, sharex=True)
+    colors = colormaps["viridis"](np.linspace(0, 0.9, len(names)))
+    for ax, (column, label, scale) in zip(
+        axes,
+        [
+            ("grad_norm", "gradient norm", "log"),
+            ("update_ratio", "update norm / parameter norm", "log"),
+            ("zero_fraction", "fraction of zeros in the gradient", "linear"),
+        ],
+        strict=True,
+    ):
+        for (name, values), color in zip(history.column(column).items(), colors, strict=True):
+            shown = np.where(values > 0, values, np.nan) if scale == "log" else values
+            ax.plot(history.steps, shown, color=color, linewidth=1, label=name)
+        ax.set(ylabel=label, yscale=scale)
+        ax.grid(alpha=0.3)
+    axes[1].axhspan(*RATIOS, color="0.5", alpha=0.1, linewidth=0)
+    axes[1].axhline(1e-3, color="0.5", linestyle=":")
+    axes[2].set(xlabel="step", ylim=(-0.03, 1.03))
+    for ax in axes:
+        for step in history.skipped:
+            ax.axvline(step, color="C3", alpha=0.4, linewidth=0.8)
+    few = len(names) <= 16
+    handles, labels = axes[0].get_legend_handles_labels()
+    keep = range(len(names)) if few else (0, len(names) // 2, len(names) - 1)
+    figure.legend(
+        [handles[i] for i in keep], [labels[i] for i in keep], loc="outside right upper",
+        fontsize="small", title=None if few else f"{len(names)} leaves, from first to last",
+    )  # fmt: skip
+    if path is not None:
+        figure.savefig(path, dpi=120)
+    return figure

@@ -1,0 +1,128 @@
+"""History's words and pictures, and the loss scale."""
+
+import numpy as np
+import pytest
+
+import fusedopt
+from fusedopt.monitor import History
+
+
+def run(grads_of, steps=60, lr=1e-3, **options):
+    """Record steps on one leaf of 100 ones and one of 10 whose gradient is usual."""
+    params = {"odd": np.ones(100, np.float32), "usual": np.ones(10, np.float32)}
+    opt, history = fusedopt.SGD(params, lr=lr), History()
+    for step in range(steps):
+        odd = np.broadcast_to(np.asarray(grads_of(step), np.float32), 100).copy()
+        grads = {"odd": odd, "usual": np.ones(10, np.float32)}
+        history.record(opt.step(grads, stats=True, **options))
+    return history
+
+
+MOSTLY_ZERO = np.eye(1, 100, dtype=np.float32)[0]
+
+
+@pytest.mark.parametrize(
+    ("grads_of", "options", "words"),
+    [
+        (lambda step: 0.5, {}, None),
+        (lambda step: 0.0, {}, "gradient was 0 everywhere in the last 20 steps: a dead layer"),
+        (lambda step: MOSTLY_ZERO, {}, "99% of its gradient is 0"),
+        (lambda step: 1e-3 * 1.2**step, {}, "exploding"),
+        (lambda step: 0.8**step, {}, "vanishing"),
+        (lambda step: 1e-3, {}, "too small; raise the learning rate"),
+        (lambda step: 300.0 * (-1) ** step, {}, "too large; lower the learning rate"),
+        (lambda step: np.nan if step in (7, 9) else 0.5, {}, "NaN gradient in step 8, and in 1 mo"),
+        (lambda step: 0.5, {"steps": 10}, None),
+    ],
+)
+def test_troubles(grads_of, options, words):
+    found = run(grads_of, **options).troubles()
+    if words is None:
+        assert found == []
+    else:
+        assert any(words in line and line.startswith("params['odd']: ") for line in found), found
+        assert not any("params['usual']" in line for line in found)
+
+
+def test_skipped_steps_are_told():
+    history = run(lambda step: np.inf if step % 3 else 0.5, nonfinite="skip")
+    assert len(history.steps) == 20 and len(history.skipped) == 40
+    assert "40 of 60 steps were skipped" in history.troubles()[0]
+
+
+def test_columns_and_leaves_without_gradient():
+    params = [np.ones(3, np.float32), np.ones(4, np.float32)]
+    opt, history = fusedopt.Adam(params), History(window=2)
+    ones = [np.ones_like(p) for p in params]
+    history.record(opt.step([ones[0], None], stats=True))
+    history.record(opt.step(ones, stats=True))
+    column = history.column("grad_norm")
+    np.testing.assert_allclose(column["params[0]"], [3**0.5] * 2)
+    np.testing.assert_allclose(column["params[1]"], [np.nan, 2.0])
+    assert history.steps == [1, 2]
+    with pytest.raises(ValueError, match="known: grad_norm"):
+        history.column("norm")
+    with pytest.raises(ValueError, match="stats=True"):
+        history.record(opt.step(ones))
+    with pytest.raises(ValueError, match="window"):
+        History(window=0)
+
+
+@pytest.mark.parametrize("leaves", [2, 40])
+def test_plot(tmp_path, leaves):
+    pytest.importorskip("matplotlib")
+    params = [np.ones(5, np.float32) for _ in range(leaves)]
+    opt, history = fusedopt.Adam(params), History()
+    with pytest.raises(ValueError, match="nothing to draw"):
+        history.plot()
+    for step in range(5):
+        grads = [np.full(5, step + i, np.float32) for i in range(leaves)]
+        history.record(opt.step(grads, stats=True))
+    figure = history.plot(tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 10_000
+    assert [len(ax.lines) for ax in figure.axes] == [leaves, leaves + 1, leaves]
+
+
+def test_scaler_follows_torchs_rules():
+    w = np.ones(4, np.float32)
+    opt = fusedopt.SGD(w, lr=1.0)
+    scaler = fusedopt.GradScaler(init_scale=4.0, growth_interval=3)
+    scales = []
+    for step in range(8):
+        g = np.full(4, np.inf if step == 4 else 0.25 * scaler.scale, np.float16)
+        result = scaler.step(opt, g, max_grad_norm=1e3)
+        assert result.skipped == (step == 4)
+        scales.append(scaler.scale)
+    assert scales == [4, 4, 8, 8, 4, 4, 4, 8]
+    np.testing.assert_allclose(w, 1 - 7 * 0.25)
+    torch = pytest.importorskip("torch")
+    theirs = torch.amp.GradScaler("cpu", init_scale=2.0)
+    theirs.scale(torch.ones(1))  # makes the state
+    scaler.load_state_dict(theirs.state_dict())
+    assert scaler.state_dict() == theirs.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"init_scale": 0}, ValueError),
+        ({"growth_factor": 1.0}, ValueError),
+        ({"backoff_factor": 1.0}, ValueError),
+        ({"growth_interval": 0.5}, TypeError),
+    ],
+)
+def test_wrong_scaler(options, error):
+    with pytest.raises(error, match=next(iter(options))):
+        fusedopt.GradScaler(**options)
+    with pytest.raises(ValueError, match="no 'scale'"):
+        fusedopt.GradScaler().load_state_dict({})
+
+
+def test_scale_stays_a_number():
+    scaler = fusedopt.GradScaler(init_scale=1e308, growth_interval=1)
+    opt = fusedopt.SGD(np.ones(1), lr=1.0)
+    scaler.step(opt, np.ones(1))
+    assert np.isfinite(scaler.scale)
+    for _ in range(2200):
+        scaler.step(opt, np.full(1, np.nan))
+    assert scaler.scale > 0 and np.isfinite(1 / scaler.scale)
