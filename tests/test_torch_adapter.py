@@ -108,7 +108,8 @@ def test_is_torchs_class(name):
     opt = cls([leaf(3)])
     assert isinstance(opt, peer)
     assert opt.defaults == peer([leaf(3)]).defaults
-    own = ["state_dtype", "master_bits", "min_8bit_size", "seed"]
+    own = ["state_dtype", "master_bits", "min_8bit_size", "seed", "ema", "ema_warmup"]
+    own += ["max_grad_norm", "stats"]
     assert list(inspect.signature(cls).parameters) == [*inspect.signature(peer).parameters, *own]
 
 
@@ -779,3 +780,104 @@ def test_state_that_fits_no_more():
         fo.SGD([p], state_dtype="int4")
     with pytest.raises(ValueError, match=r"param_groups\[1\]: master_bits"):
         opt.add_param_group({"params": [leaf(2)], "master_bits": 17})
+
+
+# ------------------------------------------------------------------ around the rule
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])
+def test_clip_is_that_of_torch(name):
+    """As clip_grad_norm_ before the step, but for rounding; gradients stay as they are."""
+    torch.manual_seed(0)
+    ours, theirs = ([leaf(30, 20), leaf(7)] for _ in range(2))
+    opt = getattr(fo, name)(ours, lr=0.1, max_grad_norm=0.5)
+    peer = getattr(torch.optim, name)(theirs, lr=0.1)
+    for p, q in zip(ours, theirs, strict=True):
+        q.data.copy_(p.data)
+    for step in range(3):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            q.grad = p.grad.clone()
+        before = [p.grad.clone() for p in ours]
+        norm = torch.nn.utils.clip_grad_norm_(theirs, 0.5)
+        opt.step()
+        peer.step()
+        assert opt.last_step.grad_norm == pytest.approx(float(norm), rel=1e-6)
+        assert opt.last_step.step == step + 1
+        for p, g in zip(ours, before, strict=True):
+            assert torch.equal(p.grad, g)
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["Adam", "SGD"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_averages(name, dtype):
+    """The bits of the NumPy interface; swapped in and out; exact through a checkpoint."""
+    start = torch.randn(600).to(dtype)
+    p = torch.nn.Parameter(start.clone())
+    opt = getattr(fo, name)([p], lr=0.1, ema=0.9, ema_warmup=True)
+    wide = np.float64 if dtype == torch.float64 else np.float32
+    average = start.to(torch.float64).numpy().astype(wide)
+    for step in range(1, 4):
+        p.grad = torch.full_like(p, 0.5)
+        opt.step()
+        if dtype != torch.bfloat16:
+            weight = wide(1 - min(0.9, (1 + step) / (10 + step)))
+            average = average + weight * (p.detach().numpy() - average)
+            assert (opt.ema_params()[p].numpy() == average).all()
+    before = p.detach().clone()
+    with opt.swap_ema():
+        assert torch.equal(p, opt.ema_params()[p].to(dtype))
+    assert torch.equal(p, before)
+    twin = torch.nn.Parameter(before.clone())
+    other = getattr(fo, name)([twin], lr=0.1, ema=0.9, ema_warmup=True)
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for q, o in [(p, opt), (twin, other)]:
+        q.grad = torch.full_like(q, 0.25)
+        o.step()
+    assert torch.equal(p, twin) and torch.equal(opt.ema_params()[p], other.ema_params()[twin])
+
+
+def test_average_begins_with_a_checkpoint_of_torch():
+    """Momentum that torch has gathered goes on, and the average begins as the parameter is."""
+    p, q = leaf(5), leaf(5)
+    q.data.copy_(p.data)
+    theirs = torch.optim.SGD([q], lr=0.1, momentum=0.9)
+    for _ in range(2):
+        q.grad = torch.ones(5)
+        theirs.step()
+    p.data.copy_(q.data)
+    ours = fo.SGD([p], lr=0.1, momentum=0.9, ema=0.5)
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    for x, opt in [(p, ours), (q, theirs)]:
+        x.grad = torch.ones(5)
+        opt.step()
+    torch.testing.assert_close(p, q)
+    with pytest.raises(ValueError, match="there is no average"):
+        fo.SGD([leaf(2)]).ema_params()
+
+
+def test_stats_and_history():
+    opt = fo.AdamW([("w", leaf(40, 3)), ("b", leaf(3))], stats=True, max_grad_norm=1.0)
+    history = fusedopt.monitor.History()
+    for _ in range(3):
+        for group in opt.param_groups:
+            for p in group["params"]:
+                p.grad = torch.ones_like(p)
+        opt.step()
+        history.record(opt.last_step)
+    stats = opt.last_step.stats
+    assert [name.split()[-1] for name in stats.names] == ["(w)", "(b)"]
+    np.testing.assert_allclose(stats.grad_norm, [120**0.5, 3**0.5])
+    assert history.steps == [1, 2, 3]
+    again = pickle.loads(pickle.dumps(opt))
+    assert again.defaults["max_grad_norm"] == 1.0 and again.defaults["stats"] is True
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_grad_norm": 0}, {"ema": 1.0}, {"stats": 1}, {"ema_warmup": "yes"}]
+)
+def test_wrong_options_of_our_own(options):
+    with pytest.raises((ValueError, TypeError), match=next(iter(options))):
+        fo.Adam([leaf(3)], **options)

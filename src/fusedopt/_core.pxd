@@ -5,10 +5,14 @@ there is one thread pool and one choice of instruction set.
 """
 from libc.stdint cimport uint64_t
 
-from fusedopt._c cimport fo_hyper, fo_leaf, fo_run, fo_status
+from fusedopt._c cimport fo_hyper, fo_leaf, fo_run, fo_stats, fo_status
 
 cdef int check(fo_status status) except -1
 cdef void *grow(void *memory, Py_ssize_t count, size_t size) except NULL
 cdef fo_status run_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
                         ptrdiff_t n_hypers, const fo_run *run, int threads) noexcept nogil
 cdef uint64_t noise_key(uint64_t seed, uint64_t leaf, uint64_t step) noexcept nogil
+cdef fo_status run_measure(fo_leaf *leaves, ptrdiff_t n, const fo_run *run,
+                           int threads) noexcept nogil
+cdef fo_stats sum_stats(const fo_stats *stats, ptrdiff_t n) noexcept nogil
+cdef ptrdiff_t count_tiles(const fo_leaf *leaves, ptrdiff_t n) noexcept nogil

@@ -1,11 +1,15 @@
 """Types of the compiled border."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, final
+from typing import Any, TypeAlias, final, overload
 
 from numpy.typing import NDArray
 
+from fusedopt._around import Around
 from fusedopt.formats import Stored
+
+# skipped, norm of the gradients, factor of the clip, (leaves, statistics)
+_Outcome: TypeAlias = tuple[bool, float | None, float, tuple[Sequence[int], NDArray[Any]] | None]
 
 __pyx_capi__: dict[str, object]  # what _tensors uses, see _core.pxd
 TILE: int
@@ -37,6 +41,7 @@ class WorkList:
         zero: bool,
         threads: int,
     ) -> None: ...
+    @overload
     def step(
         self,
         prepare: Callable[[Any], list[NDArray[Any] | None]],
@@ -44,8 +49,20 @@ class WorkList:
         scalars: Callable[[int, dict[str, Any]], Mapping[str, float]],
         options: list[dict[str, Any]],
         threads: int,
-        plain: Callable[[int, NDArray[Any], int], None] | None = None,
+        plain: Any = None,
+        around: None = None,
     ) -> tuple[int, int]: ...
+    @overload
+    def step(
+        self,
+        prepare: Callable[[Any], list[NDArray[Any] | None]],
+        grads: Any,
+        scalars: Callable[[int, dict[str, Any]], Mapping[str, float]],
+        options: list[dict[str, Any]],
+        threads: int,
+        plain: Any,
+        around: Around,
+    ) -> tuple[int, int, _Outcome]: ...
     def stream(self, grads: list[NDArray[Any]], threads: int) -> None: ...
     def use_states(self, i: int, used: tuple[bool, ...]) -> None: ...
     def get_step(self, i: int) -> int: ...
@@ -56,7 +73,7 @@ class Memory:
     def __new__(cls, size: int) -> Memory: ...
 
 def allocate(
-    specs: list[tuple[tuple[int, ...], Any, tuple[int, ...] | None]],
+    specs: Sequence[tuple[tuple[int, ...], Any, tuple[int, ...] | None]],
 ) -> list[NDArray[Any]]: ...
 def formats() -> list[tuple[str, int, int, int, bool]]: ...
 def rules() -> list[tuple[str, list[str], int, int]]: ...

@@ -30,8 +30,7 @@ from math import prod
 
 import numpy
 
-from fusedopt import _check, formats as _formats
-from fusedopt._around import STATS, ema_weight
+from fusedopt import _around, _check, formats as _formats
 from fusedopt.formats import Stored
 
 cdef object ndarray = numpy.ndarray
@@ -56,6 +55,19 @@ cdef int check(fo_status status) except -1:
 cdef fo_status run_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
                         ptrdiff_t n_hypers, const fo_run *run, int threads) noexcept nogil:
     return fo_step(rule, leaves, n, hypers, n_hypers, run, threads)
+
+
+cdef fo_status run_measure(fo_leaf *leaves, ptrdiff_t n, const fo_run *run,
+                           int threads) noexcept nogil:
+    return fo_measure(leaves, n, run, threads)
+
+
+cdef fo_stats sum_stats(const fo_stats *stats, ptrdiff_t n) noexcept nogil:
+    return fo_total(stats, n)
+
+
+cdef ptrdiff_t count_tiles(const fo_leaf *leaves, ptrdiff_t n) noexcept nogil:
+    return fo_count_tiles(leaves, n)
 
 
 cdef uint64_t noise_key(uint64_t seed, uint64_t leaf, uint64_t step) noexcept nogil:
@@ -124,7 +136,7 @@ cdef class Memory:
         fo_release(self.start)
 
 
-def allocate(list specs):
+def allocate(specs):
     """Arrays of the given (shape, dtype, strides), on one block of memory, not yet written.
 
     They start on cache lines and lie in the order given, so that those of a small leaf are close.
@@ -144,12 +156,12 @@ def allocate(list specs):
 cdef enum:
     EMA = 4    # slot of a leaf's average
     SLOTS = 5  # of a leaf's written arrays: the parameter, FO_MAX_STATES states, the average
-    GRAD, COPY # of what is written in some steps only
+    GRAD, COPY  # of what is written in some steps only
 
 cdef struct Held:
     # what the binding knows of a leaf beside fo_leaf; views stay exported while it lives
     Py_buffer views[10]  # the data of each slot, then the extra of each
-    Py_buffer grad, copy # exported during a step only
+    Py_buffer grad, copy  # exported during a step only
     bint noisy           # whether a store rounds stochastically, so that the leaf needs a key
     int64_t step         # steps that this leaf has taken
     int group
@@ -375,8 +387,8 @@ cdef class WorkList:
             self.room_hypers = 2 * self.room_hypers + 4
         h = &self.hypers[self.n_hypers]
         h.grad_scale, h.l2, h.l1 = values["grad_scale"], values["l2"], values["l1"]
-        ema = options[group].get("ema")
-        h.ema_weight = 0 if ema is None else ema_weight(step, ema, options[group]["ema_warmup"])
+        decay, warmup = options[group].get("ema"), options[group].get("ema_warmup", False)
+        h.ema_weight = 0 if decay is None else _around.ema_weight(step, decay, warmup)
         for k, name in enumerate(self.scalar_names):
             h.scalars[k] = values[name]
         seen[(group, step)] = self.n_hypers
@@ -487,7 +499,7 @@ cdef class WorkList:
     cdef object read_stats(self, list grads):
         """Numbers of the leaves with a gradient, and their sums as rows of `_around.STATS`."""
         table = numpy.frombuffer(
-            PyBytes_FromStringAndSize(<char *>self.stats, self.n * sizeof(fo_stats)), STATS)
+            PyBytes_FromStringAndSize(<char *>self.stats, self.n * sizeof(fo_stats)), _around.STATS)
         if all([grad is not None for grad in grads]):
             return range(self.n), table
         present = [i for i in range(self.n) if grads[i] is not None]

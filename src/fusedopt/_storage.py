@@ -130,6 +130,7 @@ def allocate(
         states.append([None if form is None else _take(form, arrays) for form in formats])
         average = states[-1][-1]
         if average is not None:
+            assert isinstance(average, np.ndarray)  # averages are never narrow
             np.copyto(average, checked.decode() if isinstance(checked, Stored) else checked)
     return stored, states
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any, final
 
+from fusedopt._around import Around
+
 @final
 class TensorList:
     def __new__(
@@ -20,4 +22,5 @@ class TensorList:
         counted: bool,
         state: Any,
         threads: int,
-    ) -> list[Any]: ...
+        around: Around | None = None,
+    ) -> tuple[list[Any], tuple[Any, ...] | None]: ...

@@ -12,19 +12,24 @@ from libc.stdint cimport uint64_t, uintptr_t
 from libc.stdlib cimport free
 from libc.string cimport memset
 
+from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.dict cimport PyDict_GetItemWithError, PyDict_Next, PyDict_Size
 from cpython.object cimport PyObject
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.ref cimport Py_DECREF, Py_INCREF
 
 from fusedopt._c cimport *
-from fusedopt._core cimport check, grow, noise_key, run_step
+from fusedopt._core cimport (
+    check, count_tiles, grow, noise_key, run_measure, run_step, sum_stats,
+)
 from fusedopt._dlpack cimport *
 from fusedopt._spans cimport Span, Spans, alias, overlap
 
 import threading
 
-from fusedopt import _check, _core
+import numpy
+
+from fusedopt import _around, _check, _core
 
 cdef extern from "Python.h":
     ctypedef PyObject *(*PyCFunction)(PyObject *, PyObject *)
@@ -35,17 +40,23 @@ cdef extern from "Python.h":
     int PyCFunction_GetFlags(PyObject *) except -1
 
 
+cdef enum:
+    EMA = 4    # slot of a leaf's average
+    SLOTS = 5  # of what a step writes of a leaf: parameter, FO_MAX_STATES states, average
+
+
 cdef struct More:
     # what the binding knows of a leaf beside fo_leaf
     ptrdiff_t group, i     # its place in the optimizer
     bint noisy             # whether a store rounds by chance
     int held               # how many tensors are held until the step is over:
-    PyObject *tensors[8]   # parameter, gradient, state
+    PyObject *tensors[8]   # parameter, gradient, state, average
     PyObject *extras[8]    # what belongs to the codes of each: residual bits, block exponents
     ptrdiff_t bytes[8]     # of each tensor
     PyObject *count        # the tensor that counts its steps, held too, or NULL
     void *counter          # where that is, or NULL if torch shall count
     int counter_format
+    int ema                # which of the tensors is the average, or 0
 
 
 cdef inline void hold(More *more, tensor) noexcept:
@@ -119,6 +130,10 @@ cdef class TensorList:
     cdef ptrdiff_t n, room, n_hypers, room_hypers, n_arrays
     cdef tuple squares        # of the group: whether each state array holds squares
     cdef int bits             # of the group: of master weights
+    cdef bint averages        # of the group: whether the last state array is an average
+    cdef fo_stats *stats      # of the leaves, where a step measures
+    cdef fo_stats *tiles
+    cdef ptrdiff_t room_tiles
     cdef ptrdiff_t number     # of the parameter, in all groups
     cdef Py_ssize_t at        # of the entry of the state that is tried first
     # of one step
@@ -150,8 +165,10 @@ cdef class TensorList:
         free(self.more)
         free(self.hypers)
         free(self.spans.of)
+        free(self.stats)
+        free(self.tiles)
 
-    def step(self, owner, list groups, bint counted, state, int threads):
+    def step(self, owner, list groups, bint counted, state, int threads, around=None):
         """One step of all tensors that have a gradient; either all of it happens or none.
 
         Parameters
@@ -159,22 +176,28 @@ cdef class TensorList:
         owner : optimizer
             Asked, where needed, to ``_make_state``, ``_stand_in``, ``_count``, ``_constants`` and
             ``_name``: see `fusedopt.torch`.
-        groups : list of (list of tensor, tuple of str, tuple of str, tuple of bool, int, int)
+        groups : list of (list of tensor, tuple of str, tuple of str, tuple of bool, int, int, bool)
             Of each group: its parameters; the names of the state arrays that its options use, of
             what belongs to the codes of each, and whether it holds squares; the bits of master
-            weights, and the seed of the noise.
+            weights, the seed of the noise, and whether the last state array is an average.
         counted : bool
             Whether the state of a leaf has its number of steps.
         state : dict of dict
             The optimizer's state; of a new leaf it is added when the step has succeeded.
         threads : int
+        around : Around, optional
+            What the step shall do around the rule: clip by the norm, measure.
 
         Returns
         -------
         list of tensor
             The parameters that were written, for their version counters.
+        tuple or None
+            With `around`: the gradients' norm or None, the factor of the clip, and None or names,
+            sizes and statistics of the leaves.
         """
         cdef fo_status status
+        cdef fo_run how
         cdef ptrdiff_t i
         if not self.claim.acquire(False):
             raise RuntimeError(
@@ -189,17 +212,56 @@ cdef class TensorList:
             for number, plan in enumerate(groups):
                 self.gather(owner, number, plan, counted, state)
             self.refuse_overlap(owner)
+            memset(&how, 0, sizeof(how))
+            outcome = None
+            if around is not None:
+                outcome = self.judge(around, &how, threads)
             with nogil:
-                status = run_step(self.rule, self.leaves, self.n, self.hypers, self.n_hypers, NULL,
+                status = run_step(self.rule, self.leaves, self.n, self.hypers, self.n_hypers, &how,
                                   threads)
             check(status)
             self.finish(state)
-            return self.written
+            if around is not None:
+                outcome = (*outcome, self.measured(owner) if around.measure else None)
+            return self.written, outcome
         finally:
             for i in range(self.n):
                 let_go(&self.more[i], 0)
             self.capsules = self.written = self.back = self.made = None
             self.claim.release()
+
+    cdef tuple judge(self, around, fo_run *how, int threads):
+        """Measure the gradients where a clip must know their norm; set the leaves' scales."""
+        cdef fo_status status
+        cdef fo_stats total
+        cdef double factor = 1
+        cdef ptrdiff_t i, tiles = count_tiles(self.leaves, self.n)
+        self.stats = <fo_stats *>grow(self.stats, self.n, sizeof(fo_stats))
+        memset(self.stats, 0, self.n * sizeof(fo_stats))
+        if self.tiles == NULL or tiles > self.room_tiles:
+            self.tiles = <fo_stats *>grow(self.tiles, tiles, sizeof(fo_stats))
+            self.room_tiles = tiles
+        how.tiles, how.stats = self.tiles, self.stats
+        how.measure = <fo_measures><int>around.measure
+        norm = None
+        if around.max_grad_norm is not None:
+            with nogil:
+                status = run_measure(self.leaves, self.n, how, threads)
+            check(status)
+            how.has_grad = 1
+            total = sum_stats(self.stats, self.n)
+            norm = around.norm(total.grad, total.largest_grad)
+            factor = around.factor(norm)
+            for i in range(self.n):
+                self.leaves[i].grad_scale = factor
+        return norm, factor
+
+    cdef tuple measured(self, owner):
+        cdef ptrdiff_t i
+        names = [self.name(owner, i) for i in range(self.n)]
+        sizes = [self.leaves[i].n for i in range(self.n)]
+        table = PyBytes_FromStringAndSize(<char *>self.stats, self.n * sizeof(fo_stats))
+        return names, sizes, numpy.frombuffer(table, _around.STATS)
 
     cdef int finish(self, state) except -1:
         """Count the step, write what was done on copies, and take over new state."""
@@ -230,7 +292,7 @@ cdef class TensorList:
         cdef list params = plan[0]
         cdef tuple names = plan[1], extras = plan[2]
         cdef uint64_t seed = plan[5]
-        self.squares, self.bits = plan[3], plan[4]
+        self.squares, self.bits, self.averages = plan[3], plan[4], plan[6]
         for param in params:
             i += 1
             self.number += 1
@@ -386,6 +448,8 @@ cdef class TensorList:
                 if not same_layout(&other, &param):
                     return False
                 array = &leaf.grad if k == 1 else &leaf.state[k - 2]
+                if self.averages and k > 1 and k == more.held - 1:
+                    array, more.ema = &leaf.ema, k
             format = self.format_of(k, &other)
             if format < 0 or (k > 1 and (format == FO_F64) != (leaf.param.format == FO_F64)):
                 return False
@@ -478,6 +542,7 @@ cdef class TensorList:
             self.room_hypers = 2 * self.room_hypers + 4
         h = &self.hypers[self.n_hypers]
         h.grad_scale, h.l2, h.l1 = values["grad_scale"], values["l2"], values["l1"]
+        h.ema_weight = values.get("ema_weight", 0)
         for name in self.scalar_names:
             h.scalars[k] = values[name]
             k += 1
@@ -519,20 +584,24 @@ cdef class TensorList:
     cdef int collect(self) except -1:
         cdef ptrdiff_t i
         cdef int slot
-        if self.spans.room < self.room * (1 + FO_MAX_STATES):
-            self.spans.room = self.room * (1 + FO_MAX_STATES)
+        if self.spans.room < self.room * SLOTS:
+            self.spans.room = self.room * SLOTS
             self.spans.of = <Span *>grow(self.spans.of, self.spans.room, sizeof(Span))
         self.spans.n = 0
         for i in range(self.n):
-            for slot in range(1 + FO_MAX_STATES):
+            for slot in range(SLOTS):
                 self.spans.n += self.locate(i, slot, &self.spans.of[self.spans.n])
         return 0
 
     cdef bint locate(self, ptrdiff_t leaf, int slot, Span *span) noexcept nogil:
         cdef fo_leaf *own = &self.leaves[leaf]
-        cdef void *data = own.param.data if slot == 0 else own.state[slot - 1].data
-        span.low = <uintptr_t>data
-        span.high = span.low + self.more[leaf].bytes[slot and slot + 1]
+        cdef More *more = &self.more[leaf]
+        if slot == EMA:
+            span.low = <uintptr_t>own.ema.data
+            span.high = span.low + (more.bytes[more.ema] if more.ema else 0)
+        else:
+            span.low = <uintptr_t>(own.param.data if slot == 0 else own.state[slot - 1].data)
+            span.high = span.low + more.bytes[slot and slot + 1]
         span.leaf, span.slot = leaf, slot
         return span.low < span.high
 
@@ -542,4 +611,6 @@ cdef class TensorList:
     cdef str span_name(self, owner, ptrdiff_t i):
         cdef int slot = self.spans.of[i].slot
         name = self.name(owner, self.spans.of[i].leaf)
+        if slot == EMA:
+            return f"{name}.ema"
         return name if slot == 0 else f"{name}.{owner._numpy.state_names[slot - 1]}"

@@ -90,9 +90,11 @@ class GradAccumulator:
         how = _around.Around(grad_scale=_check.number("scale", scale), measure=_around.PARAM)
         flat: list[Array | None] = []
         self._read("grads", grads, flat)
-        _, _, (_, _, _, (leaves, rows)) = self._work.step(
+        _, _, (*_, measured) = self._work.step(
             list, flat, lambda step, options: _ADD, [{}], _threads.get_num_threads(), None, how
         )
+        assert measured is not None
+        leaves, rows = measured
         for i, row in zip(leaves, rows[_around.GRAD_SUMS].tolist(), strict=True):
             self._sums[i] = row
         self.count += 1

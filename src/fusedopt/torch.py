@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 try:
@@ -28,12 +29,14 @@ except ModuleNotFoundError as exc:
         'fusedopt.torch needs PyTorch 2.4 or newer: pip install "fusedopt[torch]"'
     ) from exc
 
-from fusedopt import _storage, _tensors, _threads
+from fusedopt import _check, _storage, _tensors, _threads
 from fusedopt import _torch_plain as _plain
+from fusedopt._around import LEAF, NOTHING, Around, StepStats, ema_weight
 from fusedopt.formats import BLOCK
 from fusedopt.optim import adam as _adam
 from fusedopt.optim import sgd as _sgd
 from fusedopt.optimizer import Optimizer as _NumpyOptimizer
+from fusedopt.optimizer import StepResult
 
 __all__ = ["SGD", "Adam", "AdamW"]
 
@@ -51,6 +54,7 @@ class _Fused:
     _counts: ClassVar[bool]  # whether the state of a leaf has its number of steps
     _step_supports_amp_scaling = True  # GradScaler leaves unscaling and skipping to the step
     _leaves: _tensors.TensorList | None = None
+    last_step = StepResult(0, 0)  # what the last step measured, with max_grad_norm or stats
 
     _storage_options: Mapping[str, Any] = {}
     defaults: Any  # torch's
@@ -65,6 +69,10 @@ class _Fused:
         master_bits: int | None = None,
         min_8bit_size: int = 4096,
         seed: int = 0,
+        ema: float | None = None,
+        ema_warmup: bool = False,
+        max_grad_norm: float | None = None,
+        stats: bool = False,
         **options: Any,
     ) -> None:
         """See the class."""
@@ -73,11 +81,19 @@ class _Fused:
             "master_bits": master_bits,
             "min_8bit_size": min_8bit_size,
             "seed": seed,
+            "ema": ema,
+            "ema_warmup": ema_warmup,
         }
         own = {name: value for name, value in own.items() if value != _storage.DEFAULTS[name]}
         self._storage_options = _own_options(own)
         super().__init__(params, *args, **options)  # type: ignore[call-arg]
         self.defaults.update(self._storage_options)
+        # in defaults, which torch copies and pickles; of no group, as the norm is of all
+        limit = _check.optional(_check.positive)("max_grad_norm", max_grad_norm)
+        if limit is not None:
+            self.defaults["max_grad_norm"] = limit
+        if _check.flag("stats", stats):
+            self.defaults["stats"] = True
 
     def __init_subclass__(cls) -> None:
         """Show torch's arguments, and then ours, where the signature is asked for."""
@@ -121,11 +137,67 @@ class _Fused:
         if self._leaves is None:
             self._leaves = _new_list(self._numpy.rule)
         groups = [self._plan(i, group) for i, group in enumerate(self.param_groups)]
-        written = self._leaves.step(
-            self, groups, self._counts, self.state, _threads.get_num_threads()
+        around = self._around()
+        written, outcome = self._leaves.step(
+            self, groups, self._is_counted(), self.state, _threads.get_num_threads(), around
         )
         torch.autograd.graph.increment_version(written)
+        if outcome is not None:
+            norm, factor, measured = outcome
+            stats = None
+            if measured is not None:
+                names, sizes, table = measured
+                stats = StepStats(names, sizes, table, around.grad_scale)
+            self.last_step = StepResult(
+                self.last_step.step + 1, len(written), False, norm, factor, stats
+            )
         return loss
+
+    def _around(self) -> Any:
+        """Return what the step shall do around the rule, or None."""
+        limit, stats = self.defaults.get("max_grad_norm"), self.defaults.get("stats", False)
+        if limit is None and not stats:
+            return None
+        scale = getattr(self, "grad_scale", None)
+        return Around(
+            grad_scale=1.0 if scale is None else 1 / scale.item(),
+            max_grad_norm=limit,
+            measure=LEAF if stats else NOTHING,
+        )
+
+    def _is_counted(self) -> bool:
+        return self._counts or any(group.get("ema") is not None for group in self.param_groups)
+
+    def ema_params(self) -> dict[Any, Any]:
+        """Return the running averages by parameter: the live tensors.
+
+        Raises
+        ------
+        ValueError
+            If no group has `ema`, or no step was taken.
+        """
+        averages = {p: own["ema"] for p, own in self.state.items() if "ema" in own}
+        if not averages:
+            raise ValueError("there is no average: make the optimizer with ema=0.999, and step")
+        return averages
+
+    @contextmanager
+    def swap_ema(self) -> Iterator[None]:
+        """Put the averages in the place of the parameters for a ``with`` block.
+
+        The parameters, which are back when it ends, however it ends, are kept in a copy meanwhile.
+        What is written to them within is lost; a step within is one from the averages.
+        """
+        averages = self.ema_params()
+        with torch.no_grad():
+            kept = {param: param.detach().clone() for param in averages}
+            try:
+                for param, average in averages.items():
+                    param.copy_(average)
+                yield
+            finally:
+                for param, before in kept.items():
+                    param.copy_(before)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with options of their own, as in torch."""
@@ -180,6 +252,8 @@ class _Fused:
                 own.update(
                     _plain.stored(param, name, square, saved, self._state_dtype(group, param))
                 )
+        if isinstance(saved.get("ema"), torch.Tensor):
+            own["ema"] = saved["ema"].to(param.device)
         residual = saved.get("residual")
         if residual is not None:
             own.pop("residual")
@@ -199,6 +273,10 @@ class _Fused:
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
             constants["grad_scale"] /= scale.item()
+        if options.get("ema") is not None:
+            constants["ema_weight"] = ema_weight(
+                step, options["ema"], options.get("ema_warmup", False)
+            )
         return constants
 
     def _rule(self, options: Mapping[str, Any]) -> type[_NumpyOptimizer]:
@@ -220,17 +298,19 @@ class _Fused:
     def _plan(self, i: int, group: Mapping[str, Any]) -> tuple[Any, ...]:
         """Return what the list must know of a group: see `TensorList.step`."""
         _refuse_options(f"param_groups[{i}]", group)
-        names, extras, squares = self._columns(self._numpy.uses(group))  # type: ignore[arg-type]
-        return group["params"], names, extras, squares, _bits(group), group.get("seed", 0)
+        averages = group.get("ema") is not None
+        names, extras, squares = self._columns(self._numpy.uses(group), averages)  # type: ignore[arg-type]
+        return group["params"], names, extras, squares, _bits(group), group.get("seed", 0), averages
 
     @classmethod
     @functools.cache
     def _columns(
-        cls, used: tuple[bool, ...]
+        cls, used: tuple[bool, ...], averages: bool
     ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[bool, ...]]:
         """Return of the state arrays in use the names, those of their extras, and the squares."""
         rows = zip(cls._numpy.state_names, cls._numpy.state_is_square, used, strict=True)
         columns = [(name, square) for name, square, use in rows if use]
+        columns += [("ema", False)] * averages
         names = tuple(name for name, _ in columns)
         extras = ("residual", *(name + _plain.BLOCKS for name in names))
         return names, extras, tuple(square for _, square in columns)
@@ -252,7 +332,9 @@ class _Fused:
         local = _plain.local(name, param)
         names = self._plan(group, self.param_groups[group])[1]
         missing = [state for state in names if not own or own.get(state) is None]
-        if self._counts and own and ("step" not in own or len(missing) != len(names)):
+        known = [state for state in names if state != "ema"]  # an average may begin at any time
+        absent = [state for state in missing if state != "ema"]
+        if self._counts and own and ("step" not in own or len(absent) not in (0, len(known))):
             raise ValueError(
                 f"{name}: its state has no {', '.join(missing) or 'step'}, which these options "
                 "need; set them when the optimizer is made"
@@ -260,8 +342,15 @@ class _Fused:
         dtype = self._state_dtype(group, param)
         if dtype == torch.uint8 and local is not param and hasattr(type(param), "to_local"):
             raise TypeError(f"{name}: is a shard; 8-bit state is for whole tensors only")
-        made = {} if not self._counts else {"step": torch.zeros((), dtype=torch.float32)}
+        made = {}
+        if self._is_counted() and not (own and "step" in own):
+            begun = bool(own) and len(absent) < len(known)  # SGD, whose steps nobody counted
+            made["step"] = torch.tensor(float(begun))
         for state in missing:
+            if state == "ema":
+                wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+                made[state] = param.detach().to(wide, copy=True)
+                continue
             made[state] = torch.zeros_like(
                 param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
             )
@@ -414,6 +503,15 @@ class Adam(_FusedAdam, torch.optim.Adam):
         Tensors of fewer elements keep float32 state in the place of int8.
     seed : int, default 0
         Of the stochastic rounding.
+    ema : float in [0, 1), optional
+        Decay of a running average of the parameters, kept as state ``ema`` and updated in the pass;
+        see `ema_params` and `swap_ema`. `ema_warmup` as for `fusedopt.Optimizer`.
+    max_grad_norm : float > 0, optional
+        Clip by the norm of all gradients, as ``torch.nn.utils.clip_grad_norm_``, in the pass; the
+        gradients stay as they are. The norm is in ``last_step.grad_norm``.
+    stats : bool, default False
+        Measure every parameter in each step: ``last_step.stats``, see `fusedopt.StepStats`, as
+        `fusedopt.monitor.History` records it.
 
     Raises
     ------

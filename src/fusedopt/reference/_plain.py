@@ -15,7 +15,7 @@ from fusedopt.optimizer import Optimizer
 
 StepSums = tuple[float, float, float]  # squares of parameter and update, largest update
 
-F = TypeVar("F", bound=Callable[..., None])
+F = TypeVar("F", bound=Callable[..., Any])
 
 # Infinities and NaNs go through as IEEE says, without a word, as in C.
 quiet: Callable[[F], F] = np.errstate(all="ignore")
