@@ -213,6 +213,8 @@ def number(name: str, value: Any) -> float:
         raise TypeError(f"{name}: expected a number, got {value!r}")
     try:
         result = float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        result = math.inf
     except (TypeError, ValueError) as exc:
         raise TypeError(f"{name}: expected a number, got {value!r}") from exc
     if not math.isfinite(result):
@@ -270,6 +272,14 @@ def count(name: str, value: Any, least: int = 0) -> int:
     if not least <= value < 2**63:
         raise ValueError(f"{name}: must be >= {least} and below 2**63, got {value}")
     return int(value)
+
+
+def steps(name: str, value: Any, least: int = 0) -> int:
+    """Return `value` as a number of steps: a count with room to go on in 64 bits."""
+    result = count(name, value, least)
+    if result >= 2**62:
+        raise ValueError(f"{name}: must be below 2**62, got {value}")
+    return result
 
 
 def choice(*allowed: Any) -> Any:

@@ -206,20 +206,32 @@ def copier(
         raise ValueError(
             f"{where}: {its}{list(theirs.shape)} does not fit {mine}{list(ours.shape)}{way_out}"
         )
-    if mine == its:
-        pairs = list(zip(_parts(ours), _parts(theirs), strict=True))
+    if mine != its:
+        theirs = _converted(where, ours, theirs, key)
+    pairs = list(zip(_parts(ours), _parts(theirs), strict=True))
 
-        def copy() -> None:
-            for a, b in pairs:
-                np.copyto(a, b.view(a.dtype))
+    def copy() -> None:  # bytes alone, so that it cannot fail half-way through the arrays
+        for a, b in pairs:
+            np.copyto(a, b.view(a.dtype))
 
-        return copy
+    return copy
+
+
+def _converted(
+    where: str, ours: Array | Stored, theirs: Array | Stored, key: int
+) -> Array | Stored:
+    """Return the numbers of `theirs` in a new array of the kind of `ours`."""
     values = theirs.decode() if isinstance(theirs, Stored) else theirs
-    if isinstance(ours, Stored):
-        laid = np.empty_like(ours.data, np.float32, subok=False)
-        np.copyto(laid, values, casting="same_kind")
-        return lambda: ours.encode(laid, key)
-    return lambda: np.copyto(ours, values, casting="same_kind")
+    target = np.float32 if isinstance(ours, Stored) else ours.dtype
+    if not np.can_cast(values.dtype, target, "same_kind"):
+        raise TypeError(f"{where}: {_kind(theirs)} cannot be converted to {_kind(ours)}")
+    if not isinstance(ours, Stored):
+        return values.astype(target)
+    laid = np.empty_like(ours.data, np.float32, subok=False)
+    np.copyto(laid, values, casting="same_kind")
+    twin = Stored(ours.format, *(np.empty_like(part, subok=False) for part in ours.parts()))
+    twin.encode(laid, key)
+    return twin
 
 
 def _kind(array: Array | Stored) -> str:

@@ -183,12 +183,21 @@ class Optimizer:
         stored, states = _storage.allocate(
             names, params, self.uses(options), self.state_is_square, options
         )
-        self._work.add(names, grads, stored, states, number, True, _threads.get_num_threads())
-        self._group_of += [number] * len(names)
-        self._readers.append(_tree.reader(tree))
-        self._options.append(options)
+        group_of = self._group_of + [number] * len(names)
+        readers, all_options = [*self._readers, _tree.reader(tree)], [*self._options, options]
+        seen = [*self._seen, {"params": tree, **options}]
+        size, threads = len(group_of), _threads.get_num_threads()
         self.param_groups.append({"params": tree, **options})
-        self._seen.append(dict(self.param_groups[-1]))
+        try:
+            self._work.add(names, grads, stored, states, number, True, threads)
+        finally:  # a signal's exception may come right behind the call; nothing here can fail
+            if len(self._work) == size:
+                self._group_of = group_of
+                self._readers = readers
+                self._options = all_options
+                self._seen = seen
+            else:
+                self.param_groups.pop()
 
     @property
     def state(self) -> dict[str, dict[str, Any]]:
@@ -502,7 +511,7 @@ class Optimizer:
             groups = list(state_dict["param_groups"])
         except (KeyError, TypeError, ValueError, IndexError) as exc:
             raise ValueError("state dict: expected 'step', 'state' and 'param_groups'") from exc
-        step = _check.count("state dict: step", step)
+        step = _check.steps("state dict: step", step)
         steps, copies = self._fit_states(state, convert)
         checked = self._fit_groups(groups, convert)
         for copy in copies:
@@ -530,7 +539,7 @@ class Optimizer:
                     f"state dict: {name} should have {', '.join(arrays)}; "
                     "make the optimizer with the options that the state was made with"
                 )
-            steps.append(_check.count(f"state dict: {name}.step", state[name]["step"]))
+            steps.append(_check.steps(f"state dict: {name}.step", state[name]["step"]))
             for key, array in arrays.items():
                 if key != "step":
                     slot = 1 + self._slots.index(key) if key in self._slots else 0
@@ -613,7 +622,7 @@ def apply(
     `lists` holds the parameters, the gradients, then the state arrays by their argument's name;
     None in the place of a list stands for a state that is not there.
     """
-    step = _check.count("step", step, least=1)
+    step = _check.steps("step", step, least=1)
     options = cls.check_options(_storage.DEFAULTS | options, where="")
     (params_name, params), (grads_name, grads), *states = lists.items()
     present = [(name, values) for name, values in states if values is not None]
