@@ -184,14 +184,9 @@ def _known(path: StrPath) -> Path:
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
     """Yield a temporary path; on success sync it and rename it to `target`, else remove it."""
-    import tempfile
-
-    handle, name = tempfile.mkstemp(
-        prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent
-    )
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    temporary = target.with_name(f".{target.name}.{os.urandom(8).hex()}{target.suffix}")
+    try:  # the name first: from here on whatever fails leaves nothing behind
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
         yield temporary
         temporary.chmod(mode)

@@ -190,10 +190,13 @@ def memory(
     return parts
 
 
-def copier(
+def pairs(
     where: str, ours: Array | Stored, theirs: Any, convert: bool, key: int
-) -> Callable[[], None]:
-    """Return what copies `theirs` into `ours`; raise if it does not fit."""
+) -> list[tuple[Array, Array]]:
+    """Return the parts of `ours`, each with what of `theirs` it shall hold; raise if none fits.
+
+    The second of a pair has the bytes, in the memory order of the first.
+    """
     if isinstance(theirs, Stored):
         theirs = _check.stored(where, theirs)
     else:
@@ -208,13 +211,15 @@ def copier(
         )
     if mine != its:
         theirs = _converted(where, ours, theirs, key)
-    pairs = list(zip(_parts(ours), _parts(theirs), strict=True))
+    return [(a, _laid_as(a, b)) for a, b in zip(_parts(ours), _parts(theirs), strict=True)]
 
-    def copy() -> None:  # bytes alone, so that it cannot fail half-way through the arrays
-        for a, b in pairs:
-            np.copyto(a, b.view(a.dtype))
 
-    return copy
+def _laid_as(a: Array, b: Array) -> Array:
+    if _check.same_layout(b, a):
+        return b
+    laid = np.empty_like(a, subok=False)
+    np.copyto(laid, b.view(a.dtype))
+    return laid
 
 
 def _converted(

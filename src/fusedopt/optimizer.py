@@ -512,18 +512,14 @@ class Optimizer:
         except (KeyError, TypeError, ValueError, IndexError) as exc:
             raise ValueError("state dict: expected 'step', 'state' and 'param_groups'") from exc
         step = _check.steps("state dict: step", step)
-        steps, copies = self._fit_states(state, convert)
+        steps, pairs = self._fit_states(state, convert)
         checked = self._fit_groups(groups, convert)
-        for copy in copies:
-            copy()
-        self._work.set_steps(step, steps)
-        for group, options in zip(self.param_groups, checked, strict=True):
-            group.update(options)
+        self._work.restore(pairs, step, steps, self.param_groups, checked)
 
     def _fit_states(
         self, state: dict[str, Any], convert: bool
-    ) -> tuple[list[int], list[Callable[[], None]]]:
-        """Return the step counts, and what copies the arrays of all leaves; write nothing."""
+    ) -> tuple[list[int], list[tuple[Array, Array]]]:
+        """Return the step counts, and each array with what it shall hold; write nothing."""
         ours = self.state
         if state.keys() != ours.keys():
             missing = [name for name in ours if name not in state]
@@ -532,7 +528,7 @@ class Optimizer:
                 "state dict: other parameters than this optimizer's; "
                 f"missing {missing[:3]}, foreign {foreign[:3]}"
             )
-        steps, copies = [], []
+        steps, pairs = [], []
         for leaf, (name, arrays) in enumerate(ours.items()):
             if not isinstance(state[name], Mapping) or state[name].keys() != arrays.keys():
                 raise ValueError(
@@ -545,8 +541,8 @@ class Optimizer:
                     slot = 1 + self._slots.index(key) if key in self._slots else 0
                     noise = formats.key(0, leaf, steps[-1], slot)
                     where = f"state dict: {name}.{key}"
-                    copies.append(_storage.copier(where, array, state[name][key], convert, noise))
-        return steps, copies
+                    pairs += _storage.pairs(where, array, state[name][key], convert, noise)
+        return steps, pairs
 
     def _fit_groups(self, groups: Sequence[Any], convert: bool) -> list[Options]:
         """Return the new options of all groups; write nothing."""

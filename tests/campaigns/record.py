@@ -22,14 +22,13 @@ def processor() -> str:
 
 
 def record(result: str, command: str = "") -> None:
-    """Append date, machine, commit, command and result; print them too."""
+    """Append date, machine, sources, command and result; print them too."""
     command = command or shlex.join(["python", *sys.argv])
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True
-    )
+    git = ["git", "rev-parse", "--short=8", "HEAD:csrc", "HEAD:src"]
+    sources = subprocess.run(git, cwd=HERE, capture_output=True, text=True).stdout.split()
     machine = f"{processor()}, {len(os.sched_getaffinity(0))} CPUs, {platform.system()}"
     date = time.strftime("%Y-%m-%d")
-    row = f"| {date} | {machine} | {described.stdout.strip()} | `{command}` | {result} |\n"
+    row = f"| {date} | {machine} | {' '.join(sources)} | `{command}` | {result} |\n"
     with open(HERE / "README.md", "a", encoding="utf-8") as page:
         page.write(row)
     print(row, end="")
