@@ -148,6 +148,8 @@ def _read_npz(path: Path) -> tuple[dict[str, Array], str]:
         if sum(member.file_size for member in file.zip.infolist()) > size:
             raise ValueError("its arrays are larger than the file")
         arrays = {name: file[name] for name in file.files}
+    if not all(isinstance(a, np.ndarray) for a in arrays.values()):  # NumPy's answer is bytes
+        raise ValueError("a member is not an array")
     return arrays, str(arrays.pop(_META)[()])
 
 
