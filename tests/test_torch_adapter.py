@@ -108,7 +108,7 @@ def test_is_torchs_class(name):
     opt = cls([leaf(3)])
     assert isinstance(opt, peer)
     assert opt.defaults == peer([leaf(3)]).defaults
-    own = ["state_dtype", "master_bits", "min_8bit_size", "seed"]
+    own = ["state_dtype", "master_bits", "min_8bit_size", "seed", "threads"]
     assert list(inspect.signature(cls).parameters) == [*inspect.signature(peer).parameters, *own]
 
 
@@ -779,3 +779,15 @@ def test_state_that_fits_no_more():
         fo.SGD([p], state_dtype="int4")
     with pytest.raises(ValueError, match=r"param_groups\[1\]: master_bits"):
         opt.add_param_group({"params": [leaf(2)], "master_bits": 17})
+
+
+def test_threads_of_its_own():
+    """Checked; used by the steps, and no part of a checkpoint."""
+    p = torch.nn.Parameter(torch.ones(3))
+    opt = fo.SGD([p], lr=0.5, threads=1)
+    p.grad = torch.ones(3)
+    opt.step()
+    assert p.tolist() == [0.5] * 3
+    assert "threads" not in opt.state_dict()["param_groups"][0]
+    with pytest.raises(ValueError, match="^threads: must be >= 1"):
+        fo.SGD([p], lr=0.5, threads=0)

@@ -87,6 +87,9 @@ class Optimizer:
     ema_warmup : bool, default False
         Let the decay of step t be no more than ``(1 + t) / (10 + t)``, so that the first parameters
         are soon forgotten.
+    threads : int, optional
+        Most threads for this optimizer's steps, from 1 to 256; by default `get_num_threads` of each
+        moment. No part of a checkpoint.
     """
 
     rule: ClassVar[str]
@@ -119,8 +122,9 @@ class Optimizer:
             for name, check in cls.checks.items()
         }
 
-    def __init__(self, params: Any, **defaults: Any) -> None:
+    def __init__(self, params: Any, *, threads: int | None = None, **defaults: Any) -> None:
         """Take over the leaves of `params`; `defaults` holds a value for each option."""
+        self._threads = None if threads is None else _threads.check("threads", threads)
         self.defaults: Options = self.check_options(
             {name: defaults[name] for name in self.checks}, where=""
         )
@@ -186,7 +190,7 @@ class Optimizer:
         group_of = self._group_of + [number] * len(names)
         readers, all_options = [*self._readers, _tree.reader(tree)], [*self._options, options]
         seen = [*self._seen, {"params": tree, **options}]
-        size, threads = len(group_of), _threads.get_num_threads()
+        size, threads = len(group_of), _threads.of(self._threads)
         self.param_groups.append({"params": tree, **options})
         try:
             self._work.add(names, grads, stored, states, number, True, threads)
@@ -329,7 +333,7 @@ class Optimizer:
         RuntimeError
             If another thread is inside a call of the same optimizer; nothing has been written.
         """
-        threads = _threads.get_num_threads()
+        threads = _threads.of(self._threads)
         plain = self if self._is_plain else None
         accumulated = isinstance(grads, GradAccumulator)
         plainly = (

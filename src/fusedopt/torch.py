@@ -53,6 +53,7 @@ class _Fused:
     _leaves: _tensors.TensorList | None = None
 
     _storage_options: Mapping[str, Any] = {}
+    _threads: int | None = None
     defaults: Any  # torch's
     param_groups: Any
     state: Any
@@ -65,9 +66,11 @@ class _Fused:
         master_bits: int | None = None,
         min_8bit_size: int = 4096,
         seed: int = 0,
+        threads: int | None = None,
         **options: Any,
     ) -> None:
         """See the class."""
+        self._threads = None if threads is None else _threads.check("threads", threads)
         own = {
             "state_dtype": state_dtype,
             "master_bits": master_bits,
@@ -122,7 +125,7 @@ class _Fused:
             self._leaves = _new_list(self._numpy.rule)
         groups = [self._plan(i, group) for i, group in enumerate(self.param_groups)]
         written = self._leaves.step(
-            self, groups, self._counts, self.state, _threads.get_num_threads()
+            self, groups, self._counts, self.state, _threads.of(self._threads)
         )
         torch.autograd.graph.increment_version(written)
         return loss
@@ -414,6 +417,8 @@ class Adam(_FusedAdam, torch.optim.Adam):
         Tensors of fewer elements keep float32 state in the place of int8.
     seed : int, default 0
         Of the stochastic rounding.
+    threads : int, optional
+        Most threads for this optimizer's steps; by default `fusedopt.get_num_threads`.
 
     Raises
     ------
