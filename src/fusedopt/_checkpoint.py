@@ -142,8 +142,8 @@ def read(path: StrPath) -> tuple[dict[str, Array], dict[str, Any]]:
 
 
 def _read_npz(path: Path) -> tuple[dict[str, Array], str]:
-    size = path.stat().st_size
     with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+        size = os.fstat(raw.fileno()).st_size
         # what savez writes is not compressed: so a small file cannot fill the memory
         if sum(member.file_size for member in file.zip.infolist()) > size:
             raise ValueError("its arrays are larger than the file")

@@ -2,8 +2,8 @@
 
     python tests/campaigns/mutants.py [part of a name]
 
-Works on a copy of the tree, built with the thread pool and little optimisation by the environment that
-runs this, which needs the build tools of pyproject.toml. Each text is looked for wherever it is in
+Works on a copy of the tree, built with the thread pool and little optimisation. The environment
+that runs it needs the build tools of pyproject.toml. Each text is looked for wherever it is in
 csrc and src: one that is not there is reported, and is as bad as a mutant that lives.
 """
 
