@@ -81,7 +81,16 @@ def build(tree, site, builds):
 
 def is_caught(tree, site, tests):
     """Whether a test fails, or never ends."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--timeout=60", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "--timeout=120",
+        "-p",
+        "no:cacheprovider",
+    ]
     done = subprocess.run(
         [*command, *tests], cwd=tree / "tests", env=os.environ | {"PYTHONPATH": str(site)},
         capture_output=True, text=True,
