@@ -24,8 +24,15 @@ def processor() -> str:
 def record(result: str, command: str = "") -> None:
     """Append date, machine, sources, command and result; print them too."""
     command = command or shlex.join(["python", *sys.argv])
-    git = ["git", "rev-parse", "--short=8", "HEAD:csrc", "HEAD:src"]
-    sources = subprocess.run(git, cwd=HERE, capture_output=True, text=True).stdout.split()
+    sources = [
+        subprocess.run(
+            ["git", "rev-parse", "--short=8", f"HEAD:{part}"],
+            cwd=HERE,
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+        for part in ("csrc", "src")
+    ]
     machine = f"{processor()}, {len(os.sched_getaffinity(0))} CPUs, {platform.system()}"
     date = time.strftime("%Y-%m-%d")
     row = f"| {date} | {machine} | {' '.join(sources)} | `{command}` | {result} |\n"
