@@ -3,8 +3,10 @@
 import os
 import zipfile
 
+import ml_dtypes
 import numpy as np
 import pytest
+from campaigns import checkpoints
 
 import fusedopt
 from fusedopt import _checkpoint
@@ -176,3 +178,49 @@ def test_file_mode_follows_umask(tmp_path):
     path.chmod(0o600)
     make().save(path)
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("convert", [False, True])
+def test_state_that_cannot_be_converted_changes_nothing(convert):
+    """The last array of all does not fit; those before it have not been copied."""
+    p = np.ones(5, ml_dtypes.bfloat16)
+    opt = fusedopt.SGD([p], momentum=0.9, master_bits=24)
+    opt.step([np.ones(5, np.float32)])
+    before = contents(opt)
+    state = opt.state_dict()["state"]["params[0]"]
+    broken = {"step": 7, "momentum_buffer": np.full(5, 9, np.float32)}
+    broken["residual"] = np.zeros(5, np.float32)
+    assert state.keys() == broken.keys()
+    with pytest.raises((TypeError, ValueError), match=r"params\[0\].residual: float32"):
+        opt.load_state_dict(opt.state_dict() | {"state": {"params[0]": broken}}, convert=convert)
+    assert contents(opt) == before
+
+
+def test_a_small_file_cannot_fill_the_memory(tmp_path):
+    """Compressed zeros are refused unread; `save` does not compress."""
+    path = tmp_path / "bomb.npz"
+    make().save(path)
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files}
+    np.savez_compressed(path, x=np.zeros(10**6), **arrays)
+    with pytest.raises(ValueError, match=r"bomb.npz: .*larger than the file"):
+        make().load(path)
+
+
+@pytest.mark.parametrize("steps", [2**62, -1, 10**400])
+def test_impossible_step_counts(steps):
+    opt = make()
+    before = contents(opt)
+    with pytest.raises(ValueError, match="state dict: step: must be"):
+        opt.load_state_dict(opt.state_dict() | {"step": steps})
+    assert contents(opt) == before
+
+
+@pytest.mark.filterwarnings("ignore")  # of archives with two members of one name, made on purpose
+def test_hostile_files(tmp_path):
+    """A short run of campaigns/checkpoints.py."""
+    campaign = checkpoints.Campaign(tmp_path)
+    for seed in range(600):
+        campaign.one(10**9 + seed)
+    campaign.check_memory()
+    assert campaign.taken > 20 and campaign.refused > 300

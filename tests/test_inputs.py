@@ -105,11 +105,11 @@ def test_bad_nesting(grads, message):
 def test_none_leaves_out_leaves_and_parts():
     params = {"a": ones(2), "b": {"W": ones(2), "c": ones(1)}, "d": [ones(1)]}
     opt = fusedopt.SGD(params, lr=1.0)
-    assert opt.step({"a": ones(2), "b": None, "d": [None]}) == (1, 1)
+    assert opt.step({"a": ones(2), "b": None, "d": [None]})[:2] == (1, 1)
     assert params["a"].tolist() == [0, 0]
     assert params["b"]["W"].tolist() == [1, 1]
     assert [s["step"] for s in opt.state.values()] == [1, 0, 0, 0]
-    assert opt.step(None) == (2, 0)
+    assert opt.step(None)[:2] == (2, 0)
 
 
 def test_overlapping_parameters():

@@ -83,7 +83,7 @@ with threadpoolctl.threadpool_limits({"fusedopt": 2}):
 with threadpoolctl.threadpool_limits(1, user_api="blas"):
     counts += [fusedopt.get_num_threads()]
 opt.step([g])
-counts += [fusedopt.get_num_threads(), tasks() - before]
+counts += [fusedopt.get_num_threads(), tasks() - before, fusedopt.info()["threads"]]
 print(json.dumps(counts))
 """
 
@@ -93,7 +93,7 @@ print(json.dumps(counts))
 def test_threadpool_limits_rule():
     """Under a limit of one a step starts no thread; the limit ends with its block."""
     counts = run(LIMITED)
-    assert counts == [1, 0, "1 (threadpoolctl)", 2, 1, 3, 3, 2]
+    assert counts == [1, 0, "1 (threadpoolctl)", 2, 1, 3, 3, 2, "3 (set_num_threads)"]
 
 
 def test_limits_beyond_ours_are_cut():

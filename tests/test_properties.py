@@ -81,7 +81,8 @@ def test_any_sizes_many_leaves(sizes, count):
     assert np.array_equal(np.concatenate(parts), whole - 1)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+# layer-wise rules sum over the elements, in their order
+@pytest.mark.parametrize("case", [c for c in CASES if c.rule not in ("lamb", "lars")], ids=str)
 @settings(max_examples=20, deadline=None)
 @given(scale=st.sampled_from([2.0**k for k in range(-8, 9)]), data=st.data())
 def test_elements_do_not_mix(case, scale, data):

@@ -51,7 +51,7 @@ def test_reference_class_has_the_same_signature(cls):
     plain = getattr(reference, cls.__name__)
     assert issubclass(plain, cls)
     assert inspect.signature(plain) == inspect.signature(cls)
-    assert list(inspect.signature(cls).parameters)[1:] == list(cls.checks)
+    assert list(inspect.signature(cls).parameters)[1:] == [*cls.checks, "threads"]
 
 
 @pytest.mark.parametrize("name", functional.__all__)

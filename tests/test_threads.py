@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from cases import threads, work
+from cases import SPLIT, threads, work
 
 import fusedopt
 from fusedopt import _core, _threads, reference
@@ -26,6 +26,54 @@ def test_set_and_get():
     for bad in (1.0, "2", None, True):
         with pytest.raises(TypeError, match="^n: expected a whole number"):
             fusedopt.set_num_threads(bad)
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD", "LAMB", "LARS"])
+def test_an_optimizers_own(name):
+    """Checked, the same bits, and no part of a checkpoint or of a group."""
+    results = []
+    for count in (None, 1, 3):
+        p = np.ones(SPLIT, np.float32)
+        opt = getattr(fusedopt, name)([p], threads=count)
+        opt.step([p.copy()])
+        results.append(p.tobytes())
+        assert "threads" not in opt.param_groups[0]
+        assert "threads" not in opt.state_dict()["param_groups"][0]
+    assert len(set(results)) == 1
+    with pytest.raises(ValueError, match="^threads: must be at most 256, got 300"):
+        getattr(fusedopt, name)([p], threads=300)
+    with pytest.raises(ValueError, match="^threads: must be >= 1"):
+        getattr(fusedopt, name)([p], threads=0)
+    with pytest.raises(TypeError, match="^threads: expected a whole number"):
+        getattr(fusedopt, name)([p], threads=True)
+
+
+OWN = """
+import os, sys
+import numpy as np, fusedopt
+def tasks():
+    return len(os.listdir("/proc/self/task"))
+fusedopt.set_num_threads(2)
+p, g = np.zeros(1_000_000, np.float32), np.ones(1_000_000, np.float32)
+before = tasks()
+counts = []
+for own in (1, None, 4):
+    opt = fusedopt.SGD([p], lr=1.0, threads=own)
+    opt.step([g])
+    counts.append(tasks() - before)
+    import threadpoolctl
+    with threadpoolctl.threadpool_limits(1):  # rules over all
+        opt.step([g])
+    counts.append(tasks() - before)
+print(*counts)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="counts threads in Linux's /proc")
+@pytest.mark.skipif(_core.backend() == "serial", reason="a serial build starts no thread")
+def test_an_optimizers_own_are_used():
+    done = subprocess.run([sys.executable, "-c", OWN], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["0", "0", "1", "1", "3", "3"], done.stderr
 
 
 def files(root, contents):

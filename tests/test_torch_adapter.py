@@ -109,7 +109,7 @@ def test_is_torchs_class(name):
     assert isinstance(opt, peer)
     assert opt.defaults == peer([leaf(3)]).defaults
     own = ["state_dtype", "master_bits", "min_8bit_size", "seed", "ema", "ema_warmup"]
-    own += ["max_grad_norm", "stats"]
+    own += ["max_grad_norm", "stats", "threads"]
     assert list(inspect.signature(cls).parameters) == [*inspect.signature(peer).parameters, *own]
 
 
@@ -881,3 +881,15 @@ def test_stats_and_history():
 def test_wrong_options_of_our_own(options):
     with pytest.raises((ValueError, TypeError), match=next(iter(options))):
         fo.Adam([leaf(3)], **options)
+
+
+def test_threads_of_its_own():
+    """Checked; used by the steps, and no part of a checkpoint."""
+    p = torch.nn.Parameter(torch.ones(3))
+    opt = fo.SGD([p], lr=0.5, threads=1)
+    p.grad = torch.ones(3)
+    opt.step()
+    assert p.tolist() == [0.5] * 3
+    assert "threads" not in opt.state_dict()["param_groups"][0]
+    with pytest.raises(ValueError, match="^threads: must be >= 1"):
+        fo.SGD([p], lr=0.5, threads=0)

@@ -109,7 +109,7 @@ def stored(name: str, value: Stored) -> Stored:
         raise TypeError(f"{name}: {value.format} needs extra of dtype {np.dtype(extra_dtype)}")
     writable(f"{name}.extra", extra)
     if extra.shape != extra_shape(value.format, value.shape) or (
-        per == 1 and not _same_layout(extra, value.data)
+        per == 1 and not same_layout(extra, value.data)
     ):
         raise ValueError(f"{name}: extra of shape {extra.shape} does not fit {value.shape}")
     return value
@@ -120,7 +120,8 @@ def _same_shape(name: str, value: Array, param: Array) -> None:
         raise ValueError(f"{name}: shape {value.shape} does not fit the parameter's {param.shape}")
 
 
-def _same_layout(value: Array, param: Array) -> bool:
+def same_layout(value: Array, param: Array) -> bool:
+    """Whether the elements of two arrays of one shape lie in the same order in memory."""
     unit, other = param.itemsize, value.itemsize
     axes = zip(value.strides, param.strides, param.shape, strict=True)
     return param.size == 0 or all(a * unit == b * other for a, b, n in axes if n > 1)
@@ -136,7 +137,7 @@ def state(name: str, value: object, param: Array) -> Array | Stored:
         raise TypeError(f"{name}: {held.format} does not fit the parameter's float64")
     if not isinstance(held, Stored) and (held.dtype == np.float64) != is_double:
         raise TypeError(f"{name}: dtype {held.dtype} does not fit the parameter's {param.dtype}")
-    if not _same_layout(data, param):
+    if not same_layout(data, param):
         raise ValueError(
             f"{name}: strides {data.strides} differ from the parameter's {param.strides}; "
             "make it with numpy.zeros_like(param)"
@@ -148,7 +149,7 @@ def gradient(name: str, value: object, param: Array) -> Array:
     """Return `value`, or a copy of it in the memory order of `param` where they differ."""
     grad = array(name, value)
     _same_shape(name, grad, param)
-    if _same_layout(grad, param):
+    if same_layout(grad, param):
         return grad
     laid = np.empty_like(param, dtype=grad.dtype, subok=False)  # keeps the order of the axes
     np.copyto(laid, grad)
@@ -172,7 +173,7 @@ def copy_target(name: str, value: object, param: Array) -> Array:
             f"{name}: a copy of {param.dtype} is written as float16, bfloat16 or in the dtype that "
             f"steps compute in, not as {target.dtype}"
         )
-    if not _same_layout(target, param):
+    if not same_layout(target, param):
         raise ValueError(
             f"{name}: strides {target.strides} lie otherwise than the parameter's {param.strides}; "
             "make it with numpy.empty_like(param, dtype=...)"
@@ -184,7 +185,7 @@ def zeroed(name: str, value: Array, param: Array) -> Array:
     """Return `value` if it is a gradient that can be set to zero in the pass that reads it."""
     if not value.flags.writeable:
         raise ValueError(f"{name}: read-only array; zero_grads writes to it, pass a writable one")
-    if not _same_layout(value, param):
+    if not same_layout(value, param):
         raise ValueError(
             f"{name}: in another memory order than its parameter, so that a copy of it is stepped; "
             "zero_grads needs them alike, or set it to zero yourself"
@@ -213,6 +214,8 @@ def number(name: str, value: Any) -> float:
         raise TypeError(f"{name}: expected a number, got {value!r}")
     try:
         result = float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        result = math.inf
     except (TypeError, ValueError) as exc:
         raise TypeError(f"{name}: expected a number, got {value!r}") from exc
     if not math.isfinite(result):
@@ -270,6 +273,14 @@ def count(name: str, value: Any, least: int = 0) -> int:
     if not least <= value < 2**63:
         raise ValueError(f"{name}: must be >= {least} and below 2**63, got {value}")
     return int(value)
+
+
+def steps(name: str, value: Any, least: int = 0) -> int:
+    """Return `value` as a number of steps: a count with room to go on in 64 bits."""
+    result = count(name, value, least)
+    if result >= 2**62:
+        raise ValueError(f"{name}: must be below 2**62, got {value}")
+    return result
 
 
 def choice(*allowed: Any) -> Any:

@@ -84,12 +84,25 @@ def write(path: StrPath, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -
     ValueError
         If the name ends in neither .npz nor .safetensors.
     OSError
-        If it cannot be written; what was there before is still there.
+        Naming the file, if it cannot be written; what was there before is still there.
     ModuleNotFoundError
         If safetensors is asked for and not installed.
     """
     target = _known(path)
     text = json.dumps({"version": _VERSION, **meta})
+    try:
+        _write(target, arrays, text)
+    except OSError as exc:  # a full disk's, from a write, names no file
+        if exc.errno is None:
+            raise OSError(f"{target}: {exc}") from exc
+        raise OSError(exc.errno, exc.strerror, str(target)) from exc
+    except Exception as exc:
+        if type(exc).__name__ == "SafetensorError":  # derives from Exception alone
+            raise OSError(f"{target}: {exc}") from exc
+        raise
+
+
+def _write(target: Path, arrays: Mapping[str, Array], text: str) -> None:
     with _replacing(target) as temporary:
         if target.suffix == ".npz":
             with open(temporary, "wb") as file:
@@ -113,9 +126,6 @@ def read(path: StrPath) -> tuple[dict[str, Array], dict[str, Any]]:
     """
     source = _known(path)
     reader = _read_npz if source.suffix == ".npz" else _read_safetensors
-    import zipfile  # with tempfile below, a tenth of the package's time to import
-    import zlib
-
     source.open("rb").close()  # not there, or not ours to read: an OSError that names it
     try:
         arrays, text = reader(source)
@@ -126,27 +136,27 @@ def read(path: StrPath) -> tuple[dict[str, Array], dict[str, Any]]:
         raise
     except MemoryError as exc:
         raise ValueError(f"{source}: claims more data than memory can hold") from exc
-    except (OSError, ValueError, KeyError, EOFError, RecursionError, NotImplementedError,
-            zipfile.BadZipFile, zlib.error, SyntaxError) as exc:  # fmt: skip
+    except Exception as exc:  # the parsers of others meet hostile bytes here, and raise anything
         raise ValueError(f"{source}: not a checkpoint of fusedopt, or damaged ({exc})") from exc
     return arrays, meta
 
 
 def _read_npz(path: Path) -> tuple[dict[str, Array], str]:
     with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+        size = os.fstat(raw.fileno()).st_size
+        # what savez writes is not compressed: so a small file cannot fill the memory
+        if sum(member.file_size for member in file.zip.infolist()) > size:
+            raise ValueError("its arrays are larger than the file")
         arrays = {name: file[name] for name in file.files}
+    if not all(isinstance(a, np.ndarray) for a in arrays.values()):  # NumPy's answer is bytes
+        raise ValueError("a member is not an array")
     return arrays, str(arrays.pop(_META)[()])
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Array], str]:
-    try:
-        with _safetensors_open(path) as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return arrays, str((file.metadata() or {})[_META])
-    except Exception as exc:
-        if type(exc).__name__ == "SafetensorError":  # derives from Exception alone
-            raise ValueError(str(exc)) from exc
-        raise
+    with _safetensors_open(path) as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return arrays, str((file.metadata() or {})[_META])
 
 
 def _safetensors() -> Any:
@@ -176,14 +186,9 @@ def _known(path: StrPath) -> Path:
 @contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
     """Yield a temporary path; on success sync it and rename it to `target`, else remove it."""
-    import tempfile
-
-    handle, name = tempfile.mkstemp(
-        prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent
-    )
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    temporary = target.with_name(f".{target.name}.{os.urandom(8).hex()}{target.suffix}")
+    try:  # the name first: from here on whatever fails leaves nothing behind
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
         yield temporary
         temporary.chmod(mode)

@@ -67,6 +67,14 @@ class WorkList:
     def use_states(self, i: int, used: tuple[bool, ...]) -> None: ...
     def get_step(self, i: int) -> int: ...
     def set_steps(self, count: int, steps: list[int]) -> None: ...
+    def restore(
+        self,
+        pairs: list[tuple[NDArray[Any], NDArray[Any]]],
+        count: int,
+        steps: list[int],
+        groups: list[dict[str, Any]],
+        options: list[dict[str, Any]],
+    ) -> None: ...
 
 @final
 class Memory:

@@ -9,7 +9,7 @@ side.
 """
 from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport free, realloc
-from libc.string cimport memset
+from libc.string cimport memmove, memset
 
 from cpython.buffer cimport (
     PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_IsContiguous, PyBuffer_Release,
@@ -583,6 +583,7 @@ cdef class WorkList:
             if around is not None:
                 self.take_others(grads, around)
                 skipped, norm, factor = self.judge(grads, around, plain, &how, threads)
+            number = self.count + 1  # an object: no memory may run out between writes and count
             if skipped:
                 if around.zero_grads:
                     self.zero_gradients(grads)
@@ -601,10 +602,10 @@ cdef class WorkList:
             for i in range(n):
                 if grads[i] is not None:
                     self.held[i].step += 1
-            self.count += 1
+            self.count = number
             if around is None:
-                return self.count, updated
-            return self.count, updated, (
+                return number, updated
+            return number, updated, (
                 False, norm, factor, self.read_stats(grads) if around.measure else None)
         finally:
             for i in range(n):
@@ -662,6 +663,58 @@ cdef class WorkList:
         self.count = count
         for i in range(self.n):
             self.held[i].step = steps[i]
+
+    def restore(self, list pairs, count, list steps, list groups, list options):
+        """Take over a checkpoint: all of it or, where this raises, none.
+
+        One call, so that no signal's exception and no want of memory can fall between its writes:
+        all that can fail comes before them.
+
+        Parameters
+        ----------
+        pairs : list of (array, array)
+            One of the list's arrays, and one whose bytes it gets: as many, in the same order.
+        count, steps
+            See `set_steps`.
+        groups, options : list of dict
+            Each of the first is updated by its neighbour in the second, which has no other keys.
+        """
+        cdef ptrdiff_t i, n = len(pairs)
+        cdef Py_buffer *views = <Py_buffer *>grow(NULL, 2 * n, sizeof(Py_buffer))
+        cdef int64_t *numbers = NULL
+        memset(views, 0, 2 * n * sizeof(Py_buffer))
+        try:
+            numbers = <int64_t *>grow(NULL, self.n, sizeof(int64_t))
+            for i in range(self.n):
+                numbers[i] = steps[i]
+            for i in range(n):
+                self.export_pair(pairs[i][0], pairs[i][1], &views[2 * i], &views[2 * i + 1])
+            for i in range(len(groups)):
+                (<dict?>groups[i]).update(<dict?>options[i])
+            for i in range(n):
+                memmove(views[2 * i].buf, views[2 * i + 1].buf, views[2 * i].len)
+            self.count = count
+            for i in range(self.n):
+                self.held[i].step = numbers[i]
+        finally:
+            for i in range(2 * n):
+                if <void *>views[i].obj != NULL:
+                    PyBuffer_Release(&views[i])
+            free(views)
+            free(numbers)
+
+    cdef int export_pair(self, object to, object source, Py_buffer *to_view,
+                         Py_buffer *view) except -1:
+        cdef uintptr_t low
+        PyObject_GetBuffer(to, to_view, PyBUF_STRIDES | PyBUF_WRITABLE)
+        PyObject_GetBuffer(source, view, PyBUF_STRIDES)
+        low = <uintptr_t>view.buf
+        if view.buf != to_view.buf and alias(&self.spans, low, low + view.len) >= 0:
+            PyBuffer_Release(view)  # another of the list's own, which this call may write first
+            PyObject_GetBuffer(source.copy(order="K"), view, PyBUF_STRIDES)
+        if view.len != to_view.len or not same_layout(to_view, view):
+            raise SystemError("fusedopt: arrays of a checkpoint do not fit; please report")
+        return 0
 
 
 cdef int read_grad(object values, fo_stats *to) except -1:

@@ -191,10 +191,13 @@ def memory(
     return parts
 
 
-def copier(
+def pairs(
     where: str, ours: Array | Stored, theirs: Any, convert: bool, key: int
-) -> Callable[[], None]:
-    """Return what copies `theirs` into `ours`; raise if it does not fit."""
+) -> list[tuple[Array, Array]]:
+    """Return the parts of `ours`, each with what of `theirs` it shall hold; raise if none fits.
+
+    The second of a pair has the bytes, in the memory order of the first.
+    """
     if isinstance(theirs, Stored):
         theirs = _check.stored(where, theirs)
     else:
@@ -207,20 +210,34 @@ def copier(
         raise ValueError(
             f"{where}: {its}{list(theirs.shape)} does not fit {mine}{list(ours.shape)}{way_out}"
         )
-    if mine == its:
-        pairs = list(zip(_parts(ours), _parts(theirs), strict=True))
+    if mine != its:
+        theirs = _converted(where, ours, theirs, key)
+    return [(a, _laid_as(a, b)) for a, b in zip(_parts(ours), _parts(theirs), strict=True)]
 
-        def copy() -> None:
-            for a, b in pairs:
-                np.copyto(a, b.view(a.dtype))
 
-        return copy
+def _laid_as(a: Array, b: Array) -> Array:
+    if _check.same_layout(b, a):
+        return b
+    laid = np.empty_like(a, subok=False)
+    np.copyto(laid, b.view(a.dtype))
+    return laid
+
+
+def _converted(
+    where: str, ours: Array | Stored, theirs: Array | Stored, key: int
+) -> Array | Stored:
+    """Return the numbers of `theirs` in a new array of the kind of `ours`."""
     values = theirs.decode() if isinstance(theirs, Stored) else theirs
-    if isinstance(ours, Stored):
-        laid = np.empty_like(ours.data, np.float32, subok=False)
-        np.copyto(laid, values, casting="same_kind")
-        return lambda: ours.encode(laid, key)
-    return lambda: np.copyto(ours, values, casting="same_kind")
+    target = np.float32 if isinstance(ours, Stored) else ours.dtype
+    if not np.can_cast(values.dtype, target, "same_kind"):
+        raise TypeError(f"{where}: {_kind(theirs)} cannot be converted to {_kind(ours)}")
+    if not isinstance(ours, Stored):
+        return values.astype(target)
+    laid = np.empty_like(ours.data, np.float32, subok=False)
+    np.copyto(laid, values, casting="same_kind")
+    twin = Stored(ours.format, *(np.empty_like(part, subok=False) for part in ours.parts()))
+    twin.encode(laid, key)
+    return twin
 
 
 def _kind(array: Array | Stored) -> str:

@@ -40,7 +40,7 @@ def _register(threadpoolctl: ModuleType) -> None:
             return _threads.get_num_threads()
 
         def set_num_threads(self, n: int) -> None:
-            _threads.use(max(1, min(n, _threads.MOST)), "threadpoolctl")
+            _threads.limit(n)
 
     threadpoolctl.register(Controller)
 

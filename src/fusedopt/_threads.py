@@ -3,7 +3,7 @@
 The default is the least of what the system grants this process: the CPUs of its affinity mask, the
 CPU quota of its control groups (a container's ``--cpus``), rounded up, and ``OMP_NUM_THREADS``.
 Ranks that torchrun starts on one host share the first two alike (``LOCAL_WORLD_SIZE``).
-``FUSEDOPT_NUM_THREADS`` overrides it, and `set_num_threads` overrides both.
+``FUSEDOPT_NUM_THREADS`` overrides it, `set_num_threads` both, and an optimizer's ``threads=`` all.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from fusedopt import _check, _core
 
@@ -88,7 +89,8 @@ def default_threads(
     return min(count, MOST), why
 
 
-_count, _why = default_threads()
+_LIMIT = "threadpoolctl"
+_count, _why = _unlimited = default_threads()
 
 
 def set_num_threads(n: int) -> None:
@@ -104,16 +106,39 @@ def set_num_threads(n: int) -> None:
     TypeError, ValueError
         If `n` is not such a number.
     """
-    n = _check.count("n", n, least=1)
+    use(check("n", n), "set_num_threads")
+
+
+def check(name: str, value: Any) -> int:
+    """Return `value` as a number of threads."""
+    n = _check.count(name, value, least=1)
     if n > MOST:
-        raise ValueError(f"n: must be at most {MOST}, got {n}")
-    use(n, "set_num_threads")
+        raise ValueError(f"{name}: must be at most {MOST}, got {n}")
+    return n
+
+
+def of(own: int | None) -> int:
+    """Return the most threads of an optimizer with `threads=own`; threadpoolctl rules over it."""
+    if own is None:
+        return _count
+    return min(own, _count) if _why == _LIMIT else own
 
 
 def use(count: int, why: str) -> None:
     """Set the number of threads of the process, and what `info` shall say ruled it."""
     global _count, _why
     _count, _why = count, why
+
+
+def limit(count: int) -> None:
+    """Take a limit of threadpoolctl; once it sets the number from before, that rules again."""
+    global _unlimited
+    if _why != _LIMIT:
+        _unlimited = _count, _why
+    if count == _unlimited[0]:
+        use(*_unlimited)
+    else:
+        use(max(1, min(count, MOST)), _LIMIT)
 
 
 def get_num_threads() -> int:

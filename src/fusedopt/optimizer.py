@@ -87,6 +87,9 @@ class Optimizer:
     ema_warmup : bool, default False
         Let the decay of step t be no more than ``(1 + t) / (10 + t)``, so that the first parameters
         are soon forgotten.
+    threads : int, optional
+        Most threads for this optimizer's steps, from 1 to 256; by default `get_num_threads` of each
+        moment. No part of a checkpoint.
     """
 
     rule: ClassVar[str]
@@ -119,8 +122,9 @@ class Optimizer:
             for name, check in cls.checks.items()
         }
 
-    def __init__(self, params: Any, **defaults: Any) -> None:
+    def __init__(self, params: Any, *, threads: int | None = None, **defaults: Any) -> None:
         """Take over the leaves of `params`; `defaults` holds a value for each option."""
+        self._threads = None if threads is None else _threads.check("threads", threads)
         self.defaults: Options = self.check_options(
             {name: defaults[name] for name in self.checks}, where=""
         )
@@ -183,12 +187,21 @@ class Optimizer:
         stored, states = _storage.allocate(
             names, params, self.uses(options), self.state_is_square, options
         )
-        self._work.add(names, grads, stored, states, number, True, _threads.get_num_threads())
-        self._group_of += [number] * len(names)
-        self._readers.append(_tree.reader(tree))
-        self._options.append(options)
+        group_of = self._group_of + [number] * len(names)
+        readers, all_options = [*self._readers, _tree.reader(tree)], [*self._options, options]
+        seen = [*self._seen, {"params": tree, **options}]
+        size, threads = len(group_of), _threads.of(self._threads)
         self.param_groups.append({"params": tree, **options})
-        self._seen.append(dict(self.param_groups[-1]))
+        try:
+            self._work.add(names, grads, stored, states, number, True, threads)
+        finally:  # a signal's exception may come right behind the call; nothing here can fail
+            if len(self._work) == size:
+                self._group_of = group_of
+                self._readers = readers
+                self._options = all_options
+                self._seen = seen
+            else:
+                self.param_groups.pop()
 
     @property
     def state(self) -> dict[str, dict[str, Any]]:
@@ -320,7 +333,7 @@ class Optimizer:
         RuntimeError
             If another thread is inside a call of the same optimizer; nothing has been written.
         """
-        threads = _threads.get_num_threads()
+        threads = _threads.of(self._threads)
         plain = self if self._is_plain else None
         accumulated = isinstance(grads, GradAccumulator)
         plainly = (
@@ -502,19 +515,15 @@ class Optimizer:
             groups = list(state_dict["param_groups"])
         except (KeyError, TypeError, ValueError, IndexError) as exc:
             raise ValueError("state dict: expected 'step', 'state' and 'param_groups'") from exc
-        step = _check.count("state dict: step", step)
-        steps, copies = self._fit_states(state, convert)
+        step = _check.steps("state dict: step", step)
+        steps, pairs = self._fit_states(state, convert)
         checked = self._fit_groups(groups, convert)
-        for copy in copies:
-            copy()
-        self._work.set_steps(step, steps)
-        for group, options in zip(self.param_groups, checked, strict=True):
-            group.update(options)
+        self._work.restore(pairs, step, steps, self.param_groups, checked)
 
     def _fit_states(
         self, state: dict[str, Any], convert: bool
-    ) -> tuple[list[int], list[Callable[[], None]]]:
-        """Return the step counts, and what copies the arrays of all leaves; write nothing."""
+    ) -> tuple[list[int], list[tuple[Array, Array]]]:
+        """Return the step counts, and each array with what it shall hold; write nothing."""
         ours = self.state
         if state.keys() != ours.keys():
             missing = [name for name in ours if name not in state]
@@ -523,21 +532,21 @@ class Optimizer:
                 "state dict: other parameters than this optimizer's; "
                 f"missing {missing[:3]}, foreign {foreign[:3]}"
             )
-        steps, copies = [], []
+        steps, pairs = [], []
         for leaf, (name, arrays) in enumerate(ours.items()):
             if not isinstance(state[name], Mapping) or state[name].keys() != arrays.keys():
                 raise ValueError(
                     f"state dict: {name} should have {', '.join(arrays)}; "
                     "make the optimizer with the options that the state was made with"
                 )
-            steps.append(_check.count(f"state dict: {name}.step", state[name]["step"]))
+            steps.append(_check.steps(f"state dict: {name}.step", state[name]["step"]))
             for key, array in arrays.items():
                 if key != "step":
                     slot = 1 + self._slots.index(key) if key in self._slots else 0
                     noise = formats.key(0, leaf, steps[-1], slot)
                     where = f"state dict: {name}.{key}"
-                    copies.append(_storage.copier(where, array, state[name][key], convert, noise))
-        return steps, copies
+                    pairs += _storage.pairs(where, array, state[name][key], convert, noise)
+        return steps, pairs
 
     def _fit_groups(self, groups: Sequence[Any], convert: bool) -> list[Options]:
         """Return the new options of all groups; write nothing."""
@@ -613,7 +622,7 @@ def apply(
     `lists` holds the parameters, the gradients, then the state arrays by their argument's name;
     None in the place of a list stands for a state that is not there.
     """
-    step = _check.count("step", step, least=1)
+    step = _check.steps("step", step, least=1)
     options = cls.check_options(_storage.DEFAULTS | options, where="")
     (params_name, params), (grads_name, grads), *states = lists.items()
     present = [(name, values) for name, values in states if values is not None]

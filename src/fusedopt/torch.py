@@ -57,6 +57,7 @@ class _Fused:
     last_step = StepResult(0, 0)  # what the last step measured, with max_grad_norm or stats
 
     _storage_options: Mapping[str, Any] = {}
+    _threads: int | None = None
     defaults: Any  # torch's
     param_groups: Any
     state: Any
@@ -73,9 +74,11 @@ class _Fused:
         ema_warmup: bool = False,
         max_grad_norm: float | None = None,
         stats: bool = False,
+        threads: int | None = None,
         **options: Any,
     ) -> None:
         """See the class."""
+        self._threads = None if threads is None else _threads.check("threads", threads)
         own = {
             "state_dtype": state_dtype,
             "master_bits": master_bits,
@@ -139,7 +142,7 @@ class _Fused:
         groups = [self._plan(i, group) for i, group in enumerate(self.param_groups)]
         around = self._around()
         written, outcome = self._leaves.step(
-            self, groups, self._is_counted(), self.state, _threads.get_num_threads(), around
+            self, groups, self._is_counted(), self.state, _threads.of(self._threads), around
         )
         torch.autograd.graph.increment_version(written)
         if outcome is not None:
@@ -512,6 +515,8 @@ class Adam(_FusedAdam, torch.optim.Adam):
     stats : bool, default False
         Measure every parameter in each step: ``last_step.stats``, see `fusedopt.StepStats`, as
         `fusedopt.monitor.History` records it.
+    threads : int, optional
+        Most threads for this optimizer's steps; by default `fusedopt.get_num_threads`.
 
     Raises
     ------

@@ -34,8 +34,8 @@ class Adam(Optimizer):
         Divide by the largest second moment so far [2]_.
     maximize : bool, default False
         Go up the gradient.
-    state_dtype, master_bits, min_8bit_size, seed, ema, ema_warmup
-        How arrays are stored, and a running average of the parameters; see `Optimizer`.
+    state_dtype, master_bits, min_8bit_size, seed, ema, ema_warmup, threads
+        How arrays are stored, a running average of the parameters, threads; see `Optimizer`.
 
     Raises
     ------
@@ -98,6 +98,7 @@ class Adam(Optimizer):
         seed: int = 0,
         ema: float | None = None,
         ema_warmup: bool = False,
+        threads: int | None = None,
     ) -> None:
         """See the class."""
         super().__init__(
@@ -115,6 +116,7 @@ class Adam(Optimizer):
             seed=seed,
             ema=ema,
             ema_warmup=ema_warmup,
+            threads=threads,
         )
 
     @staticmethod
@@ -134,7 +136,7 @@ class AdamW(Adam):
     Parameters
     ----------
     params, lr, betas, eps, amsgrad, maximize
-    state_dtype, master_bits, min_8bit_size, seed, ema, ema_warmup
+    state_dtype, master_bits, min_8bit_size, seed, ema, ema_warmup, threads
         As for `Adam`.
     weight_decay : float, default 1e-2
         >= 0: before the update the parameter shrinks by the factor ``1 - lr * weight_decay``.
@@ -171,6 +173,7 @@ class AdamW(Adam):
         seed: int = 0,
         ema: float | None = None,
         ema_warmup: bool = False,
+        threads: int | None = None,
     ) -> None:
         """See the class."""
         Optimizer.__init__(
@@ -188,6 +191,7 @@ class AdamW(Adam):
             seed=seed,
             ema=ema,
             ema_warmup=ema_warmup,
+            threads=threads,
         )
 
     @staticmethod

@@ -33,8 +33,8 @@ class LAMB(Optimizer):
         Decoupled decay, >= 0: part of the direction, before its norm is taken.
     maximize : bool, default False
         Go up the gradient.
-    state_dtype, master_bits, min_8bit_size, seed, ema, ema_warmup
-        How arrays are stored, and a running average of the parameters; see `Optimizer`.
+    state_dtype, master_bits, min_8bit_size, seed, ema, ema_warmup, threads
+        How arrays are stored, a running average of the parameters, threads; see `Optimizer`.
 
     Raises
     ------
@@ -89,6 +89,7 @@ class LAMB(Optimizer):
         seed: int = 0,
         ema: float | None = None,
         ema_warmup: bool = False,
+        threads: int | None = None,
     ) -> None:
         """See the class."""
         super().__init__(
@@ -104,6 +105,7 @@ class LAMB(Optimizer):
             seed=seed,
             ema=ema,
             ema_warmup=ema_warmup,
+            threads=threads,
         )
 
     @staticmethod

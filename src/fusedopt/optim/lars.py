@@ -34,8 +34,8 @@ class LARS(Optimizer):
         Added to the norms that divide, >= 0.
     maximize : bool, default False
         Go up the gradient.
-    state_dtype, master_bits, min_8bit_size, seed, ema, ema_warmup
-        How arrays are stored, and a running average of the parameters; see `Optimizer`.
+    state_dtype, master_bits, min_8bit_size, seed, ema, ema_warmup, threads
+        How arrays are stored, a running average of the parameters, threads; see `Optimizer`.
 
     Raises
     ------
@@ -92,6 +92,7 @@ class LARS(Optimizer):
         seed: int = 0,
         ema: float | None = None,
         ema_warmup: bool = False,
+        threads: int | None = None,
     ) -> None:
         """See the class."""
         super().__init__(
@@ -108,6 +109,7 @@ class LARS(Optimizer):
             seed=seed,
             ema=ema,
             ema_warmup=ema_warmup,
+            threads=threads,
         )
 
     @staticmethod

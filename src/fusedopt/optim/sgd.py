@@ -33,8 +33,8 @@ class SGD(Optimizer):
         L1 penalty, >= 0: ``l1 * sign(param)`` is added to the gradient.
     maximize : bool, default False
         Go up the gradient.
-    state_dtype, master_bits, min_8bit_size, seed, ema, ema_warmup
-        How arrays are stored, and a running average of the parameters; see `Optimizer`.
+    state_dtype, master_bits, min_8bit_size, seed, ema, ema_warmup, threads
+        How arrays are stored, a running average of the parameters, threads; see `Optimizer`.
 
     Raises
     ------
@@ -94,6 +94,7 @@ class SGD(Optimizer):
         seed: int = 0,
         ema: float | None = None,
         ema_warmup: bool = False,
+        threads: int | None = None,
     ) -> None:
         """See the class."""
         super().__init__(
@@ -111,6 +112,7 @@ class SGD(Optimizer):
             seed=seed,
             ema=ema,
             ema_warmup=ema_warmup,
+            threads=threads,
         )
 
     @classmethod

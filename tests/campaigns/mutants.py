@@ -1,0 +1,152 @@
+"""The arithmetic broken on purpose, one way after the other: the suite must see each.
+
+    python tests/campaigns/mutants.py [part of a name]
+
+Works on a copy of the tree, built for no instruction set in particular and with little optimisation
+(for speed) and with the thread pool; the environment needs the build tools of pyproject.toml. Each
+text is looked for wherever it is in csrc and src: one that is not there is reported, and is as bad
+as a mutant that lives.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from record import record
+
+ROOT = Path(__file__).parents[2]
+BITS = ["test_bits.py"]
+FORMATS = ["test_formats.py"]
+THREADS = ["test_properties.py", "test_threads.py"]
+
+MUTANTS = [  # what is wrong; the right text; the wrong one; tests that should see it
+    ("the tail of a leaf is left out", "            end = leaf->n;\n",
+     "            end = leaf->n - leaf->n % 16;\n", BITS),
+    ("a tile is stepped twice", "end = tile_from(leaf, to) * FO_TILE;",
+     "end = (tile_from(leaf, to) + 1) * FO_TILE;", THREADS),
+    ("chunks are claimed by no atomic operation",
+     "if (atomic_compare_exchange_weak(&j->next, &chunk, end)) {",
+     "if ((atomic_store(&j->next, end), 1)) {", THREADS),
+    ("the pool believes in its threads after a fork", "    pool.workers = 0;\n", "",
+     ["test_processes.py"]),
+    ("a job is open when its caller is gone", "pool.open = NULL; /* from", "; /* from", THREADS),
+    ("swapped betas", "v[i] * beta2 + (w2 * g[i])", "v[i] * beta2 + (w1 * g[i])", BITS),
+    ("no bias correction", '"root": sqrt(1 - beta2**step)', '"root": 1.0', BITS),
+    ("no epsilon", "FO_SQRT(v[i]) / root + eps", "FO_SQRT(v[i]) / root", BITS),
+    ("AMSGrad forgets NaN", "x[i] >= v[i] || x[i] != x[i] ? x[i] : v[i]",
+     "x[i] >= v[i] ? x[i] : v[i]", BITS),
+    ("the first momentum is damped", "if (first != 0)", "if (first > 1)", BITS),
+    ("L1 pushes the wrong way", "p[i] < 0 ? (REAL)-1", "p[i] < 0 ? (REAL)1", BITS),
+    ("products and sums are fused", "-ffp-contract=off",
+     "-ffp-contract=fast -mfma -DFUSEDOPT_ANY_DISPATCH", BITS),
+    ("an additive term where there is none", "const int has_l2 = plan->l2 != 0",
+     "const int has_l2 = 1 | (plan->l2 != 0)", BITS),
+    ("a block is not padded", "    memset(room, 0, sizeof *room);\n",
+     "    memset(room, 0x7b, sizeof *room);\n", FORMATS),
+    ("bfloat16 rounds ties up", "0x7fff + ((from->u[j] >> 16) & 1)", "0x8000", FORMATS),
+    ("the exponent of a block is too small", "(largest + 2 * STEP) >> 23",
+     "(largest + 1 * STEP) >> 23", FORMATS),
+    ("noise of the step before", 'fo_key(options[group]["seed"], i, step + 1)',
+     'fo_key(options[group]["seed"], i, step)', FORMATS),
+    ("noise that repeats in each block", "(uint32_t)((uint64_t)at / FO_BLOCK * HALF)",
+     "(uint32_t)((uint64_t)at / FO_BLOCK * 0)", FORMATS),
+    ("sums in the order of threads", "lanes[i % FO_LANES] += sums->squares",
+     "lanes[0] += sums->squares", ["test_around.py"]),
+    ("a clip that loses NaN", "out[i] > clip ? clip : out[i] < -clip ? -clip : out[i]",
+     "out[i] < clip ? (out[i] > -clip ? out[i] : -clip) : clip", ["test_around.py"]),
+    ("gradients that are written are let in", "        if found >= 0:\n            _check.alias(",
+     "        if found > 1000:\n            _check.alias(", ["test_inputs.py"]),
+    ("a load that keeps the step counts", "            self.count = count\n            for i",
+     "            for i", ["test_checkpoint.py", "test_machine.py"]),
+]  # fmt: skip
+
+
+SIMPLER = [
+    ("CMakeLists.txt", "-O3", "-O1"),
+    ("CMakeLists.txt", 'MATCHES "^(x86_64|AMD64|amd64)$"', 'STREQUAL "none"'),
+    ("csrc/dispatch.c", "#if defined(__x86_64__)", "#if 0"),
+]
+
+
+def sources(tree):
+    """All files that a mutant may be in."""
+    files = [tree / "CMakeLists.txt", *(tree / "csrc").rglob("*.[ch]")]
+    return sorted([*files, *(tree / "src").rglob("*.py"), *(tree / "src").rglob("*.pyx")])
+
+
+def build(tree, site, builds):
+    command = [
+        sys.executable, "-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps",
+        "--upgrade", "--target", site, tree, "-C", "cmake.define.FUSEDOPT_THREADS=pool",
+        "-C", f"build-dir={builds}",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def is_caught(tree, site, tests):
+    """Whether a test fails, or never ends."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "--timeout=120",
+        "-p",
+        "no:cacheprovider",
+    ]
+    done = subprocess.run(
+        [*command, *tests], cwd=tree / "tests", env=os.environ | {"PYTHONPATH": str(site)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    print("   ", failed[0][:110] if failed else f"exit status {done.returncode}", flush=True)
+    return done.returncode != 0
+
+
+def main(wish=""):
+    wrong, caught = [], 0
+    with tempfile.TemporaryDirectory() as folder:
+        tree, site, builds = (Path(folder, name) for name in ("tree", "site", "build"))
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns("build", ".git", "__pycache__"))
+        for path, right, simpler in SIMPLER:
+            text = (tree / path).read_text()
+            assert right in text, f"{path}: text not found: {right}"
+            (tree / path).write_text(text.replace(right, simpler))
+        os.environ["SETUPTOOLS_SCM_PRETEND_VERSION"] = "0"
+        build(tree, site, builds)
+        everything = sorted({test for *_, tests in MUTANTS for test in tests})
+        print("unbroken", flush=True)
+        assert not is_caught(tree, site, everything), "the suite fails without any mutant"
+        for name, right, spoilt, tests in MUTANTS:
+            if wish not in name:
+                continue
+            print(name, flush=True)
+            holders = [path for path in sources(tree) if right in path.read_text()]
+            if not holders:
+                wrong.append(f"{name} (text not found: {right.strip()!r})")
+                continue
+            start, text = time.time(), holders[0].read_text()
+            holders[0].write_text(text.replace(right, spoilt))
+            build(tree, site, builds)
+            if is_caught(tree, site, tests):
+                caught += 1
+            else:
+                wrong.append(f"{name} (lives)")
+            holders[0].write_text(text)
+            print(f"    {time.time() - start:.0f} s", flush=True)
+    for each in wrong:
+        print("NOT CAUGHT:", each)
+    if wish:
+        return
+    record(f"{caught} of {len(MUTANTS)} mutants caught" + "".join(f"; {each}" for each in wrong))
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

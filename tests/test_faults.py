@@ -1,0 +1,138 @@
+"""What fails in the middle of a call leaves all as it was; numbers that fail stay in place."""
+
+import os
+import platform
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from campaigns import faults
+from cases import CASES, assert_same
+from test_processes import run
+
+import fusedopt
+from fusedopt import reference
+
+linux = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="replaces glibc's malloc")
+unix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and limits of processes")
+SUFFIXES = [".npz", ".safetensors"]
+
+
+@linux
+@pytest.mark.skipif(shutil.which("cc") is None, reason="compiles a library to preload")
+@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="another library replaces malloc")
+@pytest.mark.parametrize("malloc", ["pymalloc", "malloc"])
+def test_every_allocation_fails_once(malloc):
+    counts = faults.allocations(malloc)
+    if malloc == "pymalloc":
+        assert counts["step"] == [0, 0, 0]  # a step allocates nothing
+    for name, (failed, raised, late) in counts.items():
+        assert late <= 2, name  # once, where a step that is done cannot return its result
+        assert raised >= 0.9 * failed, name
+        assert malloc == "pymalloc" or failed >= 10, name
+
+
+@unix
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_out_of_room(suffix):
+    assert faults.full_disk(suffix, stride=199) > 20
+
+
+@unix
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_full_disk(suffix, tmp_path):
+    """A real one: a file system of a few pages."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=20k", "tmpfs", str(tmp_path)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("cannot mount a small file system here")
+    try:
+        path = tmp_path / f"state{suffix}"
+        faults.make(1.0, 800).save(path)  # 15 kB: one fits, two do not
+        old = path.read_bytes()
+        with pytest.raises(OSError, match=rf"state{suffix}|No space"):
+            faults.make(2.0, 800).save(path)
+        assert path.read_bytes() == old and os.listdir(tmp_path) == [path.name]
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@unix
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_killed_while_saving(suffix):
+    replaced = faults.kills(25, suffix)
+    assert replaced <= 25
+
+
+ALARMS = """
+import signal, tempfile
+class Alarm(Exception):
+    pass
+def ring(*_):
+    raise Alarm
+signal.signal(signal.SIGALRM, ring)
+def make(fill):
+    opt = fusedopt.Adam({f"p{i}": np.full(50, fill) for i in range(60)}, lr=fill)
+    opt.step({f"p{i}": np.full(50, fill) for i in range(60)})
+    return opt
+def state(opt):
+    arrays = [a for s in opt.state.values() for a in s.values()]
+    return [opt.param_groups[0]["lr"]] + [np.asarray(a).tobytes() for a in arrays]
+one, two, opt = make(1.0), make(2.0), make(3.0)
+dicts, states = [one.state_dict(), two.state_dict()], [state(one), state(two)]
+opt.load_state_dict(dicts[0])
+alarms, end, groups = 0, time.monotonic() + 2, 1
+while time.monotonic() < end:
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1e-5 + 3e-3 * ((alarms * 0.618) % 1))
+        while True:
+            opt.load_state_dict(dicts[alarms % 2])
+            opt.load_state_dict(dicts[1 - alarms % 2])
+    except Alarm:
+        alarms += 1
+        assert state(opt) in states, alarms
+print(alarms)
+"""
+
+
+@unix
+def test_signals_while_loading():
+    """An exception from a handler leaves the old state or the new one, never a mixture."""
+    done = run(f"import numpy as np, fusedopt, time\n{ALARMS}")
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 50
+
+
+def test_loading_ones_own_arrays_in_another_order():
+    """The arrays of a state dict are the live ones: one is not written before it is read."""
+    opt = fusedopt.SGD({"a": np.ones(5), "b": np.ones(5)}, lr=0.1, momentum=0.9)
+    opt.step({"a": np.full(5, 1.0), "b": np.full(5, 2.0)})
+    state = opt.state_dict()
+    a, b = state["state"]
+    state["state"] = {a: state["state"][b], b: state["state"][a]}
+    opt.load_state_dict(state)
+    values = [s["momentum_buffer"][0] for s in opt.state.values()]
+    assert values == [2.0, 1.0]
+
+
+@pytest.mark.parametrize("storage", [{}, {"state_dtype": "bfloat16"}, {"state_dtype": "int8"}])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_storms(case, storage):
+    """Gradients of nothing but NaN, infinities, the largest and the smallest, then fair ones."""
+    finite = np.finfo(np.float32)
+    storm = [np.nan, np.inf, -np.inf, finite.max, -finite.max, finite.tiny, 0.0, 1.0]
+    rng = np.random.default_rng(0)
+    start = rng.standard_normal(4200).astype(np.float32)
+    results = []
+    for module in (fusedopt, reference):
+        p = start.copy()
+        opt = getattr(module, case.cls)([p], **case.options | case.class_options, **storage)
+        states = []
+        for k, value in enumerate(storm):
+            grad = np.full(p.shape, value, np.float32)
+            grad[k::97] = 1.0
+            opt.step([grad])
+            states += [p.copy(), *map(np.copy, faults.arrays_of(opt))]
+        results.append(states)
+    assert_same(*results, [str(i) for i in range(len(results[0]))])
