@@ -127,12 +127,9 @@ class Problem:
         """Return new arrays with the values that all parameters begin with."""
         return [self.param(i) for i in range(len(self.case.shapes))]
 
-    def grads(self, scale: float = 1.0) -> list[Array]:
-        """Return new arrays with the gradients of all parameters, times `scale`."""
-        grads = [self.grad(i) for i in range(len(self.case.shapes))]
-        for g in grads:
-            g *= g.dtype.type(scale)
-        return grads
+    def grads(self) -> list[Array]:
+        """Return new arrays with the gradients of all parameters."""
+        return [self.grad(i) for i in range(len(self.case.shapes))]
 
     def _filled(self, leaf: int, stream: int) -> Array:
         block = np.roll(_block(stream, self.dtype), 7 * leaf)

@@ -99,6 +99,7 @@ class Session:
         self.rows: dict[str, Row] = {}
         self.step_seconds: dict[str, float] = {}  # estimates, to plan with
         self.quick_to_build: set[str] = set()
+        self.moved: dict[str, int] = {}  # of whom a step moves other bytes than the problem's
         self.lost: dict[str, str] = {}  # who failed here, and why
 
     def build(self, row: Row) -> None:
@@ -107,8 +108,11 @@ class Session:
             return
         start = time.perf_counter()
         try:
-            self.step_seconds[row.name] = self.workers.ask(row, "build", row, self.problem)
+            answer = self.workers.ask(row, "build", row, self.problem)
+            self.step_seconds[row.name], moved = answer
             self.rows[row.name] = row
+            if moved is not None:
+                self.moved[row.name] = moved
             if time.perf_counter() - start < _QUICK_TO_BUILD:
                 self.quick_to_build.add(row.name)
         except Failure as exc:
@@ -218,9 +222,9 @@ class Bench:
 
     def measure(self, cases: Sequence[Case], threads: int) -> None:
         """Measure cases, each with every contender that can take part."""
-        evict = machine.Evictor(machine.cpus(threads), machine.last_level_cache())
-        self.recording.evicted = evict.size
-        with Workers(threads) as workers:
+        on, cache = machine.cpus(threads), machine.last_level_cache()
+        with machine.Evictor(on, cache) as evict, Workers(threads) as workers:
+            self.recording.evicted = evict.size
             for case in cases:
                 self._case(workers, self.problem(case, threads), evict)
 
@@ -301,6 +305,7 @@ class Bench:
             session.drop([row.name for row in team if row.name not in ALWAYS])
         session.drop(list(session.rows))
         for entry in entries:
+            entry.own_moved = session.moved
             entry.left_out |= {n: why for n, why in session.lost.items() if n not in session.absent}
 
 

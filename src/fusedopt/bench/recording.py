@@ -18,6 +18,7 @@ class Entry:
     out. `left_out` says of the others why they are not here; `skipped` why the whole case is not.
     `placements` are the numbers of rounds on each set of arrays; small cases have several sets.
     `others` are the CPU seconds that other processes and the host took in the `elapsed` seconds.
+    `moved` and `held` are bytes; `own_moved` those of contenders with state in another format.
     """
 
     case: str
@@ -33,6 +34,7 @@ class Entry:
     left_out: dict[str, str] = field(default_factory=dict)
     skipped: str | None = None
     placements: list[int] = field(default_factory=list)
+    own_moved: dict[str, int] = field(default_factory=dict)
     elapsed: float = 0.0
     others: float = 0.0
 

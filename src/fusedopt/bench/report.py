@@ -43,10 +43,11 @@ def background(entry: Entry) -> str:
 
 def entry_table(entry: Entry, titles: dict[str, str]) -> Table:
     """Return a line for each contender that took part."""
-    table = [["", "time", "GB/s", "of limit", "/ fusedopt", "95% interval", "rounds"]]
+    table = [["", "time", "bytes", "GB/s", "of limit", "/ fusedopt", "95% interval", "rounds"]]
     for s in stats.summarize(entry):
         table.append([
-            titles.get(s.name, s.name), time_text(s.seconds), f"{s.rate / 1e9:.1f}",
+            titles.get(s.name, s.name), time_text(s.seconds), f"{s.moved / entry.elements:.3g}",
+            f"{s.moved / s.seconds / 1e9:.1f}",
             f"{s.of_limit:.0%}", ratio_text(s.ratio), f"{ratio_text(s.low)} - {ratio_text(s.high)}",
             str(s.rounds),
         ])  # fmt: skip
@@ -128,8 +129,11 @@ def legend(recording: Recording) -> list[str]:
     """Return what the columns mean."""
     moved = "p, g and state read, p and state written"
     return [
-        f"time: of a step, the median. GB/s: what the step has to move ({moved}) over its time.",
-        "of limit: time of moving the same bytes in C without arithmetic, over the time.",
+        "time: of a step, the median. bytes: for each parameter, what the step has to move"
+        f" ({moved}). GB/s: all of them over the time.",
+        "of limit: the limit's time over the time; the limit moves the bytes of"
+        f" {recording.settings['dtype']} state in C without arithmetic, so who keeps narrower"
+        " state may take less.",
         "/ fusedopt: time over fusedopt's of the same round; median, 95% bootstrap interval of it.",
         "noise: the middle half of the limit's own times, over their median. others: CPUs that"
         " other processes and the host kept busy meanwhile, on average.",
@@ -180,9 +184,10 @@ def not_won(recording: Recording) -> list[str]:
     for entry in recording.entries:
         faster, level = [], []
         for s in stats.summarize(entry):
-            if s.name in (LIMIT, OURS, AGAIN):
+            name = recording.titles.get(s.name, s.name)
+            if s.name == LIMIT or name.startswith(OURS):
                 continue
-            title = f"{recording.titles.get(s.name, s.name)} {ratio_text(s.ratio)}"
+            title = f"{name} {ratio_text(s.ratio)}"
             if s.high < 0.98:
                 faster.append(title)
             elif s.low < 1.02:

@@ -41,14 +41,14 @@ def median_interval(
 class Summary:
     """One contender in one entry.
 
-    `seconds` is the median time of a step; `rate` the bytes that the step has to move over it, per
-    second; `of_limit` the limit's time over its own; `ratio` its time over fusedopt's, with the
-    interval from `low` to `high`. The last two are medians of quotients within a round.
+    `seconds` is the median time of a step; `moved` the bytes that it has to read and write;
+    `of_limit` the limit's time over its own; `ratio` its time over fusedopt's, with the interval
+    from `low` to `high`. The last two are medians of quotients within a round.
     """
 
     name: str
     seconds: float
-    rate: float
+    moved: int
     of_limit: float
     ratio: float
     low: float
@@ -81,7 +81,7 @@ def summarize(entry: Entry) -> list[Summary]:
                 Summary(
                     name,
                     seconds,
-                    entry.moved / seconds,
+                    entry.own_moved.get(name, entry.moved),
                     float(np.median(np.concatenate(to_limit))) if to_limit else float("nan"),
                     ratio,
                     low,

@@ -45,8 +45,11 @@ def build(row: Row, problem: Problem) -> Contender:
         If it does not compute the same update; says how far it is off.
     """
     contender = row.cls(problem, problem.params(), **row.options)
-    for scale in (_FIRST_SCALE, 1.0):
-        contender.load(problem.grads(scale))
+    grads = problem.grads()
+    for scale in (_FIRST_SCALE, 1 / _FIRST_SCALE):  # powers of two: nothing is rounded
+        for g in grads:
+            g *= g.dtype.type(scale)
+        contender.load(grads)
         step_once(contender)
     if row.name != LIMIT:
         off = distance(contender.params(), problem)
@@ -162,17 +165,17 @@ class Server:
         self.estimates: dict[str, float] = {}
         self.random = random.Random(0)
 
-    def build(self, row: Row, problem: Problem) -> float:
-        """Set up and check; return about how many seconds a step takes.
+    def build(self, row: Row, problem: Problem) -> tuple[float, int | None]:
+        """Set up and check; return a step's seconds, roughly, and its `Contender.moved`.
 
         Some memory is taken before, at random, and kept as long: it would be as it was the last
         time, if a contender that was dropped got the same place again.
         """
         size = self.random.randrange(min(problem.held, _MOST_SHIFT)) // 8
         self.shifts[row.name] = np.ones(size)
-        self.held[row.name] = build(row, problem)
-        self.estimates[row.name] = estimate(self.held[row.name])
-        return self.estimates[row.name]
+        contender = self.held[row.name] = build(row, problem)
+        self.estimates[row.name] = estimate(contender)
+        return self.estimates[row.name], contender.moved()
 
     def turn(self, name: str, warm: bool) -> float:
         """Return the seconds of a step: of one as it comes, or see `warm_turn`."""

@@ -86,7 +86,7 @@ def progress_bar(total: int) -> Iterator[Any]:
         def show(text: str, share: float) -> None:
             if text:
                 bar.set_description_str(text)
-            bar.update(share)
+            bar.update(min(share, total - bar.n))  # shares do not add up to the last digit
 
         yield show
 

@@ -6,6 +6,7 @@ from fusedopt.bench.contenders._base import Contender, Row
 from fusedopt.bench.contenders.arrays import (
     Functional,
     Fusedopt,
+    FusedoptShort,
     InPlace,
     Limit,
     Numba,
@@ -13,7 +14,7 @@ from fusedopt.bench.contenders.arrays import (
     Thinc,
 )
 from fusedopt.bench.contenders.graphs import Keras, Optax
-from fusedopt.bench.contenders.torch import BitsAndBytes, Torch
+from fusedopt.bench.contenders.torch import BitsAndBytes, FusedoptTorch, Torch
 
 __all__ = ["AGAIN", "LIMIT", "OURS", "ROWS", "Contender", "Row"]
 
@@ -42,6 +43,14 @@ ROWS: dict[str, Row] = {
         Row(OURS, "fusedopt", Fusedopt, traced=True),
         Row(AGAIN, "fusedopt, again", Fusedopt, traced=True),
         Row("functional", "fusedopt.functional", Functional, traced=True),
+        Row("fusedopt-torch", "fusedopt.torch", FusedoptTorch, ("torch",)),
+        Row("fusedopt-bf16", "fusedopt, bfloat16 state", Fusedopt, dtypes=("float32",),
+            options={"state_dtype": "bfloat16"}, tolerance=0.1, traced=True),
+        Row("fusedopt-int8", "fusedopt, 8-bit state", Fusedopt, dtypes=("float32",),
+            options={"state_dtype": "int8"}, tolerance=0.5, traced=True),
+        Row("fusedopt-short", "fusedopt, bfloat16, 8-bit state", FusedoptShort, ("ml_dtypes",),
+            dtypes=("float32",), options={"state_dtype": "int8", "master_bits": 24},
+            tolerance=0.5, temporaries=2, traced=True),
         Row("numpy", "NumPy, in place", InPlace, temporaries=1, traced=True),
         Row("reference", "fusedopt.reference", Fusedopt, options={"plain": True}, temporaries=4,
             traced=True),

@@ -34,11 +34,15 @@ class Contender(ABC):
 
     @abstractmethod
     def params(self) -> list[Array]:
-        """Return the parameters as they are now."""
+        """Return the parameters as they are now, in the problem's dtype."""
 
     @abstractmethod
     def state_bytes(self) -> int:
         """Return the bytes of all state."""
+
+    def moved(self) -> int | None:
+        """Return the bytes that a step must read and write; None if they are the problem's."""
+        return None
 
 
 @dataclass(frozen=True)
