@@ -17,7 +17,7 @@ class Entry:
     `seconds` holds for each contender the time of a step in each round, None where it sat the round
     out. `left_out` says of the others why they are not here; `skipped` why the whole case is not.
     `placements` are the numbers of rounds on each set of arrays; small cases have several sets.
-    `others` are the CPU seconds that other processes and the host took in the `elapsed` seconds.
+    `others` are the CPUs that other processes and the host kept busy in each round.
     `moved` and `held` are bytes; `own_moved` those of contenders with state in another format.
     """
 
@@ -35,17 +35,17 @@ class Entry:
     skipped: str | None = None
     placements: list[int] = field(default_factory=list)
     own_moved: dict[str, int] = field(default_factory=dict)
-    elapsed: float = 0.0
-    others: float = 0.0
+    others: list[float] = field(default_factory=list)
 
     @property
     def rounds(self) -> int:
         """How many rounds were measured."""
-        return max(map(len, self.seconds.values()), default=0)
+        return len(self.others)
 
-    def add_round(self, times: dict[str, float]) -> None:
-        """Add the seconds of those who took part in a round."""
+    def add_round(self, times: dict[str, float], others: float) -> None:
+        """Add the seconds of those who took part in a round, and how busy others were."""
         before = self.rounds
+        self.others.append(round(others, 2))
         for name in times:
             self.seconds.setdefault(name, [None] * before)
         for name, column in self.seconds.items():

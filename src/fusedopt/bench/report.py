@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fusedopt.bench import stats
-from fusedopt.bench.contenders import AGAIN, LIMIT, OURS
+from fusedopt.bench.contenders import LIMIT, OURS
 from fusedopt.bench.recording import Entry, Memory, Recording
 
 Table = list[list[str]]  # the first row is the head
@@ -38,7 +38,10 @@ def heading(entry: Entry) -> str:
 
 def background(entry: Entry) -> str:
     """Return what else went on while an entry was measured."""
-    return f"noise {stats.noise(entry):.1%}, others on {stats.disturbance(entry):.2f} CPUs"
+    left, all_ = len(stats.calm(entry, OURS)), entry.rounds
+    disturbed = f"; {all_ - left} of {all_} rounds disturbed" * (left < all_)
+    busy = f"others on {stats.disturbance(entry):.2f} CPUs"
+    return f"noise {stats.noise(entry):.1%}, {busy}{disturbed}"
 
 
 def entry_table(entry: Entry, titles: dict[str, str]) -> Table:
@@ -136,7 +139,8 @@ def legend(recording: Recording) -> list[str]:
         " state may take less.",
         "/ fusedopt: time over fusedopt's of the same round; median, 95% bootstrap interval of it.",
         "noise: the middle half of the limit's own times, over their median. others: CPUs that"
-        " other processes and the host kept busy meanwhile, on average.",
+        f" other processes and the host kept busy meanwhile; rounds with more than {stats.CALM:g}"
+        " were repeated, and do not count unless they are over half.",
         f"warm: the step is repeated. cold: {recording.evicted >> 20} MiB are read before a step,"
         " or the arrays are larger than the caches.",
     ]

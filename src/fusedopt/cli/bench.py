@@ -17,10 +17,10 @@ import fusedopt
 from fusedopt.bench import machine, plots, report
 from fusedopt.bench.cases import CASES, DTYPES, OPTIMIZERS, Case
 from fusedopt.bench.contenders import LIMIT, OURS, ROWS
-from fusedopt.bench.measure import Bench, Settings
+from fusedopt.bench.measure import ALWAYS, Bench, Settings
 from fusedopt.bench.recording import Recording
 
-QUICK_CASES = ("1k", "1M", "50M", "mlp", "resnet50")
+QUICK_CASES = ("1k", "30k", "1M", "mlp", "resnet50")
 SCALING_CASES = ("1M", "50M")
 SCALING_ROWS = ("numba", "torch-foreach", "torch-fused", "optax")  # beside the limit and fusedopt
 MEMORY_CASES = ("10M", "resnet50")
@@ -73,10 +73,14 @@ def progress_bar(total: int) -> Iterator[Any]:
     try:
         from tqdm import tqdm
     except ModuleNotFoundError:
+        told = ""
 
         def tell(text: str, share: float) -> None:
-            if text:
-                print(text, file=sys.stderr, flush=True)
+            nonlocal told
+            case = text.partition(":")[0].partition(",")[0]
+            if case not in ("", told):
+                told = case
+                print(case, file=sys.stderr, flush=True)
 
         yield tell
         return
@@ -116,7 +120,7 @@ def run(options: argparse.Namespace) -> None:
 def prepare(options: argparse.Namespace) -> Bench:
     """Return what the options ask for, checked."""
     rows = chosen("--contender", options.contender, ROWS)
-    always = [ROWS[name] for name in (LIMIT, OURS)]  # without them there is nothing to compare with
+    always = [ROWS[name] for name in ALWAYS]  # without them there is nothing to compare with
     rows = [row for row in ROWS.values() if row in rows or row in always]
     if options.seconds is not None and not options.seconds > 0:
         raise ValueError("--seconds: must be > 0")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fusedopt.bench.contenders._base import Contender, Row
 from fusedopt.bench.contenders.arrays import (
     Functional,
@@ -16,14 +18,19 @@ from fusedopt.bench.contenders.arrays import (
 from fusedopt.bench.contenders.graphs import Keras, Optax
 from fusedopt.bench.contenders.torch import BitsAndBytes, FusedoptTorch, Torch
 
-__all__ = ["AGAIN", "LIMIT", "OURS", "ROWS", "Contender", "Row"]
+__all__ = ["AGAIN", "LIMIT", "OURS", "ROWS", "Contender", "Row", "keras_row"]
 
 # In every round: the limit, fusedopt, to which all others are compared, and fusedopt once more, on
 # arrays of its own: how far its ratio is from 1 is the error of the measurement.
 LIMIT, OURS, AGAIN = "limit", "fusedopt", "fusedopt-again"
 
 
-def _keras(backend: str, quick: bool = False) -> Row:
+# Of contenders whose step takes 10 ns or more for an element.
+_SLOW: dict[str, Any] = {"most_elements": 3 * 10**7, "most_why": "a step takes a second or more"}
+
+
+def keras_row(backend: str, **more: Any) -> Row:
+    """Return the row of Keras on a backend, in a process where that is the backend."""
     return Row(
         f"keras-{backend}",
         f"Keras on {backend}",
@@ -32,7 +39,8 @@ def _keras(backend: str, quick: bool = False) -> Row:
         process=f"keras-{backend}",
         env={"KERAS_BACKEND": backend},
         temporaries=4,
-        quick=quick,
+        quick=False,
+        **more,
     )
 
 
@@ -53,7 +61,7 @@ ROWS: dict[str, Row] = {
             tolerance=0.5, temporaries=2, traced=True),
         Row("numpy", "NumPy, in place", InPlace, temporaries=1, traced=True),
         Row("reference", "fusedopt.reference", Fusedopt, options={"plain": True}, temporaries=4,
-            traced=True),
+            traced=True, **_SLOW),
         Row("numba", "Numba, parallel loop", Numba, ("numba",)),
         Row("torch-single", "torch, single tensor", Torch, ("torch",),
             options={"foreach": False, "fused": False}, temporaries=2),
@@ -64,14 +72,14 @@ ROWS: dict[str, Row] = {
             temporaries=2, quick=False, most_tensors=8,
             most_why="compiling takes a third of a second for each tensor"),
         Row("optax", "optax, jitted, donated", Optax, ("optax", "jax"), temporaries=1),
-        _keras("jax"),
-        _keras("torch"),
-        _keras("numpy"),
+        keras_row("jax"),
+        keras_row("torch"),
+        keras_row("numpy", **_SLOW),
         Row("scikit-learn", "scikit-learn's MLP", ScikitLearn, ("scikit-learn",),
-            optimizers=("adam", "sgd"), temporaries=4, traced=True),
+            optimizers=("adam", "sgd"), temporaries=4, traced=True, **_SLOW),
         Row("thinc", "thinc", Thinc, ("thinc",), optimizers=("adam", "adamw"),
             dtypes=("float32",), temporaries=1),
         Row("bitsandbytes", "bitsandbytes, 8-bit state", BitsAndBytes, ("bitsandbytes",),
-            dtypes=("float32",), tolerance=0.5),
+            dtypes=("float32",), tolerance=0.5, **_SLOW),
     )
 }  # fmt: skip

@@ -67,7 +67,7 @@ class Row:
         Allowed difference from the reference after two steps, in learning rates.
     quick : bool
         Whether it belongs to a quick run.
-    most_tensors : int, optional
+    most_tensors, most_elements : int, optional
         It is left out of cases with more, unless asked for by name: `most_why` says why.
     traced : bool
         Whether tracemalloc sees all that it allocates.
@@ -86,6 +86,7 @@ class Row:
     tolerance: float = 0.01
     quick: bool = True
     most_tensors: int | None = None
+    most_elements: int | None = None
     most_why: str = ""
     traced: bool = False
 
@@ -96,6 +97,13 @@ class Row:
         if problem.dtype not in self.dtypes:
             return f"has no {problem.dtype}"
         return None
+
+    def too_much(self, problem: Problem) -> bool:
+        """Return whether a problem is larger than it is measured with unless asked for by name."""
+        tensors, elements = len(problem.case.shapes), problem.case.elements
+        return (self.most_tensors is not None and tensors > self.most_tensors) or (
+            self.most_elements is not None and elements > self.most_elements
+        )
 
 
 def nbytes(arrays: Any) -> int:

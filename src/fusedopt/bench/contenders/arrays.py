@@ -13,6 +13,7 @@ from fusedopt import functional, reference
 from fusedopt._check import Array
 from fusedopt.bench.cases import CLASSES, STATES, Problem
 from fusedopt.bench.contenders._base import Contender, nbytes
+from fusedopt.optimizer import Optimizer
 
 
 class OnArrays(Contender):
@@ -41,7 +42,7 @@ class Fusedopt(OnArrays):
         super().__init__(problem, params)
         fusedopt.set_num_threads(problem.threads)
         cls = getattr(reference if plain else fusedopt, CLASSES[problem.optimizer])
-        self.optimizer = cls(params, **problem.options, **formats)
+        self.optimizer: Optimizer = cls(params, **problem.options, **formats)
         self.formats = formats
 
     def step(self) -> object:
