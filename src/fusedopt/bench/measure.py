@@ -49,7 +49,7 @@ class Settings:
 
     optimizer: str = "adam"
     dtype: str = "float32"
-    seconds: float = 8.0
+    seconds: float = 6.0
     least: int = 5
     most: int = 100
     seed: int = 0
@@ -256,7 +256,7 @@ class Bench:
         """Measure what a step of each contender takes for the time being, and its state."""
         for case in cases:
             problem = self.problem(case, threads)
-            rows, left_out = self.able(problem)
+            rows, left_out = self.able(problem, any_size=True)
             left_out |= teams(rows, problem, _free_memory())[1]
             for row in rows:
                 if row.name in (LIMIT, AGAIN, *left_out):
@@ -288,15 +288,18 @@ class Bench:
         """Return the states of the caches to measure a case in."""
         return ["cold"] if streams(problem) else list(self.caches)
 
-    def able(self, problem: Problem) -> tuple[list[Row], dict[str, str]]:
-        """Divide the rows into those that can take part, and the others with the reason."""
+    def able(self, problem: Problem, any_size: bool = False) -> tuple[list[Row], dict[str, str]]:
+        """Divide the rows into those that can take part, and the others with the reason.
+
+        `any_size`: who is slow is not left out for that.
+        """
         left_out: dict[str, str] = {}
         for row in self.rows:
             why = row.lacks(problem)
             if why is None and not self.named:
                 if self.quick and not row.quick:
                     why = "not in a quick run"
-                elif row.too_much(problem):
+                elif row.too_much(problem) and not any_size:
                     why = f"{row.most_why}; asked for by name it takes part"
             if why is not None:
                 left_out[row.name] = why

@@ -72,8 +72,8 @@ class Memory:
 class Recording:
     """A run of the benchmark.
 
-    `settings` are those of `measure.Settings`; `titles` and `versions` go by contender; `absent`
-    says of contenders that are in no case, why.
+    `settings` are those of `measure.Settings`; `titles` and `tolerances` (see `contenders.Row`) go
+    by contender, `versions` by package; `absent` says of contenders that are in no case, why.
     """
 
     settings: dict[str, Any]
@@ -82,6 +82,7 @@ class Recording:
     command: str = ""
     date: str = ""
     evicted: int = 0
+    tolerances: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     entries: list[Entry] = field(default_factory=list)

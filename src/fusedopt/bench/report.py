@@ -141,8 +141,24 @@ def legend(recording: Recording) -> list[str]:
         "noise: the middle half of the limit's own times, over their median. others: CPUs that"
         f" other processes and the host kept busy meanwhile; rounds with more than {stats.CALM:g}"
         " were repeated, and do not count unless they are over half.",
+        *checked(recording),
         f"warm: the step is repeated. cold: {recording.evicted >> 20} MiB are read before a step,"
         " or the arrays are larger than the caches.",
+    ]
+
+
+def checked(recording: Recording) -> list[str]:
+    """Return how the contenders' results were checked."""
+    if not recording.tolerances:
+        return []
+    usual = min(recording.tolerances.values())
+    others = {name: f"{limit:g}" for name, limit in recording.tolerances.items() if limit != usual}
+    text = "; ".join(grouped(others, recording.titles))
+    return [
+        "Before it is timed, a contender takes two steps and is checked against"
+        f" fusedopt.reference: {usual:g} learning rates apart at most"
+        + f" (narrow formats: {text})."
+        * bool(text)
     ]
 
 
@@ -183,24 +199,34 @@ def cost_table(recording: Recording) -> Table:
 
 
 def not_won(recording: Recording) -> list[str]:
-    """Return a line for each entry in which a peer is faster than fusedopt, or as fast."""
+    """Return a line for each entry in which a peer is as fast as fusedopt, or a format slower."""
     lines = []
     for entry in recording.entries:
-        faster, level = [], []
+        faster, level, slower = [], [], []
         for s in stats.summarize(entry):
             name = recording.titles.get(s.name, s.name)
-            if s.name == LIMIT or name.startswith(OURS):
+            own = name.startswith(OURS)
+            text = f"{name} {ratio_text(s.ratio)}"
+            if own and s.moved < entry.moved and s.low > 1.02:
+                slower.append(text)
+            elif own or s.name == LIMIT:
                 continue
-            title = f"{name} {ratio_text(s.ratio)}"
-            if s.high < 0.98:
-                faster.append(title)
+            elif s.high < 0.98:
+                faster.append(text)
             elif s.low < 1.02:
-                level.append(title)
-        if faster or level:
-            parts = [f"faster: {', '.join(faster)}"] * bool(faster)
-            parts += [f"within the error: {', '.join(level)}"] * bool(level)
-            where = f"{entry.title}, {entry.threads} threads, {entry.cache}"
-            lines.append(f"{where}: {'; '.join(parts)}")
+                level.append(text)
+        parts = [
+            f"{what}: {', '.join(names)}"
+            for what, names in (
+                ("faster", faster),
+                ("not to be told apart", level),
+                ("fewer bytes, but longer", slower),
+            )
+            if names
+        ]
+        if parts:
+            where = f"{entry.title}, {entry.threads} thread{'s' * (entry.threads > 1)}"
+            lines.append(f"{where}, {entry.cache}: {'; '.join(parts)}")
     return lines
 
 
@@ -214,7 +240,7 @@ def page(recording: Recording, pictures: Sequence[str]) -> str:
         "",
         f"```text\n{recording.command}\n```",
         "",
-        "which writes this page. Figures are of this machine, and on another they are others.",
+        "which writes this page. Figures are of the machine below; run the command for yours.",
         *([] if recording.complete else ["", "**The run was interrupted; this is a part of it.**"]),
         "",
     ]
@@ -224,7 +250,7 @@ def page(recording: Recording, pictures: Sequence[str]) -> str:
     lines += ["", "Versions: " + ", ".join(f"{k} {v}" for k, v in recording.versions.items()) + "."]
     if recording.absent:
         lines += ["", "Absent:", ""] + [f"* {line}" for line in grouped(recording.absent, titles)]
-    lines += ["", "## Where fusedopt does not win", ""]
+    lines += ["", "## Where fusedopt does not win", "", "Times over fusedopt's, in float32:", ""]
     lines += [f"* {line}" for line in not_won(recording)] or ["Nowhere in this recording."]
     names = {"sizes": "Cost against size", "models": "Models", "scaling": "Scaling over threads"}
     for picture in pictures:
@@ -247,7 +273,7 @@ def page(recording: Recording, pictures: Sequence[str]) -> str:
             lines.append(f"Skipped: {entry.skipped}.")
         elif entry.rounds:
             lines += [
-                f"{background(entry).capitalize()}.",
+                f"Noise{background(entry).removeprefix('noise')}.",
                 "",
                 *markdown(entry_table(entry, titles)),
             ]

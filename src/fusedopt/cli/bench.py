@@ -23,8 +23,9 @@ from fusedopt.bench.recording import Recording
 QUICK_CASES = ("1k", "30k", "1M", "mlp", "resnet50")
 SCALING_CASES = ("1M", "50M")
 SCALING_ROWS = ("numba", "torch-foreach", "torch-fused", "optax")  # beside the limit and fusedopt
-MEMORY_CASES = ("10M", "resnet50")
-SECONDS, QUICK_SECONDS, SCALING_SECONDS = 8.0, 3.0, 4.0
+MEMORY_CASES = ("resnet50",)
+SECONDS, QUICK_SECONDS, SCALING_SECONDS = 6.0, 3.0, 4.0
+USUAL = (None, False, "adam", "float32")  # values of options that a command line may leave out
 PROGRAM = "python -m fusedopt bench"  # what a report says that it was made by
 T = TypeVar("T")
 
@@ -131,6 +132,7 @@ def prepare(options: argparse.Namespace) -> Bench:
         settings=asdict(settings),
         machine=machine.describe(),
         titles={row.name: row.title for row in rows},
+        tolerances={row.name: row.tolerance for row in rows if row.name != LIMIT},
         command=command(options),
         date=datetime.date.today().isoformat(),
         versions={
@@ -151,9 +153,9 @@ def command(options: argparse.Namespace) -> str:
     """Return the command line that asks for the same measurement."""
     words = []
     for name, value in vars(options).items():
-        if name not in ("command", "json", "plot", "load") and value not in (None, False):
+        if name not in ("command", "json", "plot", "load") and value not in USUAL:
             words += [f"--{name}"] + [str(value)] * (value is not True)
-    return " ".join([PROGRAM, shlex.join(words)])
+    return " ".join([PROGRAM, shlex.join(words)]).rstrip()
 
 
 @dataclass

@@ -84,8 +84,8 @@ class FusedoptShort(Fusedopt):
 class Limit(Fusedopt):
     """The memory's limit: the bytes of the step, read and written in C, with no arithmetic."""
 
-    def step(self) -> object:
-        return self.optimizer._work.stream(self.grads, self.problem.threads)
+    def step(self) -> None:
+        self.optimizer._work.stream(self.grads, self.problem.threads)
 
 
 class WithStates(OnArrays):
