@@ -291,20 +291,3 @@ def write(recording: Recording, folder: Path) -> list[str]:
     pictures = [name for name in PICTURES if plots.save(recording, folder / f"{name}.png", name)]
     (folder / "README.md").write_text(page(recording, pictures), encoding="utf-8")
     return ["results.json", *(f"{name}.png" for name in pictures), "README.md"]
-
-
-def readme_table(recording: Recording, peers: Sequence[str]) -> list[str]:
-    """Return the short table of the README: fusedopt's time, and how long some peers take."""
-    head = ["", "fusedopt", "of limit", *(recording.titles[name] for name in peers)]
-    most = max(e.threads for e in recording.entries)
-    table = [head]
-    for entry in recording.entries:
-        found = {s.name: s for s in stats.summarize(entry)}
-        warm_too = any(e.case == entry.case and e.cache == "warm" for e in recording.entries)
-        if OURS not in found or entry.threads != most or (entry.cache == "cold" and warm_too):
-            continue
-        ours = found[OURS]
-        others = [f"{ratio_text(found[n].ratio)} x" if n in found else "-" for n in peers]
-        title = f"{entry.title}, {entry.cache}"
-        table.append([title, time_text(ours.seconds), f"{ours.of_limit:.0%}", *others])
-    return markdown(table)
