@@ -59,8 +59,8 @@ def save(recording: Recording, path: Path, picture: str | None = None) -> bool:
 def _height(recording: Recording, picture: str) -> float:
     """Return the inches that a picture takes; 0 without data for it."""
     if picture == "sizes":
-        curves = report.sizes(recording)
-        return 7.5 if any(len(n) > 1 for n, _ in curves.values()) else 0
+        states = _curves(recording)
+        return 6.5 * len(states) if any(len(n) > 1 for n, _ in states[0][1].values()) else 0
     if picture == "models":
         bars = [len(stats.summarize(e)) for e in _models(recording)]
         return math.ceil(len(bars) / 2) * (1.0 + 0.22 * max(bars)) if bars else 0
@@ -92,10 +92,10 @@ def _label_ends(axes: Any, ends: list[tuple[float, str, Any]], x: float) -> None
     `ends` holds height, name and colour.
     """
     low, high = (math.log(v) for v in axes.get_ylim())
-    gap = (high - low) * 0.033
+    gap = (high - low) * min(0.033, 0.95 / len(ends))
     ends = sorted(ends, key=lambda end: end[0])
     places = [math.log(y) for y, _, _ in ends]
-    for _ in range(200):  # push those apart that touch, a little at a time, until none do
+    for _ in range(3000):  # push those apart that touch, a little at a time, until none do
         for i in range(len(places) - 1):
             short = gap - (places[i + 1] - places[i])
             if short > 1e-6:
@@ -113,35 +113,40 @@ def _label_ends(axes: Any, ends: list[tuple[float, str, Any]], x: float) -> None
         )  # fmt: skip
 
 
+def _curves(recording: Recording) -> list[tuple[str, dict[str, tuple[list[float], list[float]]]]]:
+    """Return `report.sizes` for each state of the caches, once where they are the same."""
+    states = sorted({e.cache for e in recording.entries if e.kind == "size" and e.rounds})[::-1]
+    curves = [(state, report.sizes(recording, state)) for state in states]
+    if len(curves) == 2 and curves[0][1] == curves[1][1]:  # no size was measured in both
+        return [(" or ".join(states), curves[0][1])]
+    return curves or [("", {})]
+
+
 def _draw_sizes(recording: Recording, part: Any) -> None:
     """Draw the time per element against the size, warm and cold, a line for each contender."""
-    states = sorted({e.cache for e in recording.entries if e.kind == "size" and e.rounds})[::-1]
-    curves = [report.sizes(recording, state) for state in states]
-    if len(curves) == 2 and curves[0] == curves[1]:  # no size was measured in both
-        states, curves = [" or ".join(states)], curves[:1]
-    axes = part.subplots(1, len(states), sharey=True, squeeze=False)[0]
-    styles = _styles(recording)
-    every = [t / n for c in curves for ns, ts in c.values() for n, t in zip(ns, ts, strict=True)]
-    for ax, state, lines in zip(axes, states, curves, strict=True):
-        ax.set(xscale="log", yscale="log", ylim=(min(every) * 1e9 / 1.4, max(every) * 1e9 * 1.4))
+    states, styles = _curves(recording), _styles(recording)
+    axes = part.subplots(len(states), 1, sharex=True, squeeze=False)[:, 0]
+    for ax, (state, lines) in zip(axes, states, strict=True):
+        each = [t / n for ns, ts in lines.values() for n, t in zip(ns, ts, strict=True)]
+        ax.set(xscale="log", yscale="log", ylim=(min(each) * 1e9 / 1.4, max(each) * 1e9 * 1.4))
         ends = []
         right = max(n[-1] for n, _ in lines.values())
         for name, (n, t) in lines.items():
             if name == AGAIN:
                 continue
-            each = np.array(t) / np.array(n) * 1e9
-            ax.plot(n, each, **styles[name])
+            y = np.array(t) / np.array(n) * 1e9
+            ax.plot(n, y, **styles[name])
             if n[-1] == right:
-                ends.append((float(each[-1]), recording.titles[name], styles[name]["color"]))
+                ends.append((float(y[-1]), recording.titles[name], styles[name]["color"]))
             else:
                 ax.annotate(
-                    recording.titles[name], (n[-1], each[-1]), (0, 4), fontsize=7,
+                    recording.titles[name], (n[-1], y[-1]), (0, 4), fontsize=7,
                     textcoords="offset points", ha="right", color="0.15",
                 )  # fmt: skip
         _label_ends(ax, ends, right)
-        ax.set(xlabel="parameters in one array", title=state)
+        ax.set(ylabel="ns per parameter and step", title=state)
         ax.grid(alpha=0.3, which="major")
-    axes[0].set_ylabel("ns per parameter and step")
+    axes[-1].set_xlabel("parameters in one array")
 
 
 def _models(recording: Recording) -> list[Entry]:
