@@ -32,8 +32,8 @@ ALWAYS = (LIMIT, OURS, AGAIN)  # in every round, and in every group that shares 
 _SLOW = 4  # times as long as fusedopt
 _PAUSE = 3e-3  # seconds before a cold step, where no emptying of caches takes as long
 _PATIENCE = 1.5  # disturbed rounds are repeated for so many times the planned time
-_PLACEMENTS, _SMALL = 5, 64 << 20  # for cases whose arrays hold fewer bytes
-_QUICK_TO_BUILD = 0.25  # seconds; who takes longer (compilers) stays where it lies
+_SMALL, _LARGE = 64 << 20, 512 << 20  # bytes held: up to the second, fewer placements; then one
+_QUICK_TO_BUILD = 0.25  # seconds, and 5 ns a byte; who takes longer (compilers) stays where it lies
 _OVERHEAD = 1 << 30  # bytes that libraries and the evictor take
 
 Progress = Callable[[str, float], None]  # what goes on; share of the entry that is now done
@@ -45,6 +45,7 @@ class Settings:
 
     `seconds` go to those who are not slow, for each case and state of the caches, beside setting
     up; but they take part in `least` rounds, in which the slow ones do too, and at most in `most`.
+    Small cases are measured on so many `placements`.
     """
 
     optimizer: str = "adam"
@@ -52,6 +53,7 @@ class Settings:
     seconds: float = 6.0
     least: int = 5
     most: int = 100
+    placements: int = 10
     seed: int = 0
 
 
@@ -114,7 +116,7 @@ class Session:
             self.rows[row.name] = row
             if moved is not None:
                 self.moved[row.name] = moved
-            if time.perf_counter() - start < _QUICK_TO_BUILD:
+            if time.perf_counter() - start < _QUICK_TO_BUILD + 5e-9 * self.problem.held:
                 self.quick_to_build.add(row.name)
         except Failure as exc:
             self.fail(row, exc)
@@ -319,7 +321,9 @@ class Bench:
         if not members:
             return
         session = Session(workers, problem, self.recording.absent)
-        placements = _PLACEMENTS if problem.held < _SMALL else 1
+        placements = self.settings.placements
+        if problem.held > _SMALL:
+            placements = math.ceil(placements / 4) if problem.held < _LARGE else 1
         parts = len(members) * placements
         few = replace(
             self.settings,

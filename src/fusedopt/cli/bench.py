@@ -25,6 +25,7 @@ SCALING_CASES = ("1M", "50M")
 SCALING_ROWS = ("numba", "torch-foreach", "torch-fused", "optax")  # beside the limit and fusedopt
 MEMORY_CASES = ("resnet50",)
 SECONDS, QUICK_SECONDS, SCALING_SECONDS = 6.0, 3.0, 4.0
+QUICK_PLACEMENTS = 4
 USUAL = (None, False, "adam", "float32")  # values of options that a command line may leave out
 PROGRAM = "python -m fusedopt bench"  # what a report says that it was made by
 T = TypeVar("T")
@@ -127,7 +128,8 @@ def prepare(options: argparse.Namespace) -> Bench:
         raise ValueError("--seconds: must be > 0")
     seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
     cache = options.cache or ("warm" if options.quick else "both")
-    settings = Settings(options.optimizer, options.dtype, seconds)
+    placements = QUICK_PLACEMENTS if options.quick else Settings.placements
+    settings = Settings(options.optimizer, options.dtype, seconds, placements=placements)
     recording = Recording(
         settings=asdict(settings),
         machine=machine.describe(),
