@@ -258,7 +258,7 @@ class Bench:
         """Measure what a step of each contender takes for the time being, and its state."""
         for case in cases:
             problem = self.problem(case, threads)
-            rows, left_out = self.able(problem, any_size=True)
+            rows, left_out = self.able(problem, few_steps=True)
             left_out |= teams(rows, problem, _free_memory())[1]
             for row in rows:
                 if row.name in (LIMIT, AGAIN, *left_out):
@@ -290,10 +290,10 @@ class Bench:
         """Return the states of the caches to measure a case in."""
         return ["cold"] if streams(problem) else list(self.caches)
 
-    def able(self, problem: Problem, any_size: bool = False) -> tuple[list[Row], dict[str, str]]:
+    def able(self, problem: Problem, few_steps: bool = False) -> tuple[list[Row], dict[str, str]]:
         """Divide the rows into those that can take part, and the others with the reason.
 
-        `any_size`: who is slow is not left out for that.
+        `few_steps`: see `Row.too_much`.
         """
         left_out: dict[str, str] = {}
         for row in self.rows:
@@ -301,7 +301,7 @@ class Bench:
             if why is None and not self.named:
                 if self.quick and not row.quick:
                     why = "not in a quick run"
-                elif row.too_much(problem) and not any_size:
+                elif row.too_much(problem, few_steps):
                     why = f"{row.most_why}; asked for by name it takes part"
             if why is not None:
                 left_out[row.name] = why

@@ -86,15 +86,15 @@ def _styles(recording: Recording) -> dict[str, dict[str, Any]]:
     return styles
 
 
-def _label_ends(axes: Any, ends: list[tuple[float, str, Any]], x: float) -> None:
-    """Write each line's name beside its end, on a log axis, none over another.
+def _label_ends(axes: Any, ends: list[tuple[float, float, str, Any]]) -> None:
+    """Write each line's name beside log axes, none over another, joined to where the line ends.
 
-    `ends` holds height, name and colour.
+    `ends` holds that point, name and colour.
     """
     low, high = (math.log(v) for v in axes.get_ylim())
     gap = (high - low) * min(0.033, 0.95 / len(ends))
-    ends = sorted(ends, key=lambda end: end[0])
-    places = [math.log(y) for y, _, _ in ends]
+    ends = sorted(ends, key=lambda end: end[1])
+    places = [math.log(y) for _, y, _, _ in ends]
     for _ in range(3000):  # push those apart that touch, a little at a time, until none do
         for i in range(len(places) - 1):
             short = gap - (places[i + 1] - places[i])
@@ -102,12 +102,13 @@ def _label_ends(axes: Any, ends: list[tuple[float, str, Any]], x: float) -> None
                 places[i] -= short / 2
                 places[i + 1] += short / 2
         places = [min(max(p, low + gap / 2), high - gap / 2) for p in places]
-    for (y, name, colour), place in zip(ends, places, strict=True):
+    for (x, y, name, colour), place in zip(ends, places, strict=True):
         axes.annotate(
-            name, (x, y), (x * 1.8, math.exp(place)), fontsize=8, va="center",
-            color=colour if name == OURS else "0.15", annotation_clip=False,
+            name, (x, y), (1.06, math.exp(place)), fontsize=8, va="center",
+            textcoords=axes.get_yaxis_transform(), color=colour if name == OURS else "0.15",
+            annotation_clip=False,
             arrowprops={
-                "arrowstyle": "-", "color": colour, "linewidth": 0.9, "shrinkB": 0,
+                "arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkB": 0,
                 "relpos": (0, 0.5),
             },
         )  # fmt: skip
@@ -130,20 +131,13 @@ def _draw_sizes(recording: Recording, part: Any) -> None:
         each = [t / n for ns, ts in lines.values() for n, t in zip(ns, ts, strict=True)]
         ax.set(xscale="log", yscale="log", ylim=(min(each) * 1e9 / 1.4, max(each) * 1e9 * 1.4))
         ends = []
-        right = max(n[-1] for n, _ in lines.values())
         for name, (n, t) in lines.items():
             if name == AGAIN:
                 continue
             y = np.array(t) / np.array(n) * 1e9
             ax.plot(n, y, **styles[name])
-            if n[-1] == right:
-                ends.append((float(y[-1]), recording.titles[name], styles[name]["color"]))
-            else:
-                ax.annotate(
-                    recording.titles[name], (n[-1], y[-1]), (0, 4), fontsize=7,
-                    textcoords="offset points", ha="right", color="0.15",
-                )  # fmt: skip
-        _label_ends(ax, ends, right)
+            ends.append((n[-1], float(y[-1]), recording.titles[name], styles[name]["color"]))
+        _label_ends(ax, ends)
         ax.set(ylabel="ns per parameter and step", title=state)
         ax.grid(alpha=0.3, which="major")
     axes[-1].set_xlabel("parameters in one array")
@@ -166,6 +160,7 @@ def _draw_models(recording: Recording, part: Any) -> None:
     axes = part.subplots(math.ceil(len(entries) / 2), 2, squeeze=False).ravel()
     for ax in axes[len(entries) :]:
         ax.set_axis_off()
+    most = max(sum(s.name != AGAIN for s in stats.summarize(entry)) for entry in entries)
     for ax, entry in zip(axes, entries, strict=False):
         found = [s for s in stats.summarize(entry) if s.name != AGAIN][::-1]
         names = [recording.titles.get(s.name, s.name) for s in found]
@@ -179,6 +174,7 @@ def _draw_models(recording: Recording, part: Any) -> None:
             ax.text(s.high * 1.06, i, f"{report.ratio_text(s.ratio)}", va="center", fontsize=7)
         ours = next(s for s in found if s.name == OURS)
         ax.set(xscale="log", xlim=(min(ratios) / 1.5, max(s.high for s in found) * 2.2))
+        ax.set_ylim(len(found) - most - 0.6, len(found) - 0.4)  # bars as thick everywhere
         ax.axvline(1, color="0.4", linewidth=0.8, zorder=0)
         ax.set_title(
             f"{entry.title}: {entry.tensors} arrays, {entry.elements / 1e6:.3g}M\n"
@@ -217,9 +213,10 @@ def _draw_scaling(recording: Recording, part: Any) -> None:
                 threads = sorted(by_threads)
                 speed = [one / by_threads[k] for k in threads]
                 ax.plot(threads, speed, **styles[name])
-                ends.append((speed[-1], recording.titles[name], styles[name]["color"]))
+                end = (threads[-1], speed[-1])
+                ends.append((*end, recording.titles[name], styles[name]["color"]))
         counts = sorted({e.threads for e in entries})
-        _label_ends(ax, ends, counts[-1])
+        _label_ends(ax, ends)
         ax.set_xticks(counts, [str(k) for k in counts])
         ax.minorticks_off()
         ax.yaxis.set_major_formatter(lambda x, _: f"{x:g}")

@@ -98,12 +98,15 @@ class Row:
             return f"has no {problem.dtype}"
         return None
 
-    def too_much(self, problem: Problem) -> bool:
-        """Return whether a problem is larger than it is measured with unless asked for by name."""
+    def too_much(self, problem: Problem, few_steps: bool = False) -> bool:
+        """Return whether a problem is larger than it is measured with unless asked for by name.
+
+        With `few_steps` many elements are none too many, because it is the steps that take long.
+        """
         tensors, elements = len(problem.case.shapes), problem.case.elements
-        return (self.most_tensors is not None and tensors > self.most_tensors) or (
-            self.most_elements is not None and elements > self.most_elements
-        )
+        if self.most_tensors is not None and tensors > self.most_tensors:
+            return True
+        return self.most_elements is not None and elements > self.most_elements and not few_steps
 
 
 def nbytes(arrays: Any) -> int:
