@@ -45,6 +45,8 @@ def keras_row(backend: str, **more: Any) -> Row:
     )
 
 
+# Numba has a process of its own: in one with torch its threads make torch's small operations 20 times
+# as long.
 ROWS: dict[str, Row] = {
     row.name: row
     for row in (
@@ -64,7 +66,7 @@ ROWS: dict[str, Row] = {
         Row("numpy", "NumPy, in place", InPlace, temporaries=1, traced=True),
         Row("reference", "fusedopt.reference", Fusedopt, options={"plain": True}, temporaries=4,
             traced=True, **_10_NS),
-        Row("numba", "Numba, parallel loop", Numba, ("numba",)),
+        Row("numba", "Numba, parallel loop", Numba, ("numba",), process="numba"),
         Row("torch-single", "torch, single tensor", Torch, ("torch",),
             options={"foreach": False, "fused": False}, temporaries=2, **_3_NS),
         Row("torch-foreach", "torch, foreach", Torch, ("torch",), options={"foreach": True},
