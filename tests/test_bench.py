@@ -1,21 +1,31 @@
 """The comparison measures what it says: its data, its statistics, its answers to bad input."""
 
+import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fusedopt.bench import measure, stats
-from fusedopt.bench.cases import CASES
-from fusedopt.bench.contenders import LIMIT, OURS
+from fusedopt import cli
+from fusedopt.bench import machine, measure, stats, worker
+from fusedopt.bench.cases import CASES, Problem
+from fusedopt.bench.contenders import AGAIN, LIMIT, OURS, ROWS
 from fusedopt.bench.recording import Entry
 
+COMMAND = [sys.executable, "-m", "fusedopt", "bench"]
 
-def run(*arguments):
-    command = [sys.executable, "-m", "fusedopt", "bench", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+def run(*arguments, command=COMMAND, before=None):
+    """Run the command; modules in the folder `before` hide installed ones."""
+    paths = [str(before)] * (before is not None) + [os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    command = [*command, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=env)
 
 
 @pytest.mark.parametrize(
@@ -30,9 +40,7 @@ def run(*arguments):
     ],
 )
 def test_shapes_are_those_of_the_models(name, arrays, parameters):
-    shapes = {case.name: case for case in CASES}[name].shapes if isinstance(CASES, list) else (
-        CASES[name].shapes
-    )  # fmt: skip
+    shapes = CASES[name].shapes
     assert len(shapes) == arrays
     assert sum(int(np.prod(shape)) for shape in shapes) == parameters
 
@@ -49,6 +57,17 @@ def test_interval_covers_the_median():
     assert 175 <= covered <= 200
 
 
+def test_disturbed_rounds_do_not_count():
+    entry = Entry("x", "x", "size", 1, 1, 1, 1, 1, "warm", placements=[3, 3])
+    for busy in (0.0, 1.0, 0.1, 0.0, 1.0, 0.2):
+        rare = {"rare": 3.0} if busy == 1.0 else {}
+        entry.add_round({OURS: 1.0, LIMIT: 1.0 - busy / 2} | rare, busy)
+    assert stats.calm(entry, OURS, LIMIT) == [0, 2, 3, 5]
+    assert stats.quotients(entry, LIMIT, OURS) == [[1.0, 0.95], [1.0, 0.9]]
+    assert stats.quotients(entry, "rare", OURS) == [[3.0], [3.0]]  # it has no better ones
+    assert stats.disturbance(entry) == pytest.approx(0.075)
+
+
 @pytest.mark.parametrize("option", ["--case", "--contender"])
 def test_unknown_names_list_the_known_ones(option):
     done = run(option, "nonsense")
@@ -59,13 +78,120 @@ def test_unknown_names_list_the_known_ones(option):
 
 
 def test_run_writes_what_it_measured(tmp_path):
+    """Who is not installed is listed, whose numbers are narrow moves what it should."""
+    (tmp_path / "numba.py").write_text("raise ModuleNotFoundError('No module named numba')")
     path = tmp_path / "x.json"
-    done = run("--quick", "--case", "1k", "--contender", "numpy,optax", "--json", str(path))
+    contenders = "numpy,numba,fusedopt-bf16,fusedopt-int8,fusedopt-short"
+    options = ("--seconds", "0.3", "--case", "30k", "--contender", contenders)
+    done = run(*options, "--json", path, before=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "NumPy, in place" in done.stdout and "1.00" in done.stdout
-    assert json.loads(path.read_text())
-    again = run("--load", str(path))
-    assert again.returncode == 0 and "NumPy, in place" in again.stdout
+    assert "Numba, parallel loop: ModuleNotFoundError: No module named numba" in done.stdout
+    recorded = json.loads(path.read_text())
+    assert recorded["complete"] and list(recorded["absent"]) == ["numba"]
+    warm, cold = recorded["entries"]
+    assert (warm["cache"], cold["cache"]) == ("warm", "cold")
+    moved = {name: size / 30_000 for name, size in warm["own_moved"].items()}
+    blocks = 4 / 64  # both moments' common exponents, read and written
+    assert moved == pytest.approx(
+        {"fusedopt-bf16": 20, "fusedopt-int8": 16 + blocks, "fusedopt-short": 12 + blocks}, abs=1e-3
+    )
+    assert warm["seconds"].keys() == {LIMIT, OURS, AGAIN, "numpy", *moved}
+    again = run("--load", path)
+    assert again.returncode == 0 and again.stdout in done.stdout
+
+
+def test_developers_contenders_run_by_the_same_command(tmp_path):
+    """A worker finds their classes; here it finds that what they need is not there."""
+    for name in ("torch", "tensorflow"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('no {name}')")
+    script = Path(__file__).parents[1] / "bench" / "compare.py"
+    options = ("--contender", "deepspeed,tensorflow", "--cache", "warm", "--seconds", "0.1")
+    done = run(*options, "--case", "1k", command=[sys.executable, script], before=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "DeepSpeedCPUAdam: ModuleNotFoundError: no torch" in done.stdout
+    assert "TensorFlow, raw operation: ModuleNotFoundError: no tensorflow" in done.stdout
+
+
+def test_interrupted_run_keeps_what_it_measured(tmp_path):
+    path = tmp_path / "x.json"
+    options = ("--case", "1k,1M", "--cache", "warm", "--contender", "numpy", "--seconds", "60")
+    process = subprocess.Popen(
+        [*COMMAND, *options, "--json", path], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    told = b""
+    while b"1M" not in told:  # the first case is done
+        told += (byte := process.stderr.read(1))
+        assert byte, told
+    process.send_signal(signal.SIGINT)
+    out, told = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"interrupted" in told
+    assert b"1k in one array" in out and b"NumPy, in place" in out
+    recorded = json.loads(path.read_text())
+    assert not recorded["complete"]
+    assert recorded["entries"][0]["seconds"]["numpy"]
+
+
+def test_case_that_does_not_fit_is_skipped(monkeypatch, capsys):
+    monkeypatch.setattr(machine, "available_memory", lambda: 10**9)
+    assert cli.main(["bench", "--case", "50M", "--contender", "numpy"]) == 0
+    told = capsys.readouterr().out
+    assert "50M in one array" in told
+    assert "skipped: needs 4.7 GB of memory, 0.9 GB are free" in told
+
+
+def test_teams_fit_into_memory():
+    """Each holds those of every round; who would not fit even alone beside them is left out."""
+    problem = Problem(CASES["50M"], "adam", "float32", 1)
+    rows = [ROWS[name] for name in (LIMIT, OURS, AGAIN, "numpy", "reference", "functional")]
+    budget = 5.4e9  # 3.9 GB for all teams; 1 or 1.6 more for numpy and the reference
+    members, too_large = measure.teams(rows, problem, budget)
+    assert [[row.name for row in team[3:]] for team in members] == [["numpy"], ["functional"]]
+    assert list(too_large) == ["reference"] and "needs 5.5 GB" in too_large["reference"]
+
+
+def test_memory_is_measured(tmp_path):
+    path = tmp_path / "x.json"
+    done = run("--memory", "--case", "1M", "--contender", "numpy,reference", "--json", path)
+    assert done.returncode == 0, done.stderr
+    found = {m["contender"]: m for m in json.loads(path.read_text())["memory"]}
+    assert found.keys() == {OURS, "numpy", "reference"}
+    assert all(m["state"] == 8 * m["elements"] for m in found.values())
+    assert found[OURS]["temporary"] < 20_000
+    assert 4 * 10**6 <= found["reference"]["temporary"] < 40 * 10**6
+
+
+def test_report_is_whole(tmp_path):
+    folder = tmp_path / "report"
+    folder.mkdir()
+    (folder / "notes.md").write_text("not the tool's")
+    options = ("--case", "mlp", "--contender", "numpy", "--cache", "warm", "--seconds", "0.2")
+    done = run(*options, "--threads", "1", "--report", folder)
+    assert done.returncode == 0, done.stderr
+    page = (folder / "README.md").read_text()
+    pictures = [path.name for path in folder.glob("*.png")]
+    assert pictures == ["models.png"] and "![Models](models.png)" in page
+    for title in ("MLP 784-128-128-10", "Memory, mlp", "NumPy, in place", "does not win"):
+        assert title in page, title
+    assert (folder / "notes.md").exists()
+    (folder / "README.md").unlink()
+    again = run("--load", folder / "results.json", "--report", folder)
+    assert again.returncode == 0, again.stderr
+    assert (folder / "README.md").read_text() == page
+
+
+@pytest.mark.parametrize("name", ["numpy", "fusedopt-short"])
+def test_another_update_is_refused(name):
+    """What is timed has computed the reference's update, within the row's tolerance."""
+    problem = Problem(CASES["mlp"], "adam", "float32", 1)
+    other = dataclasses.replace(problem, optimizer="adamw")
+    worker.build(ROWS[name], problem)
+    cls = type("Other", (ROWS[name].cls,), {})
+    cls.__init__ = lambda self, _, params, **options: ROWS[name].cls.__init__(
+        self, other, params, **options
+    )
+    wrong = dataclasses.replace(ROWS[name], cls=cls, tolerance=1e-3)
+    with pytest.raises(worker.Disagreement, match="off by"):
+        worker.build(wrong, problem)
 
 
 class Slow:
@@ -90,7 +216,7 @@ def test_slow_contenders_are_never_dropped(late, monkeypatch):
     entry = Entry("x", "x", "size", 1, 1, 1, 1, 1, "warm")
     session = Slow({LIMIT: 1e-6, OURS: 1e-6, "slow": 10.0, "slower": 100.0})
     settings = measure.Settings()
-    measure.run_rounds(session, entry, settings, 1.0, None, lambda text, share: None)
+    measure.run_rounds(session, entry, settings, None, lambda share: None)
     taken = {name: sum(s is not None for s in column) for name, column in entry.seconds.items()}
     assert taken.keys() == session.rows.keys()
     assert taken[OURS] == entry.rounds

@@ -86,6 +86,11 @@ def _block(stream: int, dtype: str) -> Array:
     return (x + np.copysign(0.1, x)).astype(dtype)
 
 
+def _values(stream: int, dtype: str, leaf: int) -> Array:
+    """Return what the elements of a leaf repeat."""
+    return np.roll(_block(stream, dtype), 7 * leaf)
+
+
 @dataclass(frozen=True)
 class Problem:
     """A case with an optimizer and a dtype: all that a contender needs to set itself up."""
@@ -127,15 +132,17 @@ class Problem:
         """Return new arrays with the values that all parameters begin with."""
         return [self.param(i) for i in range(len(self.case.shapes))]
 
-    def grads(self, scale: float = 1.0) -> list[Array]:
-        """Return new arrays with the gradients of all parameters, times `scale`."""
-        grads = [self.grad(i) for i in range(len(self.case.shapes))]
-        for g in grads:
-            g *= g.dtype.type(scale)
-        return grads
+    def grads(self) -> list[Array]:
+        """Return new arrays with the gradients of all parameters."""
+        return [self.grad(i) for i in range(len(self.case.shapes))]
+
+    def some(self, leaf: int, where: Array) -> tuple[Array, Array]:
+        """Return first values and gradient of some elements of parameter `leaf`."""
+        p, g = (_values(stream, self.dtype, leaf) for stream in (0, 1))
+        return p[where % p.size], g[where % g.size]
 
     def _filled(self, leaf: int, stream: int) -> Array:
-        block = np.roll(_block(stream, self.dtype), 7 * leaf)
+        block = _values(stream, self.dtype, leaf)
         out = np.empty(self.case.shapes[leaf], self.dtype)
         flat = out.reshape(-1)
         whole = flat.size // block.size * block.size

@@ -104,6 +104,14 @@ class Evictor:
         self._parts = np.array_split(np.ones(self.size // 8), len(self._on))
         self._pool = ThreadPoolExecutor(len(self._on))
 
+    def __enter__(self) -> Evictor:
+        """Start nothing yet."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """End the threads."""
+        self._pool.shutdown()
+
     def __call__(self) -> None:
         """Read the buffer."""
         list(self._pool.map(self._read, self._on, self._parts))

@@ -1,9 +1,9 @@
 """The schedule: contenders take turns in random order, round after round, on the same machine.
 
-A round holds one turn of every contender that takes part in it; fusedopt and the limit take part in
-all. A contender's time is compared with fusedopt's of the same round, so that what else goes on on
-the machine hits both. Slow contenders sit rounds out, evenly, so that each gets about the same
-share of the time.
+A round holds one turn of every contender that takes part in it. A contender's time is compared
+with fusedopt's of the same round, so that what else goes on on the machine hits both. Slow
+contenders take part in few rounds, evenly spread, and have their turns before or after the others:
+large ratios need no third digit, and small ones need turns close to one another.
 
 Warm: a turn is some steps that are not timed, then some that are. Cold: the caches are emptied
 before each turn, which is one step. Arrays much larger than the caches are always cold.
@@ -19,20 +19,21 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from fusedopt.bench import machine
+from fusedopt.bench import machine, stats
 from fusedopt.bench.cases import Case, Problem
 from fusedopt.bench.contenders import AGAIN, LIMIT, OURS, Row
 from fusedopt.bench.recording import Entry, Memory, Recording
-from fusedopt.bench.worker import TIMED, UNTIMED
+from fusedopt.bench.worker import warm_seconds
 from fusedopt.bench.workers import Failure, Workers
 
 ALWAYS = (LIMIT, OURS, AGAIN)  # in every round, and in every group that shares the memory
+_SLOW = 4  # times as long as fusedopt
 _PAUSE = 3e-3  # seconds before a cold step, where no emptying of caches takes as long
-_PATIENCE = 2.0  # an entry may take so many times its time, if the machine slows down meanwhile
-_PLACEMENTS, _SMALL = 5, 64 << 20  # for cases whose arrays hold fewer bytes
-_QUICK_TO_BUILD = 0.25  # seconds; who takes longer (compilers) stays where it lies
+_PATIENCE = 1.5  # disturbed rounds are repeated for so many times the planned time
+_SMALL, _LARGE = 64 << 20, 512 << 20  # bytes held: up to the second, fewer placements; then one
+_QUICK_TO_BUILD = 0.25  # seconds, and 5 ns a byte; who takes longer (compilers) stays where it lies
 _OVERHEAD = 1 << 30  # bytes that libraries and the evictor take
 
 Progress = Callable[[str, float], None]  # what goes on; share of the entry that is now done
@@ -42,15 +43,17 @@ Progress = Callable[[str, float], None]  # what goes on; share of the entry that
 class Settings:
     """How to measure.
 
-    `seconds` go to each case and state of the caches, beside setting up; but every contender takes
-    part in `least` rounds, at most in `most`.
+    `seconds` go to those who are not slow, for each case and state of the caches, beside setting
+    up; but they take part in `least` rounds, in which the slow ones do too, and at most in `most`.
+    Small cases are measured on so many `placements`.
     """
 
     optimizer: str = "adam"
     dtype: str = "float32"
-    seconds: float = 8.0
+    seconds: float = 6.0
     least: int = 5
     most: int = 100
+    placements: int = 10
     seed: int = 0
 
 
@@ -99,6 +102,7 @@ class Session:
         self.rows: dict[str, Row] = {}
         self.step_seconds: dict[str, float] = {}  # estimates, to plan with
         self.quick_to_build: set[str] = set()
+        self.moved: dict[str, int] = {}  # of whom a step moves other bytes than the problem's
         self.lost: dict[str, str] = {}  # who failed here, and why
 
     def build(self, row: Row) -> None:
@@ -107,9 +111,12 @@ class Session:
             return
         start = time.perf_counter()
         try:
-            self.step_seconds[row.name] = self.workers.ask(row, "build", row, self.problem)
+            answer = self.workers.ask(row, "build", row, self.problem)
+            self.step_seconds[row.name], moved = answer
             self.rows[row.name] = row
-            if time.perf_counter() - start < _QUICK_TO_BUILD:
+            if moved is not None:
+                self.moved[row.name] = moved
+            if time.perf_counter() - start < _QUICK_TO_BUILD + 5e-9 * self.problem.held:
                 self.quick_to_build.add(row.name)
         except Failure as exc:
             self.fail(row, exc)
@@ -151,44 +158,67 @@ class Session:
 
 
 def run_rounds(
-    session: Session, entry: Entry, settings: Settings, share: float,
-    evict: Callable[[], None] | None, progress: Progress,
+    session: Session, entry: Entry, settings: Settings, evict: Callable[[], None] | None,
+    progress: Callable[[float], None],
 ) -> None:  # fmt: skip
-    """Add rounds to an entry, of all that are set up, in `share` of the time."""
+    """Add rounds to an entry, of all that are set up; `progress` takes the share that is done.
+
+    Rounds that others disturbed are repeated, as long as there is patience.
+    """
     if OURS not in session.rows:
         return
     warm = entry.cache == "warm"
-    allowance = settings.seconds * share / len(session.rows)
     before_step = _timed(evict) if evict else _PAUSE
-    least, most = math.ceil(settings.least * share), math.ceil(settings.most * share)
-    counts = {}
-    for name in session.rows:
-        step = session.step_seconds[name]
-        turn = max(UNTIMED, step) + max(TIMED, step) if warm else before_step + step
-        counts[name] = int(min(max(allowance / turn, least), most))
-    rounds = max(counts.values())
+    turns = {
+        name: warm_seconds(step) if warm else before_step + step
+        for name in session.rows
+        for step in [session.step_seconds[name]]
+    }
+    slow = [name for name, t in turns.items() if name not in ALWAYS and t > _SLOW * turns[OURS]]
+    fast = [name for name in turns if name not in slow]
+    of_fast, of_slow = (sum(turns[name] for name in block) for block in (fast, slow))
+    rounds = int(min(max(settings.seconds / of_fast, settings.least), settings.most))
+    planned = rounds * of_fast + settings.least * of_slow
     order = random.Random(settings.seed + len(entry.placements))
-    before = entry.rounds
+    before, calm, start = entry.rounds, 0, time.perf_counter()
+    entry.placements.append(0)
+    while calm < rounds:
+        # the slow ones' are spread evenly, the first among them: an early end drops nobody unsaid
+        with_slow = calm * settings.least % rounds < settings.least
+        times, others = _round(session, [fast[:], slow * with_slow], warm, evict, order)
+        entry.add_round(times, others)
+        entry.placements[-1] = entry.rounds - before
+        if not others > stats.CALM:
+            calm += 1
+            progress(1 / rounds)
+        elapsed = time.perf_counter() - start
+        if OURS not in session.rows or elapsed > _PATIENCE * planned:
+            break
+
+
+def _round(
+    session: Session, blocks: list[list[str]], warm: bool, evict: Callable[[], None] | None,
+    order: random.Random,
+) -> tuple[dict[str, float], float]:  # fmt: skip
+    """Let all in the blocks have a turn, in random order, those of a block close to one another.
+
+    Return their times, and the CPUs that others kept busy meanwhile.
+    """
     start, taken = time.perf_counter(), _taken_by_others(session.workers)
-    for i in range(rounds):
-        # each spread evenly, and all in the first: a late end must not drop a slow one unsaid
-        names = [n for n, k in counts.items() if n in ALWAYS or i * k % rounds < k]
-        order.shuffle(names)
-        times = {}
-        for name in names:
+    order.shuffle(blocks)
+    times = {}
+    for block in blocks:
+        order.shuffle(block)
+        for name in block:
             if evict:
                 evict()
             elif not warm:
                 time.sleep(_PAUSE)
-            times[name] = session.turn(name, warm)
-        entry.add_round({name: t for name, t in times.items() if t is not None})
-        progress("", share / rounds)
-        late = time.perf_counter() - start > _PATIENCE * settings.seconds * share
-        if OURS not in session.rows or (late and i + 1 >= least):
-            break
-    entry.placements.append(entry.rounds - before)
-    entry.elapsed += time.perf_counter() - start
-    entry.others += max(0.0, _taken_by_others(session.workers) - taken)
+            seconds = session.turn(name, warm)
+            if seconds is not None:
+                times[name] = seconds
+    others = _taken_by_others(session.workers) - taken
+    return times, max(0.0, others) / (time.perf_counter() - start)
 
 
 def _taken_by_others(workers: Workers) -> float:
@@ -218,9 +248,9 @@ class Bench:
 
     def measure(self, cases: Sequence[Case], threads: int) -> None:
         """Measure cases, each with every contender that can take part."""
-        evict = machine.Evictor(machine.cpus(threads), machine.last_level_cache())
-        self.recording.evicted = evict.size
-        with Workers(threads) as workers:
+        on, cache = machine.cpus(threads), machine.last_level_cache()
+        with machine.Evictor(on, cache) as evict, Workers(threads) as workers:
+            self.recording.evicted = evict.size
             for case in cases:
                 self._case(workers, self.problem(case, threads), evict)
 
@@ -228,9 +258,10 @@ class Bench:
         """Measure what a step of each contender takes for the time being, and its state."""
         for case in cases:
             problem = self.problem(case, threads)
-            rows, left_out = self.able(problem)
+            rows, left_out = self.able(problem, few_steps=True)
+            left_out |= teams(rows, problem, _free_memory())[1]
             for row in rows:
-                if row.name in (LIMIT, AGAIN):
+                if row.name in (LIMIT, AGAIN, *left_out):
                     continue
                 self.progress(f"{case.name}: memory of {row.title}", 0)
                 result = Memory(case.name, case.elements, row.name)
@@ -259,16 +290,18 @@ class Bench:
         """Return the states of the caches to measure a case in."""
         return ["cold"] if streams(problem) else list(self.caches)
 
-    def able(self, problem: Problem) -> tuple[list[Row], dict[str, str]]:
-        """Divide the rows into those that can take part, and the others with the reason."""
+    def able(self, problem: Problem, few_steps: bool = False) -> tuple[list[Row], dict[str, str]]:
+        """Divide the rows into those that can take part, and the others with the reason.
+
+        `few_steps`: see `Row.too_much`.
+        """
         left_out: dict[str, str] = {}
         for row in self.rows:
             why = row.lacks(problem)
             if why is None and not self.named:
-                tensors = len(problem.case.shapes)
                 if self.quick and not row.quick:
                     why = "not in a quick run"
-                elif row.most_tensors is not None and tensors > row.most_tensors:
+                elif row.too_much(problem, few_steps):
                     why = f"{row.most_why}; asked for by name it takes part"
             if why is not None:
                 left_out[row.name] = why
@@ -279,15 +312,25 @@ class Bench:
         entries = [_new_entry(problem, state) for state in self.states(problem)]
         self.recording.entries += entries  # at once: what an interrupted run has measured counts
         rows, left_out = self.able(problem)
-        members, too_large = teams(rows, problem, 0.9 * (machine.available_memory() or math.inf))
-        session = Session(workers, problem, self.recording.absent)
+        members, too_large = teams(rows, problem, _free_memory())
         for entry in entries:
             entry.left_out = left_out | too_large
             if not members:
                 entry.skipped = too_large[OURS]
                 self.progress("", 1)
-        placements = _PLACEMENTS if problem.held < _SMALL else 1
-        share = 1 / (len(members) * placements)
+        if not members:
+            return
+        session = Session(workers, problem, self.recording.absent)
+        placements = self.settings.placements
+        if problem.held > _SMALL:
+            placements = math.ceil(placements / 4) if problem.held < _LARGE else 1
+        parts = len(members) * placements
+        few = replace(
+            self.settings,
+            seconds=self.settings.seconds / parts,
+            least=math.ceil(self.settings.least / placements),
+            most=math.ceil(self.settings.most / placements),
+        )
         for team in members:
             for _ in range(placements):
                 session.drop(session.quick_to_build, collect=False)
@@ -297,11 +340,16 @@ class Bench:
                 for entry in entries:
                     self.progress(f"{name}, {entry.cache}", 0)
                     flush = evict if entry.cache == "cold" and not streams(problem) else None
-                    run_rounds(session, entry, self.settings, share, flush, self.progress)
+                    run_rounds(session, entry, few, flush, lambda x: self.progress("", x / parts))
             session.drop([row.name for row in team if row.name not in ALWAYS])
         session.drop(list(session.rows))
         for entry in entries:
+            entry.own_moved = session.moved
             entry.left_out |= {n: why for n, why in session.lost.items() if n not in session.absent}
+
+
+def _free_memory() -> float:
+    return 0.9 * (machine.available_memory() or math.inf)
 
 
 def _new_entry(problem: Problem, cache: str) -> Entry:

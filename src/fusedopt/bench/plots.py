@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -58,78 +59,88 @@ def save(recording: Recording, path: Path, picture: str | None = None) -> bool:
 def _height(recording: Recording, picture: str) -> float:
     """Return the inches that a picture takes; 0 without data for it."""
     if picture == "sizes":
-        curves = report.sizes(recording)
-        return 6.5 if any(len(n) > 1 for n, _ in curves.values()) else 0
+        states = _curves(recording)
+        return 6.5 * len(states) if any(len(n) > 1 for n, _ in states[0][1].values()) else 0
     if picture == "models":
         bars = [len(stats.summarize(e)) for e in _models(recording)]
-        return math.ceil(len(bars) / 2) * (0.9 + 0.23 * max(bars)) if bars else 0
+        return math.ceil(len(bars) / 2) * (1.0 + 0.22 * max(bars)) if bars else 0
     return 5.0 if len(_scaling(recording)) else 0
 
 
-def _colour(name: str) -> str:
-    """Return fusedopt's red, the limit's black, and a colour of its own for each other."""
-    if name in (OURS, LIMIT):
-        return {OURS: "#c1121f", LIMIT: "black"}[name]
-    from matplotlib import colormaps, colors
+def _styles(recording: Recording) -> dict[str, dict[str, Any]]:
+    """Return how each contender's line looks: fusedopt's rows red, the limit black."""
+    from matplotlib import colormaps
 
-    wheel = colormaps["tab20"]
-    order = sum(ord(c) * (i + 1) for i, c in enumerate(name))
-    return str(colors.to_hex(wheel(order % 20)))
+    own = [name for name, title in recording.titles.items() if title.startswith(OURS)]
+    reds = iter(colormaps["autumn"](np.linspace(0, 0.75, len(own))))
+    others = itertools.cycle(colormaps["tab20"](i) for i in range(20) if i // 2 not in (1, 3))
+    styles = {}
+    for i, name in enumerate(recording.titles):
+        styles[name] = {
+            "color": next(reds if name in own else others),
+            "marker": "os^Dv"[i % 5], "markersize": 3.5, "linewidth": 1.1, "zorder": 2,
+        }  # fmt: skip
+    for name, colour, look in ((OURS, "#c1121f", "-"), (LIMIT, "black", "--")):
+        if name in styles:
+            styles[name] |= {"color": colour, "linestyle": look, "linewidth": 2.4, "zorder": 3}
+    return styles
 
 
-def _style(name: str) -> dict[str, Any]:
-    return {
-        "color": _colour(name),
-        "linestyle": "--" if name == LIMIT else "-",
-        "linewidth": 2.6 if name == OURS else 1.6 if name == LIMIT else 1.1,
-        "zorder": 3 if name in (OURS, LIMIT) else 2,
-    }
+def _label_ends(axes: Any, ends: list[tuple[float, float, str, Any]]) -> None:
+    """Write each line's name beside log axes, none over another, joined to where the line ends.
 
-
-def _label_ends(axes: Any, ends: list[tuple[float, str, str]], x: float) -> None:
-    """Write each line's name beside its end, on a log axis, none over another.
-
-    `ends` holds height, name and colour.
+    `ends` holds that point, name and colour.
     """
     low, high = (math.log(v) for v in axes.get_ylim())
-    gap = (high - low) * 0.033
-    ends = sorted(ends)
-    places = [math.log(y) for y, _, _ in ends]
-    for _ in range(200):  # push those apart that touch, a little at a time, until none do
+    gap = (high - low) * min(0.033, 0.95 / len(ends))
+    ends = sorted(ends, key=lambda end: end[1])
+    places = [math.log(y) for _, y, _, _ in ends]
+    for _ in range(3000):  # push those apart that touch, a little at a time, until none do
         for i in range(len(places) - 1):
             short = gap - (places[i + 1] - places[i])
             if short > 1e-6:
                 places[i] -= short / 2
                 places[i + 1] += short / 2
         places = [min(max(p, low + gap / 2), high - gap / 2) for p in places]
-    for (y, name, colour), place in zip(ends, places, strict=True):
+    for (x, y, name, colour), place in zip(ends, places, strict=True):
         axes.annotate(
-            name, (x, y), (x * 1.35, math.exp(place)), fontsize=8, color=colour, va="center",
+            name, (x, y), (1.06, math.exp(place)), fontsize=8, va="center",
+            textcoords=axes.get_yaxis_transform(), color=colour if name == OURS else "0.15",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkB": 0},
+            arrowprops={
+                "arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkB": 0,
+                "relpos": (0, 0.5),
+            },
         )  # fmt: skip
+
+
+def _curves(recording: Recording) -> list[tuple[str, dict[str, tuple[list[float], list[float]]]]]:
+    """Return `report.sizes` for each state of the caches, once where they are the same."""
+    states = sorted({e.cache for e in recording.entries if e.kind == "size" and e.rounds})[::-1]
+    curves = [(state, report.sizes(recording, state)) for state in states]
+    if len(curves) == 2 and curves[0][1] == curves[1][1]:  # no size was measured in both
+        return [(" or ".join(states), curves[0][1])]
+    return curves or [("", {})]
 
 
 def _draw_sizes(recording: Recording, part: Any) -> None:
     """Draw the time per element against the size, warm and cold, a line for each contender."""
-    states = sorted({e.cache for e in recording.entries if e.kind == "size" and e.rounds})[::-1]
-    axes = part.subplots(1, len(states), sharey=True, squeeze=False)[0]
-    curves = [report.sizes(recording, state) for state in states]
-    every = [t / n for c in curves for ns, ts in c.values() for n, t in zip(ns, ts, strict=True)]
-    for ax, state, lines in zip(axes, states, curves, strict=True):
-        ax.set(xscale="log", yscale="log", ylim=(min(every) * 1e9 / 1.4, max(every) * 1e9 * 1.4))
+    states, styles = _curves(recording), _styles(recording)
+    axes = part.subplots(len(states), 1, sharex=True, squeeze=False)[:, 0]
+    for ax, (state, lines) in zip(axes, states, strict=True):
+        each = [t / n for ns, ts in lines.values() for n, t in zip(ns, ts, strict=True)]
+        ax.set(xscale="log", yscale="log", ylim=(min(each) * 1e9 / 1.4, max(each) * 1e9 * 1.4))
         ends = []
         for name, (n, t) in lines.items():
             if name == AGAIN:
                 continue
-            each = np.array(t) / np.array(n) * 1e9
-            ax.plot(n, each, "o", markersize=3, **_style(name))
-            ends.append((float(each[-1]), recording.titles.get(name, name), _colour(name)))
-        right = max(n[-1] for n, _ in lines.values())
-        _label_ends(ax, ends, right)
-        ax.set(xlabel="parameters in one array", title=state)
+            y = np.array(t) / np.array(n) * 1e9
+            ax.plot(n, y, **styles[name])
+            ends.append((n[-1], float(y[-1]), recording.titles[name], styles[name]["color"]))
+        _label_ends(ax, ends)
+        ax.set(ylabel="ns per parameter and step", title=state)
         ax.grid(alpha=0.3, which="major")
-    axes[0].set_ylabel("ns per parameter and step")
+    axes[-1].set_xlabel("parameters in one array")
 
 
 def _models(recording: Recording) -> list[Entry]:
@@ -145,15 +156,16 @@ def _models(recording: Recording) -> list[Entry]:
 
 def _draw_models(recording: Recording, part: Any) -> None:
     """Draw for each model a bar for each contender: its time over fusedopt's."""
-    entries = _models(recording)
+    entries, styles = _models(recording), _styles(recording)
     axes = part.subplots(math.ceil(len(entries) / 2), 2, squeeze=False).ravel()
     for ax in axes[len(entries) :]:
         ax.set_axis_off()
+    most = max(sum(s.name != AGAIN for s in stats.summarize(entry)) for entry in entries)
     for ax, entry in zip(axes, entries, strict=False):
         found = [s for s in stats.summarize(entry) if s.name != AGAIN][::-1]
         names = [recording.titles.get(s.name, s.name) for s in found]
         ratios = [s.ratio for s in found]
-        ax.barh(names, ratios, color=[_colour(s.name) for s in found], height=0.7)
+        ax.barh(names, ratios, color=[styles[s.name]["color"] for s in found], height=0.7)
         ax.errorbar(
             ratios, range(len(found)), fmt="none", ecolor="0.25", elinewidth=0.8,
             xerr=[[s.ratio - s.low for s in found], [s.high - s.ratio for s in found]],
@@ -161,11 +173,12 @@ def _draw_models(recording: Recording, part: Any) -> None:
         for i, s in enumerate(found):
             ax.text(s.high * 1.06, i, f"{report.ratio_text(s.ratio)}", va="center", fontsize=7)
         ours = next(s for s in found if s.name == OURS)
-        ax.set(xscale="log", xlim=(min(ratios) / 1.15, max(ratios) * 1.9))
+        ax.set(xscale="log", xlim=(min(ratios) / 1.5, max(s.high for s in found) * 2.2))
+        ax.set_ylim(len(found) - most - 0.6, len(found) - 0.4)  # bars as thick everywhere
         ax.axvline(1, color="0.4", linewidth=0.8, zorder=0)
         ax.set_title(
-            f"{entry.title}: {entry.tensors} arrays, {entry.elements / 1e6:.3g}M, {entry.cache}; "
-            f"fusedopt {report.time_text(ours.seconds)}", fontsize=9,
+            f"{entry.title}: {entry.tensors} arrays, {entry.elements / 1e6:.3g}M\n"
+            f"{entry.cache}; fusedopt {report.time_text(ours.seconds)}", fontsize=9,
         )  # fmt: skip
         ax.tick_params(axis="y", labelsize=8)
         ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
@@ -185,7 +198,7 @@ def _scaling(recording: Recording) -> dict[tuple[str, str], list[Entry]]:
 
 def _draw_scaling(recording: Recording, part: Any) -> None:
     """Draw steps per second over one thread's of fusedopt against the number of threads."""
-    cases = _scaling(recording)
+    cases, styles = _scaling(recording), _styles(recording)
     axes = part.subplots(1, len(cases), squeeze=False)[0]
     for ax, entries in zip(axes, cases.values(), strict=True):
         points: dict[str, dict[int, float]] = {}
@@ -199,10 +212,11 @@ def _draw_scaling(recording: Recording, part: Any) -> None:
             if name != AGAIN and len(by_threads) > 1:
                 threads = sorted(by_threads)
                 speed = [one / by_threads[k] for k in threads]
-                ax.plot(threads, speed, "o", markersize=3, **_style(name))
-                ends.append((speed[-1], recording.titles.get(name, name), _colour(name)))
+                ax.plot(threads, speed, **styles[name])
+                end = (threads[-1], speed[-1])
+                ends.append((*end, recording.titles[name], styles[name]["color"]))
         counts = sorted({e.threads for e in entries})
-        _label_ends(ax, ends, counts[-1])
+        _label_ends(ax, ends)
         ax.set_xticks(counts, [str(k) for k in counts])
         ax.minorticks_off()
         ax.yaxis.set_major_formatter(lambda x, _: f"{x:g}")

@@ -17,7 +17,8 @@ class Entry:
     `seconds` holds for each contender the time of a step in each round, None where it sat the round
     out. `left_out` says of the others why they are not here; `skipped` why the whole case is not.
     `placements` are the numbers of rounds on each set of arrays; small cases have several sets.
-    `others` are the CPU seconds that other processes and the host took in the `elapsed` seconds.
+    `others` are the CPUs that other processes and the host kept busy in each round.
+    `moved` and `held` are bytes; `own_moved` those of contenders with state in another format.
     """
 
     case: str
@@ -33,17 +34,18 @@ class Entry:
     left_out: dict[str, str] = field(default_factory=dict)
     skipped: str | None = None
     placements: list[int] = field(default_factory=list)
-    elapsed: float = 0.0
-    others: float = 0.0
+    own_moved: dict[str, int] = field(default_factory=dict)
+    others: list[float] = field(default_factory=list)
 
     @property
     def rounds(self) -> int:
         """How many rounds were measured."""
-        return max(map(len, self.seconds.values()), default=0)
+        return len(self.others)
 
-    def add_round(self, times: dict[str, float]) -> None:
-        """Add the seconds of those who took part in a round."""
+    def add_round(self, times: dict[str, float], others: float) -> None:
+        """Add the seconds of those who took part in a round, and how busy others were."""
         before = self.rounds
+        self.others.append(round(others, 2))
         for name in times:
             self.seconds.setdefault(name, [None] * before)
         for name, column in self.seconds.items():
@@ -70,8 +72,8 @@ class Memory:
 class Recording:
     """A run of the benchmark.
 
-    `settings` are those of `measure.Settings`; `titles` and `versions` go by contender; `absent`
-    says of contenders that are in no case, why.
+    `settings` are those of `measure.Settings`; `titles` and `tolerances` (see `contenders.Row`) go
+    by contender, `versions` by package; `absent` says of contenders that are in no case, why.
     """
 
     settings: dict[str, Any]
@@ -80,6 +82,7 @@ class Recording:
     command: str = ""
     date: str = ""
     evicted: int = 0
+    tolerances: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     entries: list[Entry] = field(default_factory=list)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fusedopt.bench import stats
-from fusedopt.bench.contenders import AGAIN, LIMIT, OURS
+from fusedopt.bench.contenders import LIMIT, OURS
 from fusedopt.bench.recording import Entry, Memory, Recording
 
 Table = list[list[str]]  # the first row is the head
@@ -38,15 +38,19 @@ def heading(entry: Entry) -> str:
 
 def background(entry: Entry) -> str:
     """Return what else went on while an entry was measured."""
-    return f"noise {stats.noise(entry):.1%}, others on {stats.disturbance(entry):.2f} CPUs"
+    left, all_ = len(stats.calm(entry, OURS)), entry.rounds
+    disturbed = f"; {all_ - left} of {all_} rounds disturbed" * (left < all_)
+    busy = f"others on {stats.disturbance(entry):.2f} CPUs"
+    return f"noise {stats.noise(entry):.1%}, {busy}{disturbed}"
 
 
 def entry_table(entry: Entry, titles: dict[str, str]) -> Table:
     """Return a line for each contender that took part."""
-    table = [["", "time", "GB/s", "of limit", "/ fusedopt", "95% interval", "rounds"]]
+    table = [["", "time", "bytes", "GB/s", "of limit", "/ fusedopt", "95% interval", "rounds"]]
     for s in stats.summarize(entry):
         table.append([
-            titles.get(s.name, s.name), time_text(s.seconds), f"{s.rate / 1e9:.1f}",
+            titles.get(s.name, s.name), time_text(s.seconds), f"{s.moved / entry.elements:.3g}",
+            f"{s.moved / s.seconds / 1e9:.1f}",
             f"{s.of_limit:.0%}", ratio_text(s.ratio), f"{ratio_text(s.low)} - {ratio_text(s.high)}",
             str(s.rounds),
         ])  # fmt: skip
@@ -128,13 +132,33 @@ def legend(recording: Recording) -> list[str]:
     """Return what the columns mean."""
     moved = "p, g and state read, p and state written"
     return [
-        f"time: of a step, the median. GB/s: what the step has to move ({moved}) over its time.",
-        "of limit: time of moving the same bytes in C without arithmetic, over the time.",
+        "time: of a step, the median. bytes: for each parameter, what the step has to move"
+        f" ({moved}). GB/s: all of them over the time.",
+        "of limit: the limit's time over the time; the limit moves the bytes of"
+        f" {recording.settings['dtype']} state in C without arithmetic, so who keeps narrower"
+        " state may take less.",
         "/ fusedopt: time over fusedopt's of the same round; median, 95% bootstrap interval of it.",
         "noise: the middle half of the limit's own times, over their median. others: CPUs that"
-        " other processes and the host kept busy meanwhile, on average.",
+        f" other processes and the host kept busy meanwhile; rounds with more than {stats.CALM:g}"
+        " were repeated, and do not count unless they are over half.",
+        *checked(recording),
         f"warm: the step is repeated. cold: {recording.evicted >> 20} MiB are read before a step,"
         " or the arrays are larger than the caches.",
+    ]
+
+
+def checked(recording: Recording) -> list[str]:
+    """Return how the contenders' results were checked."""
+    if not recording.tolerances:
+        return []
+    usual = min(recording.tolerances.values())
+    others = {name: f"{limit:g}" for name, limit in recording.tolerances.items() if limit != usual}
+    text = "; ".join(grouped(others, recording.titles))
+    return [
+        "Before it is timed, a contender takes two steps and is checked against"
+        f" fusedopt.reference: {usual:g} learning rates apart at most"
+        + f" (narrow formats: {text})."
+        * bool(text)
     ]
 
 
@@ -175,23 +199,34 @@ def cost_table(recording: Recording) -> Table:
 
 
 def not_won(recording: Recording) -> list[str]:
-    """Return a line for each entry in which a peer is faster than fusedopt, or as fast."""
+    """Return a line for each entry in which a peer is as fast as fusedopt, or a format slower."""
     lines = []
     for entry in recording.entries:
-        faster, level = [], []
+        faster, level, slower = [], [], []
         for s in stats.summarize(entry):
-            if s.name in (LIMIT, OURS, AGAIN):
+            name = recording.titles.get(s.name, s.name)
+            own = name.startswith(OURS)
+            text = f"{name} {ratio_text(s.ratio)}"
+            if own and s.moved < entry.moved and s.low > 1.02:
+                slower.append(text)
+            elif own or s.name == LIMIT:
                 continue
-            title = f"{recording.titles.get(s.name, s.name)} {ratio_text(s.ratio)}"
-            if s.high < 0.98:
-                faster.append(title)
+            elif s.high < 0.98:
+                faster.append(text)
             elif s.low < 1.02:
-                level.append(title)
-        if faster or level:
-            parts = [f"faster: {', '.join(faster)}"] * bool(faster)
-            parts += [f"within the error: {', '.join(level)}"] * bool(level)
-            where = f"{entry.title}, {entry.threads} threads, {entry.cache}"
-            lines.append(f"{where}: {'; '.join(parts)}")
+                level.append(text)
+        parts = [
+            f"{what}: {', '.join(names)}"
+            for what, names in (
+                ("faster", faster),
+                ("not to be told apart", level),
+                ("fewer bytes, but longer", slower),
+            )
+            if names
+        ]
+        if parts:
+            where = f"{entry.title}, {entry.threads} thread{'s' * (entry.threads > 1)}"
+            lines.append(f"{where}, {entry.cache}: {'; '.join(parts)}")
     return lines
 
 
@@ -205,7 +240,7 @@ def page(recording: Recording, pictures: Sequence[str]) -> str:
         "",
         f"```text\n{recording.command}\n```",
         "",
-        "which writes this page. Figures are of this machine, and on another they are others.",
+        "which writes this page. Figures are of the machine below; run the command for yours.",
         *([] if recording.complete else ["", "**The run was interrupted; this is a part of it.**"]),
         "",
     ]
@@ -215,7 +250,7 @@ def page(recording: Recording, pictures: Sequence[str]) -> str:
     lines += ["", "Versions: " + ", ".join(f"{k} {v}" for k, v in recording.versions.items()) + "."]
     if recording.absent:
         lines += ["", "Absent:", ""] + [f"* {line}" for line in grouped(recording.absent, titles)]
-    lines += ["", "## Where fusedopt does not win", ""]
+    lines += ["", "## Where fusedopt does not win", "", "Times over fusedopt's, in float32:", ""]
     lines += [f"* {line}" for line in not_won(recording)] or ["Nowhere in this recording."]
     names = {"sizes": "Cost against size", "models": "Models", "scaling": "Scaling over threads"}
     for picture in pictures:
@@ -238,7 +273,7 @@ def page(recording: Recording, pictures: Sequence[str]) -> str:
             lines.append(f"Skipped: {entry.skipped}.")
         elif entry.rounds:
             lines += [
-                f"{background(entry).capitalize()}.",
+                f"Noise{background(entry).removeprefix('noise')}.",
                 "",
                 *markdown(entry_table(entry, titles)),
             ]
@@ -256,20 +291,3 @@ def write(recording: Recording, folder: Path) -> list[str]:
     pictures = [name for name in PICTURES if plots.save(recording, folder / f"{name}.png", name)]
     (folder / "README.md").write_text(page(recording, pictures), encoding="utf-8")
     return ["results.json", *(f"{name}.png" for name in pictures), "README.md"]
-
-
-def readme_table(recording: Recording, peers: Sequence[str]) -> list[str]:
-    """Return the short table of the README: fusedopt's time, and how long some peers take."""
-    head = ["", "fusedopt", "of limit", *(recording.titles[name] for name in peers)]
-    most = max(e.threads for e in recording.entries)
-    table = [head]
-    for entry in recording.entries:
-        found = {s.name: s for s in stats.summarize(entry)}
-        warm_too = any(e.case == entry.case and e.cache == "warm" for e in recording.entries)
-        if OURS not in found or entry.threads != most or (entry.cache == "cold" and warm_too):
-            continue
-        ours = found[OURS]
-        others = [f"{ratio_text(found[n].ratio)} x" if n in found else "-" for n in peers]
-        title = f"{entry.title}, {entry.cache}"
-        table.append([title, time_text(ours.seconds), f"{ours.of_limit:.0%}", *others])
-    return markdown(table)

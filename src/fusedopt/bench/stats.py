@@ -12,6 +12,7 @@ from fusedopt.bench.contenders import LIMIT, OURS
 from fusedopt.bench.recording import Entry
 
 CONFIDENCE = 0.95
+CALM = 0.25  # CPUs that others may keep busy in a round; below it the clock of CPU time is coarse
 _RESAMPLES = 1000
 
 
@@ -41,14 +42,14 @@ def median_interval(
 class Summary:
     """One contender in one entry.
 
-    `seconds` is the median time of a step; `rate` the bytes that the step has to move over it, per
-    second; `of_limit` the limit's time over its own; `ratio` its time over fusedopt's, with the
-    interval from `low` to `high`. The last two are medians of quotients within a round.
+    `seconds` is the median time of a step; `moved` the bytes that it has to read and write;
+    `of_limit` the limit's time over its own; `ratio` its time over fusedopt's, with the interval
+    from `low` to `high`. The last two are medians of quotients within a round.
     """
 
     name: str
     seconds: float
-    rate: float
+    moved: int
     of_limit: float
     ratio: float
     low: float
@@ -56,32 +57,49 @@ class Summary:
     rounds: int
 
 
+def calm(entry: Entry, *names: str) -> list[int]:
+    """Return the rounds to judge some contenders by: in which all of them took part.
+
+    Without those that others disturbed; but where this would be more than half of them, without the
+    worse half. What is left out does not depend on what was measured.
+    """
+    columns = [entry.seconds.get(name, []) for name in names]
+    both = [i for i, row in enumerate(zip(*columns, strict=False)) if None not in row]
+    if not both:
+        return []
+    most = max(CALM, float(np.median([entry.others[i] for i in both])))
+    return [i for i in both if not entry.others[i] > most]
+
+
 def quotients(entry: Entry, above: str, below: str) -> list[list[float]]:
-    """Return the quotients of two contenders' times in rounds that have both, by placement."""
-    groups, start = [], 0
-    for count in entry.placements or [entry.rounds]:
-        rounds = slice(start, start + count)
-        columns = (entry.seconds.get(name, [])[rounds] for name in (above, below))
-        pairs = zip(*columns, strict=False)
-        groups.append([a / b for a, b in pairs if a is not None and b is not None])
-        start += count
+    """Return the quotients of two contenders' times in calm rounds, by placement."""
+    ends = np.cumsum(entry.placements)
+    groups: list[list[float]] = [[] for _ in ends]
+    for i in calm(entry, above, below):
+        a, b = entry.seconds[above][i], entry.seconds[below][i]
+        groups[np.searchsorted(ends, i, side="right")].append(a / b)  # type: ignore[operator]
     return [group for group in groups if group]
+
+
+def times(entry: Entry, name: str) -> list[float]:
+    """Return a contender's times in calm rounds."""
+    return [s for i in calm(entry, name) if (s := entry.seconds[name][i]) is not None]
 
 
 def summarize(entry: Entry) -> list[Summary]:
     """Return a summary of each contender that took part, the limit first, then the fastest."""
     summaries = []
-    for name, column in entry.seconds.items():
+    for name in entry.seconds:
         ratios = quotients(entry, name, OURS)
         if ratios:
-            seconds = float(np.median([s for s in column if s is not None]))
+            seconds = float(np.median(times(entry, name)))
             to_limit = quotients(entry, LIMIT, name)
             ratio, low, high = median_interval(ratios)
             summaries.append(
                 Summary(
                     name,
                     seconds,
-                    entry.moved / seconds,
+                    entry.own_moved.get(name, entry.moved),
                     float(np.median(np.concatenate(to_limit))) if to_limit else float("nan"),
                     ratio,
                     low,
@@ -94,7 +112,7 @@ def summarize(entry: Entry) -> list[Summary]:
 
 def noise(entry: Entry) -> float:
     """Return the spread of the limit itself: the middle half of its times over their median."""
-    column = [s for s in entry.seconds.get(LIMIT, []) if s is not None]
+    column = times(entry, LIMIT)
     if not column:
         return float("nan")
     low, middle, high = np.quantile(column, [0.25, 0.5, 0.75])
@@ -102,8 +120,9 @@ def noise(entry: Entry) -> float:
 
 
 def disturbance(entry: Entry) -> float:
-    """Return how many CPUs other processes and the host kept busy meanwhile."""
-    return entry.others / entry.elapsed if entry.elapsed else float("nan")
+    """Return how many CPUs other processes and the host kept busy in the rounds that count."""
+    rounds = calm(entry, OURS)
+    return float(np.mean([entry.others[i] for i in rounds])) if rounds else float("nan")
 
 
 @dataclass(frozen=True)

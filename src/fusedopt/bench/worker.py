@@ -28,6 +28,7 @@ from fusedopt.bench.contenders import LIMIT, Contender, Row
 # Seconds of a warm turn that are timed, and before them: at least. Meanwhile the threads of the
 # contender before stop spinning, and this one's settle on their CPUs.
 TIMED, UNTIMED = 2e-3, 4e-3
+LONG = 0.1  # seconds of a step beside which a cold start does not matter
 _MOST_SHIFT = 4 << 20  # bytes
 _FIRST_SCALE = -0.5  # of the gradients of the first step: two alike would hide wrong betas
 
@@ -45,8 +46,11 @@ def build(row: Row, problem: Problem) -> Contender:
         If it does not compute the same update; says how far it is off.
     """
     contender = row.cls(problem, problem.params(), **row.options)
-    for scale in (_FIRST_SCALE, 1.0):
-        contender.load(problem.grads(scale))
+    grads = problem.grads()
+    for scale in (_FIRST_SCALE, 1 / _FIRST_SCALE):  # powers of two: nothing is rounded
+        for g in grads:
+            g *= g.dtype.type(scale)
+        contender.load(grads)
         step_once(contender)
     if row.name != LIMIT:
         off = distance(contender.params(), problem)
@@ -72,8 +76,9 @@ def distance(params: list[Array], problem: Problem) -> float:
             raise Disagreement(f"parameter {i} became {param.dtype}{list(param.shape)}")
         where = np.unique(np.append(rng.integers(0, n, 50), [0, n - 1]))
         ours.append(param.reshape(-1)[where])
-        start.append(problem.param(i).reshape(-1)[where])
-        grad.append(problem.grad(i).reshape(-1)[where])
+        some = problem.some(i, where)
+        start.append(some[0])
+        grad.append(some[1])
     p, g = np.concatenate(start), np.concatenate(grad)
     plain = getattr(reference, CLASSES[problem.optimizer])(p, **problem.options)
     plain.step(g * g.dtype.type(_FIRST_SCALE))
@@ -93,15 +98,21 @@ def step_once(contender: Contender) -> float:
 def warm_turn(contender: Contender, estimate: float) -> float:
     """Take steps that are not timed, then some that are; return the seconds of one.
 
-    `estimate` is about what one takes: the clock is not read after each of many short ones.
+    `estimate` is about what one takes: the clock is not read after each of many short ones, and one
+    that is long is timed at once.
     """
     chunk = math.ceil(TIMED / 4 / estimate)
-    for least in (UNTIMED, TIMED):
+    for least in (UNTIMED, TIMED)[estimate > LONG :]:
         steps, taken = 0, 0.0
         while taken < least:
             taken += _seconds(contender, chunk)
             steps += chunk
     return taken / steps
+
+
+def warm_seconds(estimate: float) -> float:
+    """Return about how many seconds a warm turn takes."""
+    return max(UNTIMED, estimate) * (estimate <= LONG) + max(TIMED, estimate)
 
 
 def _seconds(contender: Contender, steps: int) -> float:
@@ -162,17 +173,17 @@ class Server:
         self.estimates: dict[str, float] = {}
         self.random = random.Random(0)
 
-    def build(self, row: Row, problem: Problem) -> float:
-        """Set up and check; return about how many seconds a step takes.
+    def build(self, row: Row, problem: Problem) -> tuple[float, int | None]:
+        """Set up and check; return a step's seconds, roughly, and its `Contender.moved`.
 
         Some memory is taken before, at random, and kept as long: it would be as it was the last
         time, if a contender that was dropped got the same place again.
         """
         size = self.random.randrange(min(problem.held, _MOST_SHIFT)) // 8
         self.shifts[row.name] = np.ones(size)
-        self.held[row.name] = build(row, problem)
-        self.estimates[row.name] = estimate(self.held[row.name])
-        return self.estimates[row.name]
+        contender = self.held[row.name] = build(row, problem)
+        self.estimates[row.name] = estimate(contender)
+        return self.estimates[row.name], contender.moved()
 
     def turn(self, name: str, warm: bool) -> float:
         """Return the seconds of a step: of one as it comes, or see `warm_turn`."""

@@ -51,6 +51,7 @@ class Worker:
     def __init__(self, threads: int, env: Mapping[str, str]) -> None:
         ours, theirs = Pipe()
         self._pipe = ours
+        self.last_words = ""  # how it ended, and the last line that it wrote
         self._log = tempfile.TemporaryFile()
         with _bound_to(machine.cpus(threads)):  # a child inherits it, and so do all its threads
             self._process = subprocess.Popen(
@@ -74,8 +75,9 @@ class Worker:
                 raise Failure(f"no answer within {PATIENCE:g} s", gone=True)
             kind, result = self._pipe.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError) as exc:
+            self._process.wait()
             self.stop()
-            raise Failure(f"its process ended: {self._last_words()}", gone=True) from exc
+            raise Failure(f"its process ended: {self.last_words}", gone=True) from exc
         if kind != "ok":
             raise Failure(result, absent=kind == "absent")
         return result
@@ -90,15 +92,12 @@ class Worker:
         self._pipe.close()
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-    def _last_words(self) -> str:
-        status = self._process.returncode
+        status = self._process.wait()
         how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-        self._log.seek(0)
-        lines = self._log.read().decode(errors="replace").split("\n")
-        words = [line.strip() for line in lines if line.strip()]
-        return f"{how}{': ' if words else ''}{words[-1][:200] if words else ''}"
+        with self._log as log:
+            log.seek(0)
+            lines = [line.strip() for line in log.read().decode(errors="replace").split("\n")]
+        self.last_words = ": ".join([how, *[line[:200] for line in lines if line][-1:]])
 
 
 @contextmanager

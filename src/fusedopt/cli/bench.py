@@ -17,14 +17,16 @@ import fusedopt
 from fusedopt.bench import machine, plots, report
 from fusedopt.bench.cases import CASES, DTYPES, OPTIMIZERS, Case
 from fusedopt.bench.contenders import LIMIT, OURS, ROWS
-from fusedopt.bench.measure import Bench, Settings
+from fusedopt.bench.measure import ALWAYS, Bench, Settings
 from fusedopt.bench.recording import Recording
 
-QUICK_CASES = ("1k", "1M", "50M", "mlp", "resnet50")
+QUICK_CASES = ("1k", "30k", "1M", "mlp", "resnet50")
 SCALING_CASES = ("1M", "50M")
 SCALING_ROWS = ("numba", "torch-foreach", "torch-fused", "optax")  # beside the limit and fusedopt
-MEMORY_CASES = ("10M", "resnet50")
-SECONDS, QUICK_SECONDS, SCALING_SECONDS = 8.0, 3.0, 4.0
+MEMORY_CASES = ("resnet50",)
+SECONDS, QUICK_SECONDS, SCALING_SECONDS = 6.0, 3.0, 4.0
+QUICK_PLACEMENTS = 4
+USUAL = (None, False, "adam", "float32")  # values of options that a command line may leave out
 PROGRAM = "python -m fusedopt bench"  # what a report says that it was made by
 T = TypeVar("T")
 
@@ -73,10 +75,14 @@ def progress_bar(total: int) -> Iterator[Any]:
     try:
         from tqdm import tqdm
     except ModuleNotFoundError:
+        told = ""
 
         def tell(text: str, share: float) -> None:
-            if text:
-                print(text, file=sys.stderr, flush=True)
+            nonlocal told
+            case = text.partition(":")[0].partition(",")[0]
+            if case not in ("", told):
+                told = case
+                print(case, file=sys.stderr, flush=True)
 
         yield tell
         return
@@ -86,7 +92,7 @@ def progress_bar(total: int) -> Iterator[Any]:
         def show(text: str, share: float) -> None:
             if text:
                 bar.set_description_str(text)
-            bar.update(share)
+            bar.update(min(share, total - bar.n))  # shares do not add up to the last digit
 
         yield show
 
@@ -116,17 +122,19 @@ def run(options: argparse.Namespace) -> None:
 def prepare(options: argparse.Namespace) -> Bench:
     """Return what the options ask for, checked."""
     rows = chosen("--contender", options.contender, ROWS)
-    always = [ROWS[name] for name in (LIMIT, OURS)]  # without them there is nothing to compare with
+    always = [ROWS[name] for name in ALWAYS]  # without them there is nothing to compare with
     rows = [row for row in ROWS.values() if row in rows or row in always]
     if options.seconds is not None and not options.seconds > 0:
         raise ValueError("--seconds: must be > 0")
     seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
     cache = options.cache or ("warm" if options.quick else "both")
-    settings = Settings(options.optimizer, options.dtype, seconds)
+    placements = QUICK_PLACEMENTS if options.quick else Settings.placements
+    settings = Settings(options.optimizer, options.dtype, seconds, placements=placements)
     recording = Recording(
         settings=asdict(settings),
         machine=machine.describe(),
         titles={row.name: row.title for row in rows},
+        tolerances={row.name: row.tolerance for row in rows if row.name != LIMIT},
         command=command(options),
         date=datetime.date.today().isoformat(),
         versions={
@@ -147,9 +155,9 @@ def command(options: argparse.Namespace) -> str:
     """Return the command line that asks for the same measurement."""
     words = []
     for name, value in vars(options).items():
-        if name not in ("command", "json", "plot", "load") and value not in (None, False):
+        if name not in ("command", "json", "plot", "load") and value not in USUAL:
             words += [f"--{name}"] + [str(value)] * (value is not True)
-    return " ".join([PROGRAM, shlex.join(words)])
+    return " ".join([PROGRAM, shlex.join(words)]).rstrip()
 
 
 @dataclass

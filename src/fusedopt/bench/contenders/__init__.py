@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fusedopt.bench.contenders._base import Contender, Row
 from fusedopt.bench.contenders.arrays import (
     Functional,
     Fusedopt,
+    FusedoptShort,
     InPlace,
     Limit,
     Numba,
@@ -13,16 +16,22 @@ from fusedopt.bench.contenders.arrays import (
     Thinc,
 )
 from fusedopt.bench.contenders.graphs import Keras, Optax
-from fusedopt.bench.contenders.torch import BitsAndBytes, Torch
+from fusedopt.bench.contenders.torch import BitsAndBytes, FusedoptTorch, Torch
 
-__all__ = ["AGAIN", "LIMIT", "OURS", "ROWS", "Contender", "Row"]
+__all__ = ["AGAIN", "LIMIT", "OURS", "ROWS", "Contender", "Row", "keras_row"]
 
 # In every round: the limit, fusedopt, to which all others are compared, and fusedopt once more, on
 # arrays of its own: how far its ratio is from 1 is the error of the measurement.
 LIMIT, OURS, AGAIN = "limit", "fusedopt", "fusedopt-again"
 
 
-def _keras(backend: str, quick: bool = False) -> Row:
+# By about what a step takes for an element: what they would show of larger cases, smaller ones do.
+_10_NS: dict[str, Any] = {"most_elements": 10**7, "most_why": "takes 10 ns or more an element"}
+_3_NS: dict[str, Any] = {"most_elements": 15 * 10**7, "most_why": "takes 3 ns or more an element"}
+
+
+def keras_row(backend: str, **more: Any) -> Row:
+    """Return the row of Keras on a backend, in a process where that is the backend."""
     return Row(
         f"keras-{backend}",
         f"Keras on {backend}",
@@ -31,10 +40,13 @@ def _keras(backend: str, quick: bool = False) -> Row:
         process=f"keras-{backend}",
         env={"KERAS_BACKEND": backend},
         temporaries=4,
-        quick=quick,
+        quick=False,
+        **more,
     )
 
 
+# Numba has a process of its own: in one with torch its threads make torch's small operations 20 times
+# as long.
 ROWS: dict[str, Row] = {
     row.name: row
     for row in (
@@ -42,27 +54,36 @@ ROWS: dict[str, Row] = {
         Row(OURS, "fusedopt", Fusedopt, traced=True),
         Row(AGAIN, "fusedopt, again", Fusedopt, traced=True),
         Row("functional", "fusedopt.functional", Functional, traced=True),
+        Row("fusedopt-torch", "fusedopt.torch", FusedoptTorch, ("torch",)),
+        Row("fusedopt-bf16", "fusedopt, bfloat16 state", Fusedopt, dtypes=("float32",),
+            options={"state_dtype": "bfloat16"}, tolerance=0.05, traced=True),
+        Row("fusedopt-int8", "fusedopt, 8-bit state", Fusedopt, dtypes=("float32",),
+            options={"state_dtype": "int8"}, tolerance=0.25, traced=True),
+        Row("fusedopt-short", "fusedopt, bfloat16 weights, 8-bit state", FusedoptShort,
+            ("ml_dtypes",), dtypes=("float32",),
+            options={"state_dtype": "int8", "master_bits": 24}, tolerance=0.25, temporaries=2,
+            traced=True),
         Row("numpy", "NumPy, in place", InPlace, temporaries=1, traced=True),
         Row("reference", "fusedopt.reference", Fusedopt, options={"plain": True}, temporaries=4,
-            traced=True),
-        Row("numba", "Numba, parallel loop", Numba, ("numba",)),
+            traced=True, **_10_NS),
+        Row("numba", "Numba, parallel loop", Numba, ("numba",), process="numba"),
         Row("torch-single", "torch, single tensor", Torch, ("torch",),
-            options={"foreach": False, "fused": False}, temporaries=2),
+            options={"foreach": False, "fused": False}, temporaries=2, **_3_NS),
         Row("torch-foreach", "torch, foreach", Torch, ("torch",), options={"foreach": True},
-            temporaries=2),
+            temporaries=2, **_3_NS),
         Row("torch-fused", "torch, fused", Torch, ("torch",), options={"fused": True}),
         Row("torch-compile", "torch, compiled", Torch, ("torch",), options={"compiled": True},
             temporaries=2, quick=False, most_tensors=8,
             most_why="compiling takes a third of a second for each tensor"),
         Row("optax", "optax, jitted, donated", Optax, ("optax", "jax"), temporaries=1),
-        _keras("jax"),
-        _keras("torch"),
-        _keras("numpy"),
+        keras_row("jax"),
+        keras_row("torch", **_3_NS),
+        keras_row("numpy", **_10_NS),
         Row("scikit-learn", "scikit-learn's MLP", ScikitLearn, ("scikit-learn",),
-            optimizers=("adam", "sgd"), temporaries=4, traced=True),
+            optimizers=("adam", "sgd"), temporaries=4, traced=True, **_10_NS),
         Row("thinc", "thinc", Thinc, ("thinc",), optimizers=("adam", "adamw"),
-            dtypes=("float32",), temporaries=1),
+            dtypes=("float32",), temporaries=1, **_3_NS),
         Row("bitsandbytes", "bitsandbytes, 8-bit state", BitsAndBytes, ("bitsandbytes",),
-            dtypes=("float32",), tolerance=0.5),
+            dtypes=("float32",), tolerance=0.1, **_10_NS),
     )
 }  # fmt: skip

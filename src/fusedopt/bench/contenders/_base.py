@@ -34,11 +34,15 @@ class Contender(ABC):
 
     @abstractmethod
     def params(self) -> list[Array]:
-        """Return the parameters as they are now."""
+        """Return the parameters as they are now, in the problem's dtype."""
 
     @abstractmethod
     def state_bytes(self) -> int:
         """Return the bytes of all state."""
+
+    def moved(self) -> int | None:
+        """Return the bytes that a step must read and write; None if they are the problem's."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Row:
         Allowed difference from the reference after two steps, in learning rates.
     quick : bool
         Whether it belongs to a quick run.
-    most_tensors : int, optional
+    most_tensors, most_elements : int, optional
         It is left out of cases with more, unless asked for by name: `most_why` says why.
     traced : bool
         Whether tracemalloc sees all that it allocates.
@@ -82,6 +86,7 @@ class Row:
     tolerance: float = 0.01
     quick: bool = True
     most_tensors: int | None = None
+    most_elements: int | None = None
     most_why: str = ""
     traced: bool = False
 
@@ -92,6 +97,16 @@ class Row:
         if problem.dtype not in self.dtypes:
             return f"has no {problem.dtype}"
         return None
+
+    def too_much(self, problem: Problem, few_steps: bool = False) -> bool:
+        """Return whether a problem is larger than it is measured with unless asked for by name.
+
+        With `few_steps` many elements are none too many, because it is the steps that take long.
+        """
+        tensors, elements = len(problem.case.shapes), problem.case.elements
+        if self.most_tensors is not None and tensors > self.most_tensors:
+            return True
+        return self.most_elements is not None and elements > self.most_elements and not few_steps
 
 
 def nbytes(arrays: Any) -> int:

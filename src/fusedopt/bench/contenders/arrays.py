@@ -13,6 +13,7 @@ from fusedopt import functional, reference
 from fusedopt._check import Array
 from fusedopt.bench.cases import CLASSES, STATES, Problem
 from fusedopt.bench.contenders._base import Contender, nbytes
+from fusedopt.optimizer import Optimizer
 
 
 class OnArrays(Contender):
@@ -30,27 +31,61 @@ class OnArrays(Contender):
 
 
 class Fusedopt(OnArrays):
-    """`fusedopt.Adam` and the like; or, with `plain`, their reference in NumPy."""
+    """`fusedopt.Adam` and the like; or, with `plain`, their reference in NumPy.
 
-    def __init__(self, problem: Problem, params: list[Array], plain: bool = False) -> None:
+    `formats` are options that say how state is kept.
+    """
+
+    def __init__(
+        self, problem: Problem, params: list[Array], plain: bool = False, **formats: Any
+    ) -> None:
         super().__init__(problem, params)
         fusedopt.set_num_threads(problem.threads)
-        module = reference if plain else fusedopt
-        self.optimizer = getattr(module, CLASSES[problem.optimizer])(params, **problem.options)
+        cls = getattr(reference if plain else fusedopt, CLASSES[problem.optimizer])
+        self.optimizer: Optimizer = cls(params, **problem.options, **formats)
+        self.formats = formats
 
     def step(self) -> object:
         return self.optimizer.step(self.grads)
 
     def state_bytes(self) -> int:
-        states = (leaf.values() for leaf in self.optimizer.state.values())
-        return nbytes(a for leaf in states for a in leaf if isinstance(a, np.ndarray))
+        memory = self.optimizer.memory()
+        names = {"residual", *self.optimizer.state_names} & memory.keys()
+        each = sum(memory[name]["resident"] for name in names)
+        return round(each * self.problem.case.elements)
+
+    def moved(self) -> int | None:
+        if not self.formats:
+            return None
+        return round(self.optimizer.memory()["total"]["moved"] * self.problem.case.elements)
+
+
+class FusedoptShort(Fusedopt):
+    """Parameters and gradients in bfloat16; the residual bits of the parameters count as state."""
+
+    def __init__(self, problem: Problem, params: list[Array], **formats: Any) -> None:
+        from ml_dtypes import bfloat16
+
+        self.dtype = bfloat16
+        super().__init__(problem, [p.astype(bfloat16) for p in params], **formats)
+
+    def load(self, grads: list[Array]) -> None:
+        self.grads = [g.astype(self.dtype) for g in grads]
+
+    def params(self) -> list[Array]:
+        # as if they had begun with all bits: what is checked is the update
+        out = []
+        for i, now in enumerate(self.optimizer.master_params().values()):
+            start = self.problem.param(i)
+            out.append(start + (now - start.astype(self.dtype).astype(now.dtype)))
+        return out
 
 
 class Limit(Fusedopt):
     """The memory's limit: the bytes of the step, read and written in C, with no arithmetic."""
 
-    def step(self) -> object:
-        return self.optimizer._work.stream(self.grads, self.problem.threads)
+    def step(self) -> None:
+        self.optimizer._work.stream(self.grads, self.problem.threads)
 
 
 class WithStates(OnArrays):

@@ -9,6 +9,7 @@ import numpy as np
 from fusedopt._check import Array
 from fusedopt.bench.cases import CLASSES, Problem
 from fusedopt.bench.contenders._base import Contender, nbytes
+from fusedopt.bench.contenders.torch import settle
 
 
 class Optax(Contender):
@@ -82,6 +83,7 @@ class Keras(Contender):
             import torch
 
             torch.set_num_threads(problem.threads)
+            settle(problem.dtype)
         self.grads: list[Any]
         self.variables = [keras.Variable(p, dtype=problem.dtype) for p in params]
         self.optimizer = getattr(keras.optimizers, CLASSES[problem.optimizer])(**options)

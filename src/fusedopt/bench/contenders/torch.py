@@ -9,6 +9,13 @@ from fusedopt.bench.cases import CLASSES, Problem
 from fusedopt.bench.contenders._base import Contender, nbytes
 
 
+def settle(dtype: str) -> None:
+    """Let torch's MKL choose its square root in one thread: in several it may get it wrong."""
+    import torch
+
+    torch.ones(1, dtype=getattr(torch, dtype)).sqrt()
+
+
 class OnTensors(Contender):
     """Parameters as torch keeps them; `optimizer` is any object of torch's interface."""
 
@@ -18,6 +25,7 @@ class OnTensors(Contender):
         import torch
 
         torch.set_num_threads(problem.threads)
+        settle(problem.dtype)
         self.problem = problem
         self.tensors = [torch.nn.Parameter(torch.tensor(p)) for p in params]
 
@@ -41,6 +49,19 @@ class OnTensors(Contender):
 
         states = (leaf.values() for leaf in self.optimizer.state.values())
         return nbytes(x for leaf in states for x in leaf if torch.is_tensor(x))
+
+
+class FusedoptTorch(OnTensors):
+    """`fusedopt.torch.Adam` and the like."""
+
+    def __init__(self, problem: Problem, params: list[Array]) -> None:
+        super().__init__(problem, params)
+        import fusedopt.torch
+
+        fusedopt.set_num_threads(problem.threads)
+        self.optimizer = getattr(fusedopt.torch, CLASSES[problem.optimizer])(
+            self.tensors, **problem.options
+        )
 
 
 class Torch(OnTensors):
@@ -67,6 +88,9 @@ class BitsAndBytes(OnTensors):
 
         cls = getattr(bitsandbytes.optim, CLASSES[problem.optimizer] + "8bit")
         self.optimizer = cls(self.tensors, **problem.options)
+
+    def moved(self) -> int:
+        return 3 * nbytes(self.tensors) + 2 * self.state_bytes()
 
     def state_bytes(self) -> int:
         # each leaf holds on to the one code table that all share: not counted
