@@ -68,17 +68,24 @@ def teams(
     """Divide contenders into teams that fit into `budget` bytes, each with those of `ALWAYS`.
 
     Returns the teams, none if not even the first fits, and whom no team holds, with the bytes that
-    it would need.
+    it would need. `AGAIN` gives way where a peer would not fit beside it.
     """
-    always = [row for row in rows if row.name in ALWAYS]
+    size_of = {row.name: needed(row, problem) for row in rows}
     setting_up = 2 * problem.case.elements * problem.itemsize  # values on their way to a contender
-    base = _OVERHEAD + setting_up + sum(needed(row, problem) for row in always)
-    used, members, too_large = base, [list(always)], {}
+    least = _OVERHEAD + setting_up + sum(size_of[name] for name in (LIMIT, OURS))
+    peers = [size for name, size in size_of.items() if name not in ALWAYS]
+    again = AGAIN in size_of and least + size_of[AGAIN] + min(peers, default=0) <= budget
+    too_large = {} if again else {AGAIN: "leaves no memory for others"}
+    rows = [row for row in rows if again or row.name != AGAIN]
+    always = [row for row in rows if row.name in ALWAYS]
+    base = least + again * size_of.get(AGAIN, 0)
+    used, members = base, [list(always)]
     for row in rows:
-        size = needed(row, problem)
-        if base + size * (row not in always) > budget:
+        size = size_of[row.name]
+        total = base + size * (row not in always)
+        if total > budget:
             too_large[row.name] = (
-                f"needs {(base + size) / 1e9:.1f} GB of memory, {budget / 1e9:.1f} GB are free"
+                f"needs {total / 1e9:.1f} GB of memory, {budget / 1e9:.1f} GB are free"
             )
         elif row not in always:
             if used + size > budget:

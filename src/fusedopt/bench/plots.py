@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def _styles(recording: Recording) -> dict[str, dict[str, Any]]:
     return styles
 
 
-def _label_ends(axes: Any, ends: list[tuple[float, float, str, Any]]) -> None:
+def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, Any]]) -> None:
     """Write each line's name beside log axes, none over another, joined to where the line ends.
 
     `ends` holds that point, name and colour.

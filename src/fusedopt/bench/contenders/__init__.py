@@ -45,8 +45,7 @@ def keras_row(backend: str, **more: Any) -> Row:
     )
 
 
-# Numba has a process of its own: in one with torch its threads make torch's small operations 20 times
-# as long.
+# Numba has a process of its own: its threads would make torch's small operations 20 times as long.
 ROWS: dict[str, Row] = {
     row.name: row
     for row in (
