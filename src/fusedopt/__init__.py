@@ -23,7 +23,7 @@ if _isa is not None:
         ) from exc
 
 from fusedopt import _threadpoolctl, formats, functional, monitor, reference, schedules  # noqa: E402
-from fusedopt._around import StepStats  # noqa: E402
+from fusedopt._around import StepResult, StepStats  # noqa: E402
 from fusedopt._info import info  # noqa: E402
 from fusedopt._threads import get_num_threads, set_num_threads  # noqa: E402
 from fusedopt._version import __version__  # noqa: E402
@@ -32,7 +32,7 @@ from fusedopt.optim.adam import Adam, AdamW  # noqa: E402
 from fusedopt.optim.lamb import LAMB  # noqa: E402
 from fusedopt.optim.lars import LARS  # noqa: E402
 from fusedopt.optim.sgd import SGD  # noqa: E402
-from fusedopt.optimizer import Optimizer, StepResult  # noqa: E402
+from fusedopt.optimizer import Optimizer  # noqa: E402
 from fusedopt.scaler import GradScaler  # noqa: E402
 
 _threadpoolctl.watch()

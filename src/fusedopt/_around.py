@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -154,3 +154,37 @@ class StepStats:
     def __repr__(self) -> str:
         """Say how much there is."""
         return f"<StepStats of {len(self)} leaves: {', '.join(self.COLUMNS)}>"
+
+
+class StepResult(NamedTuple):
+    """What a step did.
+
+    Attributes
+    ----------
+    step : int
+        Number of steps that the optimizer has taken, this one included.
+    updated : int
+        Number of leaves that were updated: those with a gradient.
+    skipped : bool
+        Whether nothing was changed, for want of finite gradients.
+    grad_norm : float or None
+        Norm of all gradients, times ``grad_scale`` and before the clip; None if nobody asked for
+        anything that needs it.
+    clip_factor : float
+        What the clip by the norm multiplied gradients by; of a clip for each tensor, the least.
+    stats : StepStats or None
+        What was measured of each leaf, if asked for.
+    """
+
+    step: int
+    updated: int
+    skipped: bool = False
+    grad_norm: float | None = None
+    clip_factor: float = 1.0
+    stats: StepStats | None = None
+
+    def __repr__(self) -> str:
+        """Say what is not as in a plain step."""
+        defaults = self._field_defaults
+        fields = (f"{k}={v!r}" for k, v in self._asdict().items() if defaults.get(k, ...) != v)
+        return f"{type(self).__name__}({', '.join(fields)})"

@@ -23,6 +23,15 @@ def leaves(name: str, tree: Any) -> Nodes:
         yield name, tree
 
 
+def is_groups(params: Any) -> bool:
+    """Whether these are torch-style groups: dicts with ``params`` in a list."""
+    return (
+        isinstance(params, (list, tuple))
+        and len(params) > 0
+        and all(isinstance(group, dict) and "params" in group for group in params)
+    )
+
+
 Reader = Callable[[str, Any, list[Any]], None]
 
 

@@ -51,8 +51,9 @@ class GradAccumulator:
 
     def __init__(self, params: Any) -> None:
         """Make the buffers, which are zero."""
-        self._read = _tree.reader(_trees(params))
-        named = list(_tree.leaves("params", _trees(params)))
+        tree = [group["params"] for group in params] if _tree.is_groups(params) else params
+        self._read = _tree.reader(tree)
+        named = list(_tree.leaves("params", tree))
         arrays = []
         for name, param in named:
             checked = _check.parameter(name, param)
@@ -67,7 +68,7 @@ class GradAccumulator:
         )
         for buffer in self._buffers:
             buffer[...] = 0
-        self._rebuild = _tree.rebuilder(_trees(params))
+        self._rebuild = _tree.rebuilder(tree)
         self.forget()
 
     def add(self, grads: Any, *, scale: float = 1.0) -> None:
@@ -121,17 +122,6 @@ class GradAccumulator:
         """Start anew on buffers that are zero: what a step does that has zeroed them."""
         self.count = 0
         self._sums: list[_around.GradSums | None] = [None] * len(self._buffers)
-
-
-def _trees(params: Any) -> Any:
-    """Return the nesting of the gradients: of a list of groups, a list of theirs."""
-    if (
-        isinstance(params, (list, tuple))
-        and params
-        and all(isinstance(group, dict) and "params" in group for group in params)
-    ):
-        return [group["params"] for group in params]
-    return params
 
 
 def _spec(array: Array) -> tuple[tuple[int, ...], Any, tuple[int, ...]]:

@@ -7,54 +7,20 @@ of a step; this file knows no rule.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 
-from fusedopt import _around, _check, _checkpoint, _core, _storage, _threads, _tree, formats
-from fusedopt._around import StepStats
+from fusedopt import _around, _check, _checkpoint, _core, _fitting, _storage, _threads, _tree
+from fusedopt._around import StepResult, StepStats
 from fusedopt._check import Array
 from fusedopt.accumulate import GradAccumulator
 from fusedopt.formats import Stored
 
 Options = dict[str, Any]
 Check = Callable[[str, Any], Any]
-
-
-class StepResult(NamedTuple):
-    """What a step did.
-
-    Attributes
-    ----------
-    step : int
-        Number of steps that the optimizer has taken, this one included.
-    updated : int
-        Number of leaves that were updated: those with a gradient.
-    skipped : bool
-        Whether nothing was changed, for want of finite gradients.
-    grad_norm : float or None
-        Norm of all gradients, times ``grad_scale`` and before the clip; None if nobody asked for
-        anything that needs it.
-    clip_factor : float
-        What the clip by the norm multiplied gradients by; of a clip for each tensor, the least.
-    stats : StepStats or None
-        What was measured of each leaf, if asked for.
-    """
-
-    step: int
-    updated: int
-    skipped: bool = False
-    grad_norm: float | None = None
-    clip_factor: float = 1.0
-    stats: StepStats | None = None
-
-    def __repr__(self) -> str:
-        """Say what is not as in a plain step."""
-        defaults = self._field_defaults
-        fields = (f"{k}={v!r}" for k, v in self._asdict().items() if defaults.get(k, ...) != v)
-        return f"{type(self).__name__}({', '.join(fields)})"
 
 
 class Optimizer:
@@ -134,7 +100,7 @@ class Optimizer:
         self._options: list[Options] = []  # each group's, checked, with lr as a number
         self._seen: list[Options] = []  # each of param_groups as it was when last checked
         self._group_of: list[int] = []
-        self._bare = not _is_groups(params)
+        self._bare = not _tree.is_groups(params)
         for group in [{"params": params}] if self._bare else params:
             self.add_param_group(group)
         if not len(self._work):
@@ -516,61 +482,9 @@ class Optimizer:
         except (KeyError, TypeError, ValueError, IndexError) as exc:
             raise ValueError("state dict: expected 'step', 'state' and 'param_groups'") from exc
         step = _check.steps("state dict: step", step)
-        steps, pairs = self._fit_states(state, convert)
-        checked = self._fit_groups(groups, convert)
+        steps, pairs = _fitting.states(self, state, convert)
+        checked = _fitting.groups(self, groups, convert)
         self._work.restore(pairs, step, steps, self.param_groups, checked)
-
-    def _fit_states(
-        self, state: dict[str, Any], convert: bool
-    ) -> tuple[list[int], list[tuple[Array, Array]]]:
-        """Return the step counts, and each array with what it shall hold; write nothing."""
-        ours = self.state
-        if state.keys() != ours.keys():
-            missing = [name for name in ours if name not in state]
-            foreign = [name for name in state if name not in ours]
-            raise ValueError(
-                "state dict: other parameters than this optimizer's; "
-                f"missing {missing[:3]}, foreign {foreign[:3]}"
-            )
-        steps, pairs = [], []
-        for leaf, (name, arrays) in enumerate(ours.items()):
-            if not isinstance(state[name], Mapping) or state[name].keys() != arrays.keys():
-                raise ValueError(
-                    f"state dict: {name} should have {', '.join(arrays)}; "
-                    "make the optimizer with the options that the state was made with"
-                )
-            steps.append(_check.steps(f"state dict: {name}.step", state[name]["step"]))
-            for key, array in arrays.items():
-                if key != "step":
-                    slot = 1 + self._slots.index(key) if key in self._slots else 0
-                    noise = formats.key(0, leaf, steps[-1], slot)
-                    where = f"state dict: {name}.{key}"
-                    pairs += _storage.pairs(where, array, state[name][key], convert, noise)
-        return steps, pairs
-
-    def _fit_groups(self, groups: Sequence[Any], convert: bool) -> list[Options]:
-        """Return the new options of all groups; write nothing."""
-        if len(groups) != len(self.param_groups):
-            raise ValueError(
-                f"state dict: {len(groups)} param_groups for this optimizer's "
-                f"{len(self.param_groups)}"
-            )
-        fitted = []
-        for i, (group, mine) in enumerate(zip(groups, self.param_groups, strict=True)):
-            where = f"state dict: param_groups[{i}]"
-            if not isinstance(group, Mapping) or any(name not in group for name in self.checks):
-                raise ValueError(f"{where}: expected {', '.join(self.checks)}")
-            options = {name: group[name] for name in self.checks}
-            if options["lr"] is None or callable(mine["lr"]):
-                options["lr"] = mine["lr"]
-            if convert:
-                options |= {name: mine[name] for name in _storage.FIXED}
-            checked = self.check_options(options, f"{where}.")
-            if self.uses(checked) != self.uses(self.check_options(_options(mine, self), "")):
-                raise ValueError(f"{where}: its options need other state than this optimizer has")
-            _storage.refuse_change(f"{where}.", mine, checked)
-            fitted.append(checked)
-        return fitted
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `state_dict` to a file, which appears whole or not at all.
@@ -608,55 +522,3 @@ class Optimizer:
             self.load_state_dict(_checkpoint.unpack(arrays, meta), convert=convert)
         except (TypeError, ValueError) as exc:
             raise ValueError(f"{os.fspath(path)}: {exc}") from exc
-
-
-def apply(
-    cls: type[Optimizer],
-    lists: Mapping[str, Sequence[Any] | None],
-    *,
-    step: int,
-    **options: Any,
-) -> None:
-    """Take one step of the rule of `cls` on arrays that the caller keeps: the functional form.
-
-    `lists` holds the parameters, the gradients, then the state arrays by their argument's name;
-    None in the place of a list stands for a state that is not there.
-    """
-    step = _check.steps("step", step, least=1)
-    options = cls.check_options(_storage.DEFAULTS | options, where="")
-    (params_name, params), (grads_name, grads), *states = lists.items()
-    present = [(name, values) for name, values in states if values is not None]
-    for name, values in [(params_name, params), (grads_name, grads), *present]:
-        if not isinstance(values, (list, tuple)):
-            raise TypeError(f"{name}: expected a list of arrays, got {type(values).__name__}")
-    assert params is not None and grads is not None
-    for name, values in [(grads_name, grads), *present]:
-        if len(values) != len(params):
-            raise ValueError(f"{name}: {len(values)} arrays for {len(params)} in {params_name}")
-    for (name, values), use in zip(states, cls.uses(options), strict=True):
-        if use and values is None:
-            raise ValueError(f"{name}: these options need it; pass one array for each parameter")
-    columns = [
-        values if use and values is not None else [None] * len(params)
-        for (_, values), use in zip(states, cls.uses(options), strict=True)
-    ]
-    rows = [list(row) for row in zip(*columns, strict=True)]
-    names = [f"{params_name}[{i}]" for i in range(len(params))]
-    grad_names = [f"{grads_name}[{i}]" for i in range(len(params))]
-    threads = _threads.get_num_threads()
-    work = _core.WorkList(cls.rule, cls.state_names)
-    work.add(names, grad_names, list(params), rows, group=0, zero=False, threads=threads)
-    work.set_steps(step - 1, [step - 1] * len(params))
-    work.step(list, grads, cls.scalars, [options], threads)
-
-
-def _options(group: Options, optimizer: Optimizer) -> Options:
-    return {name: group[name] for name in optimizer.checks}
-
-
-def _is_groups(params: Any) -> bool:
-    return (
-        isinstance(params, (list, tuple))
-        and len(params) > 0
-        and all(isinstance(group, dict) and "params" in group for group in params)
-    )

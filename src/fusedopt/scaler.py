@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from fusedopt import _check
 
 if TYPE_CHECKING:
-    from fusedopt.optimizer import Optimizer, StepResult
+    from fusedopt._around import StepResult
+    from fusedopt.optimizer import Optimizer
 
 
 class GradScaler:

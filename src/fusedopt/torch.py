@@ -31,12 +31,11 @@ except ModuleNotFoundError as exc:
 
 from fusedopt import _check, _storage, _tensors, _threads
 from fusedopt import _torch_plain as _plain
-from fusedopt._around import LEAF, NOTHING, Around, StepStats, ema_weight
+from fusedopt._around import LEAF, NOTHING, Around, StepResult, StepStats, ema_weight
 from fusedopt.formats import BLOCK
 from fusedopt.optim import adam as _adam
 from fusedopt.optim import sgd as _sgd
 from fusedopt.optimizer import Optimizer as _NumpyOptimizer
-from fusedopt.optimizer import StepResult
 
 __all__ = ["SGD", "Adam", "AdamW"]
 

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 from fusedopt import _check, _storage
 from fusedopt._check import Array
+from fusedopt._functional import apply
 from fusedopt.formats import Stored
-from fusedopt.optimizer import Check, Optimizer, Options, apply
+from fusedopt.optimizer import Check, Optimizer, Options
 
 
 class LARS(Optimizer):
