@@ -1,6 +1,7 @@
 """Train three small models with Adam in every storage format, and compare held-out losses.
 
-    python bench/accuracy.py [--seeds 5] [--task embedding] [--format float32] [--json FILE]
+    python bench/accuracy.py [--seeds 5] [--task embedding] [--format float32] [--markdown FILE]
+                             [--json FILE]
 
 A format passes a task where the mean loss over the seeds differs from float32's by less than the
 standard deviation of float32's loss over the same seeds. All formats see the same initial weights
@@ -18,6 +19,7 @@ import argparse
 import json
 import platform
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -157,7 +159,7 @@ def transformer() -> Task:
         logits,
         batch=lambda rng: pairs(train, 8, rng),
         held_out=pairs(held_out, 256, np.random.default_rng(0)),
-        steps=1000,
+        steps=400,
         lr=4e-3,
     )
 
@@ -249,26 +251,37 @@ def run(job: tuple[str, str, int]) -> float:
     return train(TASKS[task](), FORMATS[form], seed)
 
 
+def key(job: tuple[str, str, int]) -> str:
+    """Return the name of a job in the file of losses."""
+    return "/".join(map(str, job))
+
+
 def single_thread() -> None:
     """Make a worker process compute on one thread: there are as many workers as cores."""
     torch.set_num_threads(1)
     fusedopt.set_num_threads(1)
 
 
-def report(losses: dict[str, list[float]]) -> list[str]:
-    """Return a row of the table for each format of one task, float32 first."""
+def report(task: str, losses: dict[str, list[float]]) -> list[str]:
+    """Return the Markdown table of one task, float32 first."""
     base = losses["float32"]
     spread = stdev(base)
-    rows = [f"  {'float32':30}{mean(base):9.4f}   (std {spread:.4f})"]
+    rows = [
+        f"## {task}",
+        "",
+        f"float32: {mean(base):.4f}, standard deviation over seeds {spread:.4f}.",
+        "",
+        "| format | loss | minus float32 ± error | less than the spread |",
+        "|---|---|---|---|",
+    ]
     for name, values in losses.items():
         if name != "float32":
             pairs = [a - b for a, b in zip(values, base, strict=True)]
             error = stdev(pairs) / len(pairs) ** 0.5
-            verdict = "ok" if abs(mean(pairs)) < spread else "DIFFERS"
-            rows.append(
-                f"  {name:30}{mean(values):9.4f}{mean(pairs):+9.4f} ± {error:.4f}  {verdict}"
-            )
-    return rows
+            verdict = "yes" if abs(mean(pairs)) < spread else "**no**"
+            cells = f"{mean(values):.4f} | {mean(pairs):+.4f} ± {error:.4f} | {verdict}"
+            rows.append(f"| {name} | {cells} |")
+    return [*rows, ""]
 
 
 def main() -> None:
@@ -278,22 +291,40 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS, action="append", help="all of them by default")
     parser.add_argument("--format", choices=FORMATS, action="append", help="float32 is always run")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--json", type=Path, help="write every loss to this file")
+    parser.add_argument("--markdown", type=Path, help="write what is printed to this file too")
+    parser.add_argument("--json", type=Path, help="keep every loss here; those it has are not run")
     options = parser.parse_args()
     if options.seeds < 2:
         parser.error("--seeds: a spread takes at least 2")
     formats = [f for f in FORMATS if f == "float32" or f in (options.format or FORMATS)]
-    print(f"Adam, {options.seeds} seeds, Python {platform.python_version()}")
-    print(f"{'':32}{'loss':>9}{'minus float32 ± error':>25}")
-    results: dict[str, dict[str, list[float]]] = {}
+    command = "python " + " ".join(["bench/accuracy.py", *sys.argv[1:]])
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    rows = [
+        "# Accuracy of the storage formats",
+        "",
+        f"Held-out loss after training with Adam, mean of {options.seeds} seeds. The difference is",
+        "a mean of pairs of the same initial weights and batches, the error its standard error.",
+        f"`{command}`; fusedopt {fusedopt.__version__}, {versions}.",
+        "",
+    ]
+    print(*rows, sep="\n")
+    known: dict[str, float] = {}
+    if options.json and options.json.exists():
+        known = json.loads(options.json.read_text())
     with ProcessPoolExecutor(options.jobs, initializer=single_thread) as pool:
         for task in options.task or TASKS:
             jobs = [(task, form, seed) for form in formats for seed in range(options.seeds)]
-            losses = iter(list(pool.map(run, jobs)))
-            results[task] = {form: list(islice(losses, options.seeds)) for form in formats}
-            print(task, *report(results[task]), sep="\n", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+            missing = [job for job in jobs if key(job) not in known]
+            for job, loss in zip(missing, pool.map(run, missing), strict=True):
+                known[key(job)] = loss
+                if options.json:
+                    options.json.write_text(json.dumps(known, indent=1) + "\n")
+            losses = iter([known[key(job)] for job in jobs])
+            table = report(task, {form: list(islice(losses, options.seeds)) for form in formats})
+            rows += table
+            print(*table, sep="\n", flush=True)
+    if options.markdown:
+        options.markdown.write_text("\n".join(rows).rstrip() + "\n")
 
 
 if __name__ == "__main__":
