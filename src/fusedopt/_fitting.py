@@ -1,4 +1,4 @@
-"""Whether a state dict fits an optimizer: all is checked, and made ready, before the first write."""
+"""Whether a state dict fits an optimizer: all is checked and made ready before the first write."""
 
 from __future__ import annotations
 
