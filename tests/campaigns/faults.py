@@ -4,7 +4,7 @@
 
 Allocations: in a process with native/nomemory.c preloaded, the first, second, ... allocation of
 a call fails, until the call gets through; with PYTHONMALLOC=malloc that is each single object.
-Disk: the file may not grow beyond 0, 1, 2, ... bytes. Process: SIGKILL at any moment of `save`.
+Disk: the file may not grow beyond 0, 5, 10, ... bytes. Process: SIGKILL at any moment of `save`.
 """
 
 import ctypes
@@ -223,7 +223,7 @@ def main(count=2000):
         + "; each time all was as before, or the step was whole"
     )
     for suffix in (".npz", ".safetensors"):
-        failed = full_disk(suffix, stride=1)
+        failed = full_disk(suffix, stride=5)
         record(f"{suffix}: {failed} saves out of room; the old file and nothing else was there")
         replaced = kills(count, suffix)
         record(
