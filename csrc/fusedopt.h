@@ -107,6 +107,7 @@ typedef struct fo_run {
     double clip_value; /* > 0: scaled gradients are limited to [-clip_value, clip_value]; 0: not */
     int zero_grads;    /* gradients are set to 0; then no two leaves may share one */
     int has_grad;      /* fo_measure has been here */
+    int norm_only;     /* fo_measure takes squares and nonfinite alone, in less time */
     fo_measures measure; /* what fo_step fills `stats` with */
     fo_stats *tiles;     /* scratch, fo_count_tiles() of them; NULL where nothing is measured */
     fo_stats *stats;     /* results, one for each leaf; of those without gradient 0 */

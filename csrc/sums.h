@@ -66,6 +66,23 @@ FO_INLINE FO_BITS FO_TYPED(largest_lane)(const FO_BITS *lanes)
     return largest;
 }
 
+/* Adds the squares of n elements. */
+FO_INLINE void FO_TYPED(add_squares)(double *restrict to, ptrdiff_t n, const REAL *restrict g)
+{
+    double squares[FO_LANES];
+    ptrdiff_t i = 0;
+    FO_SIMD
+    for (int j = 0; j < FO_LANES; j++)
+        squares[j] = to[j];
+    for (; i + FO_LANES <= n; i += FO_LANES)
+        FO_TYPED(square)(squares, FO_LANES, g + i);
+    FO_SIMD
+    for (int j = 0; j < FO_LANES; j++)
+        to[j] = squares[j];
+    if (i < n)
+        FO_TYPED(square)(to, n - i, g + i);
+}
+
 /* Adds n elements of a gradient. */
 FO_INLINE void FO_TYPED(add_grad)(FO_TYPED(tally) *restrict to, ptrdiff_t n, const REAL *g)
 {

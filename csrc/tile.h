@@ -282,24 +282,44 @@ static void FO_TYPED(step)(const fo_task *task, const fo_leaf *leaf, ptrdiff_t b
         FO_TYPED(loops)[task->rule].blocks(&plan, full, end);
 }
 
-/* The gradient's sums. */
+/* The gradient's sums over a tile: all of them, or of its squares alone, in which what is not
+ * finite shows too. */
+FO_INLINE void FO_TYPED(measure_tile)(const fo_leaf *leaf, ptrdiff_t at, ptrdiff_t n, int norm_only,
+                                      fo_stats *to)
+{
+    const int is_whole = FO_TYPED(is_whole)(&leaf->grad);
+    const ptrdiff_t most = is_whole ? FO_TILE : FO_BLOCK;
+    double squares[FO_LANES] = {0};
+    FO_TYPED(tally) t;
+    FO_ROOM room;
+    if (!norm_only)
+        memset(&t, 0, sizeof t);
+    for (ptrdiff_t from = 0; from < n; from += most) {
+        const ptrdiff_t count = n - from < most ? n - from : most;
+        const REAL *g = is_whole ? (const REAL *)leaf->grad.data + at
+                                 : FO_TYPED(load)(&leaf->grad, at + from, count, 0, &room);
+        if (norm_only)
+            FO_TYPED(add_squares)(squares, count, g);
+        else
+            FO_TYPED(add_grad)(&t, count, g);
+    }
+    if (norm_only)
+        *to = (fo_stats){.grad = fo_fold(squares)};
+    else
+        FO_TYPED(finish_grad)(&t, to);
+}
+
 static void FO_TYPED(measure)(const fo_task *task, const fo_leaf *leaf, ptrdiff_t begin,
                               ptrdiff_t end)
 {
-    const int is_whole = FO_TYPED(is_whole)(&leaf->grad);
     fo_stats *tiles = task->run->tiles + leaf->tile;
-    FO_ROOM room;
     for (ptrdiff_t at = begin; at < end; at += FO_TILE) {
         const ptrdiff_t n = end - at < FO_TILE ? end - at : FO_TILE;
-        FO_TYPED(tally) t;
-        memset(&t, 0, sizeof t);
-        for (ptrdiff_t from = 0; from < n && !is_whole; from += FO_BLOCK) {
-            const ptrdiff_t count = n - from < FO_BLOCK ? n - from : FO_BLOCK;
-            FO_TYPED(add_grad)(&t, count, FO_TYPED(load)(&leaf->grad, at + from, count, 0, &room));
-        }
-        if (is_whole)
-            FO_TYPED(add_grad)(&t, n, (const REAL *)leaf->grad.data + at);
-        FO_TYPED(finish_grad)(&t, &tiles[at / FO_TILE]);
+        fo_stats *tile = &tiles[at / FO_TILE];
+        if (task->run->norm_only)
+            FO_TYPED(measure_tile)(leaf, at, n, 1, tile);
+        if (!task->run->norm_only || tile->grad - tile->grad != 0)
+            FO_TYPED(measure_tile)(leaf, at, n, 0, tile);
     }
 }
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import fusedopt
 from fusedopt import cli
 from fusedopt.bench import machine, measure, stats, worker
 from fusedopt.bench.cases import CASES, Problem
@@ -185,7 +186,7 @@ def test_report_is_whole(tmp_path):
 @pytest.mark.parametrize("name", ["numpy", "fusedopt-short"])
 def test_another_update_is_refused(name):
     """What is timed has computed the reference's update, within the row's tolerance."""
-    problem = Problem(CASES["mlp"], "adam", "float32", 1)
+    problem = Problem(CASES["mlp"], "adam", "float32", fusedopt.get_num_threads())  # is set
     other = dataclasses.replace(problem, optimizer="adamw")
     worker.build(ROWS[name], problem)
     cls = type("Other", (ROWS[name].cls,), {})

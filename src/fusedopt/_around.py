@@ -55,6 +55,11 @@ class Around:
         """Whether the gradients must be known before the first write."""
         return self.max_grad_norm is not None or self.nonfinite != "propagate"
 
+    @property
+    def norm_only(self) -> bool:
+        """Whether squares, and what is not finite, are all that must be known of gradients."""
+        return self.measure == NOTHING and self.norm_type == 2
+
     def norm(self, squares: float, largest: float) -> float:
         """Return the norm of scaled gradients from the sums of the unscaled."""
         size = math.sqrt(squares) if self.norm_type == 2 else largest

@@ -59,7 +59,7 @@ cdef extern from "fusedopt.h" nogil:
 
     ctypedef struct fo_run:
         double clip_value
-        int zero_grads, has_grad
+        int zero_grads, has_grad, norm_only
         fo_measures measure
         fo_stats *tiles
         fo_stats *stats

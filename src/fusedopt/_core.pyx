@@ -199,10 +199,8 @@ cdef class WorkList:
     cdef int claimed          # 1 while a thread has the list; exchanged atomically
 
     def __cinit__(self, str rule, tuple state_names):
-        names = [row[0] for row in rules()]
-        self.rule = names.index(rule)
+        self.rule, self.scalar_names = RULES[rule]
         self.about = &fo_rules()[self.rule]
-        self.scalar_names = rules()[self.rule][1]
         self.state_names = state_names
         self.names, self.grad_names, self.states = [], [], []
         self.params, self.stored = [], []
@@ -464,6 +462,7 @@ cdef class WorkList:
                 if grads[i] is not None:
                     read_grad(plain._plain_sums(i, grads[i]), &self.stats[i])
         else:
+            how.norm_only = around.norm_only
             with nogil:
                 status = fo_measure(self.leaves, self.n, how, threads)
             check(status)
@@ -805,3 +804,10 @@ def select_isa(str name):
 def backend():
     """What splits the work over threads: "openmp", "pool" or "serial"."""
     return fo_backend().decode()
+
+
+cdef dict RULES = {}  # name -> number and names of the scalars; read once: it takes memory
+
+for _number, _row in enumerate(rules()):
+    RULES[_row[0]] = _number, _row[1]
+del _number, _row

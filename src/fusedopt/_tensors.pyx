@@ -245,6 +245,7 @@ cdef class TensorList:
         how.measure = <fo_measures><int>around.measure
         norm = None
         if around.max_grad_norm is not None:
+            how.norm_only = around.norm_only
             with nogil:
                 status = run_measure(self.leaves, self.n, how, threads)
             check(status)
