@@ -139,7 +139,7 @@ def main() -> None:
         about = machine.describe()
         o.markdown.write_text(
             f"# What surrounds a step\n\n`python bench/pipelines.py`: {o.threads} threads of "
-            f"{about['cpu']}, torch {torch.__version__}, medians and middle halves of "
+            f"{about['processor']}, torch {torch.__version__}, medians and middle halves of "
             f"{o.rounds} rounds.\n\n{table}\n"
         )
 
