@@ -345,11 +345,8 @@ FO_INLINE void FO_TYPED(directions)(const FO_TYPED(plan) * plan, FO_TYPED(direct
             memset(params, 0, sizeof params);
             memset(outs, 0, sizeof outs);
         }
-        for (ptrdiff_t i = 0; i < n; i += FO_LANES) {
-            const ptrdiff_t lanes = n - i < FO_LANES ? n - i : FO_LANES;
-            FO_TYPED(square)(params, lanes, param + i);
-            FO_TYPED(square)(outs, lanes, out + i);
-        }
+        FO_TYPED(add_squares)(params, n, param);
+        FO_TYPED(add_squares)(outs, n, out);
         if ((at + n) % FO_TILE == 0 || at + n == end) {
             fo_stats *tile = &plan->tiles[at / FO_TILE];
             tile->param = fo_fold(params);

@@ -66,10 +66,8 @@ class GradAccumulator:
         self._work.add(
             names, grads, self._buffers, [[None]] * len(names), 0, False, _threads.get_num_threads()
         )
-        for buffer in self._buffers:
-            buffer[...] = 0
         self._rebuild = _tree.rebuilder(tree)
-        self.forget()
+        self.zero()
 
     def add(self, grads: Any, *, scale: float = 1.0) -> None:
         """Add the gradients of a micro-batch, times `scale`.

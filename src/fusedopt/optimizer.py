@@ -379,7 +379,7 @@ class Optimizer:
         mine = [leaf for leaf, its in enumerate(self._group_of) if its == group]
         for leaf in mine:
             for name, use, array in zip(
-                self.state_names, used, self._work.states[leaf], strict=False
+                self.state_names, used, self._work.states[leaf][:-1], strict=True
             ):
                 if use and array is None:
                     raise ValueError(
