@@ -15,4 +15,12 @@ cdef uint64_t noise_key(uint64_t seed, uint64_t leaf, uint64_t step) noexcept no
 cdef fo_status run_measure(fo_leaf *leaves, ptrdiff_t n, const fo_run *run,
                            int threads) noexcept nogil
 cdef fo_stats sum_stats(const fo_stats *stats, ptrdiff_t n) noexcept nogil
-cdef ptrdiff_t count_tiles(const fo_leaf *leaves, ptrdiff_t n) noexcept nogil
+
+cdef struct Sums:
+    # where a list's steps measure: a row for each leaf, and scratch
+    fo_stats *stats
+    fo_stats *tiles
+    ptrdiff_t room  # of tiles
+
+cdef int make_room(Sums *sums, const fo_leaf *leaves, ptrdiff_t n, fo_run *how) except -1
+cdef object stats_table(const Sums *sums, ptrdiff_t n)

@@ -66,8 +66,22 @@ cdef fo_stats sum_stats(const fo_stats *stats, ptrdiff_t n) noexcept nogil:
     return fo_total(stats, n)
 
 
-cdef ptrdiff_t count_tiles(const fo_leaf *leaves, ptrdiff_t n) noexcept nogil:
-    return fo_count_tiles(leaves, n)
+cdef int make_room(Sums *sums, const fo_leaf *leaves, ptrdiff_t n, fo_run *how) except -1:
+    """Let a step of n leaves measure: rows that are zero, and scratch that is large enough."""
+    cdef ptrdiff_t tiles = fo_count_tiles(leaves, n)
+    sums.stats = <fo_stats *>grow(sums.stats, n, sizeof(fo_stats))
+    memset(sums.stats, 0, n * sizeof(fo_stats))
+    if sums.tiles == NULL or tiles > sums.room:
+        sums.tiles = <fo_stats *>grow(sums.tiles, tiles, sizeof(fo_stats))
+        sums.room = tiles
+    how.tiles, how.stats = sums.tiles, sums.stats
+    return 0
+
+
+cdef object stats_table(const Sums *sums, ptrdiff_t n):
+    """The sums of n leaves, as rows of `_around.STATS`."""
+    rows = PyBytes_FromStringAndSize(<char *>sums.stats, n * sizeof(fo_stats))
+    return numpy.frombuffer(rows, _around.STATS)
 
 
 cdef uint64_t noise_key(uint64_t seed, uint64_t leaf, uint64_t step) noexcept nogil:
@@ -187,14 +201,13 @@ cdef class WorkList:
     cdef readonly list stored  # the same, as arrays or `Stored`
     cdef readonly list states  # of each leaf, arrays or `Stored` or None
     cdef list grad_names
-    cdef ptrdiff_t n, n_hypers, room_hypers, room_tiles
+    cdef ptrdiff_t n, n_hypers, room_hypers
     cdef fo_leaf *leaves
     cdef Held *held
     cdef fo_hyper *hypers
     cdef Spans spans          # of all held arrays
     cdef Spans others         # of what else a step writes
-    cdef fo_stats *stats      # of the leaves, where a step measures
-    cdef fo_stats *tiles
+    cdef Sums sums            # of the leaves, where a step measures
     cdef readonly object count  # steps of the whole list, a Python int
     cdef int claimed          # 1 while a thread has the list; exchanged atomically
 
@@ -215,8 +228,8 @@ cdef class WorkList:
         free(self.hypers)
         free(self.spans.of)
         free(self.others.of)
-        free(self.stats)
-        free(self.tiles)
+        free(self.sums.stats)
+        free(self.sums.tiles)
 
     def __len__(self):
         return self.n
@@ -454,27 +467,27 @@ cdef class WorkList:
         cdef fo_stats total
         if around.sums is not None:
             for i in range(self.n):
-                read_grad(around.sums[i], &self.stats[i])
+                read_grad(around.sums[i], &self.sums.stats[i])
         elif not around.must_measure:
             return False, None, 1.0
         elif plain is not None:
             for i in range(self.n):
                 if grads[i] is not None:
-                    read_grad(plain._plain_sums(i, grads[i]), &self.stats[i])
+                    read_grad(plain._plain_sums(i, grads[i]), &self.sums.stats[i])
         else:
             how.norm_only = around.norm_only
             with nogil:
                 status = fo_measure(self.leaves, self.n, how, threads)
             check(status)
         how.has_grad = 1
-        total = fo_total(self.stats, self.n)
+        total = fo_total(self.sums.stats, self.n)
         norm = around.norm(total.grad, total.largest_grad)
         if total.nonfinite > 0 and around.nonfinite != "propagate":
             if around.nonfinite == "skip":
                 return True, norm, 1.0
             _check.not_finite([
-                (self.grad_names[i], self.stats[i].nonfinite, self.leaves[i].n)
-                for i in range(self.n) if self.stats[i].nonfinite > 0
+                (self.grad_names[i], self.sums.stats[i].nonfinite, self.leaves[i].n)
+                for i in range(self.n) if self.sums.stats[i].nonfinite > 0
             ])
         if around.max_grad_norm is None:
             return False, norm, 1.0
@@ -483,7 +496,7 @@ cdef class WorkList:
         for i in range(self.n):
             if around.per_tensor:
                 factor = around.factor(
-                    around.norm(self.stats[i].grad, self.stats[i].largest_grad))
+                    around.norm(self.sums.stats[i].grad, self.sums.stats[i].largest_grad))
                 least = factor if not factor >= least else least
             self.leaves[i].grad_scale = scale * factor
         return False, norm, least
@@ -497,8 +510,7 @@ cdef class WorkList:
 
     cdef object read_stats(self, list grads):
         """Numbers of the leaves with a gradient, and their sums as rows of `_around.STATS`."""
-        table = numpy.frombuffer(
-            PyBytes_FromStringAndSize(<char *>self.stats, self.n * sizeof(fo_stats)), _around.STATS)
+        table = stats_table(&self.sums, self.n)
         if all([grad is not None for grad in grads]):
             return range(self.n), table
         present = [i for i in range(self.n) if grads[i] is not None]
@@ -577,8 +589,7 @@ cdef class WorkList:
                 if self.held[i].noisy:
                     self.leaves[i].key = fo_key(options[group]["seed"], i, step + 1)
             if around is not None or self.about.layerwise:
-                self.make_room()
-                how.tiles, how.stats = self.tiles, self.stats
+                make_room(&self.sums, self.leaves, self.n, &how)
             if around is not None:
                 self.take_others(grads, around)
                 skipped, norm, factor = self.judge(grads, around, plain, &how, threads)
@@ -614,23 +625,14 @@ cdef class WorkList:
                     PyBuffer_Release(&self.held[i].copy)
                     self.leaves[i].copy.data = NULL
 
-    cdef int make_room(self) except -1:
-        self.stats = <fo_stats *>grow(self.stats, self.n, sizeof(fo_stats))
-        memset(self.stats, 0, self.n * sizeof(fo_stats))
-        cdef ptrdiff_t tiles = fo_count_tiles(self.leaves, self.n)
-        if self.tiles == NULL or tiles > self.room_tiles:
-            self.tiles = <fo_stats *>grow(self.tiles, tiles, sizeof(fo_stats))
-            self.room_tiles = tiles
-        return 0
-
     cdef int step_plainly(self, plain, ptrdiff_t i, grad, around, bint has_grad) except -1:
         copy = None if around is None or around.copy_out is None else around.copy_out[i]
         sums = plain._plain_step(i, grad, self.held[i].step + 1, self.leaves[i].grad_scale, around,
                                  copy)
         if sums is not None:
             if not has_grad:
-                read_grad(sums[0], &self.stats[i])
-            read_step(sums[1], &self.stats[i])
+                read_grad(sums[0], &self.sums.stats[i])
+            read_step(sums[1], &self.sums.stats[i])
         return 0
 
     def stream(self, list grads, int threads):

@@ -12,7 +12,6 @@ from libc.stdint cimport uint64_t, uintptr_t
 from libc.stdlib cimport free
 from libc.string cimport memset
 
-from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.dict cimport PyDict_GetItemWithError, PyDict_Next, PyDict_Size
 from cpython.object cimport PyObject
 from cpython.pycapsule cimport PyCapsule_GetPointer
@@ -20,16 +19,14 @@ from cpython.ref cimport Py_DECREF, Py_INCREF
 
 from fusedopt._c cimport *
 from fusedopt._core cimport (
-    check, count_tiles, grow, noise_key, run_measure, run_step, sum_stats,
+    Sums, check, grow, make_room, noise_key, run_measure, run_step, stats_table, sum_stats,
 )
 from fusedopt._dlpack cimport *
 from fusedopt._spans cimport Span, Spans, alias, overlap
 
 import threading
 
-import numpy
-
-from fusedopt import _around, _check, _core
+from fusedopt import _check, _core
 
 cdef extern from "Python.h":
     ctypedef PyObject *(*PyCFunction)(PyObject *, PyObject *)
@@ -131,9 +128,7 @@ cdef class TensorList:
     cdef tuple squares        # of the group: whether each state array holds squares
     cdef int bits             # of the group: of master weights
     cdef bint averages        # of the group: whether the last state array is an average
-    cdef fo_stats *stats      # of the leaves, where a step measures
-    cdef fo_stats *tiles
-    cdef ptrdiff_t room_tiles
+    cdef Sums sums            # of the leaves, where a step measures
     cdef ptrdiff_t number     # of the parameter, in all groups
     cdef Py_ssize_t at        # of the entry of the state that is tried first
     # of one step
@@ -165,8 +160,8 @@ cdef class TensorList:
         free(self.more)
         free(self.hypers)
         free(self.spans.of)
-        free(self.stats)
-        free(self.tiles)
+        free(self.sums.stats)
+        free(self.sums.tiles)
 
     def step(self, owner, list groups, bint counted, state, int threads, around=None):
         """One step of all tensors that have a gradient; either all of it happens or none.
@@ -235,13 +230,8 @@ cdef class TensorList:
         cdef fo_status status
         cdef fo_stats total
         cdef double factor = 1
-        cdef ptrdiff_t i, tiles = count_tiles(self.leaves, self.n)
-        self.stats = <fo_stats *>grow(self.stats, self.n, sizeof(fo_stats))
-        memset(self.stats, 0, self.n * sizeof(fo_stats))
-        if self.tiles == NULL or tiles > self.room_tiles:
-            self.tiles = <fo_stats *>grow(self.tiles, tiles, sizeof(fo_stats))
-            self.room_tiles = tiles
-        how.tiles, how.stats = self.tiles, self.stats
+        cdef ptrdiff_t i
+        make_room(&self.sums, self.leaves, self.n, how)
         how.measure = <fo_measures><int>around.measure
         norm = None
         if around.max_grad_norm is not None:
@@ -250,7 +240,7 @@ cdef class TensorList:
                 status = run_measure(self.leaves, self.n, how, threads)
             check(status)
             how.has_grad = 1
-            total = sum_stats(self.stats, self.n)
+            total = sum_stats(self.sums.stats, self.n)
             norm = around.norm(total.grad, total.largest_grad)
             factor = around.factor(norm)
             for i in range(self.n):
@@ -261,8 +251,7 @@ cdef class TensorList:
         cdef ptrdiff_t i
         names = [self.name(owner, i) for i in range(self.n)]
         sizes = [self.leaves[i].n for i in range(self.n)]
-        table = PyBytes_FromStringAndSize(<char *>self.stats, self.n * sizeof(fo_stats))
-        return names, sizes, numpy.frombuffer(table, _around.STATS)
+        return names, sizes, stats_table(&self.sums, self.n)
 
     cdef int finish(self, state) except -1:
         """Count the step, write what was done on copies, and take over new state."""
