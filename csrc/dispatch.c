@@ -31,10 +31,11 @@ static void detect(int *avx2, int *avx512)
     unsigned a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE))
         return;
+    const int fma = (c & bit_FMA) != 0;
     uint64_t saved = saved_registers();
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d))
         return;
-    *avx2 = (b & bit_AVX2) && (saved & YMM) == YMM;
+    *avx2 = (b & bit_AVX2) && fma && (saved & YMM) == YMM;
     *avx512 = *avx2 && (b & wide) == wide && (saved & ZMM) == ZMM;
 }
 

@@ -65,7 +65,8 @@ typedef struct fo_hyper {
     double l2;                      /* g = g + l2 * p, unless 0 */
     double l1;                      /* g = g + l1 * sign(p), unless 0 */
     double ema_weight;              /* ema = ema + ema_weight * (p - ema), where a leaf has one */
-    double scalars[FO_MAX_SCALARS]; /* the rule's own, in the order of fo_rule.scalars */
+    double scalars[FO_MAX_SCALARS]; /* the rule's own, in the order of fo_rule.scalars; `root`,
+                                       which divides, is 0 or between 2^-60 and 2^60 */
 } fo_hyper;
 
 /* One parameter with all that a step on it needs. The arrays of one leaf hold n elements each, in

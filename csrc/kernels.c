@@ -61,6 +61,7 @@
     X(rule, int8_state_blocks, FO_F32, FO_F32, FO_S8, FO_U8)                                       \
     X(rule, int8_state_bf16_param_blocks, FO_BF16_LOW8, FO_BF16, FO_S8, FO_U8)
 #define FO_SQRT sqrtf
+#define FO_FMA fmaf
 #define FO_BITS uint32_t
 #define FO_INFINITE 0x7f800000u
 #include "tile.h"
@@ -74,6 +75,7 @@
 #undef FO_ENCODE
 #undef FO_SETS
 #undef FO_SQRT
+#undef FO_FMA
 #undef FO_BITS
 #undef FO_INFINITE
 
@@ -87,6 +89,7 @@
 #define FO_ENCODE encode_wide
 #define FO_SETS(X, rule)
 #define FO_SQRT sqrt
+#define FO_FMA fma
 #define FO_BITS uint64_t
 #define FO_INFINITE 0x7ff0000000000000u
 #include "tile.h"

@@ -124,19 +124,23 @@ static double larger(double a, double b) { return b > a || b != b ? b : a; }
 
 enum { GRAD = 1, STEP = 2 }; /* parts of fo_stats */
 
-/* Writes parts of the sums of some sums. */
+/* Writes parts of the sums of some sums, of which nobody may have made the others. */
 static void total(const fo_stats *sums, ptrdiff_t count, int parts, fo_stats *to)
 {
     double grad[FO_LANES] = {0}, param[FO_LANES] = {0}, update[FO_LANES] = {0};
     fo_stats all = {0};
     for (ptrdiff_t i = 0; i < count; i++, sums++) {
-        grad[i % FO_LANES] += sums->grad;
-        param[i % FO_LANES] += sums->param;
-        update[i % FO_LANES] += sums->update;
-        all.largest_grad = larger(all.largest_grad, sums->largest_grad);
-        all.largest_update = larger(all.largest_update, sums->largest_update);
-        all.zeros += sums->zeros;
-        all.nonfinite += sums->nonfinite;
+        if (parts & GRAD) {
+            grad[i % FO_LANES] += sums->grad;
+            all.largest_grad = larger(all.largest_grad, sums->largest_grad);
+            all.zeros += sums->zeros;
+            all.nonfinite += sums->nonfinite;
+        }
+        if (parts & STEP) {
+            param[i % FO_LANES] += sums->param;
+            update[i % FO_LANES] += sums->update;
+            all.largest_update = larger(all.largest_update, sums->largest_update);
+        }
     }
     if (parts & GRAD) {
         to->grad = fo_fold(grad);

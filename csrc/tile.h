@@ -4,6 +4,7 @@
  * it has no guard. Nothing here depends on how the work was split: a tile is the same tile for any
  * number of threads. What a step does around the rule (scale, clip, statistics, averages, copies)
  * is in before() and after(), and no rule learns of it. */
+#include "divide.h"
 #include "formats.h"
 #include "rules/index.h"
 #include "sums.h"

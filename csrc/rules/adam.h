@@ -5,7 +5,7 @@
  * Included once per compute type (REAL, FO_RULE, FO_SQRT), so it has no guard.
  * Contract: one rounding per operator, in the order written; reference/adam.py repeats that order.
  * The arrays do not overlap and hold n <= FO_TILE elements; state[2] is NULL without AMSGrad.
- * In cache the divider is the limit: a square root and two divisions for each element. */
+ * In cache the divider is the limit: a square root and a division for each element. */
 #undef ADAM_SCALARS
 #define ADAM_SCALARS(F)                                                                            \
     F(keep)      /* 1 - lr * weight_decay (AdamW); exactly 1 (Adam) */                             \
@@ -23,13 +23,15 @@ FO_INLINE void FO_RULE(adam)(const double *h, ptrdiff_t n, REAL *param, const RE
     REAL *restrict p = param, *restrict m = state[0], *restrict v = state[1];
     REAL *restrict x = state[2];
     const REAL *restrict g = grad;
+    const REAL inverse = 1 / root;
 
     if (x == NULL) {
         FO_SIMD
         for (ptrdiff_t i = 0; i < n; i++) {
             m[i] = m[i] + w1 * (g[i] - m[i]);
             v[i] = v[i] * beta2 + (w2 * g[i]) * g[i];
-            p[i] = p[i] * keep - (step_size * m[i]) / (FO_SQRT(v[i]) / root + eps);
+            p[i] = p[i] * keep -
+                   (step_size * m[i]) / (FO_TYPED(divide)(FO_SQRT(v[i]), root, inverse) + eps);
         }
     } else {
         FO_SIMD
@@ -37,7 +39,8 @@ FO_INLINE void FO_RULE(adam)(const double *h, ptrdiff_t n, REAL *param, const RE
             m[i] = m[i] + w1 * (g[i] - m[i]);
             v[i] = v[i] * beta2 + (w2 * g[i]) * g[i];
             x[i] = x[i] >= v[i] || x[i] != x[i] ? x[i] : v[i]; /* a NaN on either side stays */
-            p[i] = p[i] * keep - (step_size * m[i]) / (FO_SQRT(x[i]) / root + eps);
+            p[i] = p[i] * keep -
+                   (step_size * m[i]) / (FO_TYPED(divide)(FO_SQRT(x[i]), root, inverse) + eps);
         }
     }
 }

@@ -195,10 +195,14 @@ int rule_count(void)
     return n;
 }
 
+/* What a rule divides by must have a reciprocal in float: see csrc/divide.h. */
+static int is_divisor(const char *scalar) { return strcmp(scalar, "root") == 0; }
+
 static void new_constants(source *s, list *l)
 {
+    const char *const *names = fo_rules()[l->rule].scalars;
     static const double some[] = {0, 1, 0.5, 0.9, 0.999, 0.1, 1e-3, 1e-8, -1, 3, 1e-42, 1e300};
-    enum { SOME = sizeof some / sizeof *some };
+    enum { SOME = sizeof some / sizeof *some, IN_RANGE = SOME - 2 };
     const ptrdiff_t mild = choose(s, 4) ? 7 : SOME; /* seldom what overflows and cancels */
     for (ptrdiff_t i = 0; i < l->n_hypers; i++) {
         fo_hyper *h = &l->hypers[i];
@@ -206,8 +210,8 @@ static void new_constants(source *s, list *l)
         h->grad_scale = choose(s, 2) ? 1 : some[choose(s, SOME)];
         h->l2 = choose(s, 2) ? 0 : some[choose(s, mild)];
         h->l1 = choose(s, 2) ? 0 : some[choose(s, mild)];
-        for (int k = 0; k < FO_MAX_SCALARS; k++)
-            h->scalars[k] = some[choose(s, mild)];
+        for (int k = 0; names[k] != NULL; k++)
+            h->scalars[k] = some[choose(s, is_divisor(names[k]) && mild == SOME ? IN_RANGE : mild)];
     }
     for (ptrdiff_t i = 0; i < l->n_hypers; i++)
         l->hypers[i].ema_weight = some[choose(s, 7)];
