@@ -1,8 +1,10 @@
 """fusedopt.torch: torch's behaviour around a step of ours, and every trap on the way to memory."""
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -463,6 +465,48 @@ def test_pointers_are_not_kept():
         o.state[x]["exp_avg"] = o.state[x]["exp_avg"].clone()
         o.step()
     torch.testing.assert_close(p, q)
+
+
+def test_data_exchanged_for_a_negative():
+    """A parameter is asked for its sign again when its data is another's."""
+    p, q = leaf(6), leaf(6)
+    opt, peer = fo.Adam([p]), torch.optim.Adam([q])
+    for _ in range(2):
+        opt.step()
+        peer.step()
+        p.data = neg_view(p.detach())
+        q.data = neg_view(q.detach())
+        assert p.is_neg()
+    torch.testing.assert_close(p.detach().resolve_neg(), q.detach().resolve_neg())
+
+
+@pytest.mark.parametrize("size", [6, 100_000])  # of which the small are shared from step to step
+def test_state_lives_no_longer_than_in_the_optimizer(size):
+    opt = fo.Adam([leaf(size)])
+    opt.step()
+    opt.step()
+    own = next(iter(opt.state.values()))
+    old = [weakref.ref(tensor) for tensor in own.values()]
+    del own
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+    opt.step()
+    assert [ref() for ref in old] == [None] * 3
+    old = [weakref.ref(tensor) for tensor in next(iter(opt.state.values())).values()]
+    del opt
+    assert [ref() for ref in old] == [None] * 3
+
+
+def test_a_cycle_through_a_hook_is_collected():
+    p = leaf(6)
+    opt = fo.SGD([p], momentum=0.9)
+    p.register_hook(lambda _, opt=opt: None)
+    for _ in range(2):
+        p.exp().sum().backward()
+        opt.step()
+    gone = weakref.ref(p)
+    del p, opt
+    gc.collect()
+    assert gone() is None
 
 
 def test_subclass_with_memory_is_stepped():

@@ -35,11 +35,15 @@ cdef extern from "dlpack.h" nogil:
     ctypedef struct DLPackVersion:
         unsigned int major
 
+    ctypedef struct DLManagedTensorVersioned:
+        void (*deleter)(DLManagedTensorVersioned *self)
+
     ctypedef struct DLPackExchangeAPIHeader:
         DLPackVersion version
 
     ctypedef struct DLPackExchangeAPI:
         DLPackExchangeAPIHeader header
+        int (*managed_tensor_from_py_object_no_sync)(void *tensor, DLManagedTensorVersioned **out)
         int (*dltensor_from_py_object_no_sync)(void *tensor, DLTensor *out)
 
 
