@@ -418,7 +418,6 @@ cdef class TensorList:
         """Point the last leaf at its tensors, or at stand-ins."""
         cdef int k
         cdef list tensors, extras, back
-        self.written.append(<object>more.tensors[0])
         if not self.take(more):
             tensors, extras = [], [None] * more.held
             for k in range(more.held):
@@ -439,6 +438,7 @@ cdef class TensorList:
                     exchange(&more.extras[k], extras[k])
             if not self.take(more):
                 raise SystemError("fusedopt: a stand-in does not fit; please report")
+        self.written.append(<object>more.tensors[0])
         if self.leaves[self.n - 1].n > 0:
             self.n_arrays += more.held - 1
         return 0

@@ -39,6 +39,7 @@ from fusedopt.optimizer import Optimizer as _NumpyOptimizer
 
 __all__ = ["SGD", "Adam", "AdamW"]
 
+_PLAIN = frozenset({float, int, bool, str, list, type(None)})
 _RESIDUALS = {32: torch.int16, 24: torch.int8}  # by master_bits of a bfloat16 parameter
 
 
@@ -289,7 +290,7 @@ class _Fused:
         """Return a group's options with numbers in the place of tensors of one element."""
         options: dict[str, Any] = {"l1": 0.0, **group}
         for name, value in group.items():
-            if type(value) in (float, int, bool, str, list):
+            if type(value) in _PLAIN:
                 continue
             if name == "betas":
                 options[name] = tuple(map(float, value))
