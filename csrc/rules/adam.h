@@ -5,6 +5,8 @@
  * Included once per compute type (REAL, FO_RULE, FO_SQRT), so it has no guard.
  * Contract: one rounding per operator, in the order written; reference/adam.py repeats that order.
  * The arrays do not overlap and hold n <= FO_TILE elements; state[2] is NULL without AMSGrad.
+ * Stores come last: a load after them whose address agrees with theirs in the lower 12 bits, as is
+ * common among large arrays, would wait for them (Intel's optimization manual, "4-KByte aliasing").
  * In cache the divider is the limit: a square root and a division for each element. */
 #undef ADAM_SCALARS
 #define ADAM_SCALARS(F)                                                                            \
@@ -28,19 +30,24 @@ FO_INLINE void FO_RULE(adam)(const double *h, ptrdiff_t n, REAL *param, const RE
     if (x == NULL) {
         FO_SIMD
         for (ptrdiff_t i = 0; i < n; i++) {
-            m[i] = m[i] + w1 * (g[i] - m[i]);
-            v[i] = v[i] * beta2 + (w2 * g[i]) * g[i];
+            const REAL mean = m[i] + w1 * (g[i] - m[i]);
+            const REAL square = v[i] * beta2 + (w2 * g[i]) * g[i];
             p[i] = p[i] * keep -
-                   (step_size * m[i]) / (FO_TYPED(divide)(FO_SQRT(v[i]), root, inverse) + eps);
+                   (step_size * mean) / (FO_TYPED(divide)(FO_SQRT(square), root, inverse) + eps);
+            m[i] = mean;
+            v[i] = square;
         }
     } else {
         FO_SIMD
         for (ptrdiff_t i = 0; i < n; i++) {
-            m[i] = m[i] + w1 * (g[i] - m[i]);
-            v[i] = v[i] * beta2 + (w2 * g[i]) * g[i];
-            x[i] = x[i] >= v[i] || x[i] != x[i] ? x[i] : v[i]; /* a NaN on either side stays */
+            const REAL mean = m[i] + w1 * (g[i] - m[i]);
+            const REAL square = v[i] * beta2 + (w2 * g[i]) * g[i];
+            const REAL most = x[i] >= square || x[i] != x[i] ? x[i] : square; /* NaN stays */
             p[i] = p[i] * keep -
-                   (step_size * m[i]) / (FO_TYPED(divide)(FO_SQRT(x[i]), root, inverse) + eps);
+                   (step_size * mean) / (FO_TYPED(divide)(FO_SQRT(most), root, inverse) + eps);
+            m[i] = mean;
+            v[i] = square;
+            x[i] = most;
         }
     }
 }

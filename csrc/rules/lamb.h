@@ -56,9 +56,11 @@ FO_INLINE void FO_RULE(lamb)(const double *h, ptrdiff_t n, REAL *param, const RE
     (void)lr;
     FO_SIMD
     for (ptrdiff_t i = 0; i < n; i++) {
-        m[i] = m[i] + w1 * (g[i] - m[i]);
-        v[i] = v[i] * beta2 + (w2 * g[i]) * g[i];
-        p[i] = p[i] - rate * FO_TYPED(lamb_ratio)(p[i], m[i], v[i], unbias, root, inverse, eps,
+        const REAL mean = m[i] + w1 * (g[i] - m[i]);
+        const REAL square = v[i] * beta2 + (w2 * g[i]) * g[i];
+        p[i] = p[i] - rate * FO_TYPED(lamb_ratio)(p[i], mean, square, unbias, root, inverse, eps,
                                                   weight_decay);
+        m[i] = mean;
+        v[i] = square;
     }
 }

@@ -38,7 +38,8 @@ FO_INLINE void FO_RULE(lars)(const double *h, ptrdiff_t n, REAL *param, const RE
     (void)lr, (void)trust, (void)eps;
     FO_SIMD
     for (ptrdiff_t i = 0; i < n; i++) {
-        b[i] = momentum * b[i] + rate * (g[i] + weight_decay * p[i]);
-        p[i] = p[i] - b[i];
+        const REAL change = momentum * b[i] + rate * (g[i] + weight_decay * p[i]);
+        p[i] = p[i] - change;
+        b[i] = change;
     }
 }
