@@ -74,8 +74,7 @@ static void work(job *j)
         ptrdiff_t share = (j->chunks - chunk) / (2 * j->threads);
         ptrdiff_t end = chunk + (share > 0 ? share : 1);
         if (atomic_compare_exchange_weak(&j->next, &chunk, end)) {
-            for (; chunk < end; chunk++)
-                j->body(j->context, chunk);
+            j->body(j->context, chunk, end);
             chunk = atomic_load(&j->next);
         }
     }

@@ -91,10 +91,10 @@ static ptrdiff_t tile_from(const fo_leaf *leaf, ptrdiff_t place)
     return place <= leaf->start ? 0 : (place - leaf->start + TILE_ROOM - 1) / TILE_ROOM;
 }
 
-static void run_chunk(void *context, ptrdiff_t chunk)
+static void run_chunks(void *context, ptrdiff_t first, ptrdiff_t last)
 {
     const work *w = context;
-    const ptrdiff_t from = chunk * CHUNK_ROOM, to = from + CHUNK_ROOM;
+    const ptrdiff_t from = first * CHUNK_ROOM, to = last * CHUNK_ROOM;
     const ptrdiff_t line_end = to < w->room ? to : w->room;
 
     for (ptrdiff_t i = leaf_at(w, from); i < w->n && w->leaves[i].start < line_end; i++) {
@@ -115,7 +115,7 @@ static void run(work *w, int needs_grad, int threads)
 {
     w->room = lay_out(w->leaves, w->n, needs_grad);
     ptrdiff_t chunks = (w->room + CHUNK_ROOM - 1) / CHUNK_ROOM;
-    fo_parallel(run_chunk, w, chunks, w->room < SERIAL_ROOM ? 1 : threads);
+    fo_parallel(run_chunks, w, chunks, w->room < SERIAL_ROOM ? 1 : threads);
 }
 
 /* ---------------------------------------------------------------- sums */
@@ -160,20 +160,22 @@ typedef struct folding {
     int parts;
 } folding;
 
-static void fold_leaf(void *context, ptrdiff_t i)
+static void fold_leaves(void *context, ptrdiff_t first, ptrdiff_t last)
 {
     const folding *f = context;
     const fo_run *run = f->w->task.run;
-    const fo_leaf *leaf = &f->w->leaves[i];
-    const ptrdiff_t count = leaf->grad.data != NULL ? tiles_of(leaf) : 0;
-    total(run->tiles + leaf->tile, count, f->parts, &run->stats[i]);
+    for (ptrdiff_t i = first; i < last; i++) {
+        const fo_leaf *leaf = &f->w->leaves[i];
+        const ptrdiff_t count = leaf->grad.data != NULL ? tiles_of(leaf) : 0;
+        total(run->tiles + leaf->tile, count, f->parts, &run->stats[i]);
+    }
 }
 
 /* Folds the sums of tiles into those of leaves. */
 static void fold(const work *w, int parts, int threads)
 {
     folding f = {w, parts};
-    fo_parallel(fold_leaf, &f, w->n, w->room < FOLD_ROOM ? 1 : threads);
+    fo_parallel(fold_leaves, &f, w->n, w->room < FOLD_ROOM ? 1 : threads);
 }
 
 fo_stats fo_total(const fo_stats *stats, ptrdiff_t n)

@@ -23,16 +23,15 @@ void fo_parallel(fo_body *body, void *context, ptrdiff_t chunks, int threads)
 {
 #ifdef _OPENMP
     if (threads > 1 && chunks > 1 && !forked) {
-        /* static: each thread gets one contiguous range, the same in every step, so that what a
-         * core has in its cache serves it again */
+        /* each thread gets one run of chunks, the same in every step, so that what a core has in
+         * its cache serves it again */
 #pragma omp parallel for schedule(static) num_threads(threads)
-        for (ptrdiff_t chunk = 0; chunk < chunks; chunk++)
-            body(context, chunk);
+        for (int part = 0; part < threads; part++)
+            body(context, chunks * part / threads, chunks * (part + 1) / threads);
         return;
     }
 #else
     (void)threads;
 #endif
-    for (ptrdiff_t chunk = 0; chunk < chunks; chunk++)
-        body(context, chunk);
+    body(context, 0, chunks);
 }

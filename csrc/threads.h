@@ -6,11 +6,12 @@
 
 #include <stddef.h>
 
-typedef void fo_body(void *context, ptrdiff_t chunk);
+typedef void fo_body(void *context, ptrdiff_t begin, ptrdiff_t end);
 
-/* Calls body(context, chunk) once for each chunk in [0, chunks), on at most `threads` threads, the
- * caller among them; returns when all have ended. Never fails: with fewer threads to be had it uses
- * fewer. Safe to call from several threads at once and in the child of a fork. */
+/* Calls body(context, begin, end) for runs of chunks that together are [0, chunks), on at most
+ * `threads` threads, the caller among them; returns when all have ended. Never fails: with fewer
+ * threads to be had it uses fewer. Safe to call from several threads at once and in the child of a
+ * fork. */
 void fo_parallel(fo_body *body, void *context, ptrdiff_t chunks, int threads);
 
 #endif
