@@ -194,8 +194,8 @@ cdef class TensorList:
         Parameters
         ----------
         owner : optimizer
-            Asked, where needed, to ``_make_state``, ``_stand_in``, ``_count``, ``_constants`` and
-            ``_name``: see `fusedopt.torch`.
+            Asked, where needed, to ``_make_state``, ``_stand_in``, ``_write_back``, ``_count``,
+            ``_constants`` and ``_name``: see `fusedopt.torch`.
         groups : list of (list of tensor, tuple of str, tuple of str, tuple of bool, int, int, bool)
             Of each group: its parameters; the names of the state arrays that its options use, of
             what belongs to the codes of each, and whether it holds squares; the bits of master
@@ -241,7 +241,7 @@ cdef class TensorList:
                 status = run_step(self.rule, self.leaves, self.n, self.hypers, self.n_hypers, &how,
                                   threads)
             check(status)
-            self.finish(state)
+            self.finish(owner, state)
             if around is not None:
                 outcome = (*outcome, self.measured(owner) if around.measure else None)
             return self.written, outcome
@@ -279,7 +279,7 @@ cdef class TensorList:
         sizes = [self.leaves[i].n for i in range(self.n)]
         return names, sizes, stats_table(&self.sums, self.n)
 
-    cdef int finish(self, state) except -1:
+    cdef int finish(self, owner, state) except -1:
         """Count the step, write what was done on copies, and take over new state."""
         cdef ptrdiff_t i
         cdef More *more
@@ -293,8 +293,8 @@ cdef class TensorList:
                 (<float *>more.counter)[0] += 1
             else:
                 (<double *>more.counter)[0] += 1
-        for target, copy in self.back:
-            target.copy_(copy)
+        if self.back:
+            owner._write_back(self.back)
         for param, own in self.made:
             state.setdefault(param, {}).update(own)
         return 0

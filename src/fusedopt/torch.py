@@ -109,7 +109,6 @@ class _Fused:
             )
 
     @torch.compiler.disable
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step on all parameters that have a gradient, in one call of C.
 
@@ -329,6 +328,7 @@ class _Fused:
             return torch.uint8
         return torch.float32
 
+    @torch.no_grad()
     def _make_state(self, group: int, i: int, param: Any, own: dict[str, Any] | None) -> Any:
         """Return new state for a parameter; the list adds it to `state` after the step."""
         name = self._name(group, i)
@@ -367,6 +367,7 @@ class _Fused:
             raise TypeError(f"{self._name(group, i)}.step: expected a tensor of one element")
         return int(step.item())
 
+    @torch.no_grad()
     def _stand_in(
         self,
         group: int,
@@ -439,6 +440,13 @@ class _Fused:
                     f"{w}: 8-bit codes need {w}{_plain.BLOCKS}, one byte for {BLOCK} codes"
                 )
         return plain, extras, back, made
+
+    @staticmethod
+    @torch.no_grad()
+    def _write_back(copies: list[tuple[Any, Any]]) -> None:
+        """Copy what was stepped in the place of a tensor into it."""
+        for tensor, copy in copies:
+            tensor.copy_(copy)
 
 
 def _refuse_options(where: str, group: Mapping[str, Any]) -> None:
