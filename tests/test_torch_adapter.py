@@ -516,7 +516,9 @@ def test_subclass_with_memory_is_stepped():
     p, q = leaf(5), leaf(5)
     named = p.detach().as_subclass(Named).requires_grad_()
     named.grad = p.grad
+    version = named._version
     fo.SGD([named], lr=0.1).step()
+    assert named._version > version
     fo.SGD([q], lr=0.1).step()
     assert torch.equal(named.detach().as_subclass(torch.Tensor), q)
 

@@ -418,7 +418,11 @@ cdef class TensorList:
         """Point the last leaf at its tensors, or at stand-ins."""
         cdef int k
         cdef list tensors, extras, back
-        if not self.take(more):
+        param = <object>more.tensors[0]
+        if self.take(more):
+            for k in range(2, more.held):
+                self.pin(k - 2, more.tensors[k], more.bytes[k])
+        else:
             tensors, extras = [], [None] * more.held
             for k in range(more.held):
                 tensors.append(<object>more.tensors[k])
@@ -428,7 +432,7 @@ cdef class TensorList:
                 more.group, more.i, names, tensors, extras, more.count != NULL)
             self.back.extend(back)
             if made:
-                self.made.append((<object>more.tensors[0], made))
+                self.made.append((param, made))
                 if "step" in made:
                     Py_INCREF(made["step"])
                     more.count = <PyObject *>made["step"]
@@ -438,7 +442,7 @@ cdef class TensorList:
                     exchange(&more.extras[k], extras[k])
             if not self.take(more):
                 raise SystemError("fusedopt: a stand-in does not fit; please report")
-        self.written.append(<object>more.tensors[0])
+        self.written.append(param)
         if self.leaves[self.n - 1].n > 0:
             self.n_arrays += more.held - 1
         return 0
@@ -456,12 +460,14 @@ cdef class TensorList:
         for k in range(2):
             if not self.is_plain(<object>more.tensors[k]):
                 return False
-        if not self.resolve(<object>more.tensors[0], &param) or not is_dense(&param):
+        # DLPack does not tell the sign; of a parameter that is where it was it has been asked before
+        if self.has_sign(more.tensors[1]) or not self.resolve(<object>more.tensors[0], &param):
             return False
-        # DLPack does not tell; of a parameter that is where it was it has been asked before
-        if self.has_sign(more.tensors[1]) or (
-                not self.is_known(more.tensors[0], <char *>param.data + param.byte_offset)
-                and self.has_sign(more.tensors[0])):
+        if not self.is_known(more.tensors[0], <char *>param.data + param.byte_offset) and (
+                self.has_sign(more.tensors[0])  # lets other threads in, so:
+                or not self.resolve(<object>more.tensors[0], &param)):
+            return False
+        if not is_dense(&param):
             return False
         leaf.n = size_of(&param)
         for k in range(more.held):
@@ -481,8 +487,6 @@ cdef class TensorList:
             array.data = <char *>other.data + other.byte_offset
             array.format = <fo_format>format
             more.bytes[k] = leaf.n * (other.dtype.bits // 8)
-            if k > 1:
-                self.pin(k - 2, more.tensors[k], more.bytes[k])
             if format >= FO_BF16_LOW16 and not self.take_extra(more, k, array, &param):
                 return False
             if k != 1 and is_noisy(format):
@@ -527,8 +531,8 @@ cdef class TensorList:
 
     cdef bint is_known(self, PyObject *param, void *address) noexcept:
         """Whether the last leaf's parameter is that of the last step, in the same place."""
-        return (address == self.last_address and self.n <= len(self.before)
-                and <PyObject *>self.before[self.n - 1] == param)
+        return (self.n <= len(self.before) and <PyObject *>self.before[self.n - 1] == param
+                and address == self.last_address)
 
     cdef void pin(self, int slot, PyObject *tensor, ptrdiff_t size) noexcept:
         """Keep a share in a small tensor of the last leaf's state from one step to the next.
