@@ -460,7 +460,7 @@ cdef class TensorList:
         for k in range(2):
             if not self.is_plain(<object>more.tensors[k]):
                 return False
-        # DLPack does not tell the sign; of a parameter that is where it was it has been asked before
+        # DLPack does not tell the sign; that of a parameter in its old place has been asked before
         if self.has_sign(more.tensors[1]) or not self.resolve(<object>more.tensors[0], &param):
             return False
         if not self.is_known(more.tensors[0], <char *>param.data + param.byte_offset) and (
