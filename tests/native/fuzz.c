@@ -87,9 +87,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
     const int spoilt = choose(&s, 16) == 0, zeroed = choose(&s, 16) == 0;
     const wish w = {-1, -1, -1, -1, large ? 3 : 12, large ? 70000 : 1100, choose(&s, 3) == 0};
     int isas = 0;
-    while (fo_isas()[isas] != NULL)
+    while (tested_isas()[isas] != NULL)
         isas++;
-    fo_select_isa(fo_isas()[choose(&s, isas)]);
+    fo_select_isa(tested_isas()[choose(&s, isas)]);
 
     source a = s, b = s; /* the same choices for both */
     list ours = make_list(&a, w), theirs = make_list(&b, w);

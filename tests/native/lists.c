@@ -187,6 +187,13 @@ static ptrdiff_t some_size(source *s, ptrdiff_t most)
     return n < 0 ? 0 : n > most ? most : n;
 }
 
+const char *const *tested_isas(void)
+{
+    static const char *only[2];
+    only[0] = getenv("FUSEDOPT_ISA");
+    return only[0] != NULL ? only : fo_isas();
+}
+
 int rule_count(void)
 {
     int n = 0;

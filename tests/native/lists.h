@@ -44,6 +44,10 @@ void free_list(list *l);
 
 int rule_count(void);
 
+/* The instruction sets to test: all of this machine, or that named by FUSEDOPT_ISA. Ended by NULL.
+ */
+const char *const *tested_isas(void);
+
 /* A hash of all arrays and statistics, with one NaN for all. */
 uint64_t digest(const list *l, uint64_t hash);
 
