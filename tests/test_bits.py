@@ -125,6 +125,19 @@ def test_constant_divisor(dtype):
             assert_same(ours, theirs, ["param", "grad", "exp_avg", "exp_avg_sq"])
 
 
+@pytest.mark.parametrize("name", _core.available_isas())
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
+def test_maximum_keeps_a_nan_of_either_side(dtype, name):
+    ours, theirs = ([values(1000, dtype, i, hostile=False) for i in range(5)] for _ in range(2))
+    for arrays in (ours, theirs):
+        arrays[3][::3] = np.nan  # exp_avg_sq
+        arrays[4][::2] = np.nan  # max_exp_avg_sq
+    with isa(name):
+        for f, states in [(fusedopt.functional.adam, ours), (reference.adam, theirs)]:
+            f(*[[a] for a in states], step=1)
+    assert_same(ours, theirs, ["param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"])
+
+
 DIGEST = """
 import hashlib, numpy as np, fusedopt
 rng = np.random.default_rng(0)

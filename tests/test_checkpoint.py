@@ -39,6 +39,9 @@ def test_round_trip(tmp_path, suffix):
     """All layouts come back, element by element, with options and step counts."""
     path = tmp_path / f"checkpoint{suffix}"
     opt, other = make(lr=0.25, betas=(0.5, 0.75)), make(seed=1)
+    other.step(
+        {name: None for name in ("W", "F", "T", "empty", "scalar")} | {"a/b 'ü'": np.ones(2)}
+    )
     opt.save(path)
     other.load(str(path))
     assert contents(other) == contents(opt)
