@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the stages of CI share; sourced by each of them from the root of a checkout.
+# What the stages of CI, and campaigns, share; sourced by each of them from the root of a checkout.
 set -euo pipefail
 say() { printf '\n== %s\n' "$*"; }
 
@@ -32,4 +32,17 @@ interpreter() {
 # install ARGUMENT...: pip, without its chatter unless it fails.
 install() {
   pip install -q "$@" 2>&1 | { grep -v 'WARNING: Location' || true; }
+}
+
+# before a command that is watched: sanitizers' runtimes want their part of the address space, which a system may
+# place other things into
+fixed=() && setarch -R true 2>/dev/null && fixed=(setarch -R)
+
+# fuzz_by_coverage FOLDER SECONDS: builds and runs preset libfuzzer in a folder; its report is FOLDER/covered.
+fuzz_by_coverage() {
+  cmake --preset libfuzzer -B "$1/libfuzzer" >/dev/null
+  cmake --build "$1/libfuzzer" -j2 >/dev/null
+  mkdir "$1/corpus"
+  "${fixed[@]}" "$1/libfuzzer/tests/native/libfuzzer" "$1/corpus" -max_total_time="$2" -max_len=512 \
+    -print_final_stats=1 2>"$1/covered" || { tail -50 "$1/covered" && return 1; }
 }

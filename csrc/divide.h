@@ -6,15 +6,15 @@
  *
  * Included by tile.h once per compute type (REAL, FO_FMA), so it has no guard.
  * Contract: x is a square root, of which what is left cannot be subnormal; `by` is 0 or between
- * 2^-60 and 2^60, and `inverse` is 1 / by. Zeros, infinities and NaNs come out as a division's. */
-FO_INLINE REAL FO_TYPED(divide)(REAL x, REAL by, REAL inverse)
+ * 2^-60 and 2^60, and the same throughout a loop, out of which compilers take the reciprocal.
+ * Zeros, infinities and NaNs come out as a division's. */
+FO_INLINE REAL FO_TYPED(divide)(REAL x, REAL by)
 {
 #if defined(__FMA__) || defined(__aarch64__)
-    const REAL quotient = x * inverse, rest = FO_FMA(-quotient, by, x);
+    const REAL inverse = 1 / by, quotient = x * inverse, rest = FO_FMA(-quotient, by, x);
     /* a rest of 0 would turn -0 into 0, and of infinity NaN is left */
     return __builtin_islessgreater(rest, 0) ? FO_FMA(rest, inverse, quotient) : quotient;
 #else
-    (void)inverse;
     return x / by;
 #endif
 }

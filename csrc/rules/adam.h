@@ -5,8 +5,6 @@
  * Included once per compute type (REAL, FO_RULE, FO_SQRT), so it has no guard.
  * Contract: one rounding per operator, in the order written; reference/adam.py repeats that order.
  * The arrays do not overlap and hold n <= FO_TILE elements; state[2] is NULL without AMSGrad.
- * Stores come last: a load after them whose address agrees with theirs in the lower 12 bits, as is
- * common among large arrays, would wait for them (Intel's optimization manual, "4-KByte aliasing").
  * In cache the divider is the limit: a square root and a division for each element. */
 #undef ADAM_SCALARS
 #define ADAM_SCALARS(F)                                                                            \
@@ -25,15 +23,14 @@ FO_INLINE void FO_RULE(adam)(const double *h, ptrdiff_t n, REAL *param, const RE
     REAL *restrict p = param, *restrict m = state[0], *restrict v = state[1];
     REAL *restrict x = state[2];
     const REAL *restrict g = grad;
-    const REAL inverse = 1 / root;
 
     if (x == NULL) {
         FO_SIMD
         for (ptrdiff_t i = 0; i < n; i++) {
             const REAL mean = m[i] + w1 * (g[i] - m[i]);
             const REAL square = v[i] * beta2 + (w2 * g[i]) * g[i];
-            p[i] = p[i] * keep -
-                   (step_size * mean) / (FO_TYPED(divide)(FO_SQRT(square), root, inverse) + eps);
+            p[i] =
+                p[i] * keep - (step_size * mean) / (FO_TYPED(divide)(FO_SQRT(square), root) + eps);
             m[i] = mean;
             v[i] = square;
         }
@@ -43,8 +40,7 @@ FO_INLINE void FO_RULE(adam)(const double *h, ptrdiff_t n, REAL *param, const RE
             const REAL mean = m[i] + w1 * (g[i] - m[i]);
             const REAL square = v[i] * beta2 + (w2 * g[i]) * g[i];
             const REAL most = x[i] >= square || x[i] != x[i] ? x[i] : square; /* NaN stays */
-            p[i] = p[i] * keep -
-                   (step_size * mean) / (FO_TYPED(divide)(FO_SQRT(most), root, inverse) + eps);
+            p[i] = p[i] * keep - (step_size * mean) / (FO_TYPED(divide)(FO_SQRT(most), root) + eps);
             m[i] = mean;
             v[i] = square;
             x[i] = most;

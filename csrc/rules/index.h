@@ -6,6 +6,10 @@
  * and changes nothing; <rule>_trust gets the norms of the parameter and of that direction over the
  * leaf; what it returns the rule finds behind its constants, in h[FO_TRUST].
  *
+ * In a loop stores come last: a load after them whose address agrees with theirs in the lower 12
+ * bits, as is common among large arrays, would wait for them (Intel's optimization manual, "4-KByte
+ * aliasing").
+ *
  * Included by tile.h once per compute type, so it has no guard. */
 #include "adam.h"
 #include "lamb.h"

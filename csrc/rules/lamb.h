@@ -15,10 +15,10 @@
     F(eps)          /* added to sqrt(v) / root */                                                  \
     F(weight_decay) /* as given */
 
-FO_INLINE REAL FO_TYPED(lamb_ratio)(REAL p, REAL m, REAL v, REAL unbias, REAL root, REAL inverse,
-                                    REAL eps, REAL weight_decay)
+FO_INLINE REAL FO_TYPED(lamb_ratio)(REAL p, REAL m, REAL v, REAL unbias, REAL root, REAL eps,
+                                    REAL weight_decay)
 {
-    return (unbias * m) / (FO_TYPED(divide)(FO_SQRT(v), root, inverse) + eps) + weight_decay * p;
+    return (unbias * m) / (FO_TYPED(divide)(FO_SQRT(v), root) + eps) + weight_decay * p;
 }
 
 FO_INLINE void FO_RULE(lamb_direction)(const double *h, ptrdiff_t n, const REAL *param,
@@ -27,7 +27,6 @@ FO_INLINE void FO_RULE(lamb_direction)(const double *h, ptrdiff_t n, const REAL 
     FO_SCALARS(LAMB_SCALARS)
     const REAL *restrict p = param, *restrict g = grad;
     const REAL *restrict m = state[0], *restrict v = state[1];
-    const REAL inverse = 1 / root;
     REAL *restrict u = out;
 
     (void)lr;
@@ -35,7 +34,7 @@ FO_INLINE void FO_RULE(lamb_direction)(const double *h, ptrdiff_t n, const REAL 
     for (ptrdiff_t i = 0; i < n; i++) {
         const REAL mean = m[i] + w1 * (g[i] - m[i]);
         const REAL square = v[i] * beta2 + (w2 * g[i]) * g[i];
-        u[i] = FO_TYPED(lamb_ratio)(p[i], mean, square, unbias, root, inverse, eps, weight_decay);
+        u[i] = FO_TYPED(lamb_ratio)(p[i], mean, square, unbias, root, eps, weight_decay);
     }
 }
 
@@ -49,7 +48,7 @@ FO_INLINE void FO_RULE(lamb)(const double *h, ptrdiff_t n, REAL *param, const RE
                              REAL *const *state)
 {
     FO_SCALARS(LAMB_SCALARS)
-    const REAL rate = (REAL)(h[at_lr] * h[FO_TRUST]), inverse = 1 / root;
+    const REAL rate = (REAL)(h[at_lr] * h[FO_TRUST]);
     REAL *restrict p = param, *restrict m = state[0], *restrict v = state[1];
     const REAL *restrict g = grad;
 
@@ -58,8 +57,8 @@ FO_INLINE void FO_RULE(lamb)(const double *h, ptrdiff_t n, REAL *param, const RE
     for (ptrdiff_t i = 0; i < n; i++) {
         const REAL mean = m[i] + w1 * (g[i] - m[i]);
         const REAL square = v[i] * beta2 + (w2 * g[i]) * g[i];
-        p[i] = p[i] - rate * FO_TYPED(lamb_ratio)(p[i], mean, square, unbias, root, inverse, eps,
-                                                  weight_decay);
+        p[i] =
+            p[i] - rate * FO_TYPED(lamb_ratio)(p[i], mean, square, unbias, root, eps, weight_decay);
         m[i] = mean;
         v[i] = square;
     }

@@ -149,10 +149,10 @@ cdef class TensorList:
     cdef Sums sums            # of the leaves, where a step measures
     cdef ptrdiff_t number     # of the parameter, in all groups
     cdef Py_ssize_t at        # of the entry of the state that is tried first
+    cdef list before          # parameters that the last step wrote
     # of one step
     cdef list capsules        # what must live until the step is over
     cdef list written         # parameters
-    cdef list before          # those of the last step
     cdef void *last_address   # where the leaf's parameter was in the last step
     cdef list back            # (tensor, copy that was stepped in its place)
     cdef list made            # (parameter, its new state)
@@ -404,14 +404,17 @@ cdef class TensorList:
     cdef ptrdiff_t read_count(self, owner, More *more) except -1:
         """Steps that a leaf has taken; where they are counted is noted for `finish`."""
         cdef DLTensor t
+        cdef ptrdiff_t steps
         count = <object>more.count
         if self.resolve(count, &t) and size_of(&t) == 1 and (
                 dtype_of(&t) == FO_F32 or dtype_of(&t) == FO_F64):
             more.counter, more.counter_format = <char *>t.data + t.byte_offset, dtype_of(&t)
-            self.pin(PINS - 1, more.count, sizeof(double))
             if more.counter_format == FO_F32:
-                return <ptrdiff_t>(<float *>more.counter)[0]
-            return <ptrdiff_t>(<double *>more.counter)[0]
+                steps = <ptrdiff_t>(<float *>more.counter)[0]
+            else:
+                steps = <ptrdiff_t>(<double *>more.counter)[0]
+            self.pin(PINS - 1, more.count, sizeof(double))
+            return steps
         return owner._count(more.group, more.i, count)
 
     cdef int fill(self, owner, More *more, tuple names) except -1:

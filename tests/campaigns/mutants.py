@@ -36,7 +36,7 @@ MUTANTS = [  # what is wrong; the right text; the wrong one; tests that should s
     ("a job is open when its caller is gone", "pool.open = NULL; /* from", "; /* from", THREADS),
     ("swapped betas", "v[i] * beta2 + (w2 * g[i])", "v[i] * beta2 + (w1 * g[i])", BITS),
     ("no bias correction", '"root": sqrt(1 - beta2**step)', '"root": 1.0', BITS),
-    ("no epsilon", "root, inverse) + eps", "root, inverse)", BITS),
+    ("no epsilon", "root) + eps", "root)", BITS),
     ("AMSGrad forgets NaN", "x[i] >= square || x[i] != x[i] ? x[i] : square",
      "x[i] >= square ? x[i] : square", BITS),
     ("the first momentum is damped", "if (first != 0)", "if (first > 1)", BITS),
