@@ -7,13 +7,14 @@ import subprocess
 
 import pytest
 
-from fusedopt import _core, _tensors
+from fusedopt import _arrays, _core, _tensors
 
 pytestmark = pytest.mark.skipif(
     platform.machine() != "x86_64" or shutil.which("objdump") is None,
     reason="disassembles x86-64 with objdump (binutils)",
 )
 
+MODULES = (_arrays, _core, _tensors)
 WIDEST = {"sse2": "xmm", "avx2": "ymm", "avx512": "ymm"}  # over whole tiles; blocks may be wider
 
 
@@ -108,7 +109,7 @@ def test_formats_are_vectorised(functions, isa):
         assert len(widening) >= 8 and len(narrowing) >= 4 and len(hashing) >= 8
 
 
-@pytest.mark.parametrize("module", [_core, _tensors], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", MODULES, ids=lambda m: m.__name__)
 def test_exports_the_module_and_one_name(module):
     if shutil.which("nm") is None:
         pytest.skip("needs nm (binutils)")
@@ -119,14 +120,15 @@ def test_exports_the_module_and_one_name(module):
     assert names == {f"PyInit_{module.__name__.rpartition('.')[2]}"} | more
 
 
-def test_the_library_is_linked_once():
-    """The border for tensors calls the C library through _core: one pool, one choice of ISA."""
+@pytest.mark.parametrize("module", [_arrays, _tensors], ids=lambda m: m.__name__)
+def test_the_library_is_linked_once(module):
+    """The borders call the C library through _core: one pool, one choice of ISA."""
     if shutil.which("nm") is None:
         pytest.skip("needs nm (binutils)")
-    run = ["nm", _tensors.__file__]
+    run = ["nm", module.__file__]
     listing = subprocess.run(run, capture_output=True, text=True, check=True).stdout
     assert not [line for line in listing.splitlines() if re.search(r" \w fo_", line)]
 
 
 def test_stable_abi():
-    assert ".abi3." in _core.__file__ and ".abi3." in _tensors.__file__
+    assert all(".abi3." in module.__file__ for module in MODULES)

@@ -15,7 +15,7 @@ import fusedopt
 ROOT = Path(__file__).parent.parent
 MODULES = [
     m.name for m in pkgutil.walk_packages(fusedopt.__path__, "fusedopt.")
-    if not m.name.endswith(("__main__", "._core", "._tensors"))
+    if not m.name.endswith(("__main__", "._arrays", "._core", "._tensors"))
 ]  # fmt: skip
 
 

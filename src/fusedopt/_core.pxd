@@ -1,4 +1,4 @@
-"""What the package's other extension modules use of `_core`, which holds the one C library.
+"""What the borders for arrays and tensors use of `_core`, which holds the one C library.
 
 Only these pass between the modules, as function pointers; the library itself is linked once, so
 there is one thread pool and one choice of instruction set.
@@ -9,12 +9,24 @@ from fusedopt._c cimport fo_hyper, fo_leaf, fo_run, fo_stats, fo_status
 
 cdef int check(fo_status status) except -1
 cdef void *grow(void *memory, Py_ssize_t count, size_t size) except NULL
+
+# as in fusedopt.h
 cdef fo_status run_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
                         ptrdiff_t n_hypers, const fo_run *run, int threads) noexcept nogil
-cdef uint64_t noise_key(uint64_t seed, uint64_t leaf, uint64_t step) noexcept nogil
 cdef fo_status run_measure(fo_leaf *leaves, ptrdiff_t n, const fo_run *run,
                            int threads) noexcept nogil
+cdef fo_status run_stream(fo_leaf *leaves, ptrdiff_t n, int threads) noexcept nogil
+cdef fo_status zero_state(fo_leaf *leaves, ptrdiff_t n, int threads) noexcept nogil
 cdef fo_stats sum_stats(const fo_stats *stats, ptrdiff_t n) noexcept nogil
+cdef uint64_t noise_key(uint64_t seed, uint64_t leaf, uint64_t step) noexcept nogil
+cdef bint is_stochastic(int format) noexcept nogil
+
+cdef struct Hypers:
+    # the constants of a step, one row for each that leaves differ in
+    fo_hyper *of
+    ptrdiff_t n, room
+
+cdef ptrdiff_t add_constants(Hypers *hypers, list names, dict values) except -1
 
 cdef struct Sums:
     # where a list's steps measure: a row for each leaf, and scratch

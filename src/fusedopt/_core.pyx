@@ -1,45 +1,23 @@
 # cython: language_level=3, binding=False, boundscheck=False, wraparound=False
 # cython: freethreading_compatible=True, autotestdict=False
-"""The border: arrays become pointers, a C status becomes an exception.
+"""The C library as Python sees it: its tables, the choice of an instruction set, its memory.
 
-What is usual (a plain array of the right dtype and layout) is checked here, in C, without a
-Python call; what is not is handed to `_check`, which explains the fault or returns an array that
-will do. So every rule about input is written once, in `_check`, and this file holds only its fast
-side.
+The only module that the library is linked into. The borders for arrays and for tensors call it
+through the functions below, see `_core.pxd`.
 """
-from libc.stdint cimport int64_t, uintptr_t
-from libc.stdlib cimport free, realloc
-from libc.string cimport memmove, memset
+from libc.stdlib cimport realloc
+from libc.string cimport memset
 
-from cpython.buffer cimport (
-    PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_IsContiguous, PyBuffer_Release,
-    PyObject_GetBuffer,
-)
+from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.bytes cimport PyBytes_FromStringAndSize
 
 from fusedopt._c cimport *
-from fusedopt._spans cimport Span, Spans, alias, overlap
-
-cdef extern from *:
-    """
-    #define fo_exchange(flag, value) __atomic_exchange_n(flag, value, __ATOMIC_ACQ_REL)
-    """
-    int fo_exchange(int *flag, int value) nogil
 
 from math import prod
 
 import numpy
 
-from fusedopt import _around, _check, formats as _formats
-from fusedopt.formats import Stored
-
-cdef object ndarray = numpy.ndarray
-cdef object float32 = numpy.dtype(numpy.float32)
-cdef object float64 = numpy.dtype(numpy.float64)
-cdef object float16 = numpy.dtype(numpy.float16)
-cdef object bfloat16 = None  # the dtype of ml_dtypes, once an array of it was seen
-
-cdef list FORMAT_NAMES = list(_formats.FORMATS)  # in the order of the C table
+from fusedopt import _around
 
 TILE = FO_TILE
 BLOCK = FO_BLOCK
@@ -52,6 +30,15 @@ cdef int check(fo_status status) except -1:
     raise SystemError(f"fusedopt: internal status {<int>status}; please report")
 
 
+cdef void *grow(void *memory, Py_ssize_t count, size_t size) except NULL:
+    cdef void *larger = realloc(memory, max(count, 1) * size)
+    if larger == NULL:
+        raise MemoryError("fusedopt: no memory for the work list")
+    return larger
+
+
+# ------------------------------------------------------------------ what lists of leaves use
+
 cdef fo_status run_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
                         ptrdiff_t n_hypers, const fo_run *run, int threads) noexcept nogil:
     return fo_step(rule, leaves, n, hypers, n_hypers, run, threads)
@@ -62,8 +49,41 @@ cdef fo_status run_measure(fo_leaf *leaves, ptrdiff_t n, const fo_run *run,
     return fo_measure(leaves, n, run, threads)
 
 
+cdef fo_status run_stream(fo_leaf *leaves, ptrdiff_t n, int threads) noexcept nogil:
+    return fo_stream(leaves, n, threads)
+
+
+cdef fo_status zero_state(fo_leaf *leaves, ptrdiff_t n, int threads) noexcept nogil:
+    return fo_zero_state(leaves, n, threads)
+
+
 cdef fo_stats sum_stats(const fo_stats *stats, ptrdiff_t n) noexcept nogil:
     return fo_total(stats, n)
+
+
+cdef uint64_t noise_key(uint64_t seed, uint64_t leaf, uint64_t step) noexcept nogil:
+    return fo_key(seed, leaf, step)
+
+
+cdef bint is_stochastic(int format) noexcept nogil:
+    return fo_formats()[format].stochastic
+
+
+cdef ptrdiff_t add_constants(Hypers *hypers, list names, dict values) except -1:
+    """Add the constants of a step, among them a rule's scalars of these names; return their index.
+    """
+    cdef fo_hyper *h
+    cdef int k
+    if hypers.n == hypers.room:
+        hypers.of = <fo_hyper *>grow(hypers.of, 2 * hypers.room + 4, sizeof(fo_hyper))
+        hypers.room = 2 * hypers.room + 4
+    h = &hypers.of[hypers.n]
+    h.grad_scale, h.l2, h.l1 = values["grad_scale"], values["l2"], values["l1"]
+    h.ema_weight = values.get("ema_weight", 0)
+    for k, name in enumerate(names):
+        h.scalars[k] = values[name]
+    hypers.n += 1
+    return hypers.n - 1
 
 
 cdef int make_room(Sums *sums, const fo_leaf *leaves, ptrdiff_t n, fo_run *how) except -1:
@@ -84,53 +104,7 @@ cdef object stats_table(const Sums *sums, ptrdiff_t n):
     return numpy.frombuffer(rows, _around.STATS)
 
 
-cdef uint64_t noise_key(uint64_t seed, uint64_t leaf, uint64_t step) noexcept nogil:
-    return fo_key(seed, leaf, step)
-
-
-# ------------------------------------------------------------------ arrays
-
-cdef inline int format_of(object array) except? -1:
-    """The storage format of a plain array; -1 if it is for `_check` to judge."""
-    if type(array) is not ndarray:
-        return -1
-    dtype = array.dtype
-    if dtype is float32:
-        return FO_F32
-    if dtype is float64:
-        return FO_F64
-    if dtype is float16:
-        return FO_F16
-    return FO_BF16 if dtype is bfloat16 and bfloat16 is not None else -1
-
-
-cdef int checked_format(object array) except? -1:
-    """The storage format of an array that `_check` has passed: any equal dtype, any class."""
-    global bfloat16
-    dtype = array.dtype
-    if dtype == float32:
-        return FO_F32
-    if dtype == float64:
-        return FO_F64
-    if dtype == float16:
-        return FO_F16
-    bfloat16 = dtype
-    return FO_BF16
-
-
-cdef bint same_layout(const Py_buffer *a, const Py_buffer *b) noexcept:
-    """Whether element i of both, in memory order, has the same index."""
-    cdef int k
-    if a.ndim != b.ndim:
-        return False
-    for k in range(a.ndim):
-        if a.shape[k] != b.shape[k]:
-            return False
-    for k in range(a.ndim):
-        if a.shape[k] > 1 and a.strides[k] // a.itemsize != b.strides[k] // b.itemsize:
-            return a.len == 0
-    return True
-
+# ------------------------------------------------------------------ memory
 
 cdef class Memory:
     """Bytes from fo_allocate as a writable buffer, released with the last array on them."""
@@ -160,601 +134,12 @@ def allocate(specs):
     memory = Memory(sum(sizes))
     offset, arrays = 0, []
     for (shape, dtype, strides), size in zip(specs, sizes):
-        arrays.append(ndarray(shape, dtype, memory, offset, strides))
+        arrays.append(numpy.ndarray(shape, dtype, memory, offset, strides))
         offset += size
     return arrays
 
 
-# ------------------------------------------------------------------ the work list
-
-cdef enum:
-    EMA = 4    # slot of a leaf's average
-    SLOTS = 5  # of a leaf's written arrays: the parameter, FO_MAX_STATES states, the average
-    GRAD, COPY  # of what is written in some steps only
-
-cdef struct Held:
-    # what the binding knows of a leaf beside fo_leaf; views stay exported while it lives
-    Py_buffer views[10]  # the data of each slot, then the extra of each
-    Py_buffer grad, copy  # exported during a step only
-    bint noisy           # whether a store rounds stochastically, so that the leaf needs a key
-    int64_t step         # steps that this leaf has taken
-    int group
-
-
-cdef class WorkList:
-    """The leaves of an optimizer as C sees them, with what must be held so that they stay valid.
-
-    Parameters
-    ----------
-    rule : str
-        Name of a rule of the C table.
-    state_names : tuple of str
-        Names of the rule's state arrays, for messages. Behind the rule's own a leaf may have one
-        more, its running average.
-    """
-    cdef int rule
-    cdef const fo_rule *about
-    cdef tuple state_names
-    cdef list scalar_names
-    cdef readonly list names
-    cdef readonly list params  # arrays as the caller sees them
-    cdef readonly list stored  # the same, as arrays or `Stored`
-    cdef readonly list states  # of each leaf, arrays or `Stored` or None
-    cdef list grad_names
-    cdef ptrdiff_t n, n_hypers, room_hypers
-    cdef fo_leaf *leaves
-    cdef Held *held
-    cdef fo_hyper *hypers
-    cdef Spans spans          # of all held arrays
-    cdef Spans others         # of what else a step writes
-    cdef Sums sums            # of the leaves, where a step measures
-    cdef readonly object count  # steps of the whole list, a Python int
-    cdef int claimed          # 1 while a thread has the list; exchanged atomically
-
-    def __cinit__(self, str rule, tuple state_names):
-        self.rule, self.scalar_names = RULES[rule]
-        self.about = &fo_rules()[self.rule]
-        self.state_names = state_names
-        self.names, self.grad_names, self.states = [], [], []
-        self.params, self.stored = [], []
-        self.count = 0
-
-    def __dealloc__(self):
-        cdef ptrdiff_t i
-        for i in range(self.n):
-            release(&self.held[i])
-        free(self.leaves)
-        free(self.held)
-        free(self.hypers)
-        free(self.spans.of)
-        free(self.others.of)
-        free(self.sums.stats)
-        free(self.sums.tiles)
-
-    def __len__(self):
-        return self.n
-
-    cdef int claim(self) except -1:
-        if fo_exchange(&self.claimed, 1) != 0:
-            raise RuntimeError(
-                "another thread is in a step of this optimizer, or saves, loads or extends it (or "
-                "this call comes from within one); use one optimizer for each thread, or a lock"
-            )
-        return 0
-
-    def __enter__(self):
-        """Claim the list for a block; RuntimeError if another thread has it."""
-        self.claim()
-
-    def __exit__(self, kind, value, trace):
-        fo_exchange(&self.claimed, 0)
-
-    def add(self, list names, list grad_names, list params, list states, int group, bint zero,
-            int threads):
-        """Add leaves, all or none: check and export every array, then zero the state if asked."""
-        cdef ptrdiff_t i, old = self.n, total = old + len(names)
-        self.leaves = <fo_leaf *>grow(self.leaves, total, sizeof(fo_leaf))
-        self.held = <Held *>grow(self.held, total, sizeof(Held))
-        self.spans.of = <Span *>grow(self.spans.of, total * 2 * SLOTS, sizeof(Span))
-        memset(&self.leaves[old], 0, (total - old) * sizeof(fo_leaf))
-        memset(&self.held[old], 0, (total - old) * sizeof(Held))
-        try:
-            for i in range(total - old):
-                self.n += 1
-                self.leaves[self.n - 1].grad_scale = 1
-                self.names.append(names[i])
-                self.grad_names.append(grad_names[i])
-                self.states.append(list(states[i]))
-                self.export(self.n - 1, names[i], params[i], states[i], group)
-            self.refuse_overlap()
-        except BaseException:
-            for i in range(old, self.n):
-                release(&self.held[i])
-            self.n = old
-            for column in (self.names, self.grad_names, self.params, self.stored, self.states):
-                del column[old:]
-            self.refuse_overlap()
-            raise
-        if zero:
-            with nogil:
-                fo_zero_state(&self.leaves[old], total - old, threads)
-
-    cdef int export(self, ptrdiff_t i, str name, object param, list states, int group) except -1:
-        cdef fo_leaf *leaf = &self.leaves[i]
-        cdef Held *held = &self.held[i]
-        cdef int k
-        self.export_slot(i, 0, &leaf.param, name, param, None)
-        leaf.n = held.views[0].len // held.views[0].itemsize
-        held.group = group
-        for k, state in enumerate(states):
-            if state is not None:
-                name_of_state = self.state_names[k] if k < self.about.states else "ema"
-                self.export_slot(
-                    i, EMA if k == self.about.states else 1 + k,
-                    &leaf.ema if k == self.about.states else &leaf.state[k],
-                    f"{name}.{name_of_state}", state, self.params[i]
-                )
-        return 0
-
-    cdef int export_slot(self, ptrdiff_t i, int slot, fo_array *to, str name, object value,
-                         object param) except -1:
-        """Export an array that steps write: a parameter, or (param given) state of one."""
-        cdef Held *held = &self.held[i]
-        cdef Py_buffer *data = &held.views[slot]
-        cdef Py_buffer *extra = &held.views[SLOTS + slot]
-        cdef int format = format_of(value)
-        if param is not None and (format == FO_F64) != (param.dtype == float64):
-            format = -1
-        if format != FO_F32 and format != FO_F64:
-            value = _check.parameter(name, value) if param is None else (
-                _check.state(name, value, param))
-            format = FORMAT_NAMES.index(value.format) if isinstance(value, Stored) else (
-                checked_format(value))
-        array = value.data if isinstance(value, Stored) else value
-        if param is None:
-            self.params.append(array)
-            self.stored.append(value)
-        else:
-            self.states[i][self.about.states if slot == EMA else slot - 1] = value
-        export_array(array, data, name)
-        if param is not None and not same_layout(data, &held.views[0]):
-            _check.state(name, value, param)
-        to.data, to.format = data.buf, <fo_format>format
-        if isinstance(value, Stored) and value.extra is not None:
-            export_array(value.extra, extra, f"{name} (extra)")
-            to.extra = extra.buf
-        held.noisy = held.noisy or fo_formats()[format].stochastic
-        return 0
-
-    cdef int refuse_overlap(self) except -1:
-        """Let no two held arrays have a byte in common."""
-        cdef ptrdiff_t i
-        cdef int k
-        cdef Py_buffer *view
-        cdef Span *span
-        self.spans.n = 0
-        for i in range(self.n):
-            for k in range(2 * SLOTS):
-                view = &self.held[i].views[k]
-                if <void *>view.obj != NULL and view.len > 0:
-                    span = &self.spans.of[self.spans.n]
-                    span.low = <uintptr_t>view.buf
-                    span.high = span.low + view.len
-                    span.leaf, span.slot = i, k % SLOTS
-                    self.spans.n += 1
-        i = overlap(&self.spans)
-        if i > 0:
-            a, b = self.span_name(&self.spans.of[i - 1]), self.span_name(&self.spans.of[i])
-            _check.overlap(min(a, b), max(a, b))
-        return 0
-
-    cdef str span_name(self, Span *span):
-        name = self.names[span.leaf]
-        if span.slot == GRAD:
-            return self.grad_names[span.leaf]
-        if span.slot == COPY:
-            return self.copy_name(span.leaf)
-        if span.slot == EMA:
-            return f"{name}.ema"
-        return name if span.slot == 0 else f"{name}.{self.state_names[span.slot - 1]}"
-
-    cdef str copy_name(self, ptrdiff_t i):
-        return "copy_out" + self.grad_names[i].removeprefix("grads")
-
-    cdef int take_gradient(self, ptrdiff_t i, object grad) except -1:
-        cdef Held *held = &self.held[i]
-        cdef fo_leaf *leaf = &self.leaves[i]
-        cdef int format = format_of(grad)
-        cdef uintptr_t low
-        cdef ptrdiff_t found
-        if format >= 0:
-            PyObject_GetBuffer(grad, &held.grad, PyBUF_STRIDES)
-            if not same_layout(&held.grad, &held.views[0]):
-                PyBuffer_Release(&held.grad)
-                format = -1
-        if format < 0:
-            grad = _check.gradient(self.grad_names[i], grad, self.params[i])
-            PyObject_GetBuffer(grad, &held.grad, PyBUF_STRIDES)
-            format = checked_format(grad)
-        leaf.grad.data = held.grad.buf
-        leaf.grad.format = <fo_format>format
-        low = <uintptr_t>held.grad.buf
-        found = alias(&self.spans, low, low + held.grad.len)
-        if found >= 0:
-            _check.alias(self.grad_names[i], self.span_name(&self.spans.of[found]))
-        return 0
-
-    cdef ptrdiff_t hyper(self, dict seen, int group, object step, object scalars,
-                         list options) except -1:
-        """Index of the constants of a group at a step; computed once per step of the list."""
-        index = seen.get((group, step))
-        if index is not None:
-            return index
-        cdef fo_hyper *h
-        cdef int k
-        cdef dict values = scalars(step, options[group])
-        if self.n_hypers == self.room_hypers:
-            self.hypers = <fo_hyper *>grow(self.hypers, 2 * self.room_hypers + 4, sizeof(fo_hyper))
-            self.room_hypers = 2 * self.room_hypers + 4
-        h = &self.hypers[self.n_hypers]
-        h.grad_scale, h.l2, h.l1 = values["grad_scale"], values["l2"], values["l1"]
-        decay, warmup = options[group].get("ema"), options[group].get("ema_warmup", False)
-        h.ema_weight = 0 if decay is None else _around.ema_weight(step, decay, warmup)
-        for k, name in enumerate(self.scalar_names):
-            h.scalars[k] = values[name]
-        seen[(group, step)] = self.n_hypers
-        self.n_hypers += 1
-        return self.n_hypers - 1
-
-    # -------------------------------------------------------------- around the rule
-
-    cdef int take_others(self, list grads, around) except -1:
-        """Export what this step alone writes: copies, and gradients that it zeroes."""
-        cdef ptrdiff_t i
-        cdef list copies = around.copy_out
-        self.others.n = 0
-        if copies is None and not around.zero_grads:
-            return 0
-        self.others.of = <Span *>grow(self.others.of, 2 * self.n, sizeof(Span))
-        for i in range(self.n):
-            if grads[i] is None:
-                continue
-            if copies is not None and copies[i] is not None:
-                name = self.copy_name(i)
-                copy = _check.copy_target(name, copies[i], self.params[i])
-                export_array(copy, &self.held[i].copy, name)
-                self.leaves[i].copy.data = self.held[i].copy.buf
-                self.leaves[i].copy.format = <fo_format>checked_format(copy)
-                self.add_other(i, COPY, &self.held[i].copy, name)
-            if around.zero_grads:
-                _check.zeroed(self.grad_names[i], grads[i], self.params[i])
-                self.add_other(i, GRAD, &self.held[i].grad, self.grad_names[i])
-        i = overlap(&self.others)
-        if i > 0:
-            a, b = self.span_name(&self.others.of[i - 1]), self.span_name(&self.others.of[i])
-            _check.overlap(min(a, b), max(a, b))
-        for i in range(self.n):
-            if grads[i] is not None and not around.zero_grads:
-                self.refuse_alias(&self.others, &self.held[i].grad, self.grad_names[i])
-        return 0
-
-    cdef int add_other(self, ptrdiff_t i, int slot, Py_buffer *view, str name) except -1:
-        cdef Span *span = &self.others.of[self.others.n]
-        if view.len > 0:
-            span.low = <uintptr_t>view.buf
-            span.high = span.low + view.len
-            span.leaf, span.slot = i, slot
-            self.others.n += 1
-            self.refuse_alias(&self.spans, view, name)
-        return 0
-
-    cdef int refuse_alias(self, Spans *spans, Py_buffer *view, str name) except -1:
-        cdef uintptr_t low = <uintptr_t>view.buf
-        cdef ptrdiff_t found = alias(spans, low, low + view.len)
-        if found >= 0:
-            _check.alias(name, self.span_name(&spans.of[found]))
-        return 0
-
-    cdef object judge(self, list grads, around, plain, fo_run *how, int threads):
-        """Measure the gradients, where this step must know them before it writes.
-
-        Sets the scale of every leaf. Returns whether to skip the step, the norm or None, and the
-        factor of the clip.
-        """
-        cdef ptrdiff_t i
-        cdef fo_status status
-        cdef double scale = around.grad_scale, factor = 1, least = 1
-        cdef fo_stats total
-        if around.sums is not None:
-            for i in range(self.n):
-                read_grad(around.sums[i], &self.sums.stats[i])
-        elif not around.must_measure:
-            return False, None, 1.0
-        elif plain is not None:
-            for i in range(self.n):
-                if grads[i] is not None:
-                    read_grad(plain._plain_sums(i, grads[i]), &self.sums.stats[i])
-        else:
-            how.norm_only = around.norm_only
-            with nogil:
-                status = fo_measure(self.leaves, self.n, how, threads)
-            check(status)
-        how.has_grad = 1
-        total = fo_total(self.sums.stats, self.n)
-        norm = around.norm(total.grad, total.largest_grad)
-        if total.nonfinite > 0 and around.nonfinite != "propagate":
-            if around.nonfinite == "skip":
-                return True, norm, 1.0
-            _check.not_finite([
-                (self.grad_names[i], self.sums.stats[i].nonfinite, self.leaves[i].n)
-                for i in range(self.n) if self.sums.stats[i].nonfinite > 0
-            ])
-        if around.max_grad_norm is None:
-            return False, norm, 1.0
-        if not around.per_tensor:
-            factor = least = around.factor(norm)
-        for i in range(self.n):
-            if around.per_tensor:
-                factor = around.factor(
-                    around.norm(self.sums.stats[i].grad, self.sums.stats[i].largest_grad))
-                least = factor if not factor >= least else least
-            self.leaves[i].grad_scale = scale * factor
-        return False, norm, least
-
-    cdef int zero_gradients(self, list grads) except -1:
-        cdef ptrdiff_t i
-        for i in range(self.n):
-            if grads[i] is not None:
-                memset(self.held[i].grad.buf, 0, self.held[i].grad.len)
-        return 0
-
-    cdef object read_stats(self, list grads):
-        """Numbers of the leaves with a gradient, and their sums as rows of `_around.STATS`."""
-        table = stats_table(&self.sums, self.n)
-        if all([grad is not None for grad in grads]):
-            return range(self.n), table
-        present = [i for i in range(self.n) if grads[i] is not None]
-        return present, table[present]
-
-    def step(self, prepare, grads, scalars, list options, int threads, plain=None, around=None):
-        """One step of all leaves that have a gradient; either all of it happens or none.
-
-        The list is claimed for the whole call, that of `prepare` included: here, where no signal's
-        exception can fall between the claim and the block that ends it.
-
-        Parameters
-        ----------
-        prepare : callable(grads) -> list of array or None
-            One entry for each leaf; None leaves it out.
-        grads
-            What `prepare` gets.
-        scalars : callable(step, options) -> dict
-            The rule's scalars by name, and grad_scale, l2 and l1.
-        options : list of dict
-            What `scalars` gets, for each group.
-        threads : int
-        plain : reference.Plain, optional
-            Does the arithmetic in the place of C, after the same checks.
-        around : Around, optional
-            What the step shall do around the rule.
-
-        Returns
-        -------
-        int, int
-            Steps of the list, this one included; leaves updated.
-        tuple, optional
-            With `around`: whether the step was skipped, the gradients' norm or None, the factor of
-            the clip, and None or the statistics: numbers of leaves and their table.
-
-        Raises
-        ------
-        RuntimeError
-            If another thread has the list.
-        """
-        self.claim()
-        try:
-            return self.run(prepare(grads), scalars, options, threads, plain, around)
-        finally:
-            fo_exchange(&self.claimed, 0)
-
-    cdef tuple run(self, list grads, scalars, list options, int threads, plain, around):
-        cdef ptrdiff_t i, n = self.n, updated = 0, index = 0
-        cdef int group = -1
-        cdef int64_t step = -1
-        cdef fo_status status
-        cdef fo_run how
-        cdef double scale = 1
-        cdef dict seen = {}
-        cdef bint skipped = False
-        if len(grads) != n:
-            raise ValueError(f"grads: {len(grads)} arrays for {n} parameters")
-        self.n_hypers = 0
-        memset(&how, 0, sizeof(how))
-        if around is not None:
-            scale, how.clip_value = around.grad_scale, around.clip_value or 0
-            how.zero_grads, how.measure = around.zero_grads, <fo_measures><int>around.measure
-        try:
-            for i in range(n):
-                grad = grads[i]
-                if grad is None:
-                    self.leaves[i].grad.data = NULL
-                    continue
-                self.take_gradient(i, grad)
-                updated += 1
-                if self.held[i].group != group or self.held[i].step != step:
-                    group, step = self.held[i].group, self.held[i].step
-                    index = self.hyper(seen, group, step + 1, scalars, options)
-                self.leaves[i].hyper = index
-                self.leaves[i].grad_scale = scale
-                if self.held[i].noisy:
-                    self.leaves[i].key = fo_key(options[group]["seed"], i, step + 1)
-            if around is not None or self.about.layerwise:
-                make_room(&self.sums, self.leaves, self.n, &how)
-            if around is not None:
-                self.take_others(grads, around)
-                skipped, norm, factor = self.judge(grads, around, plain, &how, threads)
-            number = self.count + 1  # an object: no memory may run out between writes and count
-            if skipped:
-                if around.zero_grads:
-                    self.zero_gradients(grads)
-                return self.count, 0, (True, norm, factor, None)
-            if plain is None:
-                with nogil:
-                    status = fo_step(
-                        self.rule, self.leaves, n, self.hypers, self.n_hypers, &how, threads)
-                check(status)
-            else:
-                for i in range(n):
-                    if grads[i] is not None:
-                        self.step_plainly(plain, i, grads[i], around, how.has_grad)
-                if how.zero_grads:
-                    self.zero_gradients(grads)
-            for i in range(n):
-                if grads[i] is not None:
-                    self.held[i].step += 1
-            self.count = number
-            if around is None:
-                return number, updated
-            return number, updated, (
-                False, norm, factor, self.read_stats(grads) if around.measure else None)
-        finally:
-            for i in range(n):
-                if <void *>self.held[i].grad.obj != NULL:
-                    PyBuffer_Release(&self.held[i].grad)
-                if <void *>self.held[i].copy.obj != NULL:
-                    PyBuffer_Release(&self.held[i].copy)
-                    self.leaves[i].copy.data = NULL
-
-    cdef int step_plainly(self, plain, ptrdiff_t i, grad, around, bint has_grad) except -1:
-        copy = None if around is None or around.copy_out is None else around.copy_out[i]
-        sums = plain._plain_step(i, grad, self.held[i].step + 1, self.leaves[i].grad_scale, around,
-                                 copy)
-        if sums is not None:
-            if not has_grad:
-                read_grad(sums[0], &self.sums.stats[i])
-            read_step(sums[1], &self.sums.stats[i])
-        return 0
-
-    def stream(self, list grads, int threads):
-        """Move the bytes of a step without its arithmetic; changes every array it writes."""
-        cdef ptrdiff_t i
-        try:
-            for i in range(self.n):
-                self.take_gradient(i, grads[i])
-            with nogil:
-                fo_stream(self.leaves, self.n, threads)
-        finally:
-            for i in range(self.n):
-                if <void *>self.held[i].grad.obj != NULL:
-                    PyBuffer_Release(&self.held[i].grad)
-
-    def use_states(self, ptrdiff_t i, tuple used):
-        """Hide from C the state arrays that the leaf's options do not ask for."""
-        cdef int k
-        for k in range(self.about.states):
-            self.leaves[i].state[k].data = self.held[i].views[1 + k].buf if used[k] else NULL
-
-    def get_step(self, ptrdiff_t i):
-        """Steps that leaf i has taken."""
-        return self.held[i].step
-
-    def set_steps(self, count, list steps):
-        """Set the number of steps of the list and of each leaf."""
-        cdef ptrdiff_t i
-        self.count = count
-        for i in range(self.n):
-            self.held[i].step = steps[i]
-
-    def restore(self, list pairs, count, list steps, list groups, list options):
-        """Take over a checkpoint: all of it or, where this raises, none.
-
-        One call, so that no signal's exception and no want of memory can fall between its writes:
-        all that can fail comes before them.
-
-        Parameters
-        ----------
-        pairs : list of (array, array)
-            One of the list's arrays, and one whose bytes it gets: as many, in the same order.
-        count, steps
-            See `set_steps`.
-        groups, options : list of dict
-            Each of the first is updated by its neighbour in the second, which has no other keys.
-        """
-        cdef ptrdiff_t i, n = len(pairs)
-        cdef Py_buffer *views = <Py_buffer *>grow(NULL, 2 * n, sizeof(Py_buffer))
-        cdef int64_t *numbers = NULL
-        memset(views, 0, 2 * n * sizeof(Py_buffer))
-        try:
-            numbers = <int64_t *>grow(NULL, self.n, sizeof(int64_t))
-            for i in range(self.n):
-                numbers[i] = steps[i]
-            for i in range(n):
-                self.export_pair(pairs[i][0], pairs[i][1], &views[2 * i], &views[2 * i + 1])
-            for i in range(len(groups)):
-                (<dict?>groups[i]).update(<dict?>options[i])
-            for i in range(n):
-                memmove(views[2 * i].buf, views[2 * i + 1].buf, views[2 * i].len)
-            self.count = count
-            for i in range(self.n):
-                self.held[i].step = numbers[i]
-        finally:
-            for i in range(2 * n):
-                if <void *>views[i].obj != NULL:
-                    PyBuffer_Release(&views[i])
-            free(views)
-            free(numbers)
-
-    cdef int export_pair(self, object to, object source, Py_buffer *to_view,
-                         Py_buffer *view) except -1:
-        cdef uintptr_t low
-        PyObject_GetBuffer(to, to_view, PyBUF_STRIDES | PyBUF_WRITABLE)
-        PyObject_GetBuffer(source, view, PyBUF_STRIDES)
-        low = <uintptr_t>view.buf
-        if view.buf != to_view.buf and alias(&self.spans, low, low + view.len) >= 0:
-            PyBuffer_Release(view)  # another of the list's own, which this call may write first
-            PyObject_GetBuffer(source.copy(order="K"), view, PyBUF_STRIDES)
-        if view.len != to_view.len or not same_layout(to_view, view):
-            raise SystemError("fusedopt: arrays of a checkpoint do not fit; please report")
-        return 0
-
-
-cdef int read_grad(object values, fo_stats *to) except -1:
-    to.grad, to.largest_grad, to.zeros, to.nonfinite = values
-    return 0
-
-
-cdef int read_step(object values, fo_stats *to) except -1:
-    to.param, to.update, to.largest_update = values
-    return 0
-
-
-cdef void *grow(void *memory, Py_ssize_t count, size_t size) except NULL:
-    cdef void *larger = realloc(memory, max(count, 1) * size)
-    if larger == NULL:
-        raise MemoryError("fusedopt: no memory for the work list")
-    return larger
-
-
-cdef void release(Held *held) noexcept:
-    cdef int k
-    for k in range(2 * SLOTS):
-        if <void *>held.views[k].obj != NULL:
-            PyBuffer_Release(&held.views[k])
-
-
-cdef int export_array(object array, Py_buffer *view, str name) except -1:
-    """Export an array that steps write to."""
-    try:
-        PyObject_GetBuffer(array, view, PyBUF_STRIDES | PyBUF_WRITABLE)
-    except (BufferError, ValueError):  # NumPy raises the second for read-only
-        _check.writable(name, array)
-        raise
-    if not PyBuffer_IsContiguous(view, b"A"):
-        _check.writable(name, array)
-    return 0
-
-
-# ------------------------------------------------------------------ the library
+# ------------------------------------------------------------------ tables
 
 def rules():
     """The rules of the C table: (name, [scalars], states, required states)."""
@@ -808,8 +193,6 @@ def backend():
     return fo_backend().decode()
 
 
-cdef dict RULES = {}  # name -> number and names of the scalars; read once: it takes memory
-
-for _number, _row in enumerate(rules()):
-    RULES[_row[0]] = _number, _row[1]
-del _number, _row
+# name -> number, names of the scalars, states, whether layer-wise; read once: it takes memory
+RULES = {row[0]: (number, row[1], row[2], bool(fo_rules()[number].layerwise))
+         for number, row in enumerate(rules())}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fusedopt import _check, _core, _storage, _threads
+from fusedopt import _arrays, _check, _storage, _threads
 from fusedopt.optimizer import Optimizer
 
 
@@ -43,7 +43,7 @@ def apply(
     names = [f"{params_name}[{i}]" for i in range(len(params))]
     grad_names = [f"{grads_name}[{i}]" for i in range(len(params))]
     threads = _threads.get_num_threads()
-    work = _core.WorkList(cls.rule, cls.state_names)
+    work = _arrays.ArrayList(cls.rule, cls.state_names)
     work.add(names, grad_names, list(params), rows, group=0, zero=False, threads=threads)
     work.set_steps(step - 1, [step - 1] * len(params))
     work.step(list, grads, cls.scalars, [options], threads)

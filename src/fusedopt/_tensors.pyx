@@ -1,6 +1,6 @@
 # cython: language_level=3, binding=False, boundscheck=False, wraparound=False
 # cython: freethreading_compatible=True, autotestdict=False
-"""The border for torch's tensors: what `_core.WorkList` is for arrays.
+"""The border for torch's tensors: what `_arrays.ArrayList` is for arrays.
 
 Tensors are read anew in each step, through DLPack's C exchange API: no pointer outlives the call,
 because load_state_dict, FSDP and DeepSpeed exchange the buffers under a tensor. A leaf whose
@@ -18,9 +18,7 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.ref cimport Py_DECREF, Py_INCREF
 
 from fusedopt._c cimport *
-from fusedopt._core cimport (
-    Sums, check, grow, make_room, noise_key, run_measure, run_step, stats_table, sum_stats,
-)
+from fusedopt._core cimport *
 from fusedopt._dlpack cimport *
 from fusedopt._spans cimport Span, Spans, alias, overlap
 
@@ -99,11 +97,6 @@ cdef inline void let_go(More *more, int left) noexcept:
         more.count = NULL
 
 
-cdef inline bint is_noisy(int format) noexcept nogil:
-    return (format == FO_BF16_STOCHASTIC or format == FO_F16_STOCHASTIC or format == FO_S8
-            or format == FO_U8)
-
-
 cdef inline PyObject *entry(own, name, Py_ssize_t *at) except? NULL:
     """The value of a key: of the next entry, if it is that one's, which saves the search."""
     cdef Py_ssize_t after = at[0]
@@ -140,9 +133,9 @@ cdef class TensorList:
     cdef fo_leaf *leaves
     cdef More *more
     cdef Pin *pins            # PINS of each leaf
-    cdef fo_hyper *hypers
+    cdef Hypers hypers
     cdef Spans spans          # of all arrays that the step writes
-    cdef ptrdiff_t n, room, n_hypers, room_hypers, n_arrays
+    cdef ptrdiff_t n, room, n_arrays
     cdef tuple squares        # of the group: whether each state array holds squares
     cdef int bits             # of the group: of master weights
     cdef bint averages        # of the group: whether the last state array is an average
@@ -159,9 +152,7 @@ cdef class TensorList:
     cdef dict seen            # (group, step) -> index of its constants
 
     def __cinit__(self, str rule, tuple kinds, is_neg, exchange, export):
-        rows = _core.rules()
-        self.rule = [row[0] for row in rows].index(rule)
-        self.scalar_names = rows[self.rule][1]
+        self.rule, self.scalar_names, _, _ = _core.RULES[rule]
         self.tensor, self.parameter = kinds
         self.export = export
         self.claim = threading.Lock()
@@ -183,7 +174,7 @@ cdef class TensorList:
         free(self.pins)
         free(self.leaves)
         free(self.more)
-        free(self.hypers)
+        free(self.hypers.of)
         free(self.spans.of)
         free(self.sums.stats)
         free(self.sums.tiles)
@@ -225,7 +216,7 @@ cdef class TensorList:
                 "use one optimizer for each thread, or a lock"
             )
         try:
-            self.n = self.n_arrays = self.n_hypers = self.at = 0
+            self.n = self.n_arrays = self.hypers.n = self.at = 0
             self.number = -1
             self.before = self.written or []
             self.capsules, self.written, self.seen = [], [], {}
@@ -238,8 +229,8 @@ cdef class TensorList:
             if around is not None:
                 outcome = self.judge(around, &how, threads)
             with nogil:
-                status = run_step(self.rule, self.leaves, self.n, self.hypers, self.n_hypers, &how,
-                                  threads)
+                status = run_step(
+                    self.rule, self.leaves, self.n, self.hypers.of, self.hypers.n, &how, threads)
             check(status)
             self.finish(owner, state)
             if around is not None:
@@ -492,7 +483,7 @@ cdef class TensorList:
             more.bytes[k] = leaf.n * (other.dtype.bits // 8)
             if format >= FO_BF16_LOW16 and not self.take_extra(more, k, array, &param):
                 return False
-            if k != 1 and is_noisy(format):
+            if k != 1 and is_stochastic(format):
                 more.noisy = True
                 if more.count == NULL:
                     return False  # the noise of a step is keyed by its number
@@ -587,24 +578,11 @@ cdef class TensorList:
 
     cdef ptrdiff_t hyper(self, owner, ptrdiff_t group, ptrdiff_t step) except -1:
         """Index of the constants of a group at a step; computed once per step of the list."""
-        cdef fo_hyper *h
-        cdef int k = 0
         index = self.seen.get((group, step))
-        if index is not None:
-            return index
-        values = owner._constants(group, step)
-        if self.n_hypers == self.room_hypers:
-            self.hypers = <fo_hyper *>grow(self.hypers, 2 * self.room_hypers + 4, sizeof(fo_hyper))
-            self.room_hypers = 2 * self.room_hypers + 4
-        h = &self.hypers[self.n_hypers]
-        h.grad_scale, h.l2, h.l1 = values["grad_scale"], values["l2"], values["l1"]
-        h.ema_weight = values.get("ema_weight", 0)
-        for name in self.scalar_names:
-            h.scalars[k] = values[name]
-            k += 1
-        self.seen[(group, step)] = self.n_hypers
-        self.n_hypers += 1
-        return self.n_hypers - 1
+        if index is None:
+            index = self.seen[(group, step)] = add_constants(
+                &self.hypers, self.scalar_names, owner._constants(group, step))
+        return index
 
     # -------------------------------------------------------------- overlap
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fusedopt import _around, _check, _core, _threads, _tree
+from fusedopt import _around, _arrays, _check, _core, _threads, _tree
 from fusedopt._check import Array
 from fusedopt.formats import Stored
 
@@ -62,7 +62,7 @@ class GradAccumulator:
         self._buffers: list[Array] = _core.allocate(specs)
         names = [name for name, _ in named]
         grads = ["grads" + name.removeprefix("params") for name in names]
-        self._work = _core.WorkList("sgd", ("momentum_buffer",))
+        self._work = _arrays.ArrayList("sgd", ("momentum_buffer",))
         self._work.add(
             names, grads, self._buffers, [[None]] * len(names), 0, False, _threads.get_num_threads()
         )

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 
-from fusedopt import _around, _check, _checkpoint, _core, _fitting, _storage, _threads, _tree
+from fusedopt import _around, _arrays, _check, _checkpoint, _fitting, _storage, _threads, _tree
 from fusedopt._around import StepResult, StepStats
 from fusedopt._check import Array
 from fusedopt.accumulate import GradAccumulator
@@ -95,7 +95,7 @@ class Optimizer:
             {name: defaults[name] for name in self.checks}, where=""
         )
         self.param_groups: list[Options] = []
-        self._work = _core.WorkList(self.rule, self.state_names)
+        self._work = _arrays.ArrayList(self.rule, self.state_names)
         self._readers: list[_tree.Reader] = []
         self._options: list[Options] = []  # each group's, checked, with lr as a number
         self._seen: list[Options] = []  # each of param_groups as it was when last checked
