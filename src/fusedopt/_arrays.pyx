@@ -178,7 +178,7 @@ cdef class ArrayList:
                 self.names.append(names[i])
                 self.grad_names.append(grad_names[i])
                 self.states.append(list(states[i]))
-                self.export(self.n - 1, names[i], params[i], states[i], group)
+                self.export(self.n - 1, params[i], group)
             self.refuse_overlap()
         except BaseException:
             for i in range(old, self.n):
@@ -192,26 +192,29 @@ cdef class ArrayList:
             with nogil:
                 zero_state(&self.leaves[old], total - old, threads)
 
-    cdef int export(self, ptrdiff_t i, str name, object param, list states, int group) except -1:
+    cdef int export(self, ptrdiff_t i, object param, int group) except -1:
+        """Export a leaf's parameter, and of its state what is there."""
         cdef fo_leaf *leaf = &self.leaves[i]
         cdef Held *held = &self.held[i]
+        cdef list states = self.states[i]
         cdef int k
-        self.export_slot(i, 0, &leaf.param, name, param, None)
+        self.export_slot(i, 0, &leaf.param, param, None)
         leaf.n = held.views[0].len // held.views[0].itemsize
         held.group = group
-        for k, state in enumerate(states):
-            if state is not None:
-                name_of_state = self.state_names[k] if k < self.rule_states else "ema"
-                self.export_slot(
-                    i, EMA if k == self.rule_states else 1 + k,
-                    &leaf.ema if k == self.rule_states else &leaf.state[k],
-                    f"{name}.{name_of_state}", state, self.params[i]
-                )
+        for k in range(len(states)):
+            if states[k] is None:
+                continue
+            if k == self.rule_states:
+                states[k] = self.export_slot(i, EMA, &leaf.ema, states[k], self.params[i])
+            else:
+                states[k] = self.export_slot(i, 1 + k, &leaf.state[k], states[k], self.params[i])
         return 0
 
-    cdef int export_slot(self, ptrdiff_t i, int slot, fo_array *to, str name, object value,
-                         object param) except -1:
-        """Export an array that steps write: a parameter, or (param given) state of one."""
+    cdef object export_slot(self, ptrdiff_t i, int slot, fo_array *to, object value, object param):
+        """Export an array that steps write: a parameter, or (param given) state of one.
+
+        Returns it as it is kept: a plain array, or `Stored`.
+        """
         cdef Held *held = &self.held[i]
         cdef Py_buffer *data = &held.views[slot]
         cdef Py_buffer *extra = &held.views[SLOTS + slot]
@@ -219,6 +222,7 @@ cdef class ArrayList:
         if param is not None and (format == FO_F64) != (param.dtype == float64):
             format = -1
         if format != FO_F32 and format != FO_F64:
+            name = self.name(i, slot)
             value = _check.parameter(name, value) if param is None else (
                 _check.state(name, value, param))
             format = FORMAT_NAMES.index(value.format) if isinstance(value, Stored) else (
@@ -227,16 +231,25 @@ cdef class ArrayList:
         if param is None:
             self.params.append(array)
             self.stored.append(value)
-        else:
-            self.states[i][self.rule_states if slot == EMA else slot - 1] = value
-        export_array(array, data, name)
+        self.export_array(i, slot, array, data)
         if param is not None and not same_layout(data, &held.views[0]):
-            _check.state(name, value, param)
+            _check.state(self.name(i, slot), value, param)
         to.data, to.format = data.buf, <fo_format>format
         if isinstance(value, Stored) and value.extra is not None:
-            export_array(value.extra, extra, f"{name} (extra)")
+            self.export_array(i, slot, value.extra, extra)
             to.extra = extra.buf
         held.noisy = held.noisy or is_stochastic(format)
+        return value
+
+    cdef int export_array(self, ptrdiff_t i, int slot, object array, Py_buffer *view) except -1:
+        """Export an array that steps write to."""
+        try:
+            PyObject_GetBuffer(array, view, PyBUF_STRIDES | PyBUF_WRITABLE)
+        except (BufferError, ValueError):  # NumPy raises the second for read-only
+            _check.writable(self.name(i, slot), array)
+            raise
+        if not PyBuffer_IsContiguous(view, b"A"):
+            _check.writable(self.name(i, slot), array)
         return 0
 
     cdef int refuse_overlap(self) except -1:
@@ -261,25 +274,31 @@ cdef class ArrayList:
             _check.overlap(min(a, b), max(a, b))
         return 0
 
-    cdef str span_name(self, Span *span):
-        name = self.names[span.leaf]
-        if span.slot == GRAD:
-            return self.grad_names[span.leaf]
-        if span.slot == COPY:
-            return self.copy_name(span.leaf)
-        if span.slot == EMA:
-            return f"{name}.ema"
-        return name if span.slot == 0 else f"{name}.{self.state_names[span.slot - 1]}"
+    cdef int refuse_alias(self, Spans *spans, ptrdiff_t i, int slot, Py_buffer *view) except -1:
+        """Let an array have no byte in common with some."""
+        cdef uintptr_t low = <uintptr_t>view.buf
+        cdef ptrdiff_t found = alias(spans, low, low + view.len)
+        if found >= 0:
+            _check.alias(self.name(i, slot), self.span_name(&spans.of[found]))
+        return 0
 
-    cdef str copy_name(self, ptrdiff_t i):
-        return "copy_out" + self.grad_names[i].removeprefix("grads")
+    cdef str span_name(self, Span *span):
+        return self.name(span.leaf, span.slot)
+
+    cdef str name(self, ptrdiff_t i, int slot):
+        """The name of one of a leaf's arrays, for messages."""
+        if slot == GRAD:
+            return self.grad_names[i]
+        if slot == COPY:
+            return "copy_out" + self.grad_names[i].removeprefix("grads")
+        if slot == EMA:
+            return f"{self.names[i]}.ema"
+        return self.names[i] if slot == 0 else f"{self.names[i]}.{self.state_names[slot - 1]}"
 
     cdef int take_gradient(self, ptrdiff_t i, object grad) except -1:
         cdef Held *held = &self.held[i]
         cdef fo_leaf *leaf = &self.leaves[i]
         cdef int format = format_of(grad)
-        cdef uintptr_t low
-        cdef ptrdiff_t found
         if format >= 0:
             PyObject_GetBuffer(grad, &held.grad, PyBUF_STRIDES)
             if not same_layout(&held.grad, &held.views[0]):
@@ -291,11 +310,7 @@ cdef class ArrayList:
             format = checked_format(grad)
         leaf.grad.data = held.grad.buf
         leaf.grad.format = <fo_format>format
-        low = <uintptr_t>held.grad.buf
-        found = alias(&self.spans, low, low + held.grad.len)
-        if found >= 0:
-            _check.alias(self.grad_names[i], self.span_name(&self.spans.of[found]))
-        return 0
+        return self.refuse_alias(&self.spans, i, GRAD, &held.grad)
 
     cdef ptrdiff_t hyper(self, dict seen, int group, object step, object scalars,
                          list options) except -1:
@@ -324,39 +339,31 @@ cdef class ArrayList:
             if grads[i] is None:
                 continue
             if copies is not None and copies[i] is not None:
-                name = self.copy_name(i)
-                copy = _check.copy_target(name, copies[i], self.params[i])
-                export_array(copy, &self.held[i].copy, name)
+                copy = _check.copy_target(self.name(i, COPY), copies[i], self.params[i])
+                self.export_array(i, COPY, copy, &self.held[i].copy)
                 self.leaves[i].copy.data = self.held[i].copy.buf
                 self.leaves[i].copy.format = <fo_format>checked_format(copy)
-                self.add_other(i, COPY, &self.held[i].copy, name)
+                self.add_other(i, COPY, &self.held[i].copy)
             if around.zero_grads:
                 _check.zeroed(self.grad_names[i], grads[i], self.params[i])
-                self.add_other(i, GRAD, &self.held[i].grad, self.grad_names[i])
+                self.add_other(i, GRAD, &self.held[i].grad)
         i = overlap(&self.others)
         if i > 0:
             a, b = self.span_name(&self.others.of[i - 1]), self.span_name(&self.others.of[i])
             _check.overlap(min(a, b), max(a, b))
         for i in range(self.n):
             if grads[i] is not None and not around.zero_grads:
-                self.refuse_alias(&self.others, &self.held[i].grad, self.grad_names[i])
+                self.refuse_alias(&self.others, i, GRAD, &self.held[i].grad)
         return 0
 
-    cdef int add_other(self, ptrdiff_t i, int slot, Py_buffer *view, str name) except -1:
+    cdef int add_other(self, ptrdiff_t i, int slot, Py_buffer *view) except -1:
         cdef Span *span = &self.others.of[self.others.n]
         if view.len > 0:
             span.low = <uintptr_t>view.buf
             span.high = span.low + view.len
             span.leaf, span.slot = i, slot
             self.others.n += 1
-            self.refuse_alias(&self.spans, view, name)
-        return 0
-
-    cdef int refuse_alias(self, Spans *spans, Py_buffer *view, str name) except -1:
-        cdef uintptr_t low = <uintptr_t>view.buf
-        cdef ptrdiff_t found = alias(spans, low, low + view.len)
-        if found >= 0:
-            _check.alias(name, self.span_name(&spans.of[found]))
+            self.refuse_alias(&self.spans, i, slot, view)
         return 0
 
     cdef object judge(self, list grads, around, plain, fo_run *how, int threads):
@@ -637,15 +644,3 @@ cdef void release(Held *held) noexcept:
     for k in range(2 * SLOTS):
         if <void *>held.views[k].obj != NULL:
             PyBuffer_Release(&held.views[k])
-
-
-cdef int export_array(object array, Py_buffer *view, str name) except -1:
-    """Export an array that steps write to."""
-    try:
-        PyObject_GetBuffer(array, view, PyBUF_STRIDES | PyBUF_WRITABLE)
-    except (BufferError, ValueError):  # NumPy raises the second for read-only
-        _check.writable(name, array)
-        raise
-    if not PyBuffer_IsContiguous(view, b"A"):
-        _check.writable(name, array)
-    return 0

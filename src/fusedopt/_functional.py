@@ -39,7 +39,7 @@ def apply(
         values if use and values is not None else [None] * len(params)
         for (_, values), use in zip(states, cls.uses(options), strict=True)
     ]
-    rows = [list(row) for row in zip(*columns, strict=True)]
+    rows = list(zip(*columns, strict=True))
     names = [f"{params_name}[{i}]" for i in range(len(params))]
     grad_names = [f"{grads_name}[{i}]" for i in range(len(params))]
     threads = _threads.get_num_threads()
