@@ -1,0 +1,250 @@
+"""fusedopt.torch: options that torch's own optimizers do not have."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+from torch_cases import fo, leaf, torch
+
+import fusedopt
+
+# ------------------------------------------------------------------ storage formats
+
+FORMATS = [
+    (torch.bfloat16, {}),
+    (torch.bfloat16, {"master_bits": 24}),
+    (torch.bfloat16, {"master_bits": 16, "seed": 3}),
+    (torch.float16, {}),
+    (torch.float32, {"state_dtype": "bfloat16"}),
+    (torch.float32, {"state_dtype": "int8", "min_8bit_size": 64, "seed": 5}),
+    (torch.bfloat16, {"state_dtype": "int8", "min_8bit_size": 64}),
+]
+
+
+def as_numpy(tensor):
+    """A bfloat16 tensor as fusedopt.formats.Stored has it: its bits, uint16."""
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+@pytest.mark.parametrize(("dtype", "options"), FORMATS, ids=str)
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_formats_have_the_bits_of_the_numpy_interface(name, dtype, options):
+    """The same codes, residual bits and blocks after five steps, with the same noise."""
+    ml_dtypes = pytest.importorskip("ml_dtypes") if dtype == torch.bfloat16 else None
+    options = {"lr": 0.1, **({"momentum": 0.9} if name == "SGD" else {}), **options}
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(n).to(dtype)) for n in (700, 30)]
+    plain = [as_numpy(p.detach().clone()) for p in params]
+    if ml_dtypes is not None:
+        plain = [a.view(ml_dtypes.bfloat16) for a in plain]
+    opt, peer = getattr(fo, name)(params, **options), getattr(fusedopt, name)(plain, **options)
+    for _ in range(5):
+        for p in params:
+            p.grad = torch.randn(p.shape).to(dtype)
+        grads = [as_numpy(p.grad) for p in params]
+        peer.step([g.view(plain[0].dtype) for g in grads])
+        opt.step()
+    for p, a, state in zip(params, plain, peer.state.values(), strict=True):
+        assert as_numpy(p.detach()).tobytes() == a.tobytes()
+        for key, value in opt.state[p].items():
+            if key == "step":
+                assert value == 5
+            elif key == "residual":
+                assert as_numpy(value).tobytes() == state[key].tobytes()
+            elif key.endswith("_blocks"):
+                assert value.numpy().tobytes() == state[key.removesuffix("_blocks")].extra.tobytes()
+            else:
+                theirs = state[key]
+                theirs = theirs if isinstance(theirs, np.ndarray) else theirs.data
+                assert as_numpy(value).tobytes() == theirs.tobytes(), key
+
+
+@pytest.mark.parametrize(("dtype", "options"), FORMATS, ids=str)
+@pytest.mark.parametrize("name", ["Adam", "SGD"])
+def test_formats_resume_exactly(name, dtype, options, tmp_path):
+    """Through a file: state keeps its dtype, which torch's rule would cast to the parameter's."""
+    options = {"lr": 0.1, **({"momentum": 0.9} if name == "SGD" else {}), **options}
+
+    def steps(p, opt, seeds):
+        for seed in seeds:
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+            opt.step()
+
+    def start():
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(20, 10).to(dtype))
+        return p, getattr(fo, name)([p], **options)
+
+    straight, opt = start()
+    steps(straight, opt, range(6))
+    p, opt = start()
+    steps(p, opt, range(3))
+    torch.save({"p": p, "opt": opt.state_dict()}, tmp_path / "run.pt")
+    saved = torch.load(tmp_path / "run.pt")
+    q, opt = start()
+    with torch.no_grad():
+        q.copy_(saved["p"])
+    opt.load_state_dict(saved["opt"])
+    for key, value in saved["opt"]["state"][0].items():
+        assert opt.state[q][key].dtype == value.dtype, key
+    steps(q, opt, range(3, 6))
+    assert torch.equal(q, straight)
+
+
+@pytest.mark.parametrize("state_dtype", [None, "bfloat16", "int8"])
+def test_state_of_torch_is_converted(state_dtype):
+    """torch keeps bfloat16 state of a bfloat16 parameter; ours is what was asked for."""
+    p = torch.nn.Parameter(torch.randn(5000).bfloat16())
+    p.grad = torch.randn(5000).bfloat16()
+    peer = torch.optim.Adam([p])
+    peer.step()
+    ours = fo.Adam([p], state_dtype=state_dtype)
+    ours.load_state_dict(peer.state_dict())
+    state = ours.state[p]
+    wanted = {None: torch.float32, "bfloat16": torch.bfloat16, "int8": torch.uint8}[state_dtype]
+    assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == wanted
+    assert ("exp_avg_blocks" in state) == (state_dtype == "int8")
+    ours.step()
+    back = fo.Adam([p])  # and 8-bit codes become numbers again
+    back.load_state_dict(ours.state_dict())
+    assert back.state[p]["exp_avg"].dtype == torch.float32
+    assert "exp_avg_blocks" not in back.state[p]
+    expected = peer.state[p]["exp_avg"].float() * 0.9 + 0.1 * p.grad.float()
+    torch.testing.assert_close(back.state[p]["exp_avg"], expected, rtol=0.4, atol=1e-3)
+    torch.optim.Adam([p]).load_state_dict(ours.state_dict())  # what torch makes of it is its own
+
+
+def test_state_that_fits_no_more():
+    p = leaf(3, 4, 5, 6)
+    opt = fo.Adam([p], state_dtype="int8", min_8bit_size=1)
+    opt.step()
+    p.data = p.data.to(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match="another memory order"):
+        opt.step()
+    p = leaf(300)
+    opt = fo.Adam([p], state_dtype="int8", min_8bit_size=1)
+    opt.step()
+    del opt.state[p]["exp_avg_blocks"]
+    with pytest.raises(ValueError, match="exp_avg_blocks"):
+        opt.step()
+    opt.state[p]["exp_avg"] = torch.zeros(300, dtype=torch.float64)
+    with pytest.raises(TypeError, match="float64 does not fit"):
+        opt.step()
+    with pytest.raises(ValueError, match="state_dtype"):
+        fo.SGD([p], state_dtype="int4")
+    with pytest.raises(ValueError, match=r"param_groups\[1\]: master_bits"):
+        opt.add_param_group({"params": [leaf(2)], "master_bits": 17})
+
+
+# ------------------------------------------------------------------ around the rule
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])
+def test_clip_is_that_of_torch(name):
+    """As clip_grad_norm_ before the step, but for rounding; gradients stay as they are."""
+    torch.manual_seed(0)
+    ours, theirs = ([leaf(30, 20), leaf(7)] for _ in range(2))
+    opt = getattr(fo, name)(ours, lr=0.1, max_grad_norm=0.5)
+    peer = getattr(torch.optim, name)(theirs, lr=0.1)
+    for p, q in zip(ours, theirs, strict=True):
+        q.data.copy_(p.data)
+    for step in range(3):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            q.grad = p.grad.clone()
+        before = [p.grad.clone() for p in ours]
+        norm = torch.nn.utils.clip_grad_norm_(theirs, 0.5)
+        opt.step()
+        peer.step()
+        assert opt.last_step.grad_norm == pytest.approx(float(norm), rel=1e-6)
+        assert opt.last_step.step == step + 1
+        for p, g in zip(ours, before, strict=True):
+            assert torch.equal(p.grad, g)
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["Adam", "SGD"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_averages(name, dtype):
+    """The bits of the NumPy interface; swapped in and out; exact through a checkpoint."""
+    start = torch.randn(600).to(dtype)
+    p = torch.nn.Parameter(start.clone())
+    opt = getattr(fo, name)([p], lr=0.1, ema=0.9, ema_warmup=True)
+    wide = np.float64 if dtype == torch.float64 else np.float32
+    average = start.to(torch.float64).numpy().astype(wide)
+    for step in range(1, 4):
+        p.grad = torch.full_like(p, 0.5)
+        opt.step()
+        if dtype != torch.bfloat16:
+            weight = wide(1 - min(0.9, (1 + step) / (10 + step)))
+            average = average + weight * (p.detach().numpy() - average)
+            assert (opt.ema_params()[p].numpy() == average).all()
+    before = p.detach().clone()
+    with opt.swap_ema():
+        assert torch.equal(p, opt.ema_params()[p].to(dtype))
+    assert torch.equal(p, before)
+    twin = torch.nn.Parameter(before.clone())
+    other = getattr(fo, name)([twin], lr=0.1, ema=0.9, ema_warmup=True)
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for q, o in [(p, opt), (twin, other)]:
+        q.grad = torch.full_like(q, 0.25)
+        o.step()
+    assert torch.equal(p, twin) and torch.equal(opt.ema_params()[p], other.ema_params()[twin])
+
+
+def test_average_begins_with_a_checkpoint_of_torch():
+    """Momentum that torch has gathered goes on, and the average begins as the parameter is."""
+    p, q = leaf(5), leaf(5)
+    q.data.copy_(p.data)
+    theirs = torch.optim.SGD([q], lr=0.1, momentum=0.9)
+    for _ in range(2):
+        q.grad = torch.ones(5)
+        theirs.step()
+    p.data.copy_(q.data)
+    ours = fo.SGD([p], lr=0.1, momentum=0.9, ema=0.5)
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    for x, opt in [(p, ours), (q, theirs)]:
+        x.grad = torch.ones(5)
+        opt.step()
+    torch.testing.assert_close(p, q)
+    with pytest.raises(ValueError, match="there is no average"):
+        fo.SGD([leaf(2)]).ema_params()
+
+
+def test_stats_and_history():
+    opt = fo.AdamW([("w", leaf(40, 3)), ("b", leaf(3))], stats=True, max_grad_norm=1.0)
+    history = fusedopt.monitor.History()
+    for _ in range(3):
+        for group in opt.param_groups:
+            for p in group["params"]:
+                p.grad = torch.ones_like(p)
+        opt.step()
+        history.record(opt.last_step)
+    stats = opt.last_step.stats
+    assert [name.split()[-1] for name in stats.names] == ["(w)", "(b)"]
+    np.testing.assert_allclose(stats.grad_norm, [120**0.5, 3**0.5])
+    assert history.steps == [1, 2, 3]
+    again = pickle.loads(pickle.dumps(opt))
+    assert again.defaults["max_grad_norm"] == 1.0 and again.defaults["stats"] is True
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_grad_norm": 0}, {"ema": 1.0}, {"stats": 1}, {"ema_warmup": "yes"}]
+)
+def test_wrong_options_of_our_own(options):
+    with pytest.raises((ValueError, TypeError), match=next(iter(options))):
+        fo.Adam([leaf(3)], **options)
+
+
+def test_threads_of_its_own():
+    """Checked; used by the steps, and no part of a checkpoint."""
+    p = torch.nn.Parameter(torch.ones(3))
+    opt = fo.SGD([p], lr=0.5, threads=1)
+    p.grad = torch.ones(3)
+    opt.step()
+    assert p.tolist() == [0.5] * 3
+    assert "threads" not in opt.state_dict()["param_groups"][0]
+    with pytest.raises(ValueError, match="^threads: must be >= 1"):
+        fo.SGD([p], lr=0.5, threads=0)

@@ -1,0 +1,47 @@
+"""Small torch models and parameters, for the tests of fusedopt.torch."""
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="tests the PyTorch adapter: extra `torch`")
+
+import fusedopt.torch as fo  # noqa: E402 (needs torch)
+
+
+def model(seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    layers = [torch.nn.Linear(7, 9), torch.nn.Tanh(), torch.nn.Linear(9, 3)]
+    return torch.nn.Sequential(*layers).to(dtype)
+
+
+def backward(net, seed):
+    generator = torch.Generator().manual_seed(seed)
+    first = next(net.parameters())
+    x = torch.randn(5, 7, generator=generator, dtype=torch.float64).to(first.dtype)
+    loss = net(x).square().mean()
+    loss.backward()
+    return loss
+
+
+def train(net, opt, seeds):
+    for seed in seeds:
+        opt.zero_grad()
+        backward(net, seed)
+        opt.step()
+
+
+def close(a, b, rtol=1e-5, atol=1e-6):
+    for x, y in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(x, y, rtol=rtol, atol=atol)
+
+
+def leaf(*shape, seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    p = torch.nn.Parameter(torch.randn(shape, dtype=dtype))
+    p.grad = torch.randn(shape, dtype=dtype)
+    return p
+
+
+def twins(make):
+    """The same parameter twice, with an optimizer of ours and torch's: (p, opt, q, peer)."""
+    p, q = make(), make()
+    return p, fo.AdamW([p], lr=0.1), q, torch.optim.AdamW([q], lr=0.1, foreach=False)
