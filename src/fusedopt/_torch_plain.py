@@ -1,4 +1,7 @@
-"""What `fusedopt.torch` takes a tensor for: plain or not, its memory order, its format."""
+"""What `fusedopt.torch` takes a tensor for: plain or not, its memory order, its format.
+
+And what stands in for one that is not as C wants it.
+"""
 
 from __future__ import annotations
 
@@ -94,3 +97,60 @@ def repeats(tensor: Any) -> bool:
     """Whether one place in memory is more than one element, as after expand()."""
     reach = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return reach < tensor.numel() and tensor.numel() > 0
+
+
+def stand_ins(
+    where: list[str], tensors: list[Any], extras: list[Any], residual: Any
+) -> tuple[list[Any], list[Any], list[tuple[Any, Any]]]:
+    """Return for [parameter, gradient, *state] plain tensors in one dense memory order.
+
+    Those that are so already, or hold such a one, stand for themselves; of the others a copy does.
+    Also returns, alike, what belongs to their codes (`extras`; of the parameter, residual bits of
+    dtype `residual`), and what to write back, as (tensor, its copy).
+
+    Raises
+    ------
+    TypeError, ValueError
+        Saying `where` it is, if there can be none.
+    """
+    own = [
+        local(name, tensor, DTYPES if k < 2 else STATE_DTYPES)
+        for k, (name, tensor) in enumerate(zip(where, tensors, strict=True))
+    ]
+    param, strides, back = own[0], order(own[0]), []
+
+    def fit(name: str, tensor: Any, written: bool) -> Any:
+        if tensor.shape != param.shape:
+            raise ValueError(
+                f"{name}: shape {tuple(tensor.shape)} does not fit the parameter's "
+                f"{tuple(param.shape)}"
+            )
+        if written and repeats(tensor):
+            raise ValueError(f"{name}: elements share memory (expanded?); pass a contiguous copy")
+        if same_order(tensor, strides) and not tensor.is_neg():
+            return tensor
+        if tensor.dtype == torch.uint8:
+            raise ValueError(
+                f"{name}: 8-bit state, made in another memory order than the parameter has now; "
+                "keep the order, or make the optimizer anew"
+            )
+        copy = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
+        if written:
+            back.append((tensor, copy))
+        return copy
+
+    plain = [fit(name, t, k != 1) for k, (name, t) in enumerate(zip(where, own, strict=True))]
+    for name, tensor in zip(where[2:], plain[2:], strict=True):
+        if (tensor.dtype == torch.float64) != (param.dtype == torch.float64):
+            raise TypeError(f"{name}: {tensor.dtype} does not fit the parameter's {param.dtype}")
+    if extras[0] is not None:
+        name = f"{where[0]}.residual"
+        if extras[0].dtype != residual:
+            raise TypeError(f"{name}: expected {residual}, got {extras[0].dtype}")
+        extras[0] = fit(name, local(name, extras[0], (residual,)), True)
+    for name, tensor, blocks in zip(where[2:], plain[2:], extras[2:], strict=True):
+        if tensor.dtype == torch.uint8 and (
+            blocks is None or blocks.shape != (-(-param.numel() // BLOCK),)
+        ):
+            raise ValueError(f"{name}: 8-bit codes need {name}{BLOCKS}, one byte for {BLOCK} codes")
+    return plain, extras, back

@@ -377,11 +377,9 @@ class _Fused:
         extras: list[Any],
         is_counted: bool,
     ) -> tuple[list[Any], list[Any], list[tuple[Any, Any]], dict[str, Any]]:
-        """Return for [parameter, gradient, *state] plain tensors in one dense memory order.
+        """Return what C can work on for [parameter, gradient, *state]: see `stand_ins`.
 
-        Those that are so already, or hold such a one, stand for themselves; of the others a copy
-        does. Also returns, alike, what belongs to their codes (`extras`); what to write back, as
-        (tensor, its copy); and state that a 16-bit parameter needs and that was not there.
+        Also returns state that a 16-bit parameter needs and that was not there.
         """
         name = self._name(group, i)
         made: dict[str, Any] = {}
@@ -396,50 +394,7 @@ class _Fused:
             extras[0] = torch.zeros_like(tensors[0], dtype=residual, requires_grad=False)
             made["residual"] = extras[0]
         where = [name, f"{name}.grad", *(f"{name}.{state}" for state in names)]
-        known = [_plain.DTYPES, _plain.DTYPES, *(_plain.STATE_DTYPES for _ in names)]
-        local = [_plain.local(*row) for row in zip(where, tensors, known, strict=True)]
-        param, strides, back = local[0], _plain.order(local[0]), []
-
-        def fit(where: str, tensor: Any, written: bool) -> Any:
-            if tensor.shape != param.shape:
-                raise ValueError(
-                    f"{where}: shape {tuple(tensor.shape)} does not fit the parameter's "
-                    f"{tuple(param.shape)}"
-                )
-            if written and _plain.repeats(tensor):
-                raise ValueError(
-                    f"{where}: elements share memory (expanded?); pass a contiguous copy"
-                )
-            if _plain.same_order(tensor, strides) and not tensor.is_neg():
-                return tensor
-            if tensor.dtype == torch.uint8:
-                raise ValueError(
-                    f"{where}: 8-bit state, made in another memory order than the parameter has "
-                    "now; keep the order, or make the optimizer anew"
-                )
-            copy = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
-            if written:
-                back.append((tensor, copy))
-            return copy
-
-        plain = [fit(w, t, k != 1) for k, (w, t) in enumerate(zip(where, local, strict=True))]
-        for w, tensor in zip(where[2:], plain[2:], strict=True):
-            if (tensor.dtype == torch.float64) != (param.dtype == torch.float64):
-                raise TypeError(f"{w}: {tensor.dtype} does not fit the parameter's {param.dtype}")
-        if extras[0] is not None:
-            if extras[0].dtype != residual:
-                raise TypeError(f"{name}.residual: expected {residual}, got {extras[0].dtype}")
-            extras[0] = fit(
-                f"{name}.residual", _plain.local(f"{name}.residual", extras[0], (residual,)), True
-            )
-        for w, tensor, blocks in zip(where[2:], plain[2:], extras[2:], strict=True):
-            if tensor.dtype == torch.uint8 and (
-                blocks is None or blocks.shape != (-(-param.numel() // BLOCK),)
-            ):
-                raise ValueError(
-                    f"{w}: 8-bit codes need {w}{_plain.BLOCKS}, one byte for {BLOCK} codes"
-                )
-        return plain, extras, back, made
+        return *_plain.stand_ins(where, tensors, extras, residual), made
 
     @staticmethod
     @torch.no_grad()
