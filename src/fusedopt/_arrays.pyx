@@ -179,14 +179,14 @@ cdef class ArrayList:
                 self.grad_names.append(grad_names[i])
                 self.states.append(list(states[i]))
                 self.export(self.n - 1, params[i], group)
-            self.refuse_overlap()
+            self.collect_spans()
         except BaseException:
             for i in range(old, self.n):
                 release(&self.held[i])
             self.n = old
             for column in (self.names, self.grad_names, self.params, self.stored, self.states):
                 del column[old:]
-            self.refuse_overlap()
+            self.collect_spans()
             raise
         if zero:
             with nogil:
@@ -198,42 +198,40 @@ cdef class ArrayList:
         cdef Held *held = &self.held[i]
         cdef list states = self.states[i]
         cdef int k
-        self.export_slot(i, 0, &leaf.param, param, None)
+        self.export_slot(i, 0, &leaf.param, param)
         leaf.n = held.views[0].len // held.views[0].itemsize
         held.group = group
         for k in range(len(states)):
             if states[k] is None:
                 continue
             if k == self.rule_states:
-                states[k] = self.export_slot(i, EMA, &leaf.ema, states[k], self.params[i])
+                states[k] = self.export_slot(i, EMA, &leaf.ema, states[k])
             else:
-                states[k] = self.export_slot(i, 1 + k, &leaf.state[k], states[k], self.params[i])
+                states[k] = self.export_slot(i, 1 + k, &leaf.state[k], states[k])
         return 0
 
-    cdef object export_slot(self, ptrdiff_t i, int slot, fo_array *to, object value, object param):
-        """Export an array that steps write: a parameter, or (param given) state of one.
-
-        Returns it as it is kept: a plain array, or `Stored`.
+    cdef object export_slot(self, ptrdiff_t i, int slot, fo_array *to, object value):
+        """Export a parameter (slot 0), or state of one; return it as kept: an array, or `Stored`.
         """
         cdef Held *held = &self.held[i]
         cdef Py_buffer *data = &held.views[slot]
         cdef Py_buffer *extra = &held.views[SLOTS + slot]
         cdef int format = format_of(value)
-        if param is not None and (format == FO_F64) != (param.dtype == float64):
+        if slot != 0 and (format == FO_F64) != (self.leaves[i].param.format == FO_F64):
             format = -1
         if format != FO_F32 and format != FO_F64:
             name = self.name(i, slot)
-            value = _check.parameter(name, value) if param is None else (
-                _check.state(name, value, param))
+            value = _check.parameter(name, value) if slot == 0 else (
+                _check.state(name, value, self.params[i]))
             format = FORMAT_NAMES.index(value.format) if isinstance(value, Stored) else (
                 checked_format(value))
         array = value.data if isinstance(value, Stored) else value
-        if param is None:
+        if slot == 0:
             self.params.append(array)
             self.stored.append(value)
         self.export_array(i, slot, array, data)
-        if param is not None and not same_layout(data, &held.views[0]):
-            _check.state(self.name(i, slot), value, param)
+        if slot != 0 and not same_layout(data, &held.views[0]):
+            _check.state(self.name(i, slot), value, self.params[i])
         to.data, to.format = data.buf, <fo_format>format
         if isinstance(value, Stored) and value.extra is not None:
             self.export_array(i, slot, value.extra, extra)
@@ -252,8 +250,8 @@ cdef class ArrayList:
             _check.writable(self.name(i, slot), array)
         return 0
 
-    cdef int refuse_overlap(self) except -1:
-        """Let no two held arrays have a byte in common."""
+    cdef int collect_spans(self) except -1:
+        """List the memory of all held arrays, of which no two may have a byte in common."""
         cdef ptrdiff_t i
         cdef int k
         cdef Py_buffer *view
@@ -268,9 +266,13 @@ cdef class ArrayList:
                     span.high = span.low + view.len
                     span.leaf, span.slot = i, k % SLOTS
                     self.spans.n += 1
-        i = overlap(&self.spans)
+        return self.refuse_overlap(&self.spans)
+
+    cdef int refuse_overlap(self, Spans *spans) except -1:
+        """Let no two arrays have a byte in common."""
+        cdef ptrdiff_t i = overlap(spans)
         if i > 0:
-            a, b = self.span_name(&self.spans.of[i - 1]), self.span_name(&self.spans.of[i])
+            a, b = self.span_name(&spans.of[i - 1]), self.span_name(&spans.of[i])
             _check.overlap(min(a, b), max(a, b))
         return 0
 
@@ -347,10 +349,7 @@ cdef class ArrayList:
             if around.zero_grads:
                 _check.zeroed(self.grad_names[i], grads[i], self.params[i])
                 self.add_other(i, GRAD, &self.held[i].grad)
-        i = overlap(&self.others)
-        if i > 0:
-            a, b = self.span_name(&self.others.of[i - 1]), self.span_name(&self.others.of[i])
-            _check.overlap(min(a, b), max(a, b))
+        self.refuse_overlap(&self.others)
         for i in range(self.n):
             if grads[i] is not None and not around.zero_grads:
                 self.refuse_alias(&self.others, i, GRAD, &self.held[i].grad)
