@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-from torch_cases import backward, close, fo, leaf, model, torch, train
+from torch_cases import backward, close, fo, leaf, model, since, torch, train
 
 import fusedopt
 
@@ -79,7 +79,7 @@ def test_without_the_exchange_api(monkeypatch):
     results = []
     for have in (True, False):
         if not have:
-            monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__")
+            monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__", raising=False)
         net = model()
         train(net, fo.Adam(net.parameters()), range(3))
         results.append(net)
@@ -101,6 +101,7 @@ SCHEDULERS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter")  # SequentialLR's own, in torch 2.4
 @pytest.mark.parametrize("make", SCHEDULERS)
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
 @pytest.mark.parametrize("tensor", [False, True], ids=["float", "tensor"])
@@ -152,6 +153,7 @@ def test_groups_added_later():
     close(net, peer_net)
 
 
+@since("2.7")
 def test_decoupled_weight_decay_of_adam():
     options = {"lr": 0.1, "weight_decay": 0.3, "decoupled_weight_decay": True}
     net, peer_net = model(), model()

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch_cases import since, torch
 
 from fusedopt import _threads
 
-torch = pytest.importorskip("torch", reason="tests the PyTorch adapter: extra `torch`")
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("this torch has no gloo", allow_module_level=True)
 
@@ -39,10 +39,16 @@ def ranks(world, folder, *scenarios):
 
 
 def test_engines(tmp_path):
-    """DDP, also with gradients that are views of its buckets; ZeRO; FSDP2."""
-    ranks(2, tmp_path, "ddp", "ddp_buckets", "zero", "fsdp")
+    """DDP, also with gradients that are views of its buckets; ZeRO."""
+    ranks(2, tmp_path, "ddp", "ddp_buckets", "zero")
 
 
+@since("2.6")  # on CPUs
+def test_fully_sharded(tmp_path):
+    ranks(2, tmp_path, "fsdp")
+
+
+@since("2.6")
 def test_checkpoints_reshard(tmp_path):
     """torch.distributed.checkpoint: saved by 2 ranks, loaded and saved by 1, loaded by 2."""
     ranks(2, tmp_path, "begin")

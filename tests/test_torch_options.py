@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-from torch_cases import fo, leaf, torch
+from torch_cases import fo, leaf, since, torch
 
 import fusedopt
 
@@ -81,7 +81,7 @@ def test_formats_resume_exactly(name, dtype, options, tmp_path):
     p, opt = start()
     steps(p, opt, range(3))
     torch.save({"p": p, "opt": opt.state_dict()}, tmp_path / "run.pt")
-    saved = torch.load(tmp_path / "run.pt")
+    saved = torch.load(tmp_path / "run.pt", weights_only=True)
     q, opt = start()
     with torch.no_grad():
         q.copy_(saved["p"])
@@ -213,6 +213,7 @@ def test_average_begins_with_a_checkpoint_of_torch():
         fo.SGD([leaf(2)]).ema_params()
 
 
+@since("2.6")  # named parameters
 def test_stats_and_history():
     opt = fo.AdamW([("w", leaf(40, 3)), ("b", leaf(3))], stats=True, max_grad_norm=1.0)
     history = fusedopt.monitor.History()

@@ -6,7 +6,7 @@ import threading
 import weakref
 
 import pytest
-from torch_cases import fo, leaf, torch, twins
+from torch_cases import fo, leaf, since, torch, twins
 
 from fusedopt import _torch_plain
 
@@ -190,6 +190,7 @@ def test_sparse_gradient():
     refused(layer.weight, r"\['params'\]\[1\]\.grad: is a sparse_coo tensor.*sparse=False")
 
 
+@since("2.6")
 def test_named_in_errors():
     layer = torch.nn.Embedding(5, 3, sparse=True)
     layer(torch.tensor([1])).sum().backward()

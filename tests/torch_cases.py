@@ -7,6 +7,12 @@ torch = pytest.importorskip("torch", reason="tests the PyTorch adapter: extra `t
 import fusedopt.torch as fo  # noqa: E402 (needs torch)
 
 
+def since(version):
+    """Mark a test of what torch has since a version, as "2.6"."""
+    parts = [tuple(map(int, v.split(".")[:2])) for v in (torch.__version__, version)]
+    return pytest.mark.skipif(parts[0] < parts[1], reason=f"needs torch {version}")
+
+
 def model(seed=0, dtype=torch.float32):
     torch.manual_seed(seed)
     layers = [torch.nn.Linear(7, 9), torch.nn.Tanh(), torch.nn.Linear(9, 3)]

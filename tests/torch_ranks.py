@@ -17,7 +17,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
@@ -93,6 +92,8 @@ def zero():
 
 def sharded(module, name="AdamW"):
     model = net()
+    from torch.distributed.fsdp import fully_shard  # since torch 2.6
+
     mesh = init_device_mesh("cpu", (WORLD,))
     for layer in model:
         if isinstance(layer, torch.nn.Linear):

@@ -296,10 +296,10 @@ cdef class TensorList:
         """Add the leaves of a group that have a gradient."""
         cdef ptrdiff_t i = -1, step, count, last = -1, index = -1
         cdef More *more
-        cdef list params = plan[0]
-        cdef tuple names = plan[1], extras = plan[2]
-        cdef uint64_t seed = plan[5]
-        self.squares, self.bits, self.averages = plan[3], plan[4], plan[6]
+        cdef list params
+        cdef tuple names, extras
+        cdef uint64_t seed
+        params, names, extras, self.squares, self.bits, seed, self.averages = plan
         for param in params:
             i += 1
             self.number += 1

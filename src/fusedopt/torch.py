@@ -143,7 +143,7 @@ class _Fused:
         written, outcome = self._leaves.step(
             self, groups, self._is_counted(), self.state, _threads.of(self._threads), around
         )
-        torch.autograd.graph.increment_version(written)
+        _mark_written(written)
         if outcome is not None:
             norm, factor, measured = outcome
             stats = None
@@ -402,6 +402,19 @@ class _Fused:
         """Copy what was stepped in the place of a tensor into it."""
         for tensor, copy in copies:
             tensor.copy_(copy)
+
+
+_increment_version = torch.autograd.graph.increment_version
+try:
+    _increment_version([])
+except RuntimeError:  # before torch 2.5 it takes one tensor
+
+    def _mark_written(params: list[Any]) -> None:
+        for param in params:
+            _increment_version(param)
+
+else:
+    _mark_written = _increment_version
 
 
 def _refuse_options(where: str, group: Mapping[str, Any]) -> None:
