@@ -91,9 +91,9 @@ def zero():
 
 
 def sharded(module, name="AdamW"):
-    model = net()
-    from torch.distributed.fsdp import fully_shard  # since torch 2.6
+    from torch.distributed.fsdp import fully_shard  # since torch 2.6, and only here
 
+    model = net()
     mesh = init_device_mesh("cpu", (WORLD,))
     for layer in model:
         if isinstance(layer, torch.nn.Linear):
