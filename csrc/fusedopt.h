@@ -76,10 +76,10 @@ typedef struct fo_hyper {
 typedef struct fo_leaf {
     ptrdiff_t n;
     fo_array param;
-    fo_array grad; /* data NULL: the leaf is left out of the step */
+    fo_array grad; /* data NULL: the leaf is left out of the step, but for its copy */
     fo_array state[FO_MAX_STATES];
     fo_array ema;      /* running average of the parameter, or data NULL */
-    fo_array copy;     /* gets the parameter after the step, rounded to its format; or data NULL */
+    fo_array copy;     /* gets the parameter after the call, rounded to its format; or data NULL */
     double grad_scale; /* of this leaf (unscaling, clipping), beside fo_hyper.grad_scale */
     uint64_t key;      /* of the noise: fo_key(seed, leaf, step) where a format is stochastic */
     ptrdiff_t hyper;   /* index into the hyper list of the call */

@@ -27,6 +27,7 @@ typedef struct fo_kernels {
     fo_range *step[FO_COMPUTES];
     fo_range *measure[FO_COMPUTES]; /* the gradient's sums */
     fo_range *direct[FO_COMPUTES];  /* of a layer-wise rule: sums of parameter and direction */
+    fo_range *copy[FO_COMPUTES];    /* the parameter's rounded copy, and nothing else */
     fo_range *stream;
 } fo_kernels;
 

@@ -37,8 +37,19 @@ typedef struct work {
 
 static ptrdiff_t tiles_of(const fo_leaf *leaf) { return (leaf->n + FO_TILE - 1) / FO_TILE; }
 
+/* Which leaves a call works on. */
+typedef enum choice { ALL, WITH_GRAD, COPY_ALONE } choice;
+
+static int is_chosen(const fo_leaf *leaf, choice which)
+{
+    const int has_grad = leaf->grad.data != NULL;
+    return leaf->n > 0 && (which == WITH_GRAD    ? has_grad
+                           : which == COPY_ALONE ? !has_grad && leaf->copy.data != NULL
+                                                 : 1);
+}
+
 /* Writes each leaf's start and tile; returns the room of all. A leaf without work has none. */
-static ptrdiff_t lay_out(fo_leaf *leaves, ptrdiff_t n, int needs_grad)
+static ptrdiff_t lay_out(fo_leaf *leaves, ptrdiff_t n, choice which)
 {
     ptrdiff_t room = 0, tile = 0;
     for (ptrdiff_t i = 0; i < n; i++) {
@@ -46,7 +57,7 @@ static ptrdiff_t lay_out(fo_leaf *leaves, ptrdiff_t n, int needs_grad)
         leaf->start = room;
         leaf->tile = tile;
         tile += tiles_of(leaf);
-        if (leaf->n > 0 && (leaf->grad.data != NULL || !needs_grad)) {
+        if (is_chosen(leaf, which)) {
             ptrdiff_t full = leaf->n / FO_TILE, rest = leaf->n % FO_TILE;
             room += full * TILE_ROOM + (rest > 0 ? rest + (TILE_ROOM - FO_TILE) : 0);
         }
@@ -111,9 +122,9 @@ static void run_chunks(void *context, ptrdiff_t first, ptrdiff_t last)
     }
 }
 
-static void run(work *w, int needs_grad, int threads)
+static void run(work *w, choice which, int threads)
 {
-    w->room = lay_out(w->leaves, w->n, needs_grad);
+    w->room = lay_out(w->leaves, w->n, which);
     ptrdiff_t chunks = (w->room + CHUNK_ROOM - 1) / CHUNK_ROOM;
     fo_parallel(run_chunks, w, chunks, w->room < SERIAL_ROOM ? 1 : threads);
 }
@@ -220,7 +231,8 @@ static int is_valid(const fo_leaf *leaf, const fo_rule *rule, ptrdiff_t n_hypers
         return 0;
     for (int k = 0; k < FO_MAX_STATES; k++)
         if (!is_companion(&leaf->state[k], is_double) ||
-            (leaf->state[k].data == NULL && k < rule->required && leaf->n > 0))
+            (leaf->state[k].data == NULL && k < rule->required && leaf->n > 0 &&
+             leaf->grad.data != NULL))
             return 0;
     return is_companion(&leaf->ema, is_double) && is_copy(&leaf->copy, is_double) &&
            (leaf->grad.data == NULL ||
@@ -232,7 +244,7 @@ static void direct(work *w, const fo_kernels *kernels, int threads)
 {
     const fo_stats *stats = w->task.run->stats;
     w->range = kernels->direct;
-    run(w, 1, threads);
+    run(w, WITH_GRAD, threads);
     fold(w, STEP, threads);
     for (ptrdiff_t i = 0; i < w->n; i++) {
         fo_leaf *leaf = &w->leaves[i];
@@ -255,20 +267,27 @@ fo_status fo_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers
               measures = how != NULL && how->measure != FO_MEASURE_NOTHING;
     if ((layerwise || measures) && (how == NULL || how->tiles == NULL || how->stats == NULL))
         return FO_BAD_ARGUMENT;
-    for (ptrdiff_t i = 0; i < n; i++)
+    int copies_alone = 0;
+    for (ptrdiff_t i = 0; i < n; i++) {
         if (!is_valid(&leaves[i], &kernels->rules[rule], n_hypers))
             return FO_BAD_ARGUMENT;
+        copies_alone |= is_chosen(&leaves[i], COPY_ALONE);
+    }
     work w = {.leaves = leaves, .n = n, .task = {rule, hypers, how}};
     if (layerwise)
         direct(&w, kernels, threads);
     w.range = kernels->step;
-    run(&w, 1, threads);
+    run(&w, WITH_GRAD, threads);
     if (measures)
         fold(&w,
              how->measure == FO_MEASURE_PARAM ? GRAD
              : how->has_grad                  ? STEP
                                               : GRAD | STEP,
              threads);
+    if (copies_alone) { /* last, as it lays out the list anew */
+        w.range = kernels->copy;
+        run(&w, COPY_ALONE, threads);
+    }
     return FO_OK;
 }
 
@@ -279,7 +298,7 @@ fo_status fo_measure(fo_leaf *leaves, ptrdiff_t n, const fo_run *how, int thread
             return FO_BAD_ARGUMENT;
     work w = {.leaves = leaves, .n = n, .task = {.run = how}};
     w.range = fo_active_kernels()->measure;
-    run(&w, 1, threads);
+    run(&w, WITH_GRAD, threads);
     fold(&w, GRAD, threads);
     return FO_OK;
 }
@@ -288,7 +307,7 @@ fo_status fo_stream(fo_leaf *leaves, ptrdiff_t n, int threads)
 {
     fo_range *const stream = fo_active_kernels()->stream, *const range[] = {stream, stream};
     work w = {.leaves = leaves, .n = n, .range = range};
-    run(&w, 1, threads);
+    run(&w, WITH_GRAD, threads);
     return FO_OK;
 }
 
@@ -296,7 +315,7 @@ fo_status fo_zero_state(fo_leaf *leaves, ptrdiff_t n, int threads)
 {
     fo_range *const range[] = {zero_state, zero_state};
     work w = {.leaves = leaves, .n = n, .range = range};
-    run(&w, 0, threads);
+    run(&w, ALL, threads);
     return FO_OK;
 }
 

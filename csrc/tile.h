@@ -100,6 +100,15 @@ FO_INLINE void FO_TYPED(measure_piece)(const FO_TYPED(plan) * plan, ptrdiff_t at
     }
 }
 
+/* Writes elements [at, at + n) of a leaf's copy, at most a block, from those of the parameter. */
+FO_INLINE void FO_TYPED(copy_block)(const fo_leaf *leaf, ptrdiff_t at, ptrdiff_t n, const REAL *p)
+{
+    FO_ROOM room;
+    memset(&room, 0, sizeof room);
+    memcpy(room.f, p, (size_t)n * sizeof *p);
+    FO_TYPED(store)(&leaf->copy, at, n, 0, room.f, 0);
+}
+
 /* What is done beside the rule once it has stepped elements [at, at + n), a tile or a block; `grad`
  * is as it was given. Not inlined: one copy for all rules, out of the way of those that need none.
  */
@@ -122,11 +131,8 @@ static __attribute__((noinline)) void FO_TYPED(after)(const FO_TYPED(plan) * pla
                 e[i] = e[i] + plan->ema_weight * (p[i] - e[i]);
             FO_TYPED(store)(&leaf->ema, at + from, count, 0, e, 0);
         }
-        if (leaf->copy.data != NULL) {
-            memset(&room, 0, sizeof room);
-            memcpy(room.f, p, (size_t)count * sizeof *p);
-            FO_TYPED(store)(&leaf->copy, at + from, count, 0, room.f, 0);
-        }
+        if (leaf->copy.data != NULL)
+            FO_TYPED(copy_block)(leaf, at + from, count, p);
     }
     if (plan->zeroes)
         memset(fo_data_at(&leaf->grad, at), 0, (size_t)fo_data_bytes(&leaf->grad, n));
@@ -381,4 +387,15 @@ static void FO_TYPED(direct)(const fo_task *task, const fo_leaf *leaf, ptrdiff_t
 {
     const FO_TYPED(plan) plan = FO_TYPED(make_plan)(task, leaf);
     FO_TYPED(direction_loops)[task->rule](&plan, begin, end);
+}
+
+/* The copy alone, of a leaf that is not stepped. */
+static void FO_TYPED(copy)(const fo_task *task, const fo_leaf *leaf, ptrdiff_t begin, ptrdiff_t end)
+{
+    FO_ROOM room;
+    (void)task;
+    for (ptrdiff_t at = begin; at < end; at += FO_BLOCK) {
+        const ptrdiff_t n = end - at < FO_BLOCK ? end - at : FO_BLOCK;
+        FO_TYPED(copy_block)(leaf, at, n, FO_TYPED(load)(&leaf->param, at, n, 0, &room));
+    }
 }

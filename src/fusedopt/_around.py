@@ -37,7 +37,7 @@ def ema_weight(step: int, decay: float, warmup: bool) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Around:
-    """The options of a step, checked; `sums` are those of the gradients where they are known."""
+    """The options of a step, checked."""
 
     grad_scale: float = 1.0
     max_grad_norm: float | None = None
@@ -48,7 +48,6 @@ class Around:
     measure: int = NOTHING
     zero_grads: bool = False
     copy_out: Sequence[Array | None] | None = None
-    sums: Sequence[GradSums] | None = None
 
     @property
     def must_measure(self) -> bool:
@@ -68,6 +67,8 @@ class Around:
     def factor(self, norm: float) -> float:
         """Return what the clip multiplies gradients of a norm by, as torch's clip_grad_norm_."""
         assert self.max_grad_norm is not None
+        if self.max_grad_norm == math.inf:  # the norm is asked for, and no clip
+            return 1.0
         factor = self.max_grad_norm / (norm + 1e-6)
         return 1.0 if factor > 1 else factor  # NaN stays
 
@@ -83,9 +84,9 @@ def around(
     stats: Any,
     zero_grads: Any,
     copy_out: Sequence[Array | None] | None,
-    sums: Sequence[GradSums] | None,
+    knows_norm: bool,
 ) -> Around:
-    """Check the options of a step.
+    """Check the options of a step; `knows_norm` says that the gradients' norm costs no read.
 
     Raises
     ------
@@ -94,9 +95,9 @@ def around(
     """
     if norm_type != 2 and norm_type not in (math.inf, "inf"):
         raise ValueError(f"norm_type: expected 2 or inf, got {norm_type!r}")
-    return Around(
+    how = Around(
         _check.number("grad_scale", grad_scale),
-        _check.optional(_check.positive)("max_grad_norm", max_grad_norm),
+        _check.optional(_check.limit)("max_grad_norm", max_grad_norm),
         float(norm_type),
         _check.flag("per_tensor", per_tensor),
         _check.optional(_check.positive)("clip_value", clip_value),
@@ -104,8 +105,12 @@ def around(
         LEAF if _check.flag("stats", stats) else NOTHING,
         _check.flag("zero_grads", zero_grads),
         copy_out,
-        sums,
     )
+    if how.per_tensor and how.max_grad_norm is None:
+        raise ValueError("per_tensor: is about the clip; give max_grad_norm too")
+    if how.norm_type != 2 and not (how.must_measure or knows_norm):
+        raise ValueError("norm_type: no norm is asked for; give max_grad_norm (inf clips nothing)")
+    return how
 
 
 class StepStats:
@@ -149,6 +154,9 @@ class StepStats:
 
     def __getitem__(self, name: str) -> dict[str, float]:
         """Return what was measured of one leaf."""
+        if name not in self.names:
+            known = ", ".join(self.names[:4]) + ", ..." * (len(self.names) > 4)
+            raise KeyError(f"{name}: no such leaf with a gradient; known: {known}")
         i = self.names.index(name)
         return {column: getattr(self, column)[i].item() for column in self.COLUMNS}
 

@@ -11,6 +11,11 @@ from fusedopt.formats import Stored
 # skipped, norm of the gradients, factor of the clip, (leaves, statistics)
 _Outcome: TypeAlias = tuple[bool, float | None, float, tuple[Sequence[int], NDArray[Any]] | None]
 
+# the gradient of each leaf, the options of each group
+_Prepared: TypeAlias = tuple[list[NDArray[Any] | None], list[dict[str, Any]]]
+
+def find_changed(nodes: list[tuple[str, Any, Any]]) -> int: ...
+
 @final
 class ArrayList:
     def __new__(cls, rule: str, state_names: tuple[str, ...]) -> ArrayList: ...
@@ -40,25 +45,28 @@ class ArrayList:
     @overload
     def step(
         self,
-        prepare: Callable[[Any], list[NDArray[Any] | None]],
+        prepare: Callable[[Any], _Prepared],
         grads: Any,
         scalars: Callable[[int, dict[str, Any]], Mapping[str, float]],
-        options: list[dict[str, Any]],
         threads: int,
         plain: Any = None,
         around: None = None,
+        source: ArrayList | None = None,
     ) -> tuple[int, int]: ...
     @overload
     def step(
         self,
-        prepare: Callable[[Any], list[NDArray[Any] | None]],
+        prepare: Callable[[Any], _Prepared],
         grads: Any,
         scalars: Callable[[int, dict[str, Any]], Mapping[str, float]],
-        options: list[dict[str, Any]],
         threads: int,
         plain: Any,
         around: Around,
+        source: ArrayList | None = None,
     ) -> tuple[int, int, _Outcome]: ...
+    def keep_sums(self) -> None: ...
+    def drop_sums(self) -> None: ...
+    def clear(self) -> None: ...
     def stream(self, grads: list[NDArray[Any]], threads: int) -> None: ...
     def use_states(self, i: int, used: tuple[bool, ...]) -> None: ...
     def get_step(self, i: int) -> int: ...
@@ -71,3 +79,9 @@ class ArrayList:
         groups: list[dict[str, Any]],
         options: list[dict[str, Any]],
     ) -> None: ...
+
+@final
+class Swap:
+    def __new__(cls, leaves: ArrayList, show: Callable[[], list[NDArray[Any] | None]]) -> Swap: ...
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...

@@ -7,6 +7,7 @@ Python call; what is not is handed to `_check`, which explains the fault or retu
 will do. So every rule about input is written once, in `_check`, and this file holds only its fast
 side.
 """
+cimport cython
 from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport free
 from libc.string cimport memmove, memset
@@ -14,6 +15,9 @@ from libc.string cimport memmove, memset
 from cpython.buffer cimport (
     PyBUF_STRIDES, PyBUF_WRITABLE, PyBuffer_IsContiguous, PyBuffer_Release, PyObject_GetBuffer,
 )
+from cpython.dict cimport PyDict_GetItemWithError, PyDict_Next, PyDict_Size
+from cpython.list cimport PyList_GetItem, PyList_Size
+from cpython.object cimport PyObject
 
 from fusedopt._c cimport *
 from fusedopt._core cimport *
@@ -81,6 +85,40 @@ cdef bint same_layout(const Py_buffer *a, const Py_buffer *b) noexcept:
     return True
 
 
+cdef bint has_same(object container, object before) except -1:
+    """Whether a list or dict has the same objects in it as `before`, of the same type."""
+    cdef Py_ssize_t i, at = 0, other = 0
+    cdef PyObject *key
+    cdef PyObject *value
+    cdef PyObject *other_key
+    cdef PyObject *now
+    if isinstance(before, list):
+        if PyList_Size(container) != PyList_Size(before):
+            return False
+        for i in range(PyList_Size(before)):
+            if PyList_GetItem(container, i) != PyList_GetItem(before, i):
+                return False
+        return True
+    if PyDict_Size(container) != PyDict_Size(before):
+        return False
+    while PyDict_Next(before, &at, &key, &value):
+        # usually the entries follow one another as they did, which saves the search
+        if not PyDict_Next(container, &other, &other_key, &now) or other_key != key:
+            now = PyDict_GetItemWithError(container, <object>key)
+        if now != value:
+            return False
+    return True
+
+
+def find_changed(list nodes):
+    """Index of the first of `_tree.nodes` that has other objects in it than it had; -1 if none."""
+    cdef Py_ssize_t i
+    for i in range(len(nodes)):
+        if not has_same((<tuple?>nodes[i])[1], (<tuple>nodes[i])[2]):
+            return i
+    return -1
+
+
 cdef enum:
     EMA = 4    # slot of a leaf's average
     SLOTS = 5  # of a leaf's written arrays: the parameter, FO_MAX_STATES states, the average
@@ -122,8 +160,10 @@ cdef class ArrayList:
     cdef Spans spans          # of all held arrays
     cdef Spans others         # of what else a step writes
     cdef Sums sums            # of the leaves, where a step measures
+    cdef fo_stats *kept       # of an accumulator: what was measured of each leaf, or NULL
     cdef readonly object count  # steps of the whole list, a Python int
     cdef int claimed          # 1 while a thread has the list; exchanged atomically
+    cdef bint swapped         # whether `Swap` has it
 
     def __cinit__(self, str rule, tuple state_names):
         self.rule, self.scalar_names, self.rule_states, self.layerwise = _core.RULES[rule]
@@ -143,24 +183,34 @@ cdef class ArrayList:
         free(self.others.of)
         free(self.sums.stats)
         free(self.sums.tiles)
+        free(self.kept)
 
     def __len__(self):
         return self.n
 
     cdef int claim(self) except -1:
         if fo_exchange(&self.claimed, 1) != 0:
+            if self.swapped:
+                raise RuntimeError(
+                    "the averages are in the place of the parameters: leave the block of swap_ema "
+                    "first, which puts the parameters back"
+                )
             raise RuntimeError(
-                "another thread is in a step of this optimizer, or saves, loads or extends it (or "
-                "this call comes from within one); use one optimizer for each thread, or a lock"
+                "another thread is in a call of this optimizer or accumulator, as a step, save, "
+                "load or add (or this call comes from within one); use one for each thread, or a "
+                "lock"
             )
         return 0
+
+    cdef void release(self) noexcept:
+        fo_exchange(&self.claimed, 0)
 
     def __enter__(self):
         """Claim the list for a block; RuntimeError if another thread has it."""
         self.claim()
 
     def __exit__(self, kind, value, trace):
-        fo_exchange(&self.claimed, 0)
+        self.release()
 
     def add(self, list names, list grad_names, list params, list states, int group, bint zero,
             int threads):
@@ -330,7 +380,10 @@ cdef class ArrayList:
     # -------------------------------------------------------------- around the rule
 
     cdef int take_others(self, list grads, around) except -1:
-        """Export what this step alone writes: copies, and gradients that it zeroes."""
+        """Export what this step alone writes: copies, and gradients that it zeroes.
+
+        Copies of leaves without a gradient too: those of a step that changes nothing are as good.
+        """
         cdef ptrdiff_t i
         cdef list copies = around.copy_out
         self.others.n = 0
@@ -338,15 +391,13 @@ cdef class ArrayList:
             return 0
         self.others.of = <Span *>grow(self.others.of, 2 * self.n, sizeof(Span))
         for i in range(self.n):
-            if grads[i] is None:
-                continue
             if copies is not None and copies[i] is not None:
                 copy = _check.copy_target(self.name(i, COPY), copies[i], self.params[i])
                 self.export_array(i, COPY, copy, &self.held[i].copy)
                 self.leaves[i].copy.data = self.held[i].copy.buf
                 self.leaves[i].copy.format = <fo_format>checked_format(copy)
                 self.add_other(i, COPY, &self.held[i].copy)
-            if around.zero_grads:
+            if around.zero_grads and grads[i] is not None:
                 _check.zeroed(self.grad_names[i], grads[i], self.params[i])
                 self.add_other(i, GRAD, &self.held[i].grad)
         self.refuse_overlap(&self.others)
@@ -365,19 +416,20 @@ cdef class ArrayList:
             self.refuse_alias(&self.spans, i, slot, view)
         return 0
 
-    cdef object judge(self, list grads, around, plain, fo_run *how, int threads):
+    cdef object judge(self, list grads, around, plain, ArrayList source, fo_run *how, int threads):
         """Measure the gradients, where this step must know them before it writes.
 
-        Sets the scale of every leaf. Returns whether to skip the step, the norm or None, and the
-        factor of the clip.
+        `source`, an accumulator's list, may know them. Sets the scale of every leaf. Returns
+        whether to skip the step, the norm or None, and the factor of the clip.
         """
         cdef ptrdiff_t i
         cdef fo_status status
         cdef double scale = around.grad_scale, factor = 1, least = 1
         cdef fo_stats total
-        if around.sums is not None:
+        if source is not None and source.kept != NULL:
             for i in range(self.n):
-                read_grad(around.sums[i], &self.sums.stats[i])
+                if grads[i] is not None:
+                    self.sums.stats[i] = source.kept[i]
         elif not around.must_measure:
             return False, None, 1.0
         elif plain is not None:
@@ -426,7 +478,8 @@ cdef class ArrayList:
         present = [i for i in range(self.n) if grads[i] is not None]
         return present, table[present]
 
-    def step(self, prepare, grads, scalars, list options, int threads, plain=None, around=None):
+    def step(self, prepare, grads, scalars, int threads, plain=None, around=None,
+             ArrayList source=None):
         """One step of all leaves that have a gradient; either all of it happens or none.
 
         The list is claimed for the whole call, that of `prepare` included: here, where no signal's
@@ -434,19 +487,19 @@ cdef class ArrayList:
 
         Parameters
         ----------
-        prepare : callable(grads) -> list of array or None
-            One entry for each leaf; None leaves it out.
+        prepare : callable(grads) -> (list of array or None, list of dict)
+            A gradient for each leaf, None leaves it out; and the options of each group.
         grads
             What `prepare` gets.
         scalars : callable(step, options) -> dict
             The rule's scalars by name, and grad_scale, l2 and l1.
-        options : list of dict
-            What `scalars` gets, for each group.
         threads : int
         plain : reference.Plain, optional
             Does the arithmetic in the place of C, after the same checks.
         around : Around, optional
             What the step shall do around the rule.
+        source : ArrayList, optional
+            Of an accumulator whose sums are the gradients: claimed as well, and empty afterwards.
 
         Returns
         -------
@@ -463,11 +516,19 @@ cdef class ArrayList:
         """
         self.claim()
         try:
-            return self.run(prepare(grads), scalars, options, threads, plain, around)
+            if source is not None:
+                source.claim()
+            try:
+                gradients, options = prepare(grads)
+                return self.run(gradients, scalars, options, threads, plain, around, source)
+            finally:
+                if source is not None:
+                    source.release()
         finally:
-            fo_exchange(&self.claimed, 0)
+            self.release()
 
-    cdef tuple run(self, list grads, scalars, list options, int threads, plain, around):
+    cdef tuple run(self, list grads, scalars, list options, int threads, plain, around,
+                   ArrayList source):
         cdef ptrdiff_t i, n = self.n, updated = 0, index = 0
         cdef int group = -1
         cdef int64_t step = -1
@@ -502,12 +563,11 @@ cdef class ArrayList:
                 make_room(&self.sums, self.leaves, self.n, &how)
             if around is not None:
                 self.take_others(grads, around)
-                skipped, norm, factor = self.judge(grads, around, plain, &how, threads)
-            number = self.count + 1  # an object: no memory may run out between writes and count
+                skipped, norm, factor = self.judge(grads, around, plain, source, &how, threads)
+            number = self.count + (not skipped)  # an object: no memory may run out behind writes
             if skipped:
-                if around.zero_grads:
-                    self.zero_gradients(grads)
-                return self.count, 0, (True, norm, factor, None)
+                for i in range(n):
+                    self.leaves[i].grad.data = NULL
             if plain is None:
                 with nogil:
                     status = run_step(
@@ -515,13 +575,19 @@ cdef class ArrayList:
                 check(status)
             else:
                 for i in range(n):
-                    if grads[i] is not None:
-                        self.step_plainly(plain, i, grads[i], around, how.has_grad)
-                if how.zero_grads:
-                    self.zero_gradients(grads)
+                    self.step_plainly(
+                        plain, i, None if skipped else grads[i], around, how.has_grad)
+            if how.zero_grads and (skipped or plain is not None):
+                self.zero_gradients(grads)
+            if source is not None:
+                source.forget()
+            if skipped:
+                return number, 0, (True, norm, factor, None)
             for i in range(n):
                 if grads[i] is not None:
                     self.held[i].step += 1
+                    if self.kept != NULL:
+                        self.kept[i] = self.sums.stats[i]
             self.count = number
             if around is None:
                 return number, updated
@@ -537,6 +603,10 @@ cdef class ArrayList:
 
     cdef int step_plainly(self, plain, ptrdiff_t i, grad, around, bint has_grad) except -1:
         copy = None if around is None or around.copy_out is None else around.copy_out[i]
+        if grad is None:
+            if copy is not None:
+                plain._plain_copy(i, copy)
+            return 0
         sums = plain._plain_step(i, grad, self.held[i].step + 1, self.leaves[i].grad_scale, around,
                                  copy)
         if sums is not None:
@@ -557,6 +627,33 @@ cdef class ArrayList:
             for i in range(self.n):
                 if <void *>self.held[i].grad.obj != NULL:
                     PyBuffer_Release(&self.held[i].grad)
+
+    def keep_sums(self):
+        """Be the list of an accumulator: keep what is measured of each leaf from step to step."""
+        self.kept = <fo_stats *>grow(self.kept, self.n, sizeof(fo_stats))
+
+    def drop_sums(self):
+        """Keep it no more, since others may write to the leaves."""
+        self.claim()
+        free(self.kept)
+        self.kept = NULL
+        self.release()
+
+    cdef void forget(self) noexcept:
+        """Start anew, on leaves that are zero."""
+        cdef ptrdiff_t i
+        self.count = 0
+        for i in range(self.n):
+            self.held[i].step = 0
+
+    def clear(self):
+        """Set the leaves to zero, and start anew."""
+        cdef ptrdiff_t i
+        self.claim()
+        for i in range(self.n):
+            memset(self.held[i].views[0].buf, 0, self.held[i].views[0].len)
+        self.forget()
+        self.release()
 
     def use_states(self, ptrdiff_t i, tuple used):
         """Hide from C the state arrays that the leaf's options do not ask for."""
@@ -626,6 +723,94 @@ cdef class ArrayList:
         if view.len != to_view.len or not same_layout(to_view, view):
             raise SystemError("fusedopt: arrays of a checkpoint do not fit; please report")
         return 0
+
+
+@cython.no_gc_clear
+cdef class Swap:
+    """Shows other values in the place of a list's parameters for a ``with`` block.
+
+    Claims the list for the block. What is exchanged is exchanged in one call, which no signal's
+    exception can interrupt; and if one comes between `__enter__` and the block, the parameters
+    are put back as this object goes.
+
+    Parameters
+    ----------
+    leaves : ArrayList
+    show : callable() -> list of array or None
+        What each parameter shall show, in its layout and dtype; None leaves it as it is.
+    """
+    cdef ArrayList leaves
+    cdef object show
+    cdef char **kept      # of each parameter that was exchanged, its bytes; NULL outside a block
+    cdef bint active
+
+    def __cinit__(self, ArrayList leaves, show):
+        self.leaves, self.show = leaves, show
+
+    def __enter__(self):
+        self.leaves.claim()
+        try:
+            self.exchange(self.show())
+        except BaseException:
+            self.leaves.release()
+            raise
+        self.active = self.leaves.swapped = True
+
+    def __exit__(self, kind, value, trace):
+        self.put_back()
+
+    def __dealloc__(self):
+        self.put_back()
+
+    cdef int exchange(self, list shown) except -1:
+        cdef ArrayList leaves = self.leaves
+        cdef ptrdiff_t i, n = leaves.n
+        cdef Py_buffer *views = <Py_buffer *>grow(NULL, n, sizeof(Py_buffer))
+        cdef Py_buffer *own
+        memset(views, 0, n * sizeof(Py_buffer))
+        try:
+            self.kept = <char **>grow(NULL, n, sizeof(char *))
+            memset(self.kept, 0, n * sizeof(char *))
+            for i in range(n):
+                if shown[i] is not None:
+                    own = &leaves.held[i].views[0]
+                    PyObject_GetBuffer(shown[i], &views[i], PyBUF_STRIDES)
+                    if views[i].len != own.len or not same_layout(&views[i], own):
+                        raise SystemError("fusedopt: an average does not fit; please report")
+                    self.kept[i] = <char *>grow(NULL, own.len, 1)
+            for i in range(n):  # from here on nothing fails
+                if self.kept[i] != NULL:
+                    own = &leaves.held[i].views[0]
+                    memmove(self.kept[i], own.buf, own.len)
+                    memmove(own.buf, views[i].buf, own.len)
+        except BaseException:
+            self.drop()
+            raise
+        finally:
+            for i in range(n):
+                if <void *>views[i].obj != NULL:
+                    PyBuffer_Release(&views[i])
+            free(views)
+        return 0
+
+    cdef void put_back(self) noexcept:
+        cdef ptrdiff_t i
+        if self.active:
+            for i in range(self.leaves.n):
+                if self.kept[i] != NULL:
+                    memmove(self.leaves.held[i].views[0].buf, self.kept[i],
+                            self.leaves.held[i].views[0].len)
+            self.drop()
+            self.active = self.leaves.swapped = False
+            self.leaves.release()
+
+    cdef void drop(self) noexcept:
+        cdef ptrdiff_t i
+        if self.kept != NULL:
+            for i in range(self.leaves.n):
+                free(self.kept[i])
+            free(self.kept)
+            self.kept = NULL
 
 
 cdef int read_grad(object values, fo_stats *to) except -1:

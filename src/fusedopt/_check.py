@@ -8,6 +8,7 @@ data.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping, Set
 from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
@@ -27,9 +28,7 @@ def array(name: str, value: object) -> Array:
     """Return `value` if it is a plain NumPy array (or memory map) of a supported dtype."""
     if not isinstance(value, np.ndarray):
         kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-        raise TypeError(
-            f"{name}: expected a NumPy array, got {kind}; pass numpy.asarray(...) of it"
-        )
+        raise TypeError(f"{name}: expected a NumPy array, got {kind}; {_way_out(value)}")
     if type(value) not in (np.ndarray, np.memmap):
         raise TypeError(
             f"{name}: {type(value).__name__} is a subclass of array with a meaning of its own, "
@@ -48,6 +47,31 @@ def array(name: str, value: object) -> Array:
         )
         raise TypeError(f"{name}: dtype {value.dtype} is not supported ({_NAMES}); {way_out}")
     return value
+
+
+def _way_out(value: object) -> str:
+    """Return what to pass in the place of something that is no array."""
+    if type(value).__module__.partition(".")[0] == "torch":
+        return "fusedopt.torch steps tensors; or pass its memory, .detach().numpy()"
+    if isinstance(value, Mapping):
+        return "pass a dict, dict(...) of it"
+    if isinstance(value, Iterator) or isinstance(value, Set):
+        return "pass a list, list(...) of it"
+    if hasattr(value, "__array__") or hasattr(value, "__array_interface__") or _is_buffer(value):
+        return "pass numpy.asarray(...) of it"
+    if hasattr(value, "__dict__") and not isinstance(value, type) and not callable(value):
+        return "pass the dict of its arrays, e.g. vars(...) of it"
+    if isinstance(value, (int, float)):
+        return "pass an array, which can be updated in place: numpy.array(...) of it"
+    return "pass arrays, or lists, tuples and dicts of them"
+
+
+def _is_buffer(value: object) -> bool:
+    try:
+        memoryview(value).release()  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return not isinstance(value, bytes)
 
 
 def is_dense(value: Array) -> bool:
@@ -229,6 +253,13 @@ def positive(name: str, value: Any) -> float:
     if result <= 0:
         raise ValueError(f"{name}: must be > 0, got {result}")
     return result
+
+
+def limit(name: str, value: Any) -> float:
+    """Return `value` as a float > 0, or infinity: no limit."""
+    if isinstance(value, (float, np.floating, np.ndarray)) and np.all(value == math.inf):
+        return math.inf
+    return positive(name, value)
 
 
 def nonnegative(name: str, value: Any) -> float:

@@ -3,26 +3,42 @@
 The file is .npz (NumPy's own) or .safetensors (an extra). It is written beside its final place,
 synced and renamed, so that an interruption at any point leaves the old file. Reading never
 unpickles.
+
+A temporary file is locked while its process lives; the next save of the same path removes those
+that no process holds any more. Thousands of small arrays share one member for each dtype, because
+opening a member takes longer than reading it.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
+import stat
+import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fusedopt._check import Array
-from fusedopt.formats import Stored
+from fusedopt.formats import FORMATS, Stored, memory_order
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 _META = "fusedopt"  # the key of the metadata; no array has it
 _EXTRA = ":extra"  # ends the key of the second array of one in a narrow format
 _VERSION = 1
 _SUFFIXES = (".npz", ".safetensors")
+_TEMPORARY = ".tmp"  # ends the name of a file that is being written
+_SMALL, _FEW = 4096, 1000  # arrays of so many bytes share a member if there are more of them
 
 StrPath = str | os.PathLike[str]
 
@@ -32,6 +48,7 @@ def pack(state_dict: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Any
     arrays: dict[str, Array] = {}
     steps: dict[str, int] = {}
     formats: dict[str, str] = {}
+    orders: dict[str, list[int]] = {}  # of the axes of blocks, which follow the memory
     for leaf, state in state_dict["state"].items():
         steps[leaf] = state["step"]
         for name, a in state.items():
@@ -39,6 +56,9 @@ def pack(state_dict: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Any
             if isinstance(a, Stored):
                 formats[key] = a.format
                 arrays[key] = a.data
+                if FORMATS[a.format][2] > 1 and not a.data.flags.c_contiguous:
+                    orders[key] = memory_order(a.data)
+                    arrays[key] = a.data.transpose(orders[key])
                 if a.extra is not None:
                     arrays[f"{key}{_EXTRA}"] = a.extra
             elif name != "step":
@@ -48,9 +68,11 @@ def pack(state_dict: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Any
         for group in state_dict["param_groups"]
     ]
     return arrays, {
+        "optimizer": state_dict["optimizer"],
         "step": state_dict["step"],
         "steps": steps,
         "formats": formats,
+        "orders": orders,
         "param_groups": groups,
     }
 
@@ -61,18 +83,21 @@ def unpack(arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> dict[str, An
         state: dict[str, dict[str, Any]] = {
             leaf: {"step": step} for leaf, step in meta["steps"].items()
         }
-        formats = meta.get("formats", {})
+        formats, orders = meta.get("formats", {}), meta.get("orders", {})
         for key, array in arrays.items():
             if key.endswith(_EXTRA) and key.removesuffix(_EXTRA) in formats:
                 continue
             leaf, _, name = key.rpartition(".")
+            if key in orders:
+                array = array.transpose(np.argsort(orders[key]))
             state[leaf][name] = (
                 Stored(formats[key], array, arrays.get(f"{key}{_EXTRA}"))
                 if key in formats
                 else array
             )
-        return {"step": meta["step"], "state": state, "param_groups": meta["param_groups"]}
-    except (KeyError, TypeError, AttributeError) as exc:
+        about = {key: meta[key] for key in ("optimizer", "step", "param_groups")}
+        return {**about, "state": state}
+    except (KeyError, TypeError, ValueError, AttributeError) as exc:
         raise ValueError("not the state of an optimizer") from exc
 
 
@@ -89,9 +114,11 @@ def write(path: StrPath, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -
         If safetensors is asked for and not installed.
     """
     target = _known(path)
-    text = json.dumps({"version": _VERSION, **meta})
+    arrays, small = _join(arrays)
+    text = json.dumps({"version": _VERSION, "small": small, **meta})
     try:
-        _write(target, arrays, text)
+        with _replacing(target) as temporary:
+            _WRITERS[target.suffix](temporary, arrays, text)
     except OSError as exc:  # a full disk's, from a write, names no file
         if exc.errno is None:
             raise OSError(f"{target}: {exc}") from exc
@@ -102,16 +129,54 @@ def write(path: StrPath, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -
         raise
 
 
-def _write(target: Path, arrays: Mapping[str, Array], text: str) -> None:
-    with _replacing(target) as temporary:
-        if target.suffix == ".npz":
-            with open(temporary, "wb") as file:
-                np.savez(file, **{_META: np.array(text)}, **arrays)  # type: ignore[arg-type]
-        else:
-            # its writer stores memory as it lies, so strided and F-order arrays would come back
-            # scrambled: hand it C order only
-            dense = {name: np.array(a, order="C", copy=None) for name, a in arrays.items()}
-            _safetensors().save_file(dense, temporary, metadata={_META: text})
+def _write_npz(path: Path, arrays: Mapping[str, Array], text: str) -> None:
+    """Write what numpy.savez does, which would hide Ctrl-C behind an error of its archive's."""
+    with open(path, "wb") as file:
+        archive = zipfile.ZipFile(file, "w")
+        try:
+            for name, array in {_META: np.array(text), **arrays}.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
+            archive.close()
+        except BaseException:
+            archive.fp = None  # given up: close() would complain of a member that is still open
+            raise
+
+
+def _write_safetensors(path: Path, arrays: Mapping[str, Array], text: str) -> None:
+    # its writer stores memory as it lies, so strided and F-order arrays would come back scrambled:
+    # hand it C order only
+    dense = {name: np.array(a, order="C", copy=None) for name, a in arrays.items()}
+    _safetensors().save_file(dense, path, metadata={_META: text})
+
+
+_WRITERS = {".npz": _write_npz, ".safetensors": _write_safetensors}
+
+
+def _join(arrays: Mapping[str, Array]) -> tuple[Mapping[str, Array], dict[str, list[Any]]]:
+    """Return the arrays, small ones joined if there are many; and what is in each joint one."""
+    rows: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    for name, a in arrays.items():
+        if a.nbytes <= _SMALL:
+            rows.setdefault(f"small:{a.dtype.str}", []).append((name, a.shape))
+    if sum(map(len, rows.values())) <= _FEW:
+        return arrays, {}
+    joined = {
+        member: np.concatenate([arrays[name].reshape(-1) for name, _ in its])
+        for member, its in rows.items()
+    }
+    return joined | {name: a for name, a in arrays.items() if a.nbytes > _SMALL}, dict(rows)
+
+
+def _split(arrays: dict[str, Array], small: Mapping[str, Any]) -> None:
+    """Undo `_join`, with views; ValueError if the lengths do not add up."""
+    for member, rows in small.items():
+        values, end = arrays.pop(member), 0
+        for name, shape in rows:
+            begin, end = end, end + prod(shape)
+            arrays[name] = values[begin:end].reshape(shape)
+        if values.shape != (end,):
+            raise ValueError(f"{member} has {values.size} elements, expected {end}")
 
 
 def read(path: StrPath) -> tuple[dict[str, Array], dict[str, Any]]:
@@ -126,12 +191,16 @@ def read(path: StrPath) -> tuple[dict[str, Array], dict[str, Any]]:
     """
     source = _known(path)
     reader = _read_npz if source.suffix == ".npz" else _read_safetensors
-    source.open("rb").close()  # not there, or not ours to read: an OSError that names it
+    mode = source.stat().st_mode  # not there: an OSError that names it
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # to open a pipe would wait for a writer
+        raise ValueError(f"{source}: not a regular file")
+    source.open("rb").close()  # not ours to read, or a folder: the same
     try:
         arrays, text = reader(source)
         meta = json.loads(text)
         if not isinstance(meta, dict) or meta.pop("version") != _VERSION:
             raise ValueError(f"written by another version of the format than {_VERSION}")
+        _split(arrays, meta.pop("small", {}))
     except ModuleNotFoundError:
         raise
     except MemoryError as exc:
@@ -184,12 +253,24 @@ def _known(path: StrPath) -> Path:
 
 
 @contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """Yield a temporary path; on success sync it and rename it to `target`, else remove it."""
-    temporary = target.with_name(f".{target.name}.{os.urandom(8).hex()}{target.suffix}")
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; on success sync it and rename it to `path`, else remove it.
+
+    Through symbolic links, which stay. A file that is read-only, or not a regular one, is refused.
+    """
+    target = Path(os.path.realpath(path))
+    mode = _mode(target)
+    _remove_leftovers(target)
+    temporary = target.with_name(f".{target.name}.{os.urandom(8).hex()}{_TEMPORARY}")
+    handle = None
     try:  # the name first: from here on whatever fails leaves nothing behind
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
+        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        if fcntl is None:  # Windows renames no file that is open
+            os.close(handle)
+            handle = None
+        else:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
         yield temporary
         temporary.chmod(mode)
         _sync(temporary)
@@ -197,7 +278,36 @@ def _replacing(target: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    finally:
+        if handle is not None:
+            os.close(handle)
     _sync(target.parent)
+
+
+def _mode(target: Path) -> int:
+    """Return the permissions that a file shall have; OSError if it must not be replaced."""
+    try:
+        mode = target.stat().st_mode
+    except FileNotFoundError:
+        return 0o666 & ~_umask()
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    if not (mode & 0o222 and os.access(target, os.W_OK)):
+        raise PermissionError(errno.EACCES, "a read-only file: remove it, or save elsewhere")
+    return stat.S_IMODE(mode)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove the temporary files of saves of this path that were killed."""
+    if fcntl is None:
+        return
+    ours = re.compile(re.escape(f".{target.name}.") + "[0-9a-f]{16}" + re.escape(_TEMPORARY))
+    with suppress(OSError):
+        for path in list(target.parent.iterdir()):
+            if ours.fullmatch(path.name):
+                with suppress(OSError), open(path, "rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError: still written to
+                    path.unlink()
 
 
 def _umask() -> int:

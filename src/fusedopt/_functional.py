@@ -35,6 +35,12 @@ def apply(
     for (name, values), use in zip(states, cls.uses(options), strict=True):
         if use and values is None:
             raise ValueError(f"{name}: these options need it; pass one array for each parameter")
+        for i, (value, grad) in enumerate(zip(values or (), grads, strict=bool(values))):
+            if use and value is None and grad is not None:
+                raise ValueError(
+                    f"{name}[{i}]: is None; these options need it, pass numpy.zeros_like of the "
+                    "parameter where there is none yet"
+                )
     columns = [
         values if use and values is not None else [None] * len(params)
         for (_, values), use in zip(states, cls.uses(options), strict=True)
@@ -46,4 +52,4 @@ def apply(
     work = _arrays.ArrayList(cls.rule, cls.state_names)
     work.add(names, grad_names, list(params), rows, group=0, zero=False, threads=threads)
     work.set_steps(step - 1, [step - 1] * len(params))
-    work.step(list, grads, cls.scalars, [options], threads)
+    work.step(lambda grads: (list(grads), [options]), grads, cls.scalars, threads)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fusedopt import _check, _core
+from fusedopt import _check, _core, formats
 from fusedopt._check import Array
 from fusedopt.formats import FORMATS, Stored, extra_shape, is_bfloat16
 
@@ -135,12 +135,13 @@ def allocate(
     return stored, states
 
 
-def show(param: Array | Stored, values: Array) -> None:
-    """Write float `values` to the array that the caller sees, rounded to nearest."""
+def shown(param: Array | Stored, values: Array) -> Array:
+    """Return float `values` as the caller sees such a parameter: rounded to nearest."""
     if not isinstance(param, Stored):
-        np.copyto(param, values)
-    else:
-        Stored(param.format.split("+")[0].removesuffix("-stochastic"), param.data).encode(values)
+        return values
+    data = np.empty_like(param.data, subok=False)
+    Stored(param.format.split("+")[0].removesuffix("-stochastic"), data).encode(values)
+    return data
 
 
 def _strides(like: Array, dtype: Any) -> tuple[int, ...]:
@@ -192,12 +193,23 @@ def memory(
 
 
 def pairs(
-    where: str, ours: Array | Stored, theirs: Any, convert: bool, key: int
+    where: str,
+    ours: Array | Stored,
+    theirs: Any,
+    convert: bool,
+    place: tuple[int, int, int],
 ) -> list[tuple[Array, Array]]:
     """Return the parts of `ours`, each with what of `theirs` it shall hold; raise if none fits.
 
-    The second of a pair has the bytes, in the memory order of the first.
+    The second of a pair has the bytes, in the memory order of the first. `place`, the leaf, step
+    and slot, keys the noise of a conversion.
     """
+    if (
+        type(ours) is type(theirs) is np.ndarray
+        and ours.dtype == theirs.dtype
+        and ours.shape == theirs.shape
+    ):  # as usual: the rest takes 5 us
+        return [(ours, _laid_as(ours, theirs))]
     if isinstance(theirs, Stored):
         theirs = _check.stored(where, theirs)
     else:
@@ -211,12 +223,24 @@ def pairs(
             f"{where}: {its}{list(theirs.shape)} does not fit {mine}{list(ours.shape)}{way_out}"
         )
     if mine != its:
-        theirs = _converted(where, ours, theirs, key)
+        theirs = _converted(where, ours, theirs, place)
+    elif (
+        isinstance(ours, Stored)
+        and FORMATS[mine][2] > 1
+        and not _check.same_layout(theirs.data, ours.data)
+    ):
+        if not convert:
+            raise ValueError(
+                f"{where}: its blocks of {FORMATS[mine][2]} follow the memory order of a parameter "
+                f"with strides {theirs.data.strides}, here {ours.data.strides}; convert=True "
+                "encodes them anew"
+            )
+        theirs = _converted(where, ours, theirs, place)
     return [(a, _laid_as(a, b)) for a, b in zip(_parts(ours), _parts(theirs), strict=True)]
 
 
 def _laid_as(a: Array, b: Array) -> Array:
-    if _check.same_layout(b, a):
+    if a.strides == b.strides or _check.same_layout(b, a):
         return b
     laid = np.empty_like(a, subok=False)
     np.copyto(laid, b.view(a.dtype))
@@ -224,7 +248,7 @@ def _laid_as(a: Array, b: Array) -> Array:
 
 
 def _converted(
-    where: str, ours: Array | Stored, theirs: Array | Stored, key: int
+    where: str, ours: Array | Stored, theirs: Array | Stored, place: tuple[int, int, int]
 ) -> Array | Stored:
     """Return the numbers of `theirs` in a new array of the kind of `ours`."""
     values = theirs.decode() if isinstance(theirs, Stored) else theirs
@@ -236,7 +260,7 @@ def _converted(
     laid = np.empty_like(ours.data, np.float32, subok=False)
     np.copyto(laid, values, casting="same_kind")
     twin = Stored(ours.format, *(np.empty_like(part, subok=False) for part in ours.parts()))
-    twin.encode(laid, key)
+    twin.encode(laid, formats.key(0, *place))
     return twin
 
 

@@ -6,21 +6,63 @@ A leaf's name is the expression that leads to it: ``params['dense1']['W']``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
-Nodes = Iterator[tuple[str, Any]]
+DEEPEST = 100  # containers in containers; more are taken for a cycle
+
+Node = tuple[str, Any, Any]
 
 
-def leaves(name: str, tree: Any) -> Nodes:
-    """Yield (name, leaf) in order; whatever is not a list, tuple or dict is a leaf."""
+def _children(name: str, tree: Any) -> Iterator[tuple[str, Any]] | None:
+    """Return what is directly in a list, tuple or dict, with names; None of any other object."""
     if isinstance(tree, dict):
-        for key, node in tree.items():
-            yield from leaves(f"{name}[{key!r}]", node)
-    elif isinstance(tree, (list, tuple)):
-        for i, node in enumerate(tree):
-            yield from leaves(f"{name}[{i}]", node)
-    else:
+        return ((f"{name}[{key!r}]", node) for key, node in tree.items())
+    if isinstance(tree, (list, tuple)):
+        return ((f"{name}[{i}]", node) for i, node in enumerate(tree))
+    return None
+
+
+def leaves(name: str, tree: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Yield (name, leaf) in order; whatever is not a list, tuple or dict is a leaf.
+
+    Raises
+    ------
+    ValueError
+        If the nesting is deeper than `DEEPEST`, as that of a list which contains itself.
+    """
+    children = _children(name, tree)
+    if children is None:
         yield name, tree
+        return
+    if depth == DEEPEST:
+        raise ValueError(
+            f"{name[:80]}...: nested more than {DEEPEST} deep; does a container contain itself? "
+            "Pass a flat list or dict of the arrays"
+        )
+    for inner, node in children:
+        yield from leaves(inner, node, depth + 1)
+
+
+def nodes(name: str, tree: Any) -> Iterator[Node]:
+    """Yield the lists and dicts of a tree: name, container, a copy that shows what is in it now."""
+    if isinstance(tree, (dict, list)):
+        yield name, tree, dict(tree) if isinstance(tree, dict) else list(tree)
+    for inner, node in _children(name, tree) or ():
+        yield from nodes(inner, node)
+
+
+def refuse_change(name: str, container: Any, before: Any) -> NoReturn:
+    """Raise ValueError for a container that has other objects in it than `before`."""
+    was, now = (dict(_children(name, tree) or ()) for tree in (before, container))
+    for inner in [inner for inner in was if was[inner] is not now.get(inner)]:
+        if inner in now:
+            raise ValueError(
+                f"{inner}: is another object than when this optimizer was made, which steps would "
+                f"not reach; write into the array, {inner}[...] = value, or make another optimizer"
+            )
+        raise ValueError(f"{inner}: was removed; make another optimizer, of what is left")
+    added = ", ".join(inner for inner in now if inner not in was)
+    raise ValueError(f"{added}: was added after this optimizer was made; use add_param_group")
 
 
 def is_groups(params: Any) -> bool:

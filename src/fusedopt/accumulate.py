@@ -23,7 +23,8 @@ class GradAccumulator:
     Each `add` reads the micro-batch's gradients and updates the buffers in one pass, in which it
     also takes the sum's squares and counts what is not finite: a step with a clip or a look for
     what is not finite then needs no pass of its own. ``opt.step(accumulator)`` uses the sum up: the
-    buffers are zeroed in the pass that reads them.
+    buffers are zeroed in the pass that reads them. A call that raises has changed nothing; one that
+    is interrupted has done all or nothing.
 
     Parameters
     ----------
@@ -66,11 +67,12 @@ class GradAccumulator:
         self._work.add(
             names, grads, self._buffers, [[None]] * len(names), 0, False, _threads.get_num_threads()
         )
+        self._work.keep_sums()
         self._rebuild = _tree.rebuilder(tree)
         self.zero()
 
     def add(self, grads: Any, *, scale: float = 1.0) -> None:
-        """Add the gradients of a micro-batch, times `scale`.
+        """Add the gradients of a micro-batch, times `scale`: all of them, or none.
 
         Parameters
         ----------
@@ -84,42 +86,45 @@ class GradAccumulator:
         TypeError, ValueError
             Naming the leaf; nothing has been added.
         RuntimeError
-            If another thread is adding to the same buffers.
+            If another thread is adding to the same buffers, or steps with them.
         """
         how = _around.Around(grad_scale=_check.number("scale", scale), measure=_around.PARAM)
         flat: list[Array | None] = []
         self._read("grads", grads, flat)
-        _, _, (*_, measured) = self._work.step(
-            list, flat, lambda step, options: _ADD, [{}], _threads.get_num_threads(), None, how
-        )
-        assert measured is not None
-        leaves, rows = measured
-        for i, row in zip(leaves, rows[_around.GRAD_SUMS].tolist(), strict=True):
-            self._sums[i] = row
-        self.count += 1
+        self._work.step(
+            lambda flat: (flat, [{}]), flat, lambda step, options: _ADD,
+            _threads.get_num_threads(), None, how,
+        )  # fmt: skip
+
+    @property
+    def count(self) -> int:
+        """Number of micro-batches in the sum."""
+        return self._work.count
 
     @property
     def grads(self) -> Any:
-        """The sums, nested as `params`: the live buffers, None for a leaf that got nothing."""
+        """The sums, nested as `params`: the live buffers, None for a leaf that got nothing.
+
+        They may be written to, say to add those of other ranks. Once they were asked for, a step
+        does not rely on what `add` has measured, and reads them where it needs a norm.
+        """
+        self._work.drop_sums()
+        return self._sums()
+
+    def _sums(self) -> Any:
         return self._rebuild(
-            [b if s is not None else None for b, s in zip(self._buffers, self._sums, strict=True)]
+            [b if self._work.get_step(i) > 0 else None for i, b in enumerate(self._buffers)]
         )
 
-    @property
-    def sums(self) -> list[_around.GradSums]:
-        """Of each leaf: sum of squares, largest magnitude, zeros, elements that are not finite."""
-        return [(0.0, 0.0, 0, 0) if s is None else s for s in self._sums]
-
     def zero(self) -> None:
-        """Set the buffers to zero."""
-        for buffer in self._buffers:
-            buffer[...] = 0
-        self.forget()
+        """Set the buffers to zero.
 
-    def forget(self) -> None:
-        """Start anew on buffers that are zero: what a step does that has zeroed them."""
-        self.count = 0
-        self._sums: list[_around.GradSums | None] = [None] * len(self._buffers)
+        Raises
+        ------
+        RuntimeError
+            If another thread is adding to the same buffers, or steps with them.
+        """
+        self._work.clear()
 
 
 def _spec(array: Array) -> tuple[tuple[int, ...], Any, tuple[int, ...]]:

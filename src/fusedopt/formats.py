@@ -108,11 +108,16 @@ class Stored:
         encode(self, flat(values), key)
 
 
-def flat(array: Array) -> Array:
-    """Return a one-dimensional view of a dense array, in memory order."""
+def memory_order(array: Array) -> list[int]:
+    """Return the axes from the one with the longest stride to the one with the shortest."""
     axes = sorted(range(array.ndim), key=lambda k: (-array.strides[k], k))
     axes.sort(key=lambda k: array.shape[k] == 1)  # axes of length 1 have any stride
-    view = array.transpose(axes).view()
+    return axes
+
+
+def flat(array: Array) -> Array:
+    """Return a one-dimensional view of a dense array, in memory order."""
+    view = array.transpose(memory_order(array)).view()
     view.shape = (-1,) if array.size else (0,)
     return view
 

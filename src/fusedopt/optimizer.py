@@ -7,20 +7,26 @@ of a step; this file knows no rule.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, NoReturn
 
-import numpy as np
-
-from fusedopt import _around, _arrays, _check, _checkpoint, _fitting, _storage, _threads, _tree
+from fusedopt import (
+    _around,
+    _arrays,
+    _check,
+    _checkpoint,
+    _fitting,
+    _groups,
+    _storage,
+    _threads,
+    _tree,
+)  # fmt: skip
 from fusedopt._around import StepResult, StepStats
 from fusedopt._check import Array
+from fusedopt._groups import Check, Options
 from fusedopt.accumulate import GradAccumulator
 from fusedopt.formats import Stored
-
-Options = dict[str, Any]
-Check = Callable[[str, Any], Any]
 
 
 class Optimizer:
@@ -90,16 +96,15 @@ class Optimizer:
 
     def __init__(self, params: Any, *, threads: int | None = None, **defaults: Any) -> None:
         """Take over the leaves of `params`; `defaults` holds a value for each option."""
+        if not hasattr(self, "rule"):
+            raise TypeError("Optimizer is the base class; make an Adam, AdamW, SGD, ...")
         self._threads = None if threads is None else _threads.check("threads", threads)
         self.defaults: Options = self.check_options(
             {name: defaults[name] for name in self.checks}, where=""
         )
         self.param_groups: list[Options] = []
         self._work = _arrays.ArrayList(self.rule, self.state_names)
-        self._readers: list[_tree.Reader] = []
-        self._options: list[Options] = []  # each group's, checked, with lr as a number
-        self._seen: list[Options] = []  # each of param_groups as it was when last checked
-        self._group_of: list[int] = []
+        self._groups: list[_groups.Group] = []
         self._bare = not _tree.is_groups(params)
         for group in [{"params": params}] if self._bare else params:
             self.add_param_group(group)
@@ -130,44 +135,47 @@ class Optimizer:
             self._add_param_group(group)
 
     def _add_param_group(self, group: Mapping[str, Any]) -> None:
-        number = len(self.param_groups)
+        number = len(self._groups)
+        if number != len(self.param_groups):
+            self._refuse_groups()
         where = "" if self._bare and number == 0 else f"params[{number}]"
         if not isinstance(group, Mapping) or "params" not in group:
             raise TypeError(f"{where}: expected a dict with 'params', got {type(group).__name__}")
-        foreign = [repr(name) for name in group if name not in (*self.checks, "params")]
-        if foreign:
-            raise TypeError(
-                f"{where}: unknown option {', '.join(foreign)}; known: {', '.join(self.checks)}"
-            )
+        _groups.refuse_unknown(where, group, self.checks)
         options = self.check_options(
             {name: group.get(name, self.defaults[name]) for name in self.checks},
             where=where and f"{where}.",
         )
-        tree = group["params"]
-        named = list(_tree.leaves(f"{where}['params']" if where else "params", tree))
+        tree, root = group["params"], f"{where}['params']" if where else "params"
+        named = list(_tree.leaves(root, tree))
         names, params = [name for name, _ in named], [leaf for _, leaf in named]
         grads = [name for name, _ in _tree.leaves("grads" + where.removeprefix("params"), tree)]
         taken = set(self._work.names)
-        if len(set(names) | taken) < len(names) + len(taken):
-            raise ValueError(f"{where}: two parameters have the same name; use other dict keys")
+        for name in names:
+            if name in taken:
+                raise ValueError(f"{name}: two parameters have this name; use other dict keys")
+            taken.add(name)
         stored, states = _storage.allocate(
             names, params, self.uses(options), self.state_is_square, options
         )
-        group_of = self._group_of + [number] * len(names)
-        readers, all_options = [*self._readers, _tree.reader(tree)], [*self._options, options]
-        seen = [*self._seen, {"params": tree, **options}]
-        size, threads = len(group_of), _threads.of(self._threads)
-        self.param_groups.append({"params": tree, **options})
+        shown, old = {"params": tree, **options}, len(self._work)
+        leaves, nodes = range(old, old + len(names)), list(_tree.nodes(root, tree))
+        made = _groups.Group(tree, _tree.reader(tree), nodes, leaves, options, dict(shown))
+        known, threads = [*self._groups, made], _threads.of(self._threads)
+        self.param_groups.append(shown)
         try:
             self._work.add(names, grads, stored, states, number, True, threads)
         finally:  # a signal's exception may come right behind the call; nothing here can fail
-            if len(self._work) == size:
-                self._group_of = group_of
-                self._readers = readers
-                self._options = all_options
-                self._seen = seen
+            if len(self._work) == leaves.stop:
+                self._groups = known
             else:
                 self.param_groups.pop()
+
+    def _refuse_groups(self) -> NoReturn:
+        raise ValueError(
+            f"param_groups: has {len(self.param_groups)} entries for {len(self._groups)} groups of "
+            "this optimizer; use add_param_group"
+        )
 
     @property
     def state(self) -> dict[str, dict[str, Any]]:
@@ -266,7 +274,8 @@ class Optimizer:
             Multiplies the gradients on the fly; 1 / scale where a loss was scaled.
         max_grad_norm : float > 0, optional
             Gradients, after `grad_scale`, whose norm over all groups is larger are multiplied by
-            ``max_grad_norm / (norm + 1e-6)``, as by ``torch.nn.utils.clip_grad_norm_``.
+            ``max_grad_norm / (norm + 1e-6)``, as by ``torch.nn.utils.clip_grad_norm_``; inf
+            measures the norm alone.
         norm_type : 2 or inf, default 2
             Which norm: of the squares, or the largest magnitude.
         per_tensor : bool, default False
@@ -283,7 +292,8 @@ class Optimizer:
             Set the gradients to 0, those of a skipped step too.
         copy_out : nesting of arrays, optional
             Nested as `params`: float16, bfloat16 (or float32, or float64 of float64 parameters)
-            arrays that get the parameters after the step, rounded to nearest. None leaves out.
+            arrays that get the parameters after the step, rounded to nearest; also those without a
+            gradient, and those of a skipped step. None leaves out.
 
         Returns
         -------
@@ -301,16 +311,13 @@ class Optimizer:
         """
         threads = _threads.of(self._threads)
         plain = self if self._is_plain else None
-        accumulated = isinstance(grads, GradAccumulator)
-        plainly = (
+        accumulator = grads._work if isinstance(grads, GradAccumulator) else None
+        if (
             max_grad_norm is None and clip_value is None and copy_out is None
-            and grad_scale == 1 and nonfinite == "propagate" and not (stats or zero_grads)
-        )  # fmt: skip
-        if plainly and not accumulated:
-            number, updated = self._work.step(
-                self._prepare, grads, self.scalars, self._options, threads, plain
-            )
-            return StepResult(number, updated)
+            and grad_scale == 1 and norm_type == 2 and nonfinite == "propagate"
+            and not (per_tensor or stats or zero_grads) and accumulator is None
+        ):  # fmt: skip
+            return StepResult(*self._work.step(self._prepare, grads, self.scalars, threads, plain))
         how = _around.around(
             grad_scale=grad_scale,
             max_grad_norm=max_grad_norm,
@@ -319,15 +326,13 @@ class Optimizer:
             clip_value=clip_value,
             nonfinite=nonfinite,
             stats=stats,
-            zero_grads=zero_grads or accumulated,
+            zero_grads=zero_grads or accumulator is not None,
             copy_out=None if copy_out is None else self._flatten(copy_out, "copy_out"),
-            sums=grads.sums if accumulated else None,
+            knows_norm=accumulator is not None,
         )
         number, updated, (skipped, norm, factor, table) = self._work.step(
-            self._prepare, grads, self.scalars, self._options, threads, plain, how
+            self._prepare, grads, self.scalars, threads, plain, how, accumulator
         )
-        if accumulated:
-            grads.forget()
         measured = None
         if table is not None:
             leaves, rows = table
@@ -337,57 +342,78 @@ class Optimizer:
             )
         return StepResult(number, updated, skipped, norm, factor, measured)
 
-    def _prepare(self, grads: Any) -> list[Array | None]:
-        """Read the options of the groups as they are now; return the gradient of each leaf."""
-        flat = self._flatten(grads.grads if isinstance(grads, GradAccumulator) else grads, "grads")
+    def _prepare(self, grads: Any) -> tuple[list[Array | None], list[Options]]:
+        """Return the gradient of each leaf, and the options of the groups as they are now."""
+        if isinstance(grads, GradAccumulator):
+            grads = grads._sums()
+        flat = self._flatten(grads, "grads")
+        if len(self.param_groups) != len(self._groups):
+            self._refuse_groups()
         number = self._work.count + 1
-        for i in range(len(self.param_groups)):
-            self._read_options(i, number)
-        return flat
+        for i, group in enumerate(self._groups):
+            changed = _arrays.find_changed(group.nodes)
+            if changed >= 0:
+                _tree.refuse_change(*group.nodes[changed])
+            self._read_options(i, group, number)
+        return flat, [group.options for group in self._groups]
 
     def _flatten(self, tree: Any, name: str) -> list[Array | None]:
         flat: list[Array | None] = []
-        if self._bare and len(self._readers) == 1:
-            self._readers[0](name, tree, flat)
+        if self._bare and len(self._groups) == 1:
+            self._groups[0].read(name, tree, flat)
             return flat
-        if not isinstance(tree, (list, tuple)) or len(tree) != len(self._readers):
+        if not isinstance(tree, (list, tuple)) or len(tree) != len(self._groups):
             raise ValueError(
-                f"{name}: expected a list with one entry for each of the {len(self._readers)} "
-                "groups"
+                f"{name}: expected a list with one entry for each of the {len(self._groups)} groups"
             )
-        for i, read in enumerate(self._readers):
-            read(f"{name}[{i}]", tree[i], flat)
+        for i, group in enumerate(self._groups):
+            group.read(f"{name}[{i}]", tree[i], flat)
         return flat
 
-    def _read_options(self, i: int, step: int) -> None:
+    def _read_options(self, i: int, group: _groups.Group, step: int) -> None:
         """Take the options of group `i` as they are now; check what was changed since."""
-        group, seen = self.param_groups[i], self._seen[i]
-        if group["params"] is not seen["params"]:
+        given = self.param_groups[i]
+        if given.get("params") is not group.tree:
             raise ValueError(f"param_groups[{i}]['params']: was replaced; use add_param_group")
-        if group != seen:
-            where = f"param_groups[{i}]."
-            options = self.check_options({name: group[name] for name in self.checks}, where)
-            _storage.refuse_change(where, seen, options)
-            self._use_states(i, options, where)
-            self._options[i], self._seen[i] = options, dict(group)
-        if callable(group["lr"]):
-            rate = self.checks["lr"](f"lr({step})", group["lr"](step))
-            self._options[i] = self._options[i] | {"lr": rate}
+        if not group.is_unchanged(given):
+            where = f"param_groups[{i}]"
+            _groups.refuse_unknown(where, given, self.checks)
+            missing = [name for name in self.checks if name not in given]
+            if missing:
+                raise ValueError(f"{where}: has no {missing[0]!r}, an option that steps need")
+            options = self.check_options(given, f"{where}.")
+            _storage.refuse_change(f"{where}.", group.options, options)
+            lacking = self._lacking_state(group, options)
+            if lacking is not None:
+                raise ValueError(
+                    f"{where}: these options need {lacking}, which was not allocated; "
+                    "set them when the optimizer is made"
+                )
+            for leaf in group.leaves:
+                self._work.use_states(leaf, self.uses(options))
+            group.note(given, options)
+        if callable(given["lr"]):
+            rate = self.checks["lr"](f"lr({step})", given["lr"](step))
+            group.options = group.options | {"lr": rate}
 
-    def _use_states(self, group: int, options: Options, where: str) -> None:
-        used = self.uses(options)
-        mine = [leaf for leaf, its in enumerate(self._group_of) if its == group]
-        for leaf in mine:
-            for name, use, array in zip(
-                self.state_names, used, self._work.states[leaf][:-1], strict=True
-            ):
-                if use and array is None:
-                    raise ValueError(
-                        f"{where[:-1]}: these options need {name}, which was not allocated; "
-                        "set them when the optimizer is made"
-                    )
-        for leaf in mine:
-            self._work.use_states(leaf, used)
+    def _lacking_state(self, group: _groups.Group, options: Options) -> str | None:
+        """Return the name of a state array that these options use and that a leaf has not."""
+        states = self._work.states[group.leaves.start : group.leaves.stop]
+        for k, (name, use) in enumerate(zip(self.state_names, self.uses(options), strict=True)):
+            if use and any(arrays[k] is None for arrays in states):
+                return name
+        return None
+
+    def _options_now(self, group: _groups.Group, given: Mapping[str, Any]) -> Options:
+        """Return a group's options; in the place of one that no step takes, the last step's."""
+        options = {}
+        for name, check in self.checks.items():
+            try:
+                value = given[name]
+                options[name] = value if name == "lr" and callable(value) else check(name, value)
+            except (KeyError, TypeError, ValueError):
+                options[name] = group.options[name]
+        return options
 
     # -------------------------------------------------------------- averages
 
@@ -408,8 +434,7 @@ class Optimizer:
             raise ValueError("there is no average: make the optimizer with ema=0.999 or the like")
         return averages  # type: ignore[return-value]
 
-    @contextmanager
-    def swap_ema(self) -> Iterator[None]:
+    def swap_ema(self) -> AbstractContextManager[None]:
         """Put the averages in the place of the parameters for a ``with`` block.
 
         The parameters, which are back when it ends, however it ends, are kept in a copy meanwhile.
@@ -420,41 +445,50 @@ class Optimizer:
         ------
         ValueError
             If no group has `ema`.
+        MemoryError
+            If there is no memory for the copy.
         RuntimeError
             If another thread is inside a call of the same optimizer; and from any call that would
             change it within the block.
         """
-        averages = self.ema_params()
-        with self._work:
-            swapped = [
-                (param, stored, averages[name])
-                for name, param, stored in zip(
-                    self._work.names, self._work.params, self._work.stored, strict=True
-                )
-                if name in averages
-            ]
-            kept = [param.copy(order="K") for param, _, _ in swapped]
-            try:
-                for _, stored, average in swapped:
-                    _storage.show(stored, average)
-                yield
-            finally:
-                for (param, _, _), before in zip(swapped, kept, strict=True):
-                    np.copyto(param, before)
+        self.ema_params()
+        return _arrays.Swap(self._work, self._shown_averages)
+
+    def _shown_averages(self) -> list[Array | None]:
+        """Return what each parameter shows of its average, or None."""
+        return [
+            None if its[-1] is None else _storage.shown(stored, its[-1])  # type: ignore[arg-type]
+            for stored, its in zip(self._work.stored, self._work.states, strict=True)
+        ]
 
     # -------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the optimizer's state: ``step``, ``state`` by leaf name, ``param_groups``.
+        """Return the state: ``optimizer``, ``step``, ``state`` by leaf name, ``param_groups``.
 
-        The arrays are the live ones; copy them to keep them. The parameters are not part of it.
+        The arrays are the live ones; copy them to keep them. The parameters are not part of it. An
+        option that no step would take, as a rate that is NaN, is given as the last step took it, so
+        that what is saved can be loaded.
         """
         names = self._work.names
         groups = []
-        for i, group in enumerate(self.param_groups):
-            mine = [name for name, its in zip(names, self._group_of, strict=True) if its == i]
-            groups.append({"params": mine} | {name: group[name] for name in self.checks})
-        return {"step": self._work.count, "state": self.state, "param_groups": groups}
+        for i, group in enumerate(self._groups):
+            given = self.param_groups[i] if i < len(self.param_groups) else {}
+            mine = names[group.leaves.start : group.leaves.stop]
+            groups.append({"params": mine} | self._options_now(group, given))
+        return {
+            "optimizer": self._class_name(),
+            "step": self._work.count,
+            "state": self.state,
+            "param_groups": groups,
+        }
+
+    @classmethod
+    def _class_name(cls) -> str:
+        """Return the name of the class that has the rule: this one, or one that it derives from."""
+        return next(
+            base.__name__ for base in cls.__mro__ if base.__module__.startswith("fusedopt.optim.")
+        )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *, convert: bool = False) -> None:
         """Take over step counts, state (copied) and options from a `state_dict`.
@@ -464,6 +498,9 @@ class Optimizer:
 
         A learning rate that is a schedule is not taken from, nor replaced by, a file: where `lr` is
         None in `state_dict`, or a schedule here and a number there, the optimizer keeps its own.
+
+        State that the loaded options do not use (of momentum that was switched off) need not have a
+        place here.
 
         Raises
         ------
@@ -481,10 +518,15 @@ class Optimizer:
             groups = list(state_dict["param_groups"])
         except (KeyError, TypeError, ValueError, IndexError) as exc:
             raise ValueError("state dict: expected 'step', 'state' and 'param_groups'") from exc
+        theirs = state_dict.get("optimizer", self._class_name())
+        if theirs != self._class_name():
+            raise ValueError(
+                f"state dict: of {theirs}, and this optimizer is {self._class_name()}; "
+                f"load it into {theirs}, as another rule reads another meaning into the same state"
+            )
         step = _check.steps("state dict: step", step)
-        steps, pairs = _fitting.states(self, state, convert)
-        checked = _fitting.groups(self, groups, convert)
-        self._work.restore(pairs, step, steps, self.param_groups, checked)
+        pairs, steps, options = _fitting.fit(self, state, groups, convert)
+        self._work.restore(pairs, step, steps, self.param_groups, options)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `state_dict` to a file, which appears whole or not at all.

@@ -16,20 +16,21 @@ if TYPE_CHECKING:
 class GradScaler:
     """Scales the loss so that float16 gradients do not vanish, as ``torch.amp.GradScaler`` does.
 
-    The loop multiplies the loss by `scale` (or the gradient that starts backpropagation); `step`
-    takes it off in the optimizer's pass, skips the step if a gradient is infinite or NaN, and lets
-    the scale shrink after such a step and grow after many without one.
+    The loop multiplies the loss by `scale` (or the gradient that starts backpropagation). `step`
+    takes it off in the optimizer's pass, and skips the step if a gradient is infinite or NaN. Once
+    all optimizers have stepped, `update` lets the scale shrink if one of them skipped, and grow
+    after many iterations in which none did.
 
     Parameters
     ----------
     init_scale : float > 0, default 65536
         Scale of the first step.
     growth_factor : float > 1, default 2
-        Multiplies the scale after `growth_interval` good steps in a row.
+        Multiplies the scale after `growth_interval` iterations in a row without a skipped step.
     backoff_factor : float in (0, 1), default 0.5
-        Multiplies it after a step that was skipped.
+        Multiplies it after an iteration with one.
     growth_interval : int, default 2000
-        Good steps until it grows.
+        Iterations until it grows.
 
     Raises
     ------
@@ -43,8 +44,10 @@ class GradScaler:
     >>> opt, scaler = fusedopt.SGD(w, lr=0.5), fusedopt.GradScaler(init_scale=8.0)
     >>> scaler.step(opt, np.float16(scaler.scale) * np.ones(3, np.float16)).skipped
     False
+    >>> scaler.update()
     >>> scaler.step(opt, np.full(3, np.inf, np.float16)).skipped
     True
+    >>> scaler.update()
     >>> w, scaler.scale
     (array([0.5, 0.5, 0.5], dtype=float32), 4.0)
     """
@@ -66,9 +69,10 @@ class GradScaler:
         if self.backoff_factor >= 1:
             raise ValueError(f"backoff_factor: must be < 1, got {backoff_factor}")
         self._good = 0
+        self._stepped: list[tuple[Optimizer, bool]] = []  # since the last update; whether skipped
 
     def step(self, optimizer: Optimizer, grads: Any, **options: Any) -> StepResult:
-        """Step with gradients of the scaled loss, and adapt the scale.
+        """Step with gradients of the scaled loss; `update` adapts the scale afterwards.
 
         Parameters
         ----------
@@ -82,18 +86,35 @@ class GradScaler:
         -------
         StepResult
             Of the optimizer; `skipped` if a gradient was infinite or NaN.
+
+        Raises
+        ------
+        RuntimeError
+            If this optimizer has stepped since the last `update`.
         """
+        if any(optimizer is other for other, _ in self._stepped):
+            raise RuntimeError("step: this optimizer has stepped already; call update() in between")
         result = optimizer.step(grads, grad_scale=1 / self.scale, nonfinite="skip", **options)
-        if result.skipped:
-            self.scale = max(self.scale * self.backoff_factor, math.ulp(0.0) * 2**52)
-            self._good = 0
-        else:
-            self._good += 1
-            if self._good == self.growth_interval:
-                larger = self.scale * self.growth_factor
-                self.scale = larger if math.isfinite(larger) else self.scale
-                self._good = 0
+        self._stepped.append((optimizer, result.skipped))
         return result
+
+    def update(self) -> None:
+        """Adapt the scale to whether a step was skipped: once, after those of all optimizers.
+
+        Raises
+        ------
+        RuntimeError
+            If there was no step since the last call.
+        """
+        if not self._stepped:
+            raise RuntimeError("update: no optimizer has stepped since the last one")
+        scale, good = self.scale, self._good + 1
+        if any(skipped for _, skipped in self._stepped):
+            scale, good = max(scale * self.backoff_factor, math.ulp(0.0) * 2**52), 0
+        elif good == self.growth_interval:
+            larger = scale * self.growth_factor
+            scale, good = larger if math.isfinite(larger) else scale, 0
+        self.scale, self._good, self._stepped = scale, good, []
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scale and how it changes, under the names that torch's has."""

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 from fusedopt import _check, _storage
 from fusedopt._check import Array
 from fusedopt._functional import apply
+from fusedopt._groups import Check, Options
 from fusedopt.formats import Stored
-from fusedopt.optimizer import Check, Optimizer, Options
+from fusedopt.optimizer import Optimizer
 
 
 class Adam(Optimizer):

@@ -164,6 +164,11 @@ class Plain(Optimizer):
         laid = _check.gradient("gradient", grad, param)
         return grad_sums(laid.astype(compute, copy=False))
 
+    @quiet
+    def _plain_copy(self, number: int, copy: Array) -> None:
+        stored = self._work.stored[number]
+        _write_copy(copy, stored.decode() if isinstance(stored, Stored) else stored)
+
     def _plain_step(
         self,
         number: int,
@@ -173,7 +178,7 @@ class Plain(Optimizer):
         around: Around | None,
         copy: Array | None,
     ) -> tuple[GradSums, StepSums] | None:
-        options = self._options[self._group_of[number]]
+        options = next(group.options for group in self._groups if number in group.leaves)
         *arrays, average = self._work.states[number]
         states = [
             array if use else None for use, array in zip(self.uses(options), arrays, strict=True)

@@ -1,0 +1,69 @@
+"""What an optimizer knows of one of its `param_groups`: its leaves and its checked options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fusedopt import _tree
+
+Options = dict[str, Any]
+Check = Callable[[str, Any], Any]
+
+_IMMUTABLE = (int, float, bool, str, type(None))
+
+
+@dataclass(slots=True)
+class Group:
+    """A group of parameters.
+
+    Attributes
+    ----------
+    tree
+        The parameters, nested as they were given.
+    read : callable
+        Appends gradients that are nested in the same way to a list.
+    nodes : list
+        The containers in `tree`, see `_tree.nodes`.
+    leaves : range
+        Numbers of its leaves.
+    options : dict
+        As last checked, with `lr` as a number.
+    seen : dict or None
+        The dict in `param_groups` as it was then; None if a value may change in place, so that it
+        must be checked again in each step.
+    """
+
+    tree: Any
+    read: _tree.Reader
+    nodes: list[_tree.Node]
+    leaves: range
+    options: Options
+    seen: Options | None
+
+    def is_unchanged(self, given: Mapping[str, Any]) -> bool:
+        """Whether a dict of `param_groups` is as it was when last checked."""
+        try:
+            return given == self.seen
+        except ValueError:  # an array has come, which compares element by element
+            return False
+
+    def note(self, given: Mapping[str, Any], options: Options) -> None:
+        """Take over checked `options`, made of `given`."""
+        self.options = options
+        values = [value for name, value in given.items() if name != "params"]
+        self.seen = dict(given) if all(map(_is_constant, values)) else None
+
+
+def _is_constant(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_constant, value))
+    return type(value) in _IMMUTABLE or callable(value)
+
+
+def refuse_unknown(where: str, given: Mapping[str, Any], checks: Mapping[str, Check]) -> None:
+    """Raise TypeError if a group has a key that is no option."""
+    unknown = [repr(name) for name in given if name not in checks and name != "params"]
+    if unknown:
+        raise TypeError(f"{where}: unknown option {', '.join(unknown)}; known: {', '.join(checks)}")
