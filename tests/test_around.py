@@ -1,5 +1,7 @@
 """What a step does around the rule: the same bits as the reference, and as one by one in NumPy."""
 
+import threading
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -26,6 +28,8 @@ OPTIONS = [
     {"max_grad_norm": 0.3, "norm_type": np.inf},
     {"max_grad_norm": 0.1, "norm_type": np.inf, "per_tensor": True, "nonfinite": "skip"},
     {"nonfinite": "skip"},
+    {"max_grad_norm": np.inf},
+    {"max_grad_norm": np.inf, "norm_type": np.inf, "per_tensor": True},
     {"stats": True},
     {"stats": True, "nonfinite": "skip"},
     {"zero_grads": True},
@@ -233,6 +237,8 @@ def test_stats_are_what_they_say():
 def test_stats_of_leaves_with_a_gradient_only():
     _, grads, opt = problem()
     stats = opt.step({"a": None, "b": grads["b"]}, stats=True).stats
+    with pytest.raises(KeyError, match=r"params\['a'\]: no such leaf .* known: params\['b'\]"):
+        stats["params['a']"]
     assert stats.names == ("params['b']['c']",)
     assert stats.grad_norm.shape == (1,)
 
@@ -253,8 +259,9 @@ def test_ema_and_swap():
     with pytest.raises(KeyError), opt.swap_ema():
         assert (params["a"] == averages["params['a']"]).all()
         assert (params["b"]["c"] == averages["params['b']['c']"]).all()
-        with pytest.raises(RuntimeError):
-            opt.step(grads)
+        for call in (opt.step, opt.load_state_dict, opt.add_param_group):
+            with pytest.raises(RuntimeError, match="leave the block of swap_ema first"):
+                call(grads)
         raise KeyError
     assert (params["a"] == now).all()
     opt.step(grads)
@@ -359,6 +366,70 @@ def test_accumulator_of_groups():
     assert a.tolist() == [-1] * 3 and b.tolist() == [0] * 4
 
 
+def test_accumulator_whose_buffers_were_written():
+    """What others add or scale counts; what was measured before does not."""
+    for change, options, wanted in [
+        (0.01, {"max_grad_norm": 10.0}, (3**0.5, False)),
+        (np.nan, {"nonfinite": "skip"}, (np.nan, True)),
+    ]:
+        p = np.zeros(3, np.float32)
+        opt, sums = fusedopt.SGD(p, lr=1.0), fusedopt.GradAccumulator(p)
+        sums.add(np.full(3, 100, np.float32))
+        kept = sums.grads
+        kept *= np.float32(change)
+        result = opt.step(sums, **options)
+        assert repr((result.grad_norm, result.skipped)) == repr(wanted)
+        assert (p == (0 if result.skipped else -1)).all() and not kept.any()
+        sums.add(np.full(3, 100, np.float32))
+        kept *= np.float32(change)  # through what was handed out before
+        result = opt.step(sums, **options)
+        assert repr((result.grad_norm, result.skipped)) == repr(wanted)
+
+
+def test_accumulator_between_threads():
+    """Whoever comes second is refused, and no gradient is lost."""
+    p, g = np.zeros(300_000, np.float32), np.ones(300_000, np.float32)
+    opt, sums = fusedopt.SGD(p, lr=1.0), fusedopt.GradAccumulator(p)
+    added = []
+
+    def add():
+        for _ in range(100):
+            try:
+                sums.add(g)
+                added.append(1)
+            except RuntimeError as exc:
+                assert "another thread" in str(exc)
+
+    thread = threading.Thread(target=add)
+    thread.start()
+    while thread.is_alive():
+        try:
+            opt.step(sums)
+        except RuntimeError as exc:
+            assert "another thread" in str(exc)
+    thread.join()
+    opt.step(sums)
+    assert (p == -len(added)).all()
+
+
+# ------------------------------------------------------------------ copies
+
+
+@pytest.mark.parametrize("module", [fusedopt, reference], ids=["fused", "reference"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, BF16])
+@pytest.mark.parametrize("copies", [np.float16, BF16])
+def test_copies_are_written_always(module, dtype, copies):
+    """Of leaves without gradient and of skipped steps too: what was in them is never left."""
+    params = [values(n, np.float32, n, False).astype(dtype) for n in (0, 5, 3 * TILE + 7)]
+    for grads in ([None] * 3, [None, np.full(5, np.inf, dtype), None]):
+        opt = module.AdamW(params, lr=0.0, weight_decay=0.0, ema=0.5)
+        out = [np.full(p.shape, 777, copies) for p in params]
+        result = opt.step(grads, copy_out=out, nonfinite="skip", stats=True)
+        assert result.updated == 0
+        for p, copy in zip(opt.master_params().values(), out, strict=True):
+            assert copy.tobytes() == p.astype(copies).tobytes()
+
+
 # ------------------------------------------------------------------ wrong input
 
 WRONG = [
@@ -367,6 +438,11 @@ WRONG = [
     ({"max_grad_norm": 0}, ValueError, "max_grad_norm: must be > 0"),
     ({"max_grad_norm": -1.0}, ValueError, "max_grad_norm: must be > 0"),
     ({"max_grad_norm": 1.0, "norm_type": 1}, ValueError, "norm_type: expected 2 or inf"),
+    ({"norm_type": 3}, ValueError, "norm_type: expected 2 or inf"),
+    ({"norm_type": np.inf}, ValueError, "norm_type: no norm is asked for; give max_grad_norm"),
+    ({"per_tensor": True}, ValueError, "per_tensor: is about the clip; give max_grad_norm"),
+    ({"max_grad_norm": np.nan}, ValueError, "max_grad_norm: must be finite"),
+    ({"max_grad_norm": -np.inf}, ValueError, "max_grad_norm: must be finite"),
     ({"max_grad_norm": 1.0, "per_tensor": 1}, TypeError, "per_tensor"),
     ({"clip_value": 0.0}, ValueError, "clip_value: must be > 0"),
     ({"nonfinite": "ignore"}, ValueError, "nonfinite: expected 'propagate' or 'skip' or 'raise'"),

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from campaigns import faults
 from cases import CASES, assert_same
-from test_processes import run
 
 import fusedopt
 from fusedopt import reference
@@ -63,45 +62,6 @@ def test_a_full_disk(suffix, tmp_path):
 def test_killed_while_saving(suffix):
     replaced = faults.kills(25, suffix)
     assert replaced <= 25
-
-
-ALARMS = """
-import signal, tempfile
-class Alarm(Exception):
-    pass
-def ring(*_):
-    raise Alarm
-signal.signal(signal.SIGALRM, ring)
-def make(fill):
-    opt = fusedopt.Adam({f"p{i}": np.full(50, fill) for i in range(60)}, lr=fill)
-    opt.step({f"p{i}": np.full(50, fill) for i in range(60)})
-    return opt
-def state(opt):
-    arrays = [a for s in opt.state.values() for a in s.values()]
-    return [opt.param_groups[0]["lr"]] + [np.asarray(a).tobytes() for a in arrays]
-one, two, opt = make(1.0), make(2.0), make(3.0)
-dicts, states = [one.state_dict(), two.state_dict()], [state(one), state(two)]
-opt.load_state_dict(dicts[0])
-alarms, end, groups = 0, time.monotonic() + 2, 1
-while time.monotonic() < end:
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 1e-5 + 3e-3 * ((alarms * 0.618) % 1))
-        while True:
-            opt.load_state_dict(dicts[alarms % 2])
-            opt.load_state_dict(dicts[1 - alarms % 2])
-    except Alarm:
-        alarms += 1
-        assert state(opt) in states, alarms
-print(alarms)
-"""
-
-
-@unix
-def test_signals_while_loading():
-    """An exception from a handler leaves the old state or the new one, never a mixture."""
-    done = run(f"import numpy as np, fusedopt, time\n{ALARMS}")
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 50
 
 
 def test_loading_ones_own_arrays_in_another_order():

@@ -1,6 +1,8 @@
 """Bad input: a clear error that names the leaf, before the first write."""
 
 import threading
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -18,6 +20,14 @@ def ones(*shape, dtype=f32):
 class Tensor:
     """Stands for an array of another library."""
 
+    def __array__(self, dtype=None, copy=None):
+        return np.ones(3, f32)
+
+
+@dataclass
+class Layer:
+    W: np.ndarray
+
 
 MASKED = np.ma.masked_array(ones(3), mask=[0, 1, 0])
 
@@ -30,7 +40,18 @@ def read_only():
 
 BAD_ARRAYS = {
     "tensor": (Tensor(), TypeError, r"expected a NumPy array, got .*Tensor; pass numpy.asarray"),
-    "float": (1.0, TypeError, "expected a NumPy array, got float"),
+    "float": (1.0, TypeError, r"expected a NumPy array, got float; .* numpy.array\(...\) of it"),
+    "buffer": (memoryview(b"1234"), TypeError, ".*got memoryview; pass numpy.asarray"),
+    "generator": ((x for x in ()), TypeError, r".*got generator; pass a list, list\(...\) of it"),
+    "set": ({1}, TypeError, r".*got set; pass a list, list\(...\) of it"),
+    "mapping": (MappingProxyType({}), TypeError, r".*got mappingproxy; pass a dict, dict\(...\)"),
+    "dataclass": (
+        Layer(ones(3)),
+        TypeError,
+        r".*Layer; pass the dict of its arrays, .*vars\(...\)",
+    ),
+    "class": (Layer, TypeError, ".*got type; pass arrays, or lists, tuples and dicts of them"),
+    "text itself": ("W", TypeError, ".*got str; pass arrays, or lists, tuples and dicts of them"),
     "none": (None, TypeError, "expected a NumPy array, got NoneType"),
     "int": (np.ones(3, int), TypeError, r"dtype int64 is not supported \(float32, float64, "),
     "object": (np.ones(3, object), TypeError, "dtype object is not supported"),
@@ -336,3 +357,184 @@ def test_cannot_be_copied():
 def test_repr_says_what_it_is():
     opt = fusedopt.SGD({"W": ones(10, 100)}, lr=0.1)
     assert repr(opt).startswith("SGD(1 arrays, 1,000 elements; lr=0.1, momentum=0.0")
+
+
+# ------------------------------------------------------------------ trees and groups
+
+
+def cycle():
+    inner = [ones(2)]
+    inner.append({"again": inner})
+    return inner
+
+
+def deep(depth):
+    tree = ones(2)
+    for _ in range(depth):
+        tree = [tree]
+    return tree
+
+
+class Key:
+    """Two of these are different keys that look alike."""
+
+    def __repr__(self):
+        return "key"
+
+
+BAD_TREES = {
+    "cycle": (cycle(), r"params\[1\]\['again'\]\[1\].*: nested more than 100 deep"),
+    "deep": (deep(5000), r"params\[0\]\[0\].*: nested more than 100 deep"),
+    "names": ({Key(): ones(2), Key(): ones(2)}, r"params\[key\]: two parameters have this name"),
+}
+
+
+@pytest.mark.parametrize("take", [fusedopt.Adam, reference.SGD, fusedopt.GradAccumulator])
+@pytest.mark.parametrize("kind", BAD_TREES)
+def test_bad_trees(kind, take):
+    tree, message = BAD_TREES[kind]
+    if kind == "names" and take is fusedopt.GradAccumulator:
+        take(tree)  # which tells leaves by their place
+        return
+    with pytest.raises(ValueError, match=message):
+        take(tree)
+
+
+def test_deepest_tree():
+    p = ones(3)
+    tree = p
+    for _ in range(100):
+        tree = {"x": tree}
+    grads = tree
+    opt = fusedopt.SGD(tree, lr=1.0)
+    assert opt.step(grads and fusedopt._tree.rebuilder(tree)([ones(3)])).updated == 1
+    assert not p.any()
+
+
+def rebound(tree):
+    tree["a"] = tree["a"] + 1
+
+
+def rebound_inside(tree):
+    tree["b"]["c"][0] = ones(2)
+
+
+def replaced(tree):
+    tree["b"] = {"c": [tree["b"]["c"][0]]}
+
+
+REBINDINGS = {
+    "array": (rebound, r"params\['a'\]: is another object .* write into the array, params\['a'\]"),
+    "in a list": (rebound_inside, r"params\['b'\]\['c'\]\[0\]: is another object"),
+    "container": (replaced, r"params\['b'\]: is another object"),
+    "added": (lambda tree: tree.update(new=ones(1)), r"params\['new'\]: was added"),
+    "appended": (
+        lambda tree: tree["b"]["c"].append(ones(1)),
+        r"params\['b'\]\['c'\]\[1\]: was add",
+    ),
+    "removed": (lambda tree: tree.pop("a"), r"params\['a'\]: was removed"),
+}
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("kind", REBINDINGS)
+@pytest.mark.parametrize("module", [fusedopt, reference], ids=["fusedopt", "reference"])
+def test_parameters_that_were_exchanged(module, kind, grouped):
+    """A step on arrays that the caller's tree no longer has would be lost."""
+    change, message = REBINDINGS[kind]
+    tree = {"a": ones(2), "b": {"c": [ones(2)]}}
+    arrays = [tree["a"], tree["b"]["c"][0]]
+    opt = module.SGD([{"params": tree}] if grouped else tree, lr=1.0)
+    grads = {"a": ones(2), "b": {"c": [ones(2)]}}
+    change(tree)
+    place = r"params\[0\]\['params'\]" if grouped else "params"
+    with pytest.raises(ValueError, match=message.replace("params", place)):
+        opt.step([grads] if grouped else grads)
+    assert all((a == 1).all() for a in arrays)
+
+
+def test_what_is_no_exchange():
+    """In-place operators, another order of the keys, and what a tuple cannot do."""
+    tree = {"a": ones(2), "b": (ones(2), [ones(2)])}
+    opt = fusedopt.SGD(tree, lr=0.0)
+    tree["a"] += 1
+    tree["b"] = tree.pop("b")
+    tree["a"] = tree.pop("a")
+    assert opt.step({"a": ones(2), "b": (ones(2), [ones(2)])}).updated == 3
+
+
+def grown(opt):
+    opt.param_groups.append({"params": ones(2)})
+
+
+BAD_GROUPS = {
+    "append": (grown, ValueError, "param_groups: has 2 entries for 1 groups .* add_param_group"),
+    "clear": (lambda opt: opt.param_groups.clear(), ValueError, "param_groups: has 0 entries"),
+    "unknown": (
+        lambda opt: opt.param_groups[0].update(learning_rate=1), TypeError,
+        r"param_groups\[0\]: unknown option 'learning_rate'; known: lr, ",
+    ),
+    "missing": (
+        lambda opt: opt.param_groups[0].pop("lr"), ValueError, r"param_groups\[0\]: has no 'lr'"),
+    "no params": (
+        lambda opt: opt.param_groups[0].pop("params"), ValueError, r"\['params'\]: was replaced"),
+    "array": (
+        lambda opt: opt.param_groups[0].update(lr=np.ones(2)), TypeError, "lr: expected a number"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD_GROUPS)
+@pytest.mark.parametrize("module", [fusedopt, reference], ids=["fusedopt", "reference"])
+def test_groups_changed_badly(module, kind):
+    change, error, message = BAD_GROUPS[kind]
+    p = ones(2)
+    opt = module.SGD(p, lr=1.0)
+    change(opt)
+    for _ in range(2):
+        with pytest.raises(error, match=message):
+            opt.step(ones(2))
+    assert (p == 1).all()
+    assert opt.state_dict()["param_groups"][0]["lr"] == 1.0  # what an emergency save has
+
+
+@pytest.mark.parametrize("module", [fusedopt, reference], ids=["fusedopt", "reference"])
+def test_options_changed_in_place_are_seen(module):
+    p, rate, betas = ones(2), np.array(1.0), [np.array(0.5), 0.5]
+    opt = module.SGD(p, lr=0.0)
+    opt.param_groups[0]["lr"] = rate
+    opt.step(ones(2))
+    rate[...] = 0.0
+    opt.step(ones(2))
+    assert (p == 0).all()
+    q, r = ones(2), ones(2)
+    opt, other = module.Adam(q, lr=0.5), module.Adam(r, lr=0.5)
+    for new in (betas, (betas[0], 0.5)):  # a list, and a tuple with an array in it
+        opt.param_groups[0]["betas"] = new
+        for beta in (0.25, 0.125):
+            betas[0][...] = beta
+            other.param_groups[0]["betas"] = (beta, 0.5)
+            assert opt.step(np.full(2, beta, f32)).step == other.step(np.full(2, beta, f32)).step
+            assert q.tobytes() == r.tobytes()
+
+
+def test_the_base_class():
+    with pytest.raises(TypeError, match="Optimizer is the base class; make an Adam"):
+        fusedopt.Optimizer(ones(2))
+
+
+NO_STATE = {
+    "sgd": lambda p, g, none: functional.sgd(p, g, none, step=1, lr=0.5, momentum=0.9),
+    "adam": lambda p, g, none: functional.adam(p, g, [ones(2) * 0, ones(2) * 0], none, step=1),
+    "lamb": lambda p, g, none: functional.lamb(p, g, none, none, step=1),
+    "lars": lambda p, g, none: functional.lars(p, g, none, step=1),
+}
+
+
+@pytest.mark.parametrize("name", NO_STATE)
+def test_functional_state_that_is_none(name):
+    p, g = [ones(2), ones(2)], [ones(2), ones(2)]
+    with pytest.raises(ValueError, match=r"s\[0\]: is None; these options need it"):
+        NO_STATE[name](p, g, [None, None])
+    assert all((a == 1).all() for a in p)
+    NO_STATE[name](p, [None, None], [None, None])  # as of tensors that are frozen
+    assert all((a == 1).all() for a in p)

@@ -92,6 +92,7 @@ def test_scaler_follows_torchs_rules():
         g = np.full(4, np.inf if step == 4 else 0.25 * scaler.scale, np.float16)
         result = scaler.step(opt, g, max_grad_norm=1e3)
         assert result.skipped == (step == 4)
+        scaler.update()
         scales.append(scaler.scale)
     assert scales == [4, 4, 8, 8, 4, 4, 4, 8]
     np.testing.assert_allclose(w, 1 - 7 * 0.25)
@@ -118,11 +119,30 @@ def test_wrong_scaler(options, error):
         fusedopt.GradScaler().load_state_dict({})
 
 
+def test_scaler_of_two_optimizers():
+    """Both see the scale that their losses had; one skip lowers it once."""
+    a, b = np.zeros(3, np.float32), np.zeros(3, np.float32)
+    scaler = fusedopt.GradScaler(init_scale=4.0)
+    one, two = fusedopt.SGD(a, lr=1.0), fusedopt.SGD(b, lr=1.0)
+    for scale in (4.0, 2.0):
+        assert scaler.scale == scale
+        assert scaler.step(one, np.full(3, np.inf, np.float32)).skipped
+        assert not scaler.step(two, np.full(3, scale, np.float32)).skipped
+        with pytest.raises(RuntimeError, match=r"stepped already; call update\(\)"):
+            scaler.step(one, np.ones(3, np.float32))
+        scaler.update()
+        with pytest.raises(RuntimeError, match="no optimizer has stepped since"):
+            scaler.update()
+    assert (a == 0).all() and (b == -2).all() and scaler.scale == 1.0
+
+
 def test_scale_stays_a_number():
     scaler = fusedopt.GradScaler(init_scale=1e308, growth_interval=1)
     opt = fusedopt.SGD(np.ones(1), lr=1.0)
     scaler.step(opt, np.ones(1))
+    scaler.update()
     assert np.isfinite(scaler.scale)
     for _ in range(2200):
         scaler.step(opt, np.full(1, np.nan))
+        scaler.update()
     assert scaler.scale > 0 and np.isfinite(1 / scaler.scale)

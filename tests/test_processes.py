@@ -192,37 +192,6 @@ def test_exit(kind):
     assert done.stdout in ("True\n", "") if "daemons" in kind else done.stdout == "True\n"
 
 
-STORM = """
-import signal
-class Alarm(Exception):
-    pass
-def ring(*_):
-    raise Alarm
-signal.signal(signal.SIGALRM, ring)
-p, g = np.zeros(100_000, np.float32), np.ones(100_000, np.float32)
-opt = fusedopt.SGD([p], lr=1.0)
-alarms, end = 0, time.monotonic() + 3
-while time.monotonic() < end:
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 1e-5 + 3e-4 * ((alarms * 0.618) % 1))
-        while True:
-            opt.step([g])
-    except Alarm:
-        alarms += 1
-        steps = opt.state["params[0]"]["step"]
-        assert (p == -steps).all(), (p[0], steps)
-print(alarms)
-"""
-
-
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs interval timers")
-def test_signals_at_any_moment():
-    """An exception from a handler leaves whole steps behind and an optimizer that can go on."""
-    done = run(WORK + STORM)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 200
-
-
 SUBINTERPRETER = """
 try:
     import _interpreters as interpreters

@@ -196,8 +196,8 @@ cdef class ArrayList:
                     "first, which puts the parameters back"
                 )
             raise RuntimeError(
-                "another thread is in a call of this optimizer or accumulator, as a step, save, "
-                "load or add (or this call comes from within one); use one for each thread, or a "
+                "another thread is in a step of this optimizer or accumulator, or saves, loads or "
+                "extends it (or this call comes from within one); use one for each thread, or a "
                 "lock"
             )
         return 0

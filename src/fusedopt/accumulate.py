@@ -53,8 +53,8 @@ class GradAccumulator:
     def __init__(self, params: Any) -> None:
         """Make the buffers, which are zero."""
         tree = [group["params"] for group in params] if _tree.is_groups(params) else params
-        self._read = _tree.reader(tree)
         named = list(_tree.leaves("params", tree))
+        self._read = _tree.reader(tree)
         arrays = []
         for name, param in named:
             checked = _check.parameter(name, param)

@@ -1,0 +1,113 @@
+"""An exception from a signal's handler at any moment: all of a call has happened, or none of it."""
+
+import signal
+
+import pytest
+from test_processes import run
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs interval timers")
+
+# name -> made first; done again and again; holds after each interruption; done at the end
+PROGRAMS = {
+    "step": (
+        """
+p, g = np.zeros(100_000, np.float32), np.ones(100_000, np.float32)
+opt = fusedopt.SGD([p], lr=1.0)
+""",
+        "opt.step([g])",
+        "assert (p == -opt.state['params[0]']['step']).all()",
+        "",
+    ),
+    "load": (
+        """
+def make(fill):
+    opt = fusedopt.Adam({f"p{i}": np.full(50, fill) for i in range(60)}, lr=fill)
+    opt.step({f"p{i}": np.full(50, fill) for i in range(60)})
+    return opt
+def state(opt):
+    arrays = [a for s in opt.state.values() for a in s.values()]
+    return [opt.param_groups[0]["lr"]] + [np.asarray(a).tobytes() for a in arrays]
+made, opt = [make(1.0), make(2.0)], make(3.0)
+dicts, states = [o.state_dict() for o in made], [state(o) for o in made]
+opt.load_state_dict(dicts[0])
+""",
+        "opt.load_state_dict(dicts[0]); opt.load_state_dict(dicts[1])",
+        "assert state(opt) in states",
+        "",
+    ),
+    "save": (
+        """
+folder = tempfile.TemporaryDirectory()
+path = Path(folder.name, "run.npz")
+opt, other = (fusedopt.Adam({f"k{i}": np.zeros(2000, np.float32) for i in range(20)}) for _ in "12")
+opt.save(path)
+""",
+        "opt.save(path)",
+        "other.load(path)",
+        "opt.save(path); assert os.listdir(folder.name) == ['run.npz']",
+    ),
+    "swap_ema": (
+        """
+params = [np.zeros(5000, np.float32) for _ in range(40)]
+grads = [np.ones(5000, np.float32) for _ in range(40)]
+opt = fusedopt.SGD(params, lr=1.0, ema=0.5)
+def evaluate():
+    with opt.swap_ema():
+        sum(p[0] for p in params)
+""",
+        "opt.step(grads); evaluate()",
+        "steps = opt.state['params[0]']['step']; assert all((p == -steps).all() for p in params)",
+        "evaluate()",
+    ),
+    "accumulate": (
+        """
+params = [np.zeros(5000, np.float32) for _ in range(20)]
+grads = [np.ones(5000, np.float32) for _ in range(20)]
+opt, sums = fusedopt.SGD(params, lr=1.0), fusedopt.GradAccumulator(params)
+def micro_batch():
+    sums.add(grads)
+    if sums.count >= 7:
+        opt.step(sums)
+""",
+        "micro_batch()",
+        "assert all((b == sums.count).all() for b in sums._buffers)",
+        "n = sums.count; norm = opt.step(sums, max_grad_norm=np.inf).grad_norm\n"
+        "assert n == 0 or abs(norm - n * 100_000**0.5) < 1e-6",
+    ),
+}
+HARNESS = """
+import os, signal, tempfile, time
+from pathlib import Path
+import numpy as np, fusedopt
+class Alarm(Exception):
+    pass
+def ring(*_):
+    raise Alarm
+signal.signal(signal.SIGALRM, ring)
+{made}
+start = time.perf_counter()
+for _ in range(20):
+    {act}
+longest = (time.perf_counter() - start) / 10  # twice a call
+alarms, end = 0, time.monotonic() + 2
+while time.monotonic() < end:
+    try:
+        # again after a while, as one that falls into a destructor is lost
+        signal.setitimer(signal.ITIMER_REAL, 1e-5 + longest * ((alarms * 0.618) % 1), 0.5)
+        while True:
+            {act}
+    except Alarm:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        alarms += 1
+    {holds}
+{finally_}
+print(alarms)
+"""
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_interrupted_at_any_moment(name):
+    made, act, holds, finally_ = PROGRAMS[name]
+    done = run(HARNESS.format(made=made, act=act, holds=holds, finally_=finally_))
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 50
