@@ -1,15 +1,19 @@
 """Files: exact round trips, damage refused, the old file never lost."""
 
+import json
 import os
+import signal
+import time
 import zipfile
 
 import ml_dtypes
 import numpy as np
 import pytest
 from campaigns import checkpoints
+from cases import CASES, assert_same
 
 import fusedopt
-from fusedopt import _checkpoint
+from fusedopt import _checkpoint, reference
 
 SUFFIXES = [".npz", ".safetensors"]
 
@@ -227,3 +231,301 @@ def test_hostile_files(tmp_path):
         campaign.one(10**9 + seed)
     campaign.check_memory()
     assert campaign.taken > 20 and campaign.refused > 300
+
+
+# ------------------------------------------------------------------ what a step takes, a file holds
+
+CLASSES = sorted({case.cls for case in CASES})
+
+
+def unusual(value):
+    """Other forms of an option's value that a step accepts: NumPy's scalars, arrays, lists."""
+    if isinstance(value, bool):
+        return [np.bool_(value)]
+    if isinstance(value, int):
+        return [np.int64(value), np.array(value)]
+    if isinstance(value, float):
+        whole = [int(value)] if value == int(value) else []
+        return [np.float32(value), np.float64(value), np.array(value), *whole]
+    if isinstance(value, tuple):
+        return [list(value), [np.float32(x) for x in value], tuple(np.array(x) for x in value)]
+    return [value]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_options_of_any_numeric_type(tmp_path, cls, suffix):
+    """Each option, in each form that a step takes: a file is written, loads, and goes on alike."""
+    p = np.linspace(-1, 1, 50, dtype=np.float32)
+    make = getattr(fusedopt, cls)
+    for name, default in make(p.copy()).param_groups[0].items():
+        if name in ("params", "state_dtype", "master_bits", "ema"):
+            continue
+        for value in unusual(default):
+            params = [p.copy(), p.copy()]
+            opts = [make([param]) for param in params]
+            opts[0].param_groups[0][name] = value
+            opts[0].step([p])
+            opts[0].save(tmp_path / f"x{suffix}")
+            params[1][...] = params[0]
+            opts[1].load(tmp_path / f"x{suffix}")
+            for opt in opts:
+                opt.step([p])
+            assert_same(params[:1], params[1:], [f"{name}={value!r}"])
+            assert contents(opts[0]) == contents(opts[1])
+
+
+SWITCHED_OFF = [  # class, made with, then set, which state is then left over
+    ("SGD", {"momentum": 0.9}, {"momentum": 0.0}),
+    ("Adam", {"amsgrad": True}, {"amsgrad": False}),
+    ("AdamW", {"amsgrad": True}, {"amsgrad": False}),
+]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(("cls", "made", "then"), SWITCHED_OFF, ids=str)
+def test_options_switched_off(tmp_path, cls, made, then, suffix):
+    """State that is used no more is in the file, and need not have a place where that is loaded."""
+    path, g = tmp_path / f"x{suffix}", [np.ones(4), np.ones((2, 3))]
+    params = [np.ones(4), np.ones((2, 3))]
+    opt = getattr(fusedopt, cls)(params, **made)
+    opt.step(g)
+    opt.param_groups[0].update(then)
+    opt.step(g)
+    opt.save(path)
+    for options in ({}, made):
+        others = [p.copy() for p in params]
+        other = getattr(fusedopt, cls)(others, **options)
+        other.load(path)
+        assert other.param_groups[0] == {**opt.param_groups[0], "params": others}
+        other.step(g)
+        twins = [p.copy() for p in params]
+        twin = getattr(fusedopt, cls)(twins, **made)
+        twin.load(path)
+        twin.step(g)
+        assert_same(others, twins, ["0", "1"])
+    opt.param_groups[0].update(made)
+    opt.save(path)
+    with pytest.raises(ValueError, match="need other state than this optimizer has: m"):
+        getattr(fusedopt, cls)(params).load(path)
+
+
+@pytest.mark.parametrize("value", [np.nan, -1.0, "fast", None])
+def test_a_rate_that_no_step_takes(tmp_path, value):
+    """What is saved in need has the rate of the last step; that here is replaced by a file's."""
+    path = tmp_path / "x.npz"
+    opt = make(lr=0.25)
+    opt.param_groups[0]["lr"] = value
+    with pytest.raises((ValueError, TypeError), match="lr"):
+        opt.step({name: None for name in opt.param_groups[0]["params"]})
+    opt.save(path)
+    other = make(lr=0.5)
+    other.load(path)
+    assert other.param_groups[0]["lr"] == 0.25
+    opt.load(path)
+    assert opt.param_groups[0]["lr"] == 0.25
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("saved", CLASSES)
+def test_the_file_of_another_class(tmp_path, saved, suffix):
+    path = tmp_path / f"x{suffix}"
+    getattr(fusedopt, saved)([np.ones(2)]).save(path)
+    for cls in CLASSES:
+        for module in (fusedopt, reference):
+            opt = getattr(module, cls)([np.ones(2)])
+            if cls == saved:
+                opt.load(path)
+                continue
+            before = repr(opt)
+            with pytest.raises(
+                ValueError, match=f"x{suffix}: state dict: of {saved}, and .* {cls};"
+            ):
+                opt.load(path)
+            assert repr(opt) == before
+
+    class Mine(getattr(fusedopt, saved)):
+        """One's own subclass has the rule of its base."""
+
+    Mine([np.ones(2)]).load(path)
+
+
+LAYOUTS = {
+    "C": lambda a: a.copy(),
+    "F": np.asfortranarray,
+    "mixed": lambda a: a.transpose(1, 2, 0).copy().transpose(2, 0, 1),
+}
+
+
+@pytest.mark.parametrize("suffix", [*SUFFIXES, "dict"])
+@pytest.mark.parametrize("state_dtype", ["int8", "bfloat16", None])
+@pytest.mark.parametrize("there", LAYOUTS)
+@pytest.mark.parametrize("here", LAYOUTS)
+def test_state_of_other_memory_orders(tmp_path, here, there, state_dtype, suffix):
+    """8-bit blocks follow the memory: in another order they are encoded anew, or refused."""
+    rng = np.random.default_rng(0)
+    start = rng.standard_normal((8, 12, 10)).astype(np.float32)
+    grad = start * np.logspace(-3, 0, 8, dtype=np.float32)[:, None, None]
+    p, q = LAYOUTS[here](start), LAYOUTS[there](start)
+    options = {"state_dtype": state_dtype, "min_8bit_size": 0}
+    opt, other = fusedopt.Adam([p], **options), fusedopt.Adam([q], **options)
+    for _ in range(3):
+        opt.step([LAYOUTS[here](grad)])
+    if suffix != "dict":
+        opt.save(tmp_path / f"x{suffix}")
+
+    def load(**how):
+        if suffix == "dict":
+            other.load_state_dict(opt.state_dict(), **how)
+        else:
+            other.load(tmp_path / f"x{suffix}", **how)
+
+    if state_dtype == "int8" and here != there:
+        with pytest.raises(ValueError, match="blocks of 64 follow the memory order"):
+            load()
+        load(convert=True)
+        rough = 0.3
+    else:
+        load()
+        rough = 0
+    for name in ("exp_avg", "exp_avg_sq"):
+        ours, theirs = (o.state["params[0]"][name] for o in (opt, other))
+        if state_dtype is not None:
+            ours, theirs = ours.decode(), theirs.decode()
+        np.testing.assert_allclose(theirs, ours, rtol=rough, atol=rough * np.abs(ours).max() / 1e3)
+
+
+# ------------------------------------------------------------------ many arrays
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_many_small_arrays(tmp_path, suffix):
+    """They share members; large ones beside them do not."""
+    path = tmp_path / f"x{suffix}"
+
+    def many(seed):
+        rng = np.random.default_rng(seed)
+        params = [
+            rng.standard_normal((i % 3, 2)).astype("f4f8"[i % 2 * 2 :][:2]) for i in range(700)
+        ]
+        params += [np.asfortranarray(rng.standard_normal((40, 30))), np.ones(())]
+        opt = fusedopt.Adam(params, state_dtype=None)
+        opt.step([rng.standard_normal(p.shape).astype(p.dtype) for p in params])
+        return opt
+
+    opt, other = many(0), many(1)
+    opt.save(path)
+    other.load(path)
+    assert contents(opt) == contents(other)
+    arrays, meta = _checkpoint.read(path)
+    if suffix == ".npz":
+        with zipfile.ZipFile(path) as file:
+            assert len(file.namelist()) == 1 + 2 + 2  # metadata, two dtypes, two large arrays
+    for damage in (
+        lambda rows: rows.pop(),
+        lambda rows: rows.append(["x", [1]]),
+        lambda rows: rows[0].__setitem__(1, [-1]),
+        lambda rows: rows[0].__setitem__(1, "many"),
+        lambda rows: rows[0].__setitem__(1, [2**70]),
+    ):
+        small = {"small:<f4": [[name, list(a.shape)] for name, a in arrays.items()]}
+        flat = {"small:<f4": np.zeros(sum(a.size for a in arrays.values()), "f4")}
+        damage(small["small:<f4"])
+        text = json.dumps({"version": 1, "small": small, **meta})
+        with open(path, "wb") as file:
+            _checkpoint._WRITERS[suffix](file, flat, text)
+        before = contents(other)
+        with pytest.raises(ValueError, match=f"x{suffix}: "):
+            other.load(path)
+        assert contents(other) == before
+
+
+def test_safetensors_reads_what_we_write(tmp_path):
+    """Its own reader finds every array, in C order, aligned."""
+    numpy = pytest.importorskip("safetensors.numpy")
+    opt = make()
+    opt.save(tmp_path / "x.safetensors")
+    read = numpy.load_file(tmp_path / "x.safetensors")
+    arrays, _ = _checkpoint.pack(opt.state_dict())
+    assert read.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert read[name].dtype == array.dtype and read[name].flags.c_contiguous
+        assert np.array_equal(read[name], array)
+    head = (tmp_path / "x.safetensors").read_bytes()
+    assert int.from_bytes(head[:8], "little") % 8 == 0
+
+
+# ------------------------------------------------------------------ places
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_save_goes_through_links(tmp_path, suffix):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    target, link = disk / f"run{suffix}", tmp_path / f"latest{suffix}"
+    link.symlink_to(target)  # of a file that is not there yet
+    make().save(link)
+    assert link.is_symlink() and target.is_file()
+    before = target.read_bytes()
+    make(seed=1).save(link)
+    assert link.is_symlink() and target.read_bytes() != before
+    assert os.listdir(disk) == [target.name]
+    loop = tmp_path / f"loop{suffix}"
+    loop.symlink_to(loop)
+    with pytest.raises(OSError, match=f"loop{suffix}"):
+        make().save(loop)
+    assert loop.is_symlink()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_save_refuses_what_it_must_not_replace(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    make().save(path)
+    before = path.read_bytes()
+    path.chmod(0o444)
+    with pytest.raises(PermissionError, match=rf"read-only file.*x{suffix}"):
+        make(seed=1).save(path)
+    assert path.read_bytes() == before
+    path.chmod(0o644)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(OSError, match=f"not a regular file.*x{suffix}"):
+        make().save(path)
+    assert os.listdir(tmp_path) == [path.name] and not os.listdir(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.timeout(20)
+def test_pipes_are_refused(tmp_path, suffix):
+    path = tmp_path / f"pipe{suffix}"
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=f"pipe{suffix}: not a regular file"):
+        make().load(path)
+    with pytest.raises(OSError, match=f"not a regular file.*pipe{suffix}"):
+        make().save(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_leftovers_of_killed_saves(tmp_path, suffix, monkeypatch):
+    """The next save of the same path removes them, but not the file of a save that is under way."""
+    path, ready = tmp_path / f"x{suffix}", tmp_path / "ready"
+    opt = make()
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(os, "fsync", lambda _: (ready.touch(), time.sleep(60)))
+        opt.save(path)
+        os._exit(0)
+    while not ready.exists():
+        time.sleep(0.01)
+    other = tmp_path / f".y{suffix}.0123456789abcdef.tmp"  # another path's
+    other.write_bytes(b"x")
+    opt.save(path)
+    left = set(os.listdir(tmp_path)) - {path.name, ready.name, other.name}
+    assert len(left) == 1
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    opt.save(path)
+    assert set(os.listdir(tmp_path)) == {path.name, ready.name, other.name}

@@ -79,6 +79,7 @@ HARNESS = """
 import os, signal, tempfile, time
 from pathlib import Path
 import numpy as np, fusedopt
+fusedopt.set_num_threads(1)
 class Alarm(Exception):
     pass
 def ring(*_):
@@ -110,4 +111,4 @@ def test_interrupted_at_any_moment(name):
     made, act, holds, finally_ = PROGRAMS[name]
     done = run(HARNESS.format(made=made, act=act, holds=holds, finally_=finally_))
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 50
+    assert int(done.stdout) > 20

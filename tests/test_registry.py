@@ -40,7 +40,7 @@ def test_class_fits_the_table(cls):
     """State and scalars of the class are those of the C rule, in number and by name."""
     _, scalars, states, required = RULES[cls.rule]
     assert len(cls.state_names) == states
-    options = cls([np.ones(1)])._options[0]
+    options = cls([np.ones(1)])._groups[0].options
     assert sum(cls.uses(options)) >= required
     assert set(cls.scalars(1, options)) == {*scalars, "grad_scale", "l2", "l1"}
     assert all(isinstance(value, float) for value in cls.scalars(1, options).values())

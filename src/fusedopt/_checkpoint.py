@@ -4,9 +4,9 @@ The file is .npz (NumPy's own) or .safetensors (an extra). It is written beside 
 synced and renamed, so that an interruption at any point leaves the old file. Reading never
 unpickles.
 
-A temporary file is locked while its process lives; the next save of the same path removes those
-that no process holds any more. Thousands of small arrays share one member for each dtype, because
-opening a member takes longer than reading it.
+What a killed save leaves is removed by the next one of the same path, which knows it by a lock that
+no process holds. Thousands of small arrays share one member for each dtype, because opening a
+member takes longer than reading it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -110,47 +110,52 @@ def write(path: StrPath, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -
         If the name ends in neither .npz nor .safetensors.
     OSError
         Naming the file, if it cannot be written; what was there before is still there.
-    ModuleNotFoundError
-        If safetensors is asked for and not installed.
     """
     target = _known(path)
     arrays, small = _join(arrays)
     text = json.dumps({"version": _VERSION, "small": small, **meta})
     try:
-        with _replacing(target) as temporary:
-            _WRITERS[target.suffix](temporary, arrays, text)
+        with _replacing(target) as file:
+            _WRITERS[target.suffix](file, arrays, text)
     except OSError as exc:  # a full disk's, from a write, names no file
-        if exc.errno is None:
-            raise OSError(f"{target}: {exc}") from exc
         raise OSError(exc.errno, exc.strerror, str(target)) from exc
-    except Exception as exc:
-        if type(exc).__name__ == "SafetensorError":  # derives from Exception alone
-            raise OSError(f"{target}: {exc}") from exc
+
+
+def _write_npz(file: IO[bytes], arrays: Mapping[str, Array], text: str) -> None:
+    """Write what numpy.savez does, which would hide Ctrl-C behind an error of its archive's."""
+    archive = zipfile.ZipFile(file, "w")
+    try:
+        for name, array in {_META: np.array(text), **arrays}.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+        archive.close()
+    except BaseException:
+        archive.fp = None  # given up: close() would complain of a member that is still open
         raise
 
 
-def _write_npz(path: Path, arrays: Mapping[str, Array], text: str) -> None:
-    """Write what numpy.savez does, which would hide Ctrl-C behind an error of its archive's."""
-    with open(path, "wb") as file:
-        archive = zipfile.ZipFile(file, "w")
-        try:
-            for name, array in {_META: np.array(text), **arrays}.items():
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, array, allow_pickle=False)
-            archive.close()
-        except BaseException:
-            archive.fp = None  # given up: close() would complain of a member that is still open
-            raise
+def _write_safetensors(file: IO[bytes], arrays: Mapping[str, Array], text: str) -> None:
+    """Write the format of safetensors 0.4 in one pass, to a file that we can lock and sync.
 
-
-def _write_safetensors(path: Path, arrays: Mapping[str, Array], text: str) -> None:
-    # its writer stores memory as it lies, so strided and F-order arrays would come back scrambled:
-    # hand it C order only
-    dense = {name: np.array(a, order="C", copy=None) for name, a in arrays.items()}
-    _safetensors().save_file(dense, path, metadata={_META: text})
+    Its own writer makes a temporary file of its own, which a killed process would leave.
+    """
+    header: dict[str, Any] = {"__metadata__": {_META: text}}
+    # readers map the file, so wide elements come first and all are aligned
+    ordered = sorted(arrays.items(), key=lambda row: -row[1].itemsize)
+    end = 0
+    for name, array in ordered:
+        begin, end = end, end + array.nbytes
+        dtype = f"{_KINDS[array.dtype.kind]}{8 * array.itemsize}"
+        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [begin, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    file.write(len(encoded).to_bytes(8, "little") + encoded)
+    for _, array in ordered:
+        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 _WRITERS = {".npz": _write_npz, ".safetensors": _write_safetensors}
+_KINDS = {"f": "F", "i": "I", "u": "U"}  # of NumPy's dtypes, as safetensors calls them
 
 
 def _join(arrays: Mapping[str, Array]) -> tuple[Mapping[str, Array], dict[str, list[Any]]]:
@@ -253,34 +258,29 @@ def _known(path: StrPath) -> Path:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path; on success sync it and rename it to `path`, else remove it.
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Yield a temporary file; on success sync it and rename it to `path`, else remove it.
 
-    Through symbolic links, which stay. A file that is read-only, or not a regular one, is refused.
+    Symbolic links stay. A file that is read-only, or not a regular one, is refused.
     """
     target = Path(os.path.realpath(path))
     mode = _mode(target)
     _remove_leftovers(target)
     temporary = target.with_name(f".{target.name}.{os.urandom(8).hex()}{_TEMPORARY}")
-    handle = None
     try:  # the name first: from here on whatever fails leaves nothing behind
-        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-        if fcntl is None:  # Windows renames no file that is open
-            os.close(handle)
-            handle = None
-        else:
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
             with suppress(OSError):  # a file system without locks
-                fcntl.flock(handle, fcntl.LOCK_EX)
-        yield temporary
-        temporary.chmod(mode)
-        _sync(temporary)
-        temporary.replace(target)
+                _lock(file)
+            yield file
+            file.flush()
+            temporary.chmod(mode)
+            os.fsync(file.fileno())
+            if os.name == "nt":  # which renames no open file
+                file.close()
+            temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    finally:
-        if handle is not None:
-            os.close(handle)
     _sync(target.parent)
 
 
@@ -297,16 +297,23 @@ def _mode(target: Path) -> int:
     return stat.S_IMODE(mode)
 
 
+def _lock(file: IO[bytes]) -> None:
+    """Lock a file until it is closed; OSError if another process has it."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def _remove_leftovers(target: Path) -> None:
     """Remove the temporary files of saves of this path that were killed."""
     if fcntl is None:
         return
     ours = re.compile(re.escape(f".{target.name}.") + "[0-9a-f]{16}" + re.escape(_TEMPORARY))
     with suppress(OSError):
-        for path in list(target.parent.iterdir()):
-            if ours.fullmatch(path.name):
-                with suppress(OSError), open(path, "rb") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError: still written to
+        for path in [path for path in target.parent.iterdir() if ours.fullmatch(path.name)]:
+            # OSError: another process writes to it; one that is empty may not be locked yet
+            with suppress(OSError), open(path, "rb") as file:
+                if os.fstat(file.fileno()).st_size > 0:
+                    _lock(file)
                     path.unlink()
 
 
@@ -316,10 +323,10 @@ def _umask() -> int:
     return mask
 
 
-def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
+def _sync(folder: Path) -> None:
+    if os.name == "nt":
         return  # Windows has no handle to sync a folder with
-    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

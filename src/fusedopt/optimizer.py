@@ -534,16 +534,18 @@ class Optimizer:
         Parameters
         ----------
         path : path
-            Ends in ``.npz``, or in ``.safetensors`` with the extra of that name. The file is
-            written beside it under a temporary name, synced and renamed. A callable `lr` is not
-            stored.
+            Ends in ``.npz`` or ``.safetensors`` (which takes the extra of that name to load). The
+            file is written beside it under a temporary name, synced and renamed; a symbolic link
+            stays one. What an earlier save of the same path left when it was killed is removed. A
+            callable `lr` is not stored.
 
         Raises
         ------
         ValueError
             For another ending.
         OSError
-            Naming the file; what was there before is still there.
+            Naming the file, if it cannot be written, is read-only or no regular file; what was
+            there before is still there.
         RuntimeError
             If another thread is inside a call of the same optimizer: the file would hold a mixture.
         """
