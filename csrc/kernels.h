@@ -2,6 +2,7 @@
 #ifndef FUSEDOPT_KERNELS_H
 #define FUSEDOPT_KERNELS_H
 
+#include "flags.h"
 #include "fusedopt.h"
 
 /* What all ranges of a call have in common; a member is NULL where the work needs it not. */

@@ -4,6 +4,8 @@
 #ifndef FUSEDOPT_THREADS_H
 #define FUSEDOPT_THREADS_H
 
+#include "flags.h"
+
 #include <stddef.h>
 
 typedef void fo_body(void *context, ptrdiff_t begin, ptrdiff_t end);
