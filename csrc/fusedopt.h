@@ -36,7 +36,7 @@ typedef enum fo_format {
     FO_BF16_STOCHASTIC, /* as FO_BF16, rounded stochastically */
     FO_F16_STOCHASTIC,
     FO_BF16_LOW16, /* bf16 and 16 residual bits: a float32, exactly */
-    FO_BF16_LOW8,  /* bf16 and 8 residual bits: the nearest float of 24 bits */
+    FO_BF16_LOW8,  /* bf16 and 8 residual bits: a float cut to 24 bits; stochastic */
     FO_S8,         /* block float: sign, 4 exponent bits, 3 mantissa bits; stochastic */
     FO_U8,         /* block float without sign: 5 exponent bits, 3 mantissa bits; stochastic */
     FO_FORMATS
