@@ -321,12 +321,23 @@ FO_INLINE void decode_wide(fo_format format, const void *data, const void *extra
         to->f[j] = (double)narrow.f[j];
 }
 
+/* To odd (Boldo & Melquiond, IEEE Trans. Computers 57(4), 2008): cut, and the last bit set if anything
+ * was lost, so that formats of 22 bits or less are rounded once, by their own encoding. */
+FO_INLINE float to_odd(double x)
+{
+    number near = {.f = (float)x};
+    const double size = __builtin_fabs(x), near_size = __builtin_fabs((double)near.f);
+    near.u -= near_size > size; /* of infinity this makes the largest float, which is odd */
+    near.u |= near_size != size;
+    return near.f;
+}
+
 FO_INLINE void encode_wide(fo_format format, const wide_block *from, uint32_t key, uint32_t weyl,
                            void *data, void *extra)
 {
     block narrow;
     for (int j = 0; j < FO_BLOCK; j++)
-        narrow.f[j] = (float)from->f[j];
+        narrow.f[j] = format == FO_BF16_LOW16 ? (float)from->f[j] : to_odd(from->f[j]);
     encode(format, &narrow, key, weyl, data, extra);
 }
 

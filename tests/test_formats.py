@@ -177,6 +177,49 @@ def test_nearest_is_that_of_the_dtype(dtype):
     assert_same([array.data.astype(np.float32)], [expected], ["data"])
 
 
+def between(dtype):
+    """float64 numbers close to the middle between neighbours of a 16-bit dtype, and their codes."""
+    infinite = int(np.array(np.inf, dtype).view(np.uint16))
+    codes = np.arange(infinite, dtype=np.uint16)
+    with np.errstate(over="ignore"):
+        low = codes.view(dtype).astype(np.float64)
+    high = np.append(low[1:], 2 * low[-1] - low[-2])  # beyond the largest: infinity's place
+    middle = (low + high) / 2
+    even = codes + (codes & 1)
+    below, above = np.nextafter(middle, 0), np.nextafter(middle, np.inf)
+    rows = [(low, codes), (below, codes), (middle, even), (above, codes + 1)]
+    for part in (2.0**-13, 2.0**-30):  # of the way from the middle to a neighbour
+        rows += [(middle - part * (middle - low), codes), (middle + part * (high - middle), codes + 1)]
+    ends = np.array([1e300, np.inf, np.finfo(float).max, 2.0**128, 5e-324, 0.0])
+    rows.append((ends, np.array([infinite] * 4 + [0, 0])))
+    x = np.concatenate([x for x, _ in rows])
+    expected = np.concatenate([code for _, code in rows]).astype(np.uint16)
+    return np.concatenate([x, -x]), np.concatenate([expected, expected | 0x8000])
+
+
+@pytest.mark.parametrize("name", _core.available_isas())
+@pytest.mark.parametrize("module", [fusedopt, reference], ids=["fast", "reference"])
+@pytest.mark.parametrize("dtype", [np.float16, BF16], ids=str)
+def test_doubles_are_rounded_once(dtype, module, name):
+    """Not to float32 first: a middle of that is no middle of the number itself."""
+    x, expected = between(dtype)
+    copy = np.empty(x.size + 3, dtype)
+    x3 = np.append(x, [np.nan, 1.0, 2.0])
+    with isa(name):
+        module.SGD(x3, lr=0.0).step(np.zeros(x3.size), copy_out=copy)
+    assert np.isnan(float(copy[-3]))
+    wrong = np.flatnonzero(copy[:-3].view(np.uint16) != expected)
+    assert not wrong.size, (wrong.size, x[wrong[:5]], copy[wrong[:5]])
+
+
+def test_doubles_are_rounded_once_in_conversions():
+    """State of a float64 parameter that moves to a narrow format: the bits of its truth."""
+    x, expected = between(BF16)
+    stored = Stored("bfloat16", np.empty(x.size, BF16))
+    stored.encode(x)
+    assert np.array_equal(stored.data.view(np.uint16), expected)
+
+
 def test_residual_restores_float32_exactly():
     x = values(50_000, np.float32, 3)
     array = make("bfloat16+int16", x.size, x)

@@ -104,7 +104,10 @@ class Stored:
         return out
 
     def encode(self, values: Array, key: int = 0) -> None:
-        """Store `values`, float32 in the same shape and memory order; noise is that of `key`."""
+        """Store `values`, float32 or float64 in the same shape and memory order, rounded once.
+
+        Noise is that of `key`.
+        """
         encode(self, flat(values), key)
 
 
@@ -184,8 +187,10 @@ def decode(stored: Stored) -> NDArray[np.float32]:
 
 
 def encode(stored: Stored, values: Array, key: int) -> None:
-    """Store float32 `values`, in memory order, in `stored`."""
+    """Store float32 or float64 `values`, in memory order, in `stored`."""
     name, extra, n = stored.format, stored.extra, stored.size
+    if values.dtype == np.float64 and name != "bfloat16+int16":  # which is a float32
+        values = _to_odd(values)
     bits = _rows(np.ascontiguousarray(values, np.float32), np.uint32)
     random = random16(key, len(bits))
     if name in ("int8", "uint8"):
@@ -208,6 +213,19 @@ def encode(stored: Stored, values: Array, key: int) -> None:
         codes = np.where(_size(bits) < INFINITE, bits + add, _quiet(bits)) >> np.uint32(16)
     unsigned = np.uint8 if stored.data.itemsize == 1 else np.uint16
     flat(stored.data).view(unsigned)[...] = codes.astype(unsigned).ravel()[:n]
+
+
+def _to_odd(values: Array) -> NDArray[np.float32]:
+    """Return float64 `values` cut to float32, with the last bit set where anything was lost.
+
+    What rounds this to 22 bits or less gives the bits of one rounding (Boldo & Melquiond, 2008).
+    """
+    with np.errstate(all="ignore"):
+        near = values.astype(np.float32)
+    bits, size = near.view(np.uint32), np.abs(values)
+    bits -= np.abs(near).astype(np.float64) > size
+    bits |= np.abs(near).astype(np.float64) != size
+    return near
 
 
 def _size(bits: NDArray[np.uint32]) -> NDArray[np.uint32]:

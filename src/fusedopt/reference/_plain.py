@@ -85,7 +85,7 @@ def _write_copy(copy: Array, p: Array) -> None:
         copy[...] = p
     else:
         kind = "bfloat16" if formats.is_bfloat16(copy.dtype) else "float16"
-        formats.encode(Stored(kind, copy), flat(p).astype(np.float32), 0)
+        formats.encode(Stored(kind, copy), flat(p), 0)
 
 
 # ---------------------------------------------------------------- sums
