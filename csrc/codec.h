@@ -336,6 +336,7 @@ FO_INLINE void encode_wide(fo_format format, const wide_block *from, uint32_t ke
                            void *data, void *extra)
 {
     block narrow;
+    FO_SIMD
     for (int j = 0; j < FO_BLOCK; j++)
         narrow.f[j] = format == FO_BF16_LOW16 ? (float)from->f[j] : to_odd(from->f[j]);
     encode(format, &narrow, key, weyl, data, extra);

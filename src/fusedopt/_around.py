@@ -117,7 +117,8 @@ class StepStats:
         Names of the leaves that had a gradient. ``stats[name]`` is a dict of what follows for one.
     grad_norm, param_norm, update_norm : array of float64
         2-norms: of the gradient (times ``grad_scale``, before any clip), of the parameter after the
-        step, and of what the step added to it.
+        step, and of what the step added to it. Squares are float64 at the most: elements of float64
+        leaves below 1e-154 count as 0, and from 1e154 on as infinite.
     update_ratio : array of float64
         ``update_norm / param_norm``; around 1e-3 in a healthy run.
     max_update : array of float64

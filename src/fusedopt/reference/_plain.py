@@ -10,7 +10,7 @@ import numpy as np
 from fusedopt import _check, formats
 from fusedopt._around import Around, GradSums, ema_weight
 from fusedopt._check import Array
-from fusedopt.formats import Stored, flat
+from fusedopt.formats import BLOCK, Stored, flat
 from fusedopt.optimizer import Optimizer
 
 StepSums = tuple[float, float, float]  # squares of parameter and update, largest update
@@ -102,21 +102,41 @@ def _fold(lanes: Array) -> Array:
 
 
 def _in_lanes(x: Array) -> Array:
-    """Add up the last axis: element i to lane i % 16, one after the other; then the lanes."""
+    """Add up the last axis in 16 lanes: element i to lane i % 16, one after the other."""
     lanes = np.zeros((*x.shape[:-1], _LANES), x.dtype)
     for start in range(0, x.shape[-1], _LANES):
         piece = x[..., start : start + _LANES]
         lanes[..., : piece.shape[-1]] += piece
-    return _fold(lanes.astype(np.float64, copy=False))
+    return lanes
+
+
+def _rows(x: Array, length: int) -> Array:
+    """Return the elements in memory order, in rows that are filled up with zeros."""
+    values = flat(np.asarray(x))
+    rows = np.zeros((-(-values.size // length), length), values.dtype)
+    rows.reshape(-1)[: values.size] = values
+    return rows
 
 
 @quiet
-def squares(x: Array, dtype: Any = np.float64) -> float:
-    """Return the sum of squares, added up in `dtype` within a lane of a tile, and in float64."""
-    values = flat(np.asarray(x))
-    tiles = np.zeros((-(-values.size // _TILE), _TILE), dtype)
-    tiles.reshape(-1)[: values.size] = values.astype(dtype, copy=False) ** 2
-    return float(_in_lanes(_in_lanes(tiles)))
+def squares(x: Array) -> float:
+    """Return the sum of squares, added up in float64."""
+    tiles = _in_lanes(_rows(x, _TILE).astype(np.float64, copy=False) ** 2)
+    return float(_fold(_in_lanes(_fold(tiles))))
+
+
+@quiet
+def step_squares(x: Array) -> float:
+    """Return the same, added up in the dtype of `x` within a lane of a block where that will do."""
+    blocks = _rows(x, _TILE).reshape(-1, BLOCK)
+    narrow = _in_lanes(blocks**2)
+    lanes = narrow.astype(np.float64)
+    if x.dtype == np.float32:
+        will_do = (narrow >= 2.0**-100) & (narrow <= 2.0**120)
+        again = ~will_do.all(axis=1)
+        lanes[again] = _in_lanes(blocks[again].astype(np.float64) ** 2)
+    tiles = _in_lanes(lanes.reshape(-1, _TILE // BLOCK * _LANES))
+    return float(_fold(_in_lanes(_fold(tiles))))
 
 
 def grad_sums(g: Array) -> GradSums:
@@ -129,7 +149,7 @@ def grad_sums(g: Array) -> GradSums:
 def step_sums(p: Array, update: Array) -> StepSums:
     """Return what is measured of a parameter and of its update."""
     largest = float(np.abs(update).max(initial=0))
-    return squares(p, p.dtype), squares(update, p.dtype), largest
+    return step_squares(p), step_squares(update), largest
 
 
 def leaves(
