@@ -321,8 +321,8 @@ FO_INLINE void decode_wide(fo_format format, const void *data, const void *extra
         to->f[j] = (double)narrow.f[j];
 }
 
-/* To odd (Boldo & Melquiond, IEEE Trans. Computers 57(4), 2008): cut, and the last bit set if anything
- * was lost, so that formats of 22 bits or less are rounded once, by their own encoding. */
+/* To odd (Boldo & Melquiond, IEEE Trans. Computers 57(4), 2008): cut, and the last bit set if
+ * anything was lost, so that formats of 22 bits or less are rounded once, by their own encoding. */
 FO_INLINE float to_odd(double x)
 {
     number near = {.f = (float)x};

@@ -1,5 +1,5 @@
-/* Refuses a compiler that may change bits; every C file of the library includes this. A compiler that
- * tells no more than this by macros is asked for its flags in CMakeLists.txt. */
+/* Refuses a compiler that may change bits; every C file of the library includes this. A compiler
+ * that tells no more than this by macros is asked for its flags in CMakeLists.txt. */
 #ifndef FUSEDOPT_FLAGS_H
 #define FUSEDOPT_FLAGS_H
 

@@ -127,7 +127,8 @@ typedef struct fo_rule {
 const fo_rule *fo_rules(void);
 
 /* One step of rule number `rule` on n leaves. Leaves are updated as if one after the other, and
- * with the same bits for every thread count and instruction set. `run` may be NULL: then the step
+ * with the same bits for every thread count and instruction set, and whatever floating-point mode
+ * (rounding, subnormals) the calling thread is in. `run` may be NULL: then the step
  * does no more than the rule, the averages and the copies. Writes the leaves' scratch; reads the
  * rest. Thread-safe as long as concurrent calls have no array and no list in common. */
 fo_status fo_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,

@@ -189,7 +189,10 @@ def between(dtype):
     below, above = np.nextafter(middle, 0), np.nextafter(middle, np.inf)
     rows = [(low, codes), (below, codes), (middle, even), (above, codes + 1)]
     for part in (2.0**-13, 2.0**-30):  # of the way from the middle to a neighbour
-        rows += [(middle - part * (middle - low), codes), (middle + part * (high - middle), codes + 1)]
+        rows += [
+            (middle - part * (middle - low), codes),
+            (middle + part * (high - middle), codes + 1),
+        ]
     ends = np.array([1e300, np.inf, np.finfo(float).max, 2.0**128, 5e-324, 0.0])
     rows.append((ends, np.array([infinite] * 4 + [0, 0])))
     x = np.concatenate([x for x, _ in rows])
@@ -297,7 +300,7 @@ def test_updates_below_half_a_unit_are_not_lost(module, master_bits):
         drift.step(np.full(4096, (-1.0) ** i, np.float32))
         noisy.step(rng.standard_normal(4096).astype(np.float32))
     means = [opt.master_params()["params"].mean(dtype=float) for opt in (still, drift, noisy)]
-    # 5 standard errors: of Adam's walk, and of rounding to the unit below 1 in so many places and steps
+    # 5 standard errors: of Adam's walk, and of rounding to the unit below 1 so many times
     unit = 2.0 ** -(master_bits - 8)
     error = 5e-5 + 5 * np.sqrt(1e-5 * unit * steps / 4096)
     np.testing.assert_allclose(means, [1 - 0.5e-5 * steps, 1, 1], rtol=0, atol=error)

@@ -15,15 +15,11 @@ import numpy as np
 
 from fusedopt import _check
 from fusedopt._check import Array
+from fusedopt._ieee import ieee
 
-# fo_stats of csrc/fusedopt.h
-STATS = np.dtype(
-    [(name, "f8") for name in ("grad", "param", "update", "largest_grad", "largest_update")]
-    + [("zeros", "i8"), ("nonfinite", "i8")]
-)
 # what is known of a gradient: sum of squares, largest magnitude, zeros, infinite or NaN
 GradSums = tuple[float, float, int, int]
-GRAD_SUMS = ["grad", "largest_grad", "zeros", "nonfinite"]  # of STATS
+GRAD_SUMS = ["grad", "largest_grad", "zeros", "nonfinite"]  # of _core.STATS
 
 NOTHING, LEAF, PARAM = range(3)  # fo_measures
 
@@ -134,10 +130,11 @@ class StepStats:
     COLUMNS = ("grad_norm", "param_norm", "update_norm", "update_ratio", "max_update",
                "zero_fraction", "nonfinite")  # fmt: skip
 
+    @ieee
     def __init__(
         self, names: Sequence[str], sizes: Sequence[int], table: Array, grad_scale: float
     ) -> None:
-        """Compute the columns from a table of `STATS`, a row for each name."""
+        """Compute the columns from a table of `_core.STATS`, a row for each name."""
         self.names = tuple(names)
         self.grad_norm = abs(grad_scale) * np.sqrt(table["grad"])
         self.param_norm = np.sqrt(table["param"])

@@ -419,7 +419,7 @@ cdef class ArrayList:
         return 0
 
     cdef object read_stats(self, list grads):
-        """Numbers of the leaves with a gradient, and their sums as rows of `_around.STATS`."""
+        """Numbers of the leaves with a gradient, and their sums as rows of `_core.STATS`."""
         table = stats_table(&self.sums, self.n)
         if all([grad is not None for grad in grads]):
             return range(self.n), table
@@ -461,10 +461,13 @@ cdef class ArrayList:
         RuntimeError
             If another thread has the list.
         """
+        cdef fo_mode before
         self.claim()
+        before = fo_enter_ieee()
         try:
             return self.run(prepare(grads), scalars, options, threads, plain, around)
         finally:
+            fo_leave_ieee(before)
             fo_exchange(&self.claimed, 0)
 
     cdef tuple run(self, list grads, scalars, list options, int threads, plain, around):

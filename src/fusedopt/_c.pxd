@@ -12,6 +12,13 @@ cdef extern from *:
     #endif
     """
 
+cdef extern from "ieee.h" nogil:
+    ctypedef struct fo_mode:  # a number, or more
+        pass
+
+    fo_mode fo_enter_ieee()
+    void fo_leave_ieee(fo_mode before)
+
 cdef extern from "fusedopt.h" nogil:
     enum:
         FO_TILE

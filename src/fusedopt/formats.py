@@ -33,6 +33,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fusedopt._ieee import ieee
+
 Array = NDArray[Any]
 
 BLOCK = 64
@@ -169,6 +171,7 @@ def _rows(array: Array, dtype: Any) -> Array:
     return padded.reshape(-1, BLOCK)
 
 
+@ieee
 def decode(stored: Stored) -> NDArray[np.float32]:
     """Return the elements of `stored` in memory order."""
     name, extra = stored.format, stored.extra
@@ -186,6 +189,7 @@ def decode(stored: Stored) -> NDArray[np.float32]:
     return bits.ravel().view(np.float32)[: stored.size]
 
 
+@ieee
 def encode(stored: Stored, values: Array, key: int) -> None:
     """Store float32 or float64 `values`, in memory order, in `stored`."""
     name, extra, n = stored.format, stored.extra, stored.size

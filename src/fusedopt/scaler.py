@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fusedopt import _check
+from fusedopt._ieee import ieee
 
 if TYPE_CHECKING:
     from fusedopt._around import StepResult
@@ -67,6 +68,7 @@ class GradScaler:
             raise ValueError(f"backoff_factor: must be < 1, got {backoff_factor}")
         self._good = 0
 
+    @ieee
     def step(self, optimizer: Optimizer, grads: Any, **options: Any) -> StepResult:
         """Step with gradients of the scaled loss, and adapt the scale.
 

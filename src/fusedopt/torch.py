@@ -32,6 +32,7 @@ except ModuleNotFoundError as exc:
 from fusedopt import _check, _storage, _tensors, _threads
 from fusedopt import _torch_plain as _plain
 from fusedopt._around import LEAF, NOTHING, Around, StepResult, StepStats, ema_weight
+from fusedopt._ieee import ieee
 from fusedopt.formats import BLOCK
 from fusedopt.optim import adam as _adam
 from fusedopt.optim import sgd as _sgd
@@ -155,6 +156,7 @@ class _Fused:
             )
         return loss
 
+    @ieee
     def _around(self) -> Any:
         """Return what the step shall do around the rule, or None."""
         limit, stats = self.defaults.get("max_grad_norm"), self.defaults.get("stats", False)

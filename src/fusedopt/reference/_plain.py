@@ -10,6 +10,7 @@ import numpy as np
 from fusedopt import _check, formats
 from fusedopt._around import Around, GradSums, ema_weight
 from fusedopt._check import Array
+from fusedopt._ieee import ieee
 from fusedopt.formats import BLOCK, Stored, flat
 from fusedopt.optimizer import Optimizer
 
@@ -17,8 +18,11 @@ StepSums = tuple[float, float, float]  # squares of parameter and update, larges
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# Infinities and NaNs go through as IEEE says, without a word, as in C.
-quiet: Callable[[F], F] = np.errstate(all="ignore")
+
+def as_in_c(function: F) -> F:
+    """Let infinities and NaNs go through as IEEE says, without a word, in its default mode."""
+    quiet: Callable[[F], F] = np.errstate(all="ignore")
+    return ieee(quiet(function))  # type: ignore[return-value]
 
 
 def penalized(p: Array, grad: Array, l2: float, l1: float, maximize: bool) -> Array:
@@ -33,7 +37,7 @@ def penalized(p: Array, grad: Array, l2: float, l1: float, maximize: bool) -> Ar
     return g
 
 
-@quiet
+@as_in_c
 def leaf(
     update: Callable[..., None],
     param: Array | Stored,
@@ -118,14 +122,14 @@ def _rows(x: Array, length: int) -> Array:
     return rows
 
 
-@quiet
+@as_in_c
 def squares(x: Array) -> float:
     """Return the sum of squares, added up in float64."""
     tiles = _in_lanes(_rows(x, _TILE).astype(np.float64, copy=False) ** 2)
     return float(_fold(_in_lanes(_fold(tiles))))
 
 
-@quiet
+@as_in_c
 def step_squares(x: Array) -> float:
     """Return the same, added up in the dtype of `x` within a lane of a block where that will do."""
     blocks = _rows(x, _TILE).reshape(-1, BLOCK)
