@@ -4,8 +4,8 @@ from libc.stdint cimport int64_t, uint64_t
 
 cdef extern from *:
     """
-    /* With the stable ABI Cython begins a module by importing inspect, for flags of code objects that
-     * only its functions in Python's manner have, and crashes where that import fails: it was
+    /* With the stable ABI Cython begins a module by importing inspect, for flags of code objects
+     * that only its functions in Python's manner have, and crashes where that import fails: it was
      * interrupted, or found another inspect.py. We have no such functions (binding=False). */
     #if CYTHON_COMPILING_IN_LIMITED_API
     #define __Pyx_init_co_variables() ((void)__Pyx_init_co_variables, 0)

@@ -12,7 +12,8 @@ from typing import ParamSpec, TypeVar
 
 from fusedopt._core import Ieee
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def ieee(function: Callable[P, T]) -> Callable[P, T]:

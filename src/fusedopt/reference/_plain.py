@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -16,13 +16,13 @@ from fusedopt.optimizer import Optimizer
 
 StepSums = tuple[float, float, float]  # squares of parameter and update, largest update
 
-F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-def as_in_c(function: F) -> F:
+def as_in_c(function: Callable[P, T]) -> Callable[P, T]:
     """Let infinities and NaNs go through as IEEE says, without a word, in its default mode."""
-    quiet: Callable[[F], F] = np.errstate(all="ignore")
-    return ieee(quiet(function))  # type: ignore[return-value]
+    return ieee(np.errstate(all="ignore")(function))
 
 
 def penalized(p: Array, grad: Array, l2: float, l1: float, maximize: bool) -> Array:
