@@ -197,13 +197,15 @@ def measured(module, dtype, storage, magnitudes):
     return [stats.param_norm, stats.update_norm], norms
 
 
-@pytest.mark.parametrize("dtype", [np.float32, BF16, np.float64])
-@pytest.mark.parametrize("storage", [{}, {"state_dtype": "int8", "min_8bit_size": 0}], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "storage"),
+    [(np.float32, {}), (np.float64, {}), (BF16, {})]
+    + [(dtype, {"state_dtype": "int8", "min_8bit_size": 0}) for dtype in (np.float32, BF16)],
+    ids=str,
+)
 @pytest.mark.parametrize("magnitudes", [*([m] for m in MAGNITUDES), MAGNITUDES, [0.0]], ids=str)
 def test_norms_of_any_size(magnitudes, storage, dtype):
     """Squares that no float holds: over tiles and blocks, whole ones and the last."""
-    if storage and dtype == np.float64:
-        pytest.skip("state of float64 parameters is float64")
     theirs, _ = measured(reference, dtype, storage, magnitudes)
     for name in _core.available_isas():
         with isa(name):
