@@ -96,13 +96,20 @@ FO_INLINE void decode_low8(const uint16_t *restrict from, const int8_t *restrict
         to->u[j] = ((uint32_t)from[j] << 16) + ((uint32_t)low[j] << 8);
 }
 
-FO_INLINE void encode_low8(const block *restrict from, uint16_t *restrict to, uint8_t *restrict low)
+/* Rounded by chance to 24 bits, and from there as above. */
+FO_INLINE void encode_low8(const block *restrict from, uint32_t key, uint32_t weyl,
+                           uint16_t *restrict to, uint8_t *restrict low)
 {
     block longer, sums;
     FO_SIMD
-    for (int j = 0; j < FO_BLOCK; j++) {
-        longer.u[j] = ((from->u[j] + 0x80) >> 8) & 0xff;
-        sums.u[j] = ((from->u[j] + 0x80) & 0xffffff00u) + 0x8000;
+    for (int j = 0; j < HALF; j++) {
+        uint32_t random = noise(key, weyl + (uint32_t)j * WEYL);
+        uint32_t x = from->u[j] + ((random >> 8) & 0xff);
+        uint32_t y = from->u[j + HALF] + (random >> 24);
+        longer.u[j] = (x >> 8) & 0xff;
+        longer.u[j + HALF] = (y >> 8) & 0xff;
+        sums.u[j] = (x & 0xffffff00u) + 0x8000;
+        sums.u[j + HALF] = (y & 0xffffff00u) + 0x8000;
     }
     upper_halves(&sums, to);
     narrow(&longer, low);
@@ -279,7 +286,7 @@ FO_INLINE void encode(fo_format format, const block *from, uint32_t key, uint32_
         encode_low16(from, data, extra);
         break;
     case FO_BF16_LOW8:
-        encode_low8(from, data, extra);
+        encode_low8(from, key, weyl, data, extra);
         break;
     case FO_S8:
         *(uint8_t *)extra = encode_8bit(from, key, weyl, 1, data);
@@ -314,12 +321,24 @@ FO_INLINE void decode_wide(fo_format format, const void *data, const void *extra
         to->f[j] = (double)narrow.f[j];
 }
 
+/* To odd (Boldo & Melquiond, IEEE Trans. Computers 57(4), 2008): cut, and the last bit set if
+ * anything was lost, so that formats of 22 bits or less are rounded once, by their own encoding. */
+FO_INLINE float to_odd(double x)
+{
+    number near = {.f = (float)x};
+    const double size = __builtin_fabs(x), near_size = __builtin_fabs((double)near.f);
+    near.u -= near_size > size; /* of infinity this makes the largest float, which is odd */
+    near.u |= near_size != size;
+    return near.f;
+}
+
 FO_INLINE void encode_wide(fo_format format, const wide_block *from, uint32_t key, uint32_t weyl,
                            void *data, void *extra)
 {
     block narrow;
+    FO_SIMD
     for (int j = 0; j < FO_BLOCK; j++)
-        narrow.f[j] = (float)from->f[j];
+        narrow.f[j] = format == FO_BF16_LOW16 ? (float)from->f[j] : to_odd(from->f[j]);
     encode(format, &narrow, key, weyl, data, extra);
 }
 

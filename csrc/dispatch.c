@@ -8,7 +8,7 @@
 #include <string.h>
 
 #if defined(__AVX__) && !defined(FUSEDOPT_ANY_DISPATCH)
-#error "dispatch.c is compiled for AVX: ISA flags belong to kernels.c alone (-march in CFLAGS?)"
+#error "fusedopt: compiled for AVX, for which kernels.c alone may be (-mavx or the like in CFLAGS?)"
 #endif
 
 #if defined(__x86_64__)

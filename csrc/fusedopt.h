@@ -36,7 +36,7 @@ typedef enum fo_format {
     FO_BF16_STOCHASTIC, /* as FO_BF16, rounded stochastically */
     FO_F16_STOCHASTIC,
     FO_BF16_LOW16, /* bf16 and 16 residual bits: a float32, exactly */
-    FO_BF16_LOW8,  /* bf16 and 8 residual bits: the nearest float of 24 bits */
+    FO_BF16_LOW8,  /* bf16 and 8 residual bits: a float cut to 24 bits; stochastic */
     FO_S8,         /* block float: sign, 4 exponent bits, 3 mantissa bits; stochastic */
     FO_U8,         /* block float without sign: 5 exponent bits, 3 mantissa bits; stochastic */
     FO_FORMATS
@@ -127,7 +127,8 @@ typedef struct fo_rule {
 const fo_rule *fo_rules(void);
 
 /* One step of rule number `rule` on n leaves. Leaves are updated as if one after the other, and
- * with the same bits for every thread count and instruction set. `run` may be NULL: then the step
+ * with the same bits for every thread count and instruction set, and whatever floating-point mode
+ * (rounding, subnormals) the calling thread is in. `run` may be NULL: then the step
  * does no more than the rule, the averages and the copies. Writes the leaves' scratch; reads the
  * rest. Thread-safe as long as concurrent calls have no array and no list in common. */
 fo_status fo_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,

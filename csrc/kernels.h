@@ -2,6 +2,7 @@
 #ifndef FUSEDOPT_KERNELS_H
 #define FUSEDOPT_KERNELS_H
 
+#include "flags.h"
 #include "fusedopt.h"
 
 /* What all ranges of a call have in common; a member is NULL where the work needs it not. */
@@ -62,7 +63,7 @@ static const fo_format_info fo_format_table[FO_FORMATS] = {
     [FO_BF16_STOCHASTIC] = {"bfloat16-stochastic", 2, 0, 0, 1},
     [FO_F16_STOCHASTIC] = {"float16-stochastic", 2, 0, 0, 1},
     [FO_BF16_LOW16] = {"bfloat16+int16", 2, 2, 0, 0},
-    [FO_BF16_LOW8] = {"bfloat16+int8", 2, 1, 0, 0},
+    [FO_BF16_LOW8] = {"bfloat16+int8", 2, 1, 0, 1},
     [FO_S8] = {"int8", 1, 1, BLOCK_SHIFT, 1},
     [FO_U8] = {"uint8", 1, 1, BLOCK_SHIFT, 1},
 };

@@ -69,6 +69,7 @@ __attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL
 
 static void work(job *j)
 {
+    const fo_mode before = fo_enter_ieee(); /* a worker begins with that of who started it */
     ptrdiff_t chunk = atomic_load(&j->next);
     while (chunk < j->chunks) {
         ptrdiff_t share = (j->chunks - chunk) / (2 * j->threads);
@@ -78,6 +79,7 @@ static void work(job *j)
             chunk = atomic_load(&j->next);
         }
     }
+    fo_leave_ieee(before);
 }
 
 static void *worker(void *unused)

@@ -136,7 +136,8 @@ static double larger(double a, double b) { return b > a || b != b ? b : a; }
 enum { GRAD = 1, STEP = 2 }; /* parts of fo_stats */
 
 /* Writes parts of the sums of some sums, of which nobody may have made the others. */
-static void total(const fo_stats *sums, ptrdiff_t count, int parts, fo_stats *to)
+static __attribute__((noinline)) void total(const fo_stats *sums, ptrdiff_t count, int parts,
+                                            fo_stats *to)
 {
     double grad[FO_LANES] = {0}, param[FO_LANES] = {0}, update[FO_LANES] = {0};
     fo_stats all = {0};
@@ -192,7 +193,9 @@ static void fold(const work *w, int parts, int threads)
 fo_stats fo_total(const fo_stats *stats, ptrdiff_t n)
 {
     fo_stats all = {0};
+    const fo_mode before = fo_enter_ieee();
     total(stats, n, GRAD | STEP, &all);
+    fo_leave_ieee(before);
     return all;
 }
 
@@ -254,8 +257,10 @@ static void direct(work *w, const fo_kernels *kernels, int threads)
     }
 }
 
-fo_status fo_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
-                  ptrdiff_t n_hypers, const fo_run *how, int threads)
+/* Not inlined: no arithmetic may leave the mode that its caller entered. */
+static __attribute__((noinline)) fo_status step(int rule, fo_leaf *leaves, ptrdiff_t n,
+                                                const fo_hyper *hypers, ptrdiff_t n_hypers,
+                                                const fo_run *how, int threads)
 {
     const fo_kernels *kernels = fo_active_kernels();
     for (int i = 0; i <= rule; i++)
@@ -289,6 +294,15 @@ fo_status fo_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers
         run(&w, COPY_ALONE, threads);
     }
     return FO_OK;
+}
+
+fo_status fo_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
+                  ptrdiff_t n_hypers, const fo_run *how, int threads)
+{
+    const fo_mode before = fo_enter_ieee();
+    const fo_status status = step(rule, leaves, n, hypers, n_hypers, how, threads);
+    fo_leave_ieee(before);
+    return status;
 }
 
 fo_status fo_measure(fo_leaf *leaves, ptrdiff_t n, const fo_run *how, int threads)

@@ -6,13 +6,13 @@
  * Magnitudes are compared as bits, in which order a NaN is the largest of all.
  *
  * Squares of gradients and of directions, on which steps depend, are added in double from the
- * start; those of parameters and updates, which are for people, in REAL over the 32 elements that a
- * lane has of a tile, which costs a third as much, and in double from there.
+ * start; those of parameters and updates, which are for people, in REAL over the 4 elements that a
+ * lane has of a block, which costs half as much, and in double from there. A block in which a float
+ * is too small or too large for that is added again, in double.
  *
- * Every piece but the last of a tile has a multiple of FO_LANES elements. */
+ * Every piece but the last of a tile is whole blocks. */
 typedef struct FO_TYPED(tally) {
-    double grad[FO_LANES];
-    REAL param[FO_LANES], update[FO_LANES];
+    double grad[FO_LANES], param[FO_LANES], update[FO_LANES];
     FO_BITS largest_grad[FO_LANES], largest_update[FO_LANES], zeros[FO_LANES];
     int64_t nonfinite;
 } FO_TYPED(tally);
@@ -109,38 +109,83 @@ FO_INLINE void FO_TYPED(add_grad)(FO_TYPED(tally) *restrict to, ptrdiff_t n, con
         to->nonfinite += FO_TYPED(count_nonfinite)(n, g);
 }
 
+/* Whether sums of squares are right: none of them is of squares that were below the least normal
+ * float, or beyond the largest. In double nothing can be done about those. */
+FO_INLINE int FO_TYPED(are_right)(const REAL *lanes)
+{
+    int are = 1;
+    if (sizeof(REAL) == sizeof(double))
+        return 1;
+    FO_REDUCE(&, are)
+    for (int j = 0; j < FO_LANES; j++)
+        are &= (lanes[j] >= (REAL)0x1p-100) & (lanes[j] <= (REAL)0x1p120);
+    return are;
+}
+
+/* Adds the sums of a block; in double, from its n elements, where they are not right. Nothing where
+ * all are zero, as updates of rows without gradient are. */
+static __attribute__((noinline)) void FO_TYPED(add_again)(double *to, ptrdiff_t n, const REAL *x)
+{
+    double lanes[FO_LANES] = {0};
+    FO_BITS some = 0;
+    FO_REDUCE(|, some)
+    for (ptrdiff_t i = 0; i < n; i++)
+        some |= FO_TYPED(magnitude)(x[i]);
+    if (some == 0)
+        return;
+    FO_TYPED(add_squares)(lanes, n, x);
+    for (int j = 0; j < FO_LANES; j++)
+        to[j] += lanes[j];
+}
+
+FO_INLINE void FO_TYPED(add_lanes)(double *restrict to, const REAL *restrict lanes, ptrdiff_t n,
+                                   const REAL *x)
+{
+    if (FO_TYPED(are_right)(lanes)) {
+        FO_SIMD
+        for (int j = 0; j < FO_LANES; j++)
+            to[j] += (double)lanes[j];
+    } else {
+        FO_TYPED(add_again)(to, n, x);
+    }
+}
+
 /* Adds n elements of a parameter after the step; `old` is the same before it. */
 FO_INLINE void FO_TYPED(add_step)(FO_TYPED(tally) *restrict to, ptrdiff_t n, const REAL *restrict p,
                                   const REAL *restrict old)
 {
-    REAL params[FO_LANES], updates[FO_LANES], moved[FO_LANES];
+    REAL moved[FO_BLOCK];
     FO_BITS largest[FO_LANES];
     FO_SIMD
     for (int j = 0; j < FO_LANES; j++)
-        params[j] = to->param[j], updates[j] = to->update[j], largest[j] = to->largest_update[j];
-    for (ptrdiff_t i = 0; i < n; i += FO_LANES) {
-        const int count = n - i < FO_LANES ? (int)(n - i) : FO_LANES;
-        if (count == FO_LANES) {
+        largest[j] = to->largest_update[j];
+    for (ptrdiff_t at = 0; at < n; at += FO_BLOCK, p += FO_BLOCK, old += FO_BLOCK) {
+        const int count = n - at < FO_BLOCK ? (int)(n - at) : FO_BLOCK;
+        REAL params[FO_LANES] = {0}, updates[FO_LANES] = {0};
+        for (int i = 0; i + FO_LANES <= count; i += FO_LANES) {
             FO_SIMD
             for (int j = 0; j < FO_LANES; j++) {
                 const REAL u = p[i + j] - old[i + j];
                 const FO_BITS size = FO_TYPED(magnitude)(u);
+                moved[i + j] = u;
                 params[j] += p[i + j] * p[i + j];
                 updates[j] += u * u;
                 largest[j] = size > largest[j] ? size : largest[j];
             }
-        } else {
-            for (int j = 0; j < count; j++) {
-                moved[j] = p[i + j] - old[i + j];
-                params[j] += p[i + j] * p[i + j];
-                updates[j] += moved[j] * moved[j];
-            }
-            FO_TYPED(enlarge)(largest, count, moved);
         }
+        for (int i = count - count % FO_LANES; i < count; i++) {
+            const int j = i % FO_LANES;
+            moved[i] = p[i] - old[i];
+            params[j] += p[i] * p[i];
+            updates[j] += moved[i] * moved[i];
+            FO_TYPED(enlarge)(largest + j, 1, moved + i);
+        }
+        FO_TYPED(add_lanes)(to->param, params, count, p);
+        FO_TYPED(add_lanes)(to->update, updates, count, moved);
     }
     FO_SIMD
     for (int j = 0; j < FO_LANES; j++)
-        to->param[j] = params[j], to->update[j] = updates[j], to->largest_update[j] = largest[j];
+        to->largest_update[j] = largest[j];
 }
 
 static double FO_TYPED(number)(FO_BITS magnitude)
@@ -148,14 +193,6 @@ static double FO_TYPED(number)(FO_BITS magnitude)
     REAL x;
     memcpy(&x, &magnitude, sizeof x);
     return (double)x;
-}
-
-static double FO_TYPED(fold)(const REAL *lanes)
-{
-    double wide[FO_LANES];
-    for (int j = 0; j < FO_LANES; j++)
-        wide[j] = (double)lanes[j];
-    return fo_fold(wide);
 }
 
 /* Writes the sums of a tile's gradient, and of its parameter and update. */
@@ -169,9 +206,9 @@ static void FO_TYPED(finish_grad)(FO_TYPED(tally) * t, fo_stats *to)
         to->zeros += (int64_t)t->zeros[j];
 }
 
-static void FO_TYPED(finish_step)(const FO_TYPED(tally) * t, fo_stats *to)
+static void FO_TYPED(finish_step)(FO_TYPED(tally) * t, fo_stats *to)
 {
-    to->param = FO_TYPED(fold)(t->param);
-    to->update = FO_TYPED(fold)(t->update);
+    to->param = fo_fold(t->param);
+    to->update = fo_fold(t->update);
     to->largest_update = FO_TYPED(number)(FO_TYPED(largest_lane)(t->largest_update));
 }

@@ -26,12 +26,17 @@ void fo_parallel(fo_body *body, void *context, ptrdiff_t chunks, int threads)
         /* each thread gets one run of chunks, the same in every step, so that what a core has in
          * its cache serves it again */
 #pragma omp parallel for schedule(static) num_threads(threads)
-        for (int part = 0; part < threads; part++)
+        for (int part = 0; part < threads; part++) {
+            const fo_mode before = fo_enter_ieee(); /* the team is that of others too */
             body(context, chunks * part / threads, chunks * (part + 1) / threads);
+            fo_leave_ieee(before);
+        }
         return;
     }
 #else
     (void)threads;
 #endif
+    const fo_mode before = fo_enter_ieee();
     body(context, 0, chunks);
+    fo_leave_ieee(before);
 }

@@ -174,6 +174,61 @@ def test_clip_is_torchs():
             np.testing.assert_allclose(a, b.detach().numpy(), rtol=1e-6, atol=1e-7)
 
 
+# ------------------------------------------------------------------ sizes of what is measured
+
+MAGNITUDES = [1e-45, 1e-38, 1e-30, 1e-24, 1e-19, 1e-12, 1.0, 1e12, 1e18, 1e20, 1e30, 3e37]
+LENGTHS = [1, 15, 16, 17, 63, 64, 65, TILE - 1, TILE, TILE + 65, 5 * TILE + 3]
+
+
+def measured(module, dtype, storage, magnitudes):
+    """Norms of parameters and updates by a step, and by NumPy in float64."""
+    rng = np.random.default_rng(1)
+
+    def some(n, kind):
+        x = rng.standard_normal(n) * rng.choice(magnitudes, n)
+        x[rng.random(n) < 0.2] = 0
+        with np.errstate(over="ignore"):
+            return x.astype(kind)
+
+    params = [some(n, dtype) for n in LENGTHS]
+    grads = [some(n, np.float64 if dtype == np.float64 else np.float32) for n in LENGTHS]
+    opt = module.SGD(params, lr=0.5, momentum=0.9, **storage)
+    before = [p.copy() for p in opt.master_params().values()]
+    stats = opt.step(grads, stats=True).stats
+    after = opt.master_params().values()
+    moved = [a - b for a, b in zip(after, before, strict=True)]
+    norms = [[np.linalg.norm(x.astype(np.float64)) for x in xs] for xs in (after, moved)]
+    return [stats.param_norm, stats.update_norm], norms
+
+
+@pytest.mark.parametrize(
+    ("dtype", "storage"),
+    [(np.float32, {}), (np.float64, {}), (BF16, {})]
+    + [(dtype, {"state_dtype": "int8", "min_8bit_size": 0}) for dtype in (np.float32, BF16)],
+    ids=str,
+)
+@pytest.mark.parametrize("magnitudes", [*([m] for m in MAGNITUDES), MAGNITUDES, [0.0]], ids=str)
+def test_norms_of_any_size(magnitudes, storage, dtype):
+    """Squares that no float holds: over tiles and blocks, whole ones and the last."""
+    theirs, _ = measured(reference, dtype, storage, magnitudes)
+    for name in _core.available_isas():
+        with isa(name):
+            ours, norms = measured(fusedopt, dtype, storage, magnitudes)
+        assert tree_bytes(ours) == tree_bytes(theirs)
+        np.testing.assert_allclose(ours, norms, rtol=1e-6)
+
+
+@pytest.mark.parametrize("odd", [np.inf, np.nan])
+def test_norms_of_what_is_not_finite(odd):
+    for module in (fusedopt, reference):
+        p = np.ones(700, np.float32)
+        p[100] = odd
+        stats = module.SGD({"p": p, "q": np.ones(9, np.float32)}, lr=1.0).step(
+            {"p": np.zeros(700, np.float32), "q": np.zeros(9, np.float32)}, stats=True
+        ).stats  # fmt: skip
+        np.testing.assert_equal(stats.param_norm, [odd, 3.0])
+
+
 # ------------------------------------------------------------------ finite or not
 
 

@@ -4,6 +4,8 @@ import platform
 import re
 import shutil
 import subprocess
+import sysconfig
+from pathlib import Path
 
 import pytest
 
@@ -131,4 +133,8 @@ def test_the_library_is_linked_once(module):
 
 
 def test_stable_abi():
-    assert all(".abi3." in module.__file__ for module in MODULES)
+    """Named so that every CPython from 3.11 on finds them, whichever built them."""
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        pytest.skip("no stable ABI")
+    names = [Path(module.__file__).name for module in MODULES]
+    assert names == ["_arrays.abi3.so", "_core.abi3.so", "_tensors.abi3.so"]

@@ -15,15 +15,11 @@ import numpy as np
 
 from fusedopt import _check
 from fusedopt._check import Array
+from fusedopt._ieee import ieee
 
-# fo_stats of csrc/fusedopt.h
-STATS = np.dtype(
-    [(name, "f8") for name in ("grad", "param", "update", "largest_grad", "largest_update")]
-    + [("zeros", "i8"), ("nonfinite", "i8")]
-)
 # what is known of a gradient: sum of squares, largest magnitude, zeros, infinite or NaN
 GradSums = tuple[float, float, int, int]
-GRAD_SUMS = ["grad", "largest_grad", "zeros", "nonfinite"]  # of STATS
+GRAD_SUMS = ["grad", "largest_grad", "zeros", "nonfinite"]  # of _core.STATS
 
 NOTHING, LEAF, PARAM = range(3)  # fo_measures
 
@@ -122,7 +118,8 @@ class StepStats:
         Names of the leaves that had a gradient. ``stats[name]`` is a dict of what follows for one.
     grad_norm, param_norm, update_norm : array of float64
         2-norms: of the gradient (times ``grad_scale``, before any clip), of the parameter after the
-        step, and of what the step added to it.
+        step, and of what the step added to it. Squares are float64 at the most: elements of float64
+        leaves below 1e-154 count as 0, and from 1e154 on as infinite.
     update_ratio : array of float64
         ``update_norm / param_norm``; around 1e-3 in a healthy run.
     max_update : array of float64
@@ -138,10 +135,11 @@ class StepStats:
     COLUMNS = ("grad_norm", "param_norm", "update_norm", "update_ratio", "max_update",
                "zero_fraction", "nonfinite")  # fmt: skip
 
+    @ieee
     def __init__(
         self, names: Sequence[str], sizes: Sequence[int], table: Array, grad_scale: float
     ) -> None:
-        """Compute the columns from a table of `STATS`, a row for each name."""
+        """Compute the columns from a table of `_core.STATS`, a row for each name."""
         self.names = tuple(names)
         self.grad_norm = abs(grad_scale) * np.sqrt(table["grad"])
         self.param_norm = np.sqrt(table["param"])

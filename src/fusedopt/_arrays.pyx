@@ -471,7 +471,7 @@ cdef class ArrayList:
         return 0
 
     cdef object read_stats(self, list grads):
-        """Numbers of the leaves with a gradient, and their sums as rows of `_around.STATS`."""
+        """Numbers of the leaves with a gradient, and their sums as rows of `_core.STATS`."""
         table = stats_table(&self.sums, self.n)
         if all([grad is not None for grad in grads]):
             return range(self.n), table
@@ -514,7 +514,9 @@ cdef class ArrayList:
         RuntimeError
             If another thread has the list.
         """
+        cdef fo_mode before
         self.claim()
+        before = fo_enter_ieee()
         try:
             if source is not None:
                 source.claim()
@@ -525,6 +527,7 @@ cdef class ArrayList:
                 if source is not None:
                     source.release()
         finally:
+            fo_leave_ieee(before)
             self.release()
 
     cdef tuple run(self, list grads, scalars, list options, int threads, plain, around,

@@ -2,6 +2,23 @@
 
 from libc.stdint cimport int64_t, uint64_t
 
+cdef extern from *:
+    """
+    /* With the stable ABI Cython begins a module by importing inspect, for flags of code objects
+     * that only its functions in Python's manner have, and crashes where that import fails: it was
+     * interrupted, or found another inspect.py. We have no such functions (binding=False). */
+    #if CYTHON_COMPILING_IN_LIMITED_API
+    #define __Pyx_init_co_variables() ((void)__Pyx_init_co_variables, 0)
+    #endif
+    """
+
+cdef extern from "ieee.h" nogil:
+    ctypedef struct fo_mode:  # a number, or more
+        pass
+
+    fo_mode fo_enter_ieee()
+    void fo_leave_ieee(fo_mode before)
+
 cdef extern from "fusedopt.h" nogil:
     enum:
         FO_TILE

@@ -3,12 +3,19 @@
 from collections.abc import Sequence
 from typing import Any, final
 
+import numpy as np
 from numpy.typing import NDArray
 
 __pyx_capi__: dict[str, object]  # what the borders use, see _core.pxd
 TILE: int
 BLOCK: int
+STATS: np.dtype[np.void]
 RULES: dict[str, tuple[int, list[str], int, bool]]
+
+@final
+class Ieee:
+    def __enter__(self) -> None: ...
+    def __exit__(self, kind: object, value: object, trace: object) -> None: ...
 
 @final
 class Memory:

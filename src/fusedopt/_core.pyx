@@ -17,8 +17,11 @@ from math import prod
 
 import numpy
 
-from fusedopt import _around
-
+# fo_stats of csrc/fusedopt.h
+STATS = numpy.dtype(
+    [(name, "f8") for name in ("grad", "param", "update", "largest_grad", "largest_update")]
+    + [("zeros", "i8"), ("nonfinite", "i8")]
+)
 TILE = FO_TILE
 BLOCK = FO_BLOCK
 
@@ -99,9 +102,22 @@ cdef int make_room(Sums *sums, const fo_leaf *leaves, ptrdiff_t n, fo_run *how) 
 
 
 cdef object stats_table(const Sums *sums, ptrdiff_t n):
-    """The sums of n leaves, as rows of `_around.STATS`."""
+    """The sums of n leaves, as rows of `STATS`."""
     rows = PyBytes_FromStringAndSize(<char *>sums.stats, n * sizeof(fo_stats))
-    return numpy.frombuffer(rows, _around.STATS)
+    return numpy.frombuffer(rows, STATS)
+
+
+# ------------------------------------------------------------------ arithmetic in Python
+
+cdef class Ieee:
+    """A ``with`` block in IEEE 754's default mode, whatever mode this thread is in: see ieee.h."""
+    cdef fo_mode before
+
+    def __enter__(self):
+        self.before = fo_enter_ieee()
+
+    def __exit__(self, kind, value, trace):
+        fo_leave_ieee(self.before)
 
 
 # ------------------------------------------------------------------ memory

@@ -257,7 +257,8 @@ def _converted(
         raise TypeError(f"{where}: {_kind(theirs)} cannot be converted to {_kind(ours)}")
     if not isinstance(ours, Stored):
         return values.astype(target)
-    laid = np.empty_like(ours.data, np.float32, subok=False)
+    wide = np.float64 if values.dtype == np.float64 else np.float32
+    laid = np.empty_like(ours.data, wide, subok=False)
     np.copyto(laid, values, casting="same_kind")
     twin = Stored(ours.format, *(np.empty_like(part, subok=False) for part in ours.parts()))
     twin.encode(laid, formats.key(0, *place))

@@ -210,11 +210,13 @@ cdef class TensorList:
         cdef fo_status status
         cdef fo_run how
         cdef ptrdiff_t i
+        cdef fo_mode before
         if not self.claim.acquire(False):
             raise RuntimeError(
                 f"{type(owner).__name__}.step: another thread is in a step of this optimizer; "
                 "use one optimizer for each thread, or a lock"
             )
+        before = fo_enter_ieee()
         try:
             self.n = self.n_arrays = self.hypers.n = self.at = 0
             self.number = -1
@@ -240,6 +242,7 @@ cdef class TensorList:
             for i in range(self.n):
                 let_go(&self.more[i], 0)
             self.capsules = self.back = self.made = None
+            fo_leave_ieee(before)
             self.claim.release()
 
     cdef tuple judge(self, around, fo_run *how, int threads):

@@ -11,18 +11,18 @@ format                 an element                                               
 ``float16``            5 exponent and 10 mantissa bits                             2
 ``bfloat16+int16``     the bfloat16 nearest to a float32, and the bits to restore  4
                        that float32 exactly
-``bfloat16+int8``      the same of the nearest float with 16 mantissa bits         3
+``bfloat16+int8``      the same of a float with 15 mantissa bits                   3
 ``int8``               sign, 4 exponent and 3 mantissa bits in a block's window    1 + 1 / 64
 ``uint8``              5 exponent and 3 mantissa bits, no sign                     1 + 1 / 64
 =====================  ==========================================================  ===========
 
-The 8-bit formats, and the first two with ``-stochastic`` in their name, round up or down by chance,
-so that the mean is kept: a moment that moves by less than a step in each update would stand still
-if rounded to nearest. The relative error of one rounding is below 1/8 (8-bit, within the window of
-13 or 29 powers of two below the block's largest element) or 1/128 (bfloat16), with mean 0. Below
-the window ``int8`` is 0; ``uint8``, which holds second moments, is the window's smallest number, so
-that no update divides by a moment that was lost. An infinite or NaN element of an 8-bit block is
-stored as NaN, and the other elements of the block as if it were not there.
+The last three, and the first two with ``-stochastic`` in their name, round up or down by chance, so
+that the mean is kept: what moves by less than a step in each update would stand still if rounded to
+nearest. The relative error of one rounding is below 1/8 (8-bit, within the window of 13 or 29
+powers of two below the block's largest element), 1/128 (bfloat16) or 2**-15 (with 8 residual bits),
+with mean 0. Below the window ``int8`` is 0; ``uint8``, which holds second moments, is the window's
+smallest number, so that no update divides by a moment that was lost. An infinite or NaN element of
+an 8-bit block is stored as NaN, and the other elements of the block as if it were not there.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fusedopt._ieee import ieee
 
 Array = NDArray[Any]
 
@@ -104,7 +106,10 @@ class Stored:
         return out
 
     def encode(self, values: Array, key: int = 0) -> None:
-        """Store `values`, float32 in the same shape and memory order; noise is that of `key`."""
+        """Store `values`, float32 or float64 in the same shape and memory order, rounded once.
+
+        Noise is that of `key`.
+        """
         encode(self, flat(values), key)
 
 
@@ -171,6 +176,7 @@ def _rows(array: Array, dtype: Any) -> Array:
     return padded.reshape(-1, BLOCK)
 
 
+@ieee
 def decode(stored: Stored) -> NDArray[np.float32]:
     """Return the elements of `stored` in memory order."""
     name, extra = stored.format, stored.extra
@@ -188,9 +194,12 @@ def decode(stored: Stored) -> NDArray[np.float32]:
     return bits.ravel().view(np.float32)[: stored.size]
 
 
+@ieee
 def encode(stored: Stored, values: Array, key: int) -> None:
-    """Store float32 `values`, in memory order, in `stored`."""
+    """Store float32 or float64 `values`, in memory order, in `stored`."""
     name, extra, n = stored.format, stored.extra, stored.size
+    if values.dtype == np.float64 and name != "bfloat16+int16":  # which is a float32
+        values = _to_odd(values)
     bits = _rows(np.ascontiguousarray(values, np.float32), np.uint32)
     random = random16(key, len(bits))
     if name in ("int8", "uint8"):
@@ -199,10 +208,11 @@ def encode(stored: Stored, values: Array, key: int) -> None:
     elif name.startswith("float16"):
         codes = _encode_f16(bits, random if name.endswith("-stochastic") else None)
     elif extra is not None:
-        bits = _quiet(bits)
         shift = np.uint32(0 if extra.dtype == np.int16 else 8)
         if shift:
-            bits = (bits + np.uint32(0x80)) >> shift << shift
+            longer = (bits + (random >> np.uint32(8))) >> shift << shift
+            bits = np.where(_size(bits) <= INFINITE, longer, bits)
+        bits = _quiet(bits)
         codes = (bits + np.uint32(0x8000)) >> np.uint32(16)
         low = (bits - (codes << np.uint32(16))).view(np.int32) >> shift.astype(np.int32)
         flat(extra)[...] = low.astype(extra.dtype).ravel()[:n]
@@ -212,6 +222,19 @@ def encode(stored: Stored, values: Array, key: int) -> None:
         codes = np.where(_size(bits) < INFINITE, bits + add, _quiet(bits)) >> np.uint32(16)
     unsigned = np.uint8 if stored.data.itemsize == 1 else np.uint16
     flat(stored.data).view(unsigned)[...] = codes.astype(unsigned).ravel()[:n]
+
+
+def _to_odd(values: Array) -> NDArray[np.float32]:
+    """Return float64 `values` cut to float32, with the last bit set where anything was lost.
+
+    What rounds this to 22 bits or less gives the bits of one rounding (Boldo & Melquiond, 2008).
+    """
+    with np.errstate(all="ignore"):
+        near = values.astype(np.float32)
+    bits, size = near.view(np.uint32), np.abs(values)
+    bits -= np.abs(near).astype(np.float64) > size
+    bits |= np.abs(near).astype(np.float64) != size
+    return near
 
 
 def _size(bits: NDArray[np.uint32]) -> NDArray[np.uint32]:

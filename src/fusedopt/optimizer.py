@@ -45,8 +45,8 @@ class Optimizer:
         precision.
     master_bits : None, 16, 24 or 32, default None
         Length of the number of which a bfloat16 parameter shows the upper half; the rest is kept as
-        state. 32, the default, loses nothing. 16 keeps none: the parameter is then rounded
-        stochastically in each step. A float16 parameter has 16.
+        state. 32, the default, loses nothing; what 24 or 16 cut off is rounded stochastically in
+        each step. A float16 parameter has 16.
     min_8bit_size : int, default 4096
         Parameters with fewer elements keep float32 state where `state_dtype` is ``"int8"``.
     seed : int, default 0

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fusedopt import _check
+from fusedopt._ieee import ieee
 
 if TYPE_CHECKING:
     from fusedopt._around import StepResult
@@ -71,6 +72,7 @@ class GradScaler:
         self._good = 0
         self._stepped: list[tuple[Optimizer, bool]] = []  # since the last update; whether skipped
 
+    @ieee
     def step(self, optimizer: Optimizer, grads: Any, **options: Any) -> StepResult:
         """Step with gradients of the scaled loss; `update` adapts the scale afterwards.
 
@@ -98,6 +100,7 @@ class GradScaler:
         self._stepped.append((optimizer, result.skipped))
         return result
 
+    @ieee
     def update(self) -> None:
         """Adapt the scale to whether a step was skipped: once, after those of all optimizers.
 

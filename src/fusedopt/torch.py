@@ -32,6 +32,7 @@ except ModuleNotFoundError as exc:
 from fusedopt import _check, _storage, _tensors, _threads
 from fusedopt import _torch_plain as _plain
 from fusedopt._around import LEAF, NOTHING, Around, StepResult, StepStats, ema_weight
+from fusedopt._ieee import ieee
 from fusedopt.formats import BLOCK
 from fusedopt.optim import adam as _adam
 from fusedopt.optim import sgd as _sgd
@@ -155,6 +156,7 @@ class _Fused:
             )
         return loss
 
+    @ieee
     def _around(self) -> Any:
         """Return what the step shall do around the rule, or None."""
         limit, stats = self.defaults.get("max_grad_norm"), self.defaults.get("stats", False)
@@ -385,7 +387,7 @@ class _Fused:
         made: dict[str, Any] = {}
         residual = _RESIDUALS.get(_bits(self.param_groups[group]))
         rounded = tensors[0].dtype == torch.float16 or (
-            tensors[0].dtype == torch.bfloat16 and residual is None
+            tensors[0].dtype == torch.bfloat16 and residual is not torch.int16
         )
         rounded |= any(state.dtype in (torch.bfloat16, torch.uint8) for state in tensors[2:])
         if rounded and not is_counted:  # by chance, which is keyed by the step
@@ -476,8 +478,9 @@ class Adam(_FusedAdam, torch.optim.Adam):
         How the state is kept: in float32, whatever the parameter's dtype, unless a narrower dtype
         is asked for (float64 of float64 parameters). See `fusedopt.Optimizer`.
     master_bits : {None, 16, 24, 32}, default None
-        Bits of a 16-bit parameter that steps compute with. None: 32 of a bfloat16 parameter, whose
-        lower half is kept as ``residual`` in its state; 16, rounded stochastically, of float16.
+        Bits of a 16-bit parameter that steps compute with, rounded stochastically to 24 and 16.
+        None: 32 of a bfloat16 parameter, of which what it does not show is kept as ``residual`` in
+        its state; 16 of float16.
     min_8bit_size : int, default 4096
         Tensors of fewer elements keep float32 state in the place of int8.
     seed : int, default 0

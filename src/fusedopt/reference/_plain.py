@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
 from fusedopt import _check, formats
 from fusedopt._around import Around, GradSums, ema_weight
 from fusedopt._check import Array
-from fusedopt.formats import Stored, flat
+from fusedopt._ieee import ieee
+from fusedopt.formats import BLOCK, Stored, flat
 from fusedopt.optimizer import Optimizer
 
 StepSums = tuple[float, float, float]  # squares of parameter and update, largest update
 
-F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+T = TypeVar("T")
 
-# Infinities and NaNs go through as IEEE says, without a word, as in C.
-quiet: Callable[[F], F] = np.errstate(all="ignore")
+
+def as_in_c(function: Callable[P, T]) -> Callable[P, T]:
+    """Let infinities and NaNs go through as IEEE says, without a word, in its default mode."""
+    return ieee(np.errstate(all="ignore")(function))
 
 
 def penalized(p: Array, grad: Array, l2: float, l1: float, maximize: bool) -> Array:
@@ -33,7 +37,7 @@ def penalized(p: Array, grad: Array, l2: float, l1: float, maximize: bool) -> Ar
     return g
 
 
-@quiet
+@as_in_c
 def leaf(
     update: Callable[..., None],
     param: Array | Stored,
@@ -85,7 +89,7 @@ def _write_copy(copy: Array, p: Array) -> None:
         copy[...] = p
     else:
         kind = "bfloat16" if formats.is_bfloat16(copy.dtype) else "float16"
-        formats.encode(Stored(kind, copy), flat(p).astype(np.float32), 0)
+        formats.encode(Stored(kind, copy), flat(p), 0)
 
 
 # ---------------------------------------------------------------- sums
@@ -102,21 +106,41 @@ def _fold(lanes: Array) -> Array:
 
 
 def _in_lanes(x: Array) -> Array:
-    """Add up the last axis: element i to lane i % 16, one after the other; then the lanes."""
+    """Add up the last axis in 16 lanes: element i to lane i % 16, one after the other."""
     lanes = np.zeros((*x.shape[:-1], _LANES), x.dtype)
     for start in range(0, x.shape[-1], _LANES):
         piece = x[..., start : start + _LANES]
         lanes[..., : piece.shape[-1]] += piece
-    return _fold(lanes.astype(np.float64, copy=False))
+    return lanes
 
 
-@quiet
-def squares(x: Array, dtype: Any = np.float64) -> float:
-    """Return the sum of squares, added up in `dtype` within a lane of a tile, and in float64."""
+def _rows(x: Array, length: int) -> Array:
+    """Return the elements in memory order, in rows that are filled up with zeros."""
     values = flat(np.asarray(x))
-    tiles = np.zeros((-(-values.size // _TILE), _TILE), dtype)
-    tiles.reshape(-1)[: values.size] = values.astype(dtype, copy=False) ** 2
-    return float(_in_lanes(_in_lanes(tiles)))
+    rows = np.zeros((-(-values.size // length), length), values.dtype)
+    rows.reshape(-1)[: values.size] = values
+    return rows
+
+
+@as_in_c
+def squares(x: Array) -> float:
+    """Return the sum of squares, added up in float64."""
+    tiles = _in_lanes(_rows(x, _TILE).astype(np.float64, copy=False) ** 2)
+    return float(_fold(_in_lanes(_fold(tiles))))
+
+
+@as_in_c
+def step_squares(x: Array) -> float:
+    """Return the same, added up in the dtype of `x` within a lane of a block where that will do."""
+    blocks = _rows(x, _TILE).reshape(-1, BLOCK)
+    narrow = _in_lanes(blocks**2)
+    lanes = narrow.astype(np.float64)
+    if x.dtype == np.float32:
+        will_do = (narrow >= 2.0**-100) & (narrow <= 2.0**120)
+        again = ~will_do.all(axis=1)
+        lanes[again] = _in_lanes(blocks[again].astype(np.float64) ** 2)
+    tiles = _in_lanes(lanes.reshape(-1, _TILE // BLOCK * _LANES))
+    return float(_fold(_in_lanes(_fold(tiles))))
 
 
 def grad_sums(g: Array) -> GradSums:
@@ -129,7 +153,7 @@ def grad_sums(g: Array) -> GradSums:
 def step_sums(p: Array, update: Array) -> StepSums:
     """Return what is measured of a parameter and of its update."""
     largest = float(np.abs(update).max(initial=0))
-    return squares(p, p.dtype), squares(update, p.dtype), largest
+    return step_squares(p), step_squares(update), largest
 
 
 def leaves(
@@ -164,7 +188,7 @@ class Plain(Optimizer):
         laid = _check.gradient("gradient", grad, param)
         return grad_sums(laid.astype(compute, copy=False))
 
-    @quiet
+    @as_in_c
     def _plain_copy(self, number: int, copy: Array) -> None:
         stored = self._work.stored[number]
         _write_copy(copy, stored.decode() if isinstance(stored, Stored) else stored)

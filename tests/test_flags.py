@@ -1,0 +1,59 @@
+"""A compiler that may change bits is refused: by csrc/flags.h here, by CMake in .ci/builds."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SOURCES = sorted((Path(__file__).parents[1] / "csrc").glob("*.c"))
+EVERYWHERE = ["-ffast-math", "-Ofast", "-ffinite-math-only"]
+GCC = [
+    "-funsafe-math-optimizations",
+    "-fassociative-math -fno-signed-zeros -fno-trapping-math",
+    "-freciprocal-math",
+    "-fno-signed-zeros",
+    "-fsingle-precision-constant",
+]
+
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+
+
+def compile_with(source, flags):
+    """Whether a file of the library compiles with some flags; what is said."""
+    command = [
+        "cc", "-std=c11", "-O3", "-fsyntax-only", *flags.split(), "-ffp-contract=off",
+        "-fno-math-errno", "-fno-trapping-math", "-D_DEFAULT_SOURCE", "-DFO_ISA=any", source,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+@pytest.mark.parametrize("flags", EVERYWHERE + GCC)
+def test_refused(source, flags):
+    version = subprocess.run(["cc", "--version"], capture_output=True, text=True, check=True)
+    if flags in GCC and "Free Software Foundation" not in version.stdout:
+        pytest.skip("GCC tells by a macro, others by their flags alone")
+    accepted, said = compile_with(source, flags)
+    assert not accepted
+    assert "would change the bits of a step" in said
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_excess_precision_is_refused(source):
+    accepted, said = compile_with(source, "-U__FLT_EVAL_METHOD__ -D__FLT_EVAL_METHOD__=2")
+    assert not accepted
+    assert "float must be computed in float" in said
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_harmless_flags(source):
+    """Also what undoes a flag, as packagers do."""
+    for flags in ("", "-O2 -g -fno-fast-math -fwrapv", "-ffast-math -fno-fast-math"):
+        accepted, said = compile_with(source, flags)
+        assert accepted, said
+
+
+def test_there_are_sources():
+    assert {"kernels.c", "step.c", "dispatch.c"} <= {path.name for path in SOURCES}

@@ -1,0 +1,76 @@
+"""An import that is interrupted, or finds other modules than it should, ends as Python's do."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+INTERRUPTED = """
+import signal, sys
+{first}
+came = False
+def interrupt(*_):
+    global came
+    came = True
+    raise KeyboardInterrupt
+signal.signal(signal.SIGALRM, interrupt)
+try:
+    signal.setitimer(signal.ITIMER_REAL, {delay})
+    import fusedopt
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    print("imported")
+except BaseException as exc:  # NumPy, and CPython where it makes a class, raise others from it
+    if not came:
+        raise
+    print("interrupted")
+"""
+
+
+def run(code, **kwargs):
+    """What a fresh interpreter did; it may end as Python ends it, but not by another signal."""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+    # an interrupt of code that was run by exec(), as dataclasses do, ends in SIGINT, caught or not
+    assert done.returncode >= 0 or done.returncode == -signal.SIGINT, (done.returncode, done.stderr)
+    return done
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="interrupts by a timer")
+@pytest.mark.parametrize("first", ["", "import numpy", "import dataclasses, numpy"])
+def test_interrupted(first):
+    """At many moments: no crash, whichever module was just being made."""
+    ends = []
+    for i in range(24):
+        done = run(INTERRUPTED.format(first=first, delay=0.0002 + 0.04 * (0.618 * i % 1)))
+        assert done.stdout.split() in (["interrupted"], ["imported"]), done.stderr
+        ends.append(done.stdout.strip())
+    assert ends.count("interrupted") > 3
+
+
+@pytest.mark.parametrize("name", ["ast", "dis", "inspect"])
+def test_modules_of_the_same_name(name, tmp_path):
+    """A beginner's own file that stands before one of Python's: an exception, as from NumPy."""
+    (tmp_path / f"{name}.py").write_text("x = 1\n")
+    code = """
+try:
+    import fusedopt
+except (AttributeError, ImportError) as exc:
+    print("refused", exc)
+else:
+    print("imported")
+"""
+    done = run(code, cwd=tmp_path)
+    assert done.stdout.split()[:1] in (["refused"], ["imported"]), done.stderr
+
+
+def test_the_compiled_modules_need_no_inspect():
+    """Cython imports it in each of them, and takes a failure for a module."""
+    code = """
+import sys, dataclasses, numpy
+sys.modules["inspect"] = None
+import fusedopt, fusedopt._tensors
+print("imported")
+"""
+    assert run(code).stdout == "imported\n"
