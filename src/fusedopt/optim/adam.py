@@ -21,7 +21,9 @@ class Adam(Optimizer):
     ----------
     params : array, nesting of arrays, or list of groups
         float32, float64, float16 or bfloat16, any shape, writable, without gaps. Updated in place;
-        held until the optimizer is gone.
+        held until the optimizer is gone: write into the arrays, and do not put others in their
+        place in the nesting, which the next step would refuse. ``resize(refcheck=False)`` of such
+        an array moves its memory away unseen.
     lr : float or callable(step) -> float, default 1e-3
         Step size, >= 0, in units of the parameter; a callable gets the step, from 1.
     betas : (float, float), default (0.9, 0.999)
