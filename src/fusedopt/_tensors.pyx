@@ -637,7 +637,7 @@ cdef class TensorList:
             span.low = <uintptr_t>(own.param.data if slot == 0 else own.state[slot - 1].data)
             span.high = span.low + more.bytes[slot and slot + 1]
         span.leaf, span.slot = leaf, slot
-        return span.low < span.high
+        return 0 < span.low < span.high  # an unused state array is at no address
 
     cdef str name(self, owner, ptrdiff_t leaf):
         return owner._name(self.more[leaf].group, self.more[leaf].i)
