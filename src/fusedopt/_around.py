@@ -68,6 +68,8 @@ class Around:
     def factor(self, norm: float) -> float:
         """Return what the clip multiplies gradients of a norm by, as torch's clip_grad_norm_."""
         assert self.max_grad_norm is not None
+        if self.max_grad_norm == math.inf:
+            return 1.0
         factor = self.max_grad_norm / (norm + 1e-6)
         return 1.0 if factor > 1 else factor  # NaN stays
 
@@ -96,7 +98,7 @@ def around(
         raise ValueError(f"norm_type: expected 2 or inf, got {norm_type!r}")
     return Around(
         _check.number("grad_scale", grad_scale),
-        _check.optional(_check.positive)("max_grad_norm", max_grad_norm),
+        _check.optional(_check.limit)("max_grad_norm", max_grad_norm),
         float(norm_type),
         _check.flag("per_tensor", per_tensor),
         _check.optional(_check.positive)("clip_value", clip_value),

@@ -231,6 +231,12 @@ def positive(name: str, value: Any) -> float:
     return result
 
 
+def limit(name: str, value: Any) -> float:
+    """Return `value` as a float > 0, which may be infinite: a limit that nothing exceeds."""
+    is_infinite = isinstance(value, (float, np.floating)) and value == math.inf
+    return math.inf if is_infinite else positive(name, value)
+
+
 def nonnegative(name: str, value: Any) -> float:
     """Return `value` as a finite float >= 0."""
     result = number(name, value)
