@@ -152,7 +152,8 @@ cdef class Copier:
 cdef class Swap:
     """A context in which tensors hold other values; they are themselves again however it ends.
 
-    In C, as between the bytecodes of a Python `__exit__` a signal could raise an exception.
+    In C, as between the bytecodes of a Python `__exit__` a signal could raise an exception. (So it
+    can in that of torch.no_grad, used by `prepare` or `settle`; autograd is left as it was found.)
 
     Parameters
     ----------
@@ -173,14 +174,18 @@ cdef class Swap:
     def __enter__(self):
         if self.kept is not None:
             raise RuntimeError("this context is entered already; make another")
-        targets, sources, kept = self.prepare()
-        self.targets, self.kept = targets, kept
+        grad = self.copier.is_grad()
         try:
-            self.copier.run(targets, sources)
-            self.settle()
-        except BaseException:
-            self.restore()
-            raise
+            targets, sources, kept = self.prepare()
+            self.targets, self.kept = targets, kept
+            try:
+                self.copier.run(targets, sources)
+                self.settle()
+            except BaseException:
+                self.restore()
+                raise
+        finally:
+            self.copier.set_grad(grad)
 
     def __exit__(self, *exc):
         fault = self.restore()
@@ -190,7 +195,7 @@ cdef class Swap:
     cdef object restore(self):
         """Return the exception of a signal that came meanwhile, or None."""
         cdef int _
-        fault = None
+        fault, grad = None, self.copier.is_grad()
         for _ in range(3):
             try:
                 self.copier.run(self.targets, self.kept)
@@ -198,6 +203,7 @@ cdef class Swap:
                 break
             except BaseException as exc:
                 fault = exc
+        self.copier.set_grad(grad)
         self.targets = self.kept = None
         return fault
 

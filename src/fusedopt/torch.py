@@ -200,7 +200,6 @@ class _Fused:
         """
         return _tensors.Swap(_copier, self._prepare_swap, self._forget_weights)
 
-    @torch.no_grad()
     def _prepare_swap(self) -> tuple[list[Any], list[Any], list[Any]]:
         """Return the parameters that have an average, the averages, and copies: plain tensors."""
         known = _plain.STATE_DTYPES
@@ -212,9 +211,9 @@ class _Fused:
         params, averages = [], []
         for param, average in self.ema_params().items():
             name = names.get(param, "a parameter of no group")
-            local = _plain.local(name, param)
+            local = _plain.local(name, param.detach())
             params.append(param if _plain.is_plain(type(param)) else local)
-            averages.append(_plain.local(f"{name}.ema", average, known))
+            averages.append(_plain.local(f"{name}.ema", average.detach(), known))
             _plain.same_shape(f"{name}.ema", averages[-1], local)
             if _plain.repeats(local):
                 raise ValueError(f"{name}: elements share memory (expanded?)")
