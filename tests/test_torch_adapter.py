@@ -207,12 +207,30 @@ def test_optimizer_in_backward():
     close(net, peer_net)
 
 
+@pytest.mark.parametrize("fused", [True, False, None])
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])
+def test_who_takes_off_the_scale_is_as_in_torch(name, fused):
+    """GradScaler leaves it to an optimizer with this attribute, and Lightning does not clip it."""
+    found = []
+    for module in (fo, torch.optim):
+        opt = getattr(module, name)([leaf(3)], lr=0.1, fused=fused)
+        loaded = getattr(module, name)([leaf(3)], lr=0.1)
+        loaded.load_state_dict(opt.state_dict())
+        copies = [copy.deepcopy(opt), pickle.loads(pickle.dumps(opt)), loaded]
+        opt.add_param_group({"params": [leaf(2)]})
+        ways = [getattr(o, "_step_supports_amp_scaling", False) for o in (opt, *copies)]
+        found.append((ways, hasattr(getattr(module, name), "_step_supports_amp_scaling")))
+    assert found[0] == found[1]
+    assert found[0][0][0] == bool(fused)
+
+
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("unscale", [False, True])
-def test_grad_scaler(unscale):
-    """The scale is taken off on the fly; a step with an infinite gradient changes nothing."""
+def test_grad_scaler(unscale, fused):
+    """With fused=True the scale is taken off on the fly; an infinite gradient changes nothing."""
     net, peer_net = model(), model()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
-    opt = fo.AdamW(net.parameters())
+    opt = fo.AdamW(net.parameters(), fused=fused)
     for seed in range(5):
         opt.zero_grad()
         with torch.no_grad():
@@ -278,6 +296,16 @@ def test_flags_without_effect_and_refused():
     opt.param_groups[0]["differentiable"] = True
     with pytest.raises(ValueError, match="differentiable"):
         opt.step()
+
+
+def test_parameters_in_a_tuple_and_unknown_options():
+    p, q = leaf(5), leaf(5)
+    for x, module in ((p, fo), (q, torch.optim)):
+        opt = module.SGD([x], lr=0.1)
+        opt.param_groups[0].update(params=(x,), mine="a note")
+        opt.add_param_group({"params": [leaf(2)], "theirs": 1})
+        opt.step()
+    assert torch.equal(p, q)
 
 
 def test_parameters_without_gradient_are_left():

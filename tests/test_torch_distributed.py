@@ -45,7 +45,7 @@ def test_engines(tmp_path):
 
 @since("2.6")  # on CPUs
 def test_fully_sharded(tmp_path):
-    ranks(2, tmp_path, "fsdp")
+    ranks(2, tmp_path, "fsdp", "averages")
 
 
 @since("2.6")

@@ -1,7 +1,10 @@
 """fusedopt.torch: options that torch's own optimizers do not have."""
 
 import copy
+import inspect
+import io
 import pickle
+import signal
 
 import numpy as np
 import pytest
@@ -59,7 +62,7 @@ def test_formats_have_the_bits_of_the_numpy_interface(rule, dtype, options):
             elif key.endswith("_blocks"):
                 assert value.numpy().tobytes() == state[key.removesuffix("_blocks")].extra.tobytes()
             else:
-                theirs = state[key]
+                theirs = state[key.removesuffix("_codes")]
                 theirs = theirs if isinstance(theirs, np.ndarray) else theirs.data
                 assert as_numpy(value).tobytes() == theirs.tobytes(), key
 
@@ -105,36 +108,47 @@ def test_state_of_torch_is_converted(state_dtype):
     peer.step()
     ours = fo.Adam([p], state_dtype=state_dtype)
     ours.load_state_dict(peer.state_dict())
-    state = ours.state[p]
+    state, end = ours.state[p], "_codes" if state_dtype == "int8" else ""
     wanted = {None: torch.float32, "bfloat16": torch.bfloat16, "int8": torch.uint8}[state_dtype]
-    assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == wanted
-    assert ("exp_avg_blocks" in state) == (state_dtype == "int8")
+    assert state["exp_avg" + end].dtype == state["exp_avg_sq" + end].dtype == wanted
+    assert ("exp_avg_blocks" in state) == ("exp_avg" not in state) == (state_dtype == "int8")
     ours.step()
     back = fo.Adam([p])  # and 8-bit codes become numbers again
     back.load_state_dict(ours.state_dict())
     assert back.state[p]["exp_avg"].dtype == torch.float32
-    assert "exp_avg_blocks" not in back.state[p]
+    assert not {"exp_avg_codes", "exp_avg_blocks"} & set(back.state[p])
     expected = peer.state[p]["exp_avg"].float() * 0.9 + 0.1 * p.grad.float()
     torch.testing.assert_close(back.state[p]["exp_avg"], expected, rtol=0.4, atol=1e-3)
-    torch.optim.Adam([p]).load_state_dict(ours.state_dict())  # what torch makes of it is its own
 
 
-def test_state_that_fits_no_more():
-    p = leaf(3, 4, 5, 6)
-    opt = fo.Adam([p], state_dtype="int8", min_8bit_size=1)
-    opt.step()
-    p.data = p.data.to(memory_format=torch.channels_last)
-    with pytest.raises(ValueError, match="another memory order"):
-        opt.step()
+@pytest.mark.parametrize(
+    ("spoil", "error", "match"),
+    [
+        ({"exp_avg_blocks": None}, ValueError, "exp_avg_codes: 8-bit codes need .*exp_avg_blocks"),
+        ({"exp_avg_blocks": torch.zeros(4, dtype=torch.uint8)}, ValueError, "exp_avg_blocks"),
+        ({"exp_avg_blocks": torch.zeros(5)}, TypeError, "exp_avg_blocks: is of dtype"),
+        ({"exp_avg": torch.zeros(300, dtype=torch.float64)}, TypeError, "float64 does not fit"),
+        ({"exp_avg": torch.zeros(300, dtype=torch.uint8)}, TypeError, "exp_avg: is of dtype"),
+        ({"exp_avg_codes": torch.zeros(300)}, TypeError, "exp_avg_codes: is of dtype"),
+        ({"exp_avg_codes": torch.zeros(299, dtype=torch.uint8)}, ValueError, "does not fit"),
+        ({"exp_avg_codes": None}, ValueError, "its state has no exp_avg"),
+    ],
+)
+def test_state_that_fits_no_more(spoil, error, match):
     p = leaf(300)
     opt = fo.Adam([p], state_dtype="int8", min_8bit_size=1)
     opt.step()
-    del opt.state[p]["exp_avg_blocks"]
-    with pytest.raises(ValueError, match="exp_avg_blocks"):
+    before, codes = p.detach().clone(), opt.state[p]["exp_avg_sq_codes"].clone()
+    opt.state[p].update(spoil)
+    with pytest.raises(error, match=match):
         opt.step()
-    opt.state[p]["exp_avg"] = torch.zeros(300, dtype=torch.float64)
-    with pytest.raises(TypeError, match="float64 does not fit"):
-        opt.step()
+    assert torch.equal(p, before) and opt.state[p]["step"] == 1
+    assert torch.equal(opt.state[p]["exp_avg_sq_codes"], codes)
+
+
+def test_wrong_storage_options():
+    p = leaf(300)
+    opt = fo.Adam([p])
     with pytest.raises(ValueError, match="state_dtype"):
         fo.SGD([p], state_dtype="int4")
     with pytest.raises(ValueError, match=r"param_groups\[1\]: master_bits"):
@@ -167,6 +181,34 @@ def test_clip_is_that_of_torch(name):
             assert torch.equal(p.grad, g)
         for p, q in zip(ours, theirs, strict=True):
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [float("inf"), float("nan")])
+def test_an_infinite_limit_clips_nothing(wrong):
+    """Not even where the norm is no number: torch's clip makes all of them NaN."""
+    params = [leaf(3), leaf(2)]
+    params[1].grad[0] = wrong
+    opt = fo.SGD(params, lr=1.0, max_grad_norm=float("inf"))
+    expected = [p.detach() - p.grad for p in params]
+    opt.step()
+    np.testing.assert_equal(opt.last_step.grad_norm, wrong)
+    for p, e in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.detach(), e, equal_nan=True)
+
+
+@pytest.mark.parametrize("fused", [True, False, None])
+def test_clip_and_scaled_gradients(fused):
+    """Whoever takes the scale off, the norm is that of the gradients without it."""
+    torch.manual_seed(0)
+    params = [leaf(30), leaf(7)]
+    norm = sum(float(p.grad.square().sum()) for p in params) ** 0.5
+    opt = fo.AdamW(params, max_grad_norm=0.5, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler.scale(torch.zeros(()))
+    for p in params:
+        p.grad = p.grad * 2.0**10
+    scaler.step(opt)
+    assert opt.last_step.grad_norm == pytest.approx(norm, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["Adam", "SGD"])
@@ -213,8 +255,10 @@ def test_average_begins_with_a_checkpoint_of_torch():
         x.grad = torch.ones(5)
         opt.step()
     torch.testing.assert_close(p, q)
-    with pytest.raises(ValueError, match="there is no average"):
+    with pytest.raises(ValueError, match="there is no average: make the optimizer with ema="):
         fo.SGD([leaf(2)]).ema_params()
+    with pytest.raises(ValueError, match="no average yet: it begins with the first step"):
+        fo.SGD([leaf(2)], ema=0.5).ema_params()
 
 
 @since("2.6")  # named parameters
@@ -236,7 +280,13 @@ def test_stats_and_history():
 
 
 @pytest.mark.parametrize(
-    "options", [{"max_grad_norm": 0}, {"ema": 1.0}, {"stats": 1}, {"ema_warmup": "yes"}]
+    "options",
+    [
+        *({"max_grad_norm": wrong} for wrong in (0, -1.0, float("nan"), float("-inf"), "inf")),
+        {"ema": 1.0},
+        {"stats": 1},
+        {"ema_warmup": "yes"},
+    ],
 )
 def test_wrong_options_of_our_own(options):
     with pytest.raises((ValueError, TypeError), match=next(iter(options))):
@@ -253,3 +303,192 @@ def test_threads_of_its_own():
     assert "threads" not in opt.state_dict()["param_groups"][0]
     with pytest.raises(ValueError, match="^threads: must be >= 1"):
         fo.SGD([p], lr=0.5, threads=0)
+
+
+def saved_and_loaded(opt):
+    buffer = io.BytesIO()
+    torch.save(opt, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt)), saved_and_loaded]
+)
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])
+def test_copies_keep_every_option_of_our_own(name, clone):
+    options = {
+        "state_dtype": "bfloat16", "master_bits": 24, "min_8bit_size": 7, "seed": 3, "ema": 0.9,
+        "ema_warmup": True, "max_grad_norm": 0.5, "stats": True, "threads": 1,
+    }  # fmt: skip
+    own = list(inspect.signature(getattr(fo, name)).parameters)
+    assert set(options) == set(own[own.index("state_dtype") :])
+    opt = clone(getattr(fo, name)([leaf(3)], lr=0.1, **options))
+    found = {**opt.defaults, **opt.param_groups[0], "threads": opt._threads}
+    assert {key: found[key] for key in options} == options
+    opt.add_param_group({"params": [leaf(2)]})
+    assert set(opt.param_groups[0]) == set(opt.param_groups[1])
+    opt.load_state_dict(opt.state_dict())
+    assert opt._threads == 1
+
+
+# ------------------------------------------------------------------ averages for a while
+
+
+def averaged(*shapes, **options):
+    """Parameters after two steps, the optimizer, and copies of them."""
+    params = [leaf(*shape, seed=i) for i, shape in enumerate(shapes)]
+    opt = fo.SGD(params, lr=1.0, ema=0.5, **options)
+    opt.step()
+    opt.step()
+    return params, opt, [p.detach().clone() for p in params]
+
+
+def same(params, kept):
+    return all(torch.equal(p, q) for p, q in zip(params, kept, strict=True))
+
+
+@pytest.mark.parametrize("outside", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_autograd_within_is_as_without(outside):
+    params, opt, kept = averaged((3,), (2, 2))
+    with outside(), opt.swap_ema():
+        assert torch.is_grad_enabled() == (outside is torch.enable_grad)
+        assert same(params, list(opt.ema_params().values()))
+        if outside is torch.enable_grad:
+            params[0].grad = None
+            params[0].square().sum().backward()
+            torch.testing.assert_close(params[0].grad, 2 * opt.ema_params()[params[0]])
+    assert same(params, kept) and torch.is_grad_enabled()
+
+
+def test_averages_are_seen_by_the_version_counters():
+    params, opt, _ = averaged((3,))
+    loss = params[0].square().sum()
+    with opt.swap_ema():
+        pass
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt, GeneratorExit])
+def test_parameters_are_back_whatever_happens_within(error):
+    params, opt, kept = averaged((3,), (2, 2))
+    with pytest.raises(error), opt.swap_ema():
+        params[0].data = torch.zeros(3)
+        raise error
+    assert same(params, kept)
+
+
+@pytest.mark.parametrize("when", [[1], [2], [2, 3], [1, 2]], ids=str)
+def test_a_signal_while_averages_come_or_go(when, monkeypatch):
+    """In Python code on the way, with autograd off: raised when all is as it was."""
+    params, opt, kept = averaged((3,), (2, 2))
+    calls = []
+
+    def interrupted():
+        calls.append(None)
+        if len(calls) in when:
+            torch.set_grad_enabled(False)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(opt, "_forget_weights", interrupted)
+    with pytest.raises(KeyboardInterrupt), opt.swap_ema():
+        assert 1 not in when
+    assert same(params, kept) and torch.is_grad_enabled()
+    assert len(calls) > max(when)  # also what engines hold was dropped, in the end
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer")
+def test_a_signal_at_any_time():
+    """The whole of entry, block and exit is swept by a timer whose handler raises."""
+    params, opt, kept = averaged(*[(20_000,)] * 40)
+
+    def handler(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, handler)
+    interrupted = 0
+    try:
+        for i in range(200):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 2e-5 * (i + 1))
+                with opt.swap_ema():
+                    assert params[0].data_ptr() > 0
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except TimeoutError:
+                interrupted += 1
+                assert same(params, kept) and torch.is_grad_enabled(), i
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except TimeoutError:  # between two tries
+        pass
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted and same(params, kept)
+
+
+def test_no_memory_for_the_copies(monkeypatch):
+    params, opt, kept = averaged((3,), (2, 2))
+    clone, calls = torch.Tensor.clone, []
+
+    def failing(tensor):
+        calls.append(tensor)
+        if len(calls) == 2:
+            raise MemoryError
+        return clone(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "clone", failing)
+    versions = [p._version for p in params]
+    with pytest.raises(MemoryError), opt.swap_ema():
+        pass
+    monkeypatch.undo()
+    assert same(params, kept) and [p._version for p in params] == versions
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Parameter, lambda x: x.requires_grad_()])
+def test_memory_exchanged_within(kind):
+    p = kind(torch.ones(5))
+    opt = fo.SGD([p], lr=1.0, ema=0.5)
+    p.grad = torch.ones(5)
+    opt.step()
+    opt.step()
+    kept = p.detach().clone()
+    with opt.swap_ema():
+        p.data = torch.zeros(5)
+    assert torch.equal(p, kept)
+
+
+def test_averages_that_do_not_fit():
+    params, opt, kept = averaged((3,), (2, 2))
+    opt.state[params[1]]["ema"] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"\['params'\]\[1\]\.ema: shape \(3,\) does not fit"):
+        with opt.swap_ema():
+            pass
+    assert same(params, kept)
+
+
+def test_one_context_is_entered_once_at_a_time():
+    params, opt, kept = averaged((3,))
+    context = opt.swap_ema()
+    with context, opt.swap_ema():
+        with pytest.raises(RuntimeError, match="entered already"), context:
+            pass
+        assert same(params, list(opt.ema_params().values()))
+    assert same(params, kept)
+    with context:
+        assert not same(params, kept)
+    assert same(params, kept)
+
+
+def test_casts_that_autocast_keeps_are_dropped():
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(30, 30), torch.ones(2, 30)
+    opt = fo.SGD(model.parameters(), lr=1.0, ema=0.5)
+    model(x).sum().backward()
+    opt.step()
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(x)
+        with opt.swap_ema():
+            average = model(x)
+        after = model(x)
+    assert torch.equal(before, after) and not torch.equal(before, average)

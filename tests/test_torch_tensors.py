@@ -108,7 +108,7 @@ def test_data_exchanged_for_a_negative():
     torch.testing.assert_close(p.detach().resolve_neg(), q.detach().resolve_neg())
 
 
-@pytest.mark.parametrize("size", [6, 100_000])  # of which the small are shared from step to step
+@pytest.mark.parametrize("size", [6, 100_000])
 def test_state_lives_no_longer_than_in_the_optimizer(size):
     opt = fo.Adam([leaf(size)])
     opt.step()
@@ -170,6 +170,112 @@ def test_steps_counted_in_other_tensors():
             o.step()
         assert opt.state[p]["step"].item() == 4
         torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("count", ["nan", "-5", "-0.5", "inf", "-inf", "2.5", "1e19"])
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"ema": 0.9}])
+def test_counts_that_no_run_could_have(count, kind, options):
+    p, q = leaf(5), leaf(5, seed=1)
+    opt = fo.AdamW([p, q], **options)
+    opt.step()
+    before = [t.detach().clone() for t in (p, q, *opt.state[p].values())]
+    opt.state[q]["step"] = torch.tensor(float(count), dtype=kind)
+    with pytest.raises(ValueError, match=r"\['params'\]\[1\]\.step: is .*, which is no number of"):
+        opt.step()
+    after = [p, q, *opt.state[p].values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_long_runs_go_on():
+    """torch counts in float32, which stops at 2**24; steps do not."""
+    for count in (2.0**24, 2.0**61):
+        p, opt, q, peer = twins(lambda: leaf(5))
+        for o, x in ((opt, p), (peer, q)):
+            o.step()
+            o.state[x]["step"] = torch.tensor(count)
+            o.step()
+        torch.testing.assert_close(p, q)
+
+
+# ------------------------------------------------------------------ kinds that need no closer look
+
+
+class Mine(torch.nn.Parameter):
+    pass
+
+
+class Named(torch.Tensor):
+    pass
+
+
+KINDS = {
+    "parameter": torch.nn.Parameter,
+    "subclass of Parameter": Mine,
+    "subclass of Tensor": lambda x: x.as_subclass(Named).requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"ema": 0.9}, {"state_dtype": "int8", "min_8bit_size": 1}])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("api", [True, False], ids=["api", "capsules"])
+def test_kinds_and_layouts_stay_on_the_way_through_c(api, kind, layout, options, monkeypatch):
+    """With the bits of a plain, contiguous parameter, and no look at it in Python."""
+    if not api:
+        monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__", raising=False)
+    torch.manual_seed(0)
+    start, grads = torch.randn(2, 3, 4, 5), torch.randn(3, 2, 3, 4, 5)
+    monkeypatch.setattr(fo.AdamW, "_stand_in", None)
+    params = [kind(LAYOUTS[layout](start)), torch.nn.Parameter(start.clone())]
+    opts = [fo.AdamW([p], lr=0.1, **options) for p in params]
+    for grad in grads:
+        for p, opt in zip(params, opts, strict=True):
+            p.grad = grad.clone()
+            opt.step()
+    assert type(params[0]) is type(kind(start))
+    assert torch.equal(params[0].detach().as_subclass(torch.Tensor), params[1])
+    a, b = (opt.state[p] for p, opt in zip(params, opts, strict=True))
+    assert all(torch.equal(torch.as_tensor(a[key]), b[key]) for key in b)
+
+
+def test_subclass_with_a_dispatch_of_its_own():
+    """It may mean something else by its memory, and is refused as before."""
+
+    class Odd(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+            raise AssertionError("not to be called")
+
+    p = torch.Tensor._make_subclass(Odd, torch.zeros(3), True)
+    q = leaf(3)
+    q.grad = torch.ones(3)
+    opt = fo.SGD([q], lr=0.1, momentum=0.9)
+    opt.step()
+    opt.state[q]["momentum_buffer"] = p
+    with pytest.raises(TypeError, match="momentum_buffer: is a Odd without memory of its own"):
+        opt.step()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"amsgrad": True, "ema": 0.9}, {"state_dtype": "int8", "min_8bit_size": 1}]
+)
+def test_state_can_be_swapped(options):
+    """torch.utils.swap_tensors needs tensors that nobody else holds."""
+    p = leaf(70)
+    opt = fo.AdamW([p], **options)
+    opt.step()
+    opt.step()
+    for key, tensor in opt.state[p].items():
+        other = tensor.clone()
+        torch.utils.swap_tensors(tensor, other)
+        assert opt.state[p][key] is tensor
+    opt.step()
+    q = leaf(70)
+    peer = fo.AdamW([q], **options)
+    for _ in range(3):
+        peer.step()
+    assert torch.equal(p, q)
 
 
 # ------------------------------------------------------------------ refused
@@ -247,10 +353,54 @@ def test_inside_a_transform():
     assert seen
 
 
-def test_expanded_parameter():
-    p = torch.zeros(1).expand(5).requires_grad_()
-    p.grad = torch.zeros(5)
-    refused(p, "elements share memory", ValueError)
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[:1].expand(5),
+        lambda x: x.as_strided((3, 4), (2, 1)),
+        lambda x: x.as_strided((2, 2), (3, 3)),
+        lambda x: x.as_strided((2, 3, 2), (8, 2, 3)),
+    ],
+)
+@pytest.mark.parametrize("role", ["param", "state"])
+def test_elements_that_share_memory(view, role):
+    p = view(torch.zeros(40))
+    if role == "param":
+        p = p.requires_grad_()
+        p.grad = torch.zeros(p.shape)
+        refused(p, "elements share memory", ValueError)
+        return
+    q = leaf(*p.shape)
+    opt = fo.SGD([q], lr=0.1, momentum=0.9)
+    opt.step()
+    opt.state[q]["momentum_buffer"] = p
+    with pytest.raises(ValueError, match="momentum_buffer: elements share memory"):
+        opt.step()
+
+
+def test_many_axes():
+    """torch copies up to 64; without a copy there is no limit."""
+    shape = (1,) * 69 + (5,)
+    p = torch.nn.Parameter(torch.zeros(shape))
+    p.grad = torch.ones(shape)
+    fo.SGD([p], lr=0.5).step()
+    assert p.flatten().tolist() == [-0.5] * 5
+    p = torch.nn.Parameter(torch.zeros(10).as_strided(shape, (1,) * 69 + (2,)))
+    p.grad = torch.ones(shape)
+    refused(p, "has 70 axes, of at most 64", ValueError)
+
+
+@pytest.mark.parametrize("view", [lambda x: x[:1].expand(5), lambda x: x.as_strided((5,), (7,))])
+def test_gradients_may_repeat_or_have_gaps(view):
+    def build():
+        p = leaf(5)
+        p.grad = view(torch.arange(40.0))
+        return p
+
+    p, opt, q, peer = twins(build)
+    opt.step()
+    peer.step()
+    torch.testing.assert_close(p, q)
 
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
@@ -318,6 +468,36 @@ def test_two_threads():
         thread.join()
     assert all("another thread" in text for text in errors)
     assert int(opt.state[p]["step"]) == 41 - len(errors)
+
+
+@pytest.mark.parametrize("options", [{}, {"ema": 0.9}, {"state_dtype": "int8", "min_8bit_size": 1}])
+def test_a_signal_in_the_first_step(options, monkeypatch):
+    """At any of the moments in which Python code runs: nothing is written, or all is there."""
+    plain = torch.Tensor.__hash__
+    outcomes = set()
+    for when in range(1, 20):
+        p, q = leaf(5), leaf(70, seed=1)
+        before = [p.detach().clone(), q.detach().clone()]
+        opt = fo.AdamW([p, q], **options)
+        calls = []
+
+        def interrupted(tensor, calls=calls, when=when):
+            calls.append(None)
+            if len(calls) == when:
+                raise KeyboardInterrupt
+            return plain(tensor)
+
+        monkeypatch.setattr(torch.Tensor, "__hash__", interrupted)
+        try:
+            opt.step()
+        except KeyboardInterrupt:
+            pass
+        monkeypatch.undo()
+        written = [not torch.equal(a, b) for a, b in zip(before, [p, q], strict=True)]
+        assert written in ([True] * 2, [False] * 2)
+        assert len(opt.state) == sum(written) and all(opt.state.values())
+        outcomes.add((written[0], len(calls) >= when))
+    assert outcomes == {(False, True), (True, True), (True, False)}
 
 
 def test_devices_other_than_the_cpu():

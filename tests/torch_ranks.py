@@ -116,6 +116,45 @@ def fsdp():
         agree(run)
 
 
+def averages():
+    """What is evaluated on averages leaves no trace, whoever keeps gathered weights by then."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+
+    def computes_with(model, weights):
+        plain = net()
+        with torch.no_grad():
+            for p, q in zip(plain.parameters(), weights, strict=True):
+                p.copy_(q)
+            torch.testing.assert_close(model(batch(99)), plain(batch(99)), rtol=0, atol=1e-6)
+
+    for layers in (False, True):
+        losses = {}
+        for evaluates in (False, True):
+            model = net()
+            for layer in model if layers else []:
+                if isinstance(layer, torch.nn.Linear):
+                    fully_shard(layer, mesh=mesh, reshard_after_forward=False)
+            fully_shard(model, mesh=mesh)  # the root always keeps what it gathered
+            opt = fo.AdamW(model.parameters(), ema=0.9, **OPTIONS)
+            losses[evaluates] = []
+            for seed in range(4):
+                opt.zero_grad()
+                loss = model(batch(seed)).square().mean()
+                loss.backward()
+                opt.step()
+                losses[evaluates].append(loss.item())
+                if evaluates:
+                    now = full(model)
+                    mean = [average.full_tensor() for average in opt.ema_params().values()]
+                    computes_with(model, now)
+                    with opt.swap_ema():
+                        computes_with(model, mean)
+                    computes_with(model, now)
+        assert losses[False] == losses[True], losses
+
+
 def save(model, opt, name):
     state, opt_state = get_state_dict(model, opt)
     dcp.save({"model": state, "optimizer": opt_state}, checkpoint_id=FOLDER / name)

@@ -35,15 +35,11 @@ cdef extern from "dlpack.h" nogil:
     ctypedef struct DLPackVersion:
         unsigned int major
 
-    ctypedef struct DLManagedTensorVersioned:
-        void (*deleter)(DLManagedTensorVersioned *self)
-
     ctypedef struct DLPackExchangeAPIHeader:
         DLPackVersion version
 
     ctypedef struct DLPackExchangeAPI:
         DLPackExchangeAPIHeader header
-        int (*managed_tensor_from_py_object_no_sync)(void *tensor, DLManagedTensorVersioned **out)
         int (*dltensor_from_py_object_no_sync)(void *tensor, DLTensor *out)
 
 
@@ -107,15 +103,42 @@ cdef inline bint is_dense(const DLTensor *t) noexcept nogil:
         expected *= t.shape[found]
 
 
-cdef inline bint same_layout(const DLTensor *a, const DLTensor *b) noexcept nogil:
-    """Whether the shapes agree, and element i of both, in memory order, has the same index."""
+cdef inline bint same_shape(const DLTensor *a, const DLTensor *b) noexcept nogil:
     cdef int k
     if a.ndim != b.ndim:
         return False
     for k in range(a.ndim):
         if a.shape[k] != b.shape[k]:
             return False
+    return True
+
+
+cdef inline bint same_order(const DLTensor *a, const DLTensor *b) noexcept nogil:
+    """Of tensors of one shape: whether element i of both, in memory order, has the same index."""
+    cdef int k
     for k in range(a.ndim):
         if a.shape[k] != 1 and a.strides[k] != b.strides[k]:
             return size_of(a) == 0
     return True
+
+
+cdef inline bint repeats(const DLTensor *t) noexcept nogil:
+    """Whether elements may share memory, as after expand(): an axis steps within a shorter one."""
+    cdef int64_t reach = 1
+    cdef int k, found
+    cdef unsigned long long used = 0
+    if t.ndim > 64:
+        return True
+    while size_of(t) > 0:
+        found = -1
+        for k in range(t.ndim):
+            if t.shape[k] != 1 and not used >> k & 1 and (
+                    found < 0 or t.strides[k] < t.strides[found]):
+                found = k
+        if found < 0:
+            return False
+        if t.strides[found] < reach:
+            return True
+        used |= 1ULL << found
+        reach += (t.shape[found] - 1) * t.strides[found]
+    return False

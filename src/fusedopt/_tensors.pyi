@@ -6,14 +6,31 @@ from typing import Any, final
 from fusedopt._around import Around
 
 @final
+class Copier:
+    def __new__(cls) -> Copier: ...
+
+@final
+class Swap:
+    def __new__(
+        cls,
+        copier: Copier,
+        prepare: Callable[[], tuple[list[Any], list[Any], list[Any]]],
+        settle: Callable[[], None],
+    ) -> Swap: ...
+    def __enter__(self) -> None: ...
+    def __exit__(self, *exc: object) -> None: ...
+
+@final
 class TensorList:
     def __new__(
         cls,
         rule: str,
         kinds: tuple[type, type],
+        is_plain: Callable[[type], bool],
         is_neg: Callable[[], bool],
         exchange: object,
         export: Callable[[Any], object],
+        copier: Copier,
     ) -> TensorList: ...
     def step(
         self,

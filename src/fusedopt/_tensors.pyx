@@ -3,12 +3,12 @@
 """The border for torch's tensors: what `_arrays.ArrayList` is for arrays.
 
 Tensors are read anew in each step, through DLPack's C exchange API: no pointer outlives the call,
-because load_state_dict, FSDP and DeepSpeed exchange the buffers under a tensor. A leaf whose
-tensors are plain and in one dense memory order is resolved here, in C; any other is handed, whole,
-to the optimizer's `_stand_in` (see `fusedopt.torch`), which explains the fault or returns tensors
-that will do.
+because load_state_dict, FSDP and DeepSpeed exchange the buffers under a tensor. A leaf of plain
+tensors is resolved here, in C, and copies stand in for those that are not in its one dense memory
+order; any other leaf is handed, whole, to the optimizer's `_stand_in` (see `fusedopt.torch`), which
+explains the fault or returns plain tensors.
 """
-from libc.stdint cimport uint64_t, uintptr_t
+from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.stdlib cimport free
 from libc.string cimport memset
 
@@ -47,6 +47,8 @@ cdef struct More:
     int held               # how many tensors are held until the step is over:
     PyObject *tensors[8]   # parameter, gradient, state, average
     PyObject *extras[8]    # what belongs to the codes of each: residual bits, block exponents
+    unsigned int coded     # bit k: tensor k is 8-bit codes, by its name in the state
+    unsigned int elsewhere  # bit k: tensor k lies in another memory order; 8 + k: its extra does
     ptrdiff_t bytes[8]     # of each tensor
     PyObject *count        # the tensor that counts its steps, held too, or NULL
     void *counter          # where that is, or NULL if torch shall count
@@ -55,20 +57,31 @@ cdef struct More:
 
 
 cdef enum:
-    PINS = 5      # of a leaf: FO_MAX_STATES states, average, count of steps
-    SMALL = 65536  # bytes up to which a tensor is pinned
+    FITS, ELSEWHERE, NOT_PLAIN  # what `TensorList.take` finds
+    MAX_AXES = 64               # of a tensor that is copied, as in torch
 
 
-cdef struct Pin:
-    # a share in a tensor: see `TensorList.pin`
-    PyObject *tensor
-    DLManagedTensorVersioned *share
+cdef double MAX_COUNT = 2.0**62  # steps, with room to go on in 64 bits
 
 
-cdef inline void unpin(Pin *pin) noexcept:
-    if pin.tensor != NULL:
-        pin.share.deleter(pin.share)
-        pin.tensor = NULL
+cdef bint choose_order(const More *more, const DLTensor *param, int64_t *strides) noexcept:
+    """The memory order in which a leaf is stepped: its parameter's if that is dense.
+
+    8-bit codes are row-major, whatever the parameter is: a block is of neighbours by index, so that
+    a copy in another order, as torch.distributed.checkpoint makes, keeps its meaning.
+    """
+    cdef int k
+    cdef int64_t size = 1
+    if param.ndim > MAX_AXES:
+        return False
+    if not more.coded and is_dense(param):
+        for k in range(param.ndim):
+            strides[k] = param.strides[k]
+        return True
+    for k in range(param.ndim - 1, -1, -1):
+        strides[k] = size
+        size *= max(param.shape[k], 1)
+    return True
 
 
 cdef inline void hold(More *more, tensor) noexcept:
@@ -108,6 +121,93 @@ cdef inline PyObject *entry(own, name, Py_ssize_t *at) except? NULL:
     return PyDict_GetItemWithError(own, name)
 
 
+cdef class Copier:
+    """Copies tensors into others, plain ones, in one call in which no Python code runs.
+
+    A signal's exception comes before or after it, never between two tensors.
+    """
+    cdef object copy, set_grad, is_grad, plainly
+
+    def __cinit__(self):
+        import torch
+
+        self.copy, self.plainly = torch.Tensor.copy_, torch._C.DisableTorchFunction
+        self.set_grad, self.is_grad = torch._C._set_grad_enabled, torch.is_grad_enabled
+
+    cdef int run(self, list targets, list sources) except -1:
+        cdef Py_ssize_t i
+        if not targets:
+            return 0
+        grad = self.is_grad()
+        with self.plainly():  # a default device, say, is a mode written in Python
+            self.set_grad(False)
+            try:
+                for i in range(len(targets)):
+                    self.copy(targets[i], sources[i])
+            finally:
+                self.set_grad(grad)
+        return 0
+
+
+cdef class Swap:
+    """A context in which tensors hold other values; they are themselves again however it ends.
+
+    In C, as between the bytecodes of a Python `__exit__` a signal could raise an exception. (So it
+    can in that of torch.no_grad, used by `prepare` or `settle`; autograd is left as it was found.)
+
+    Parameters
+    ----------
+    copier : Copier
+    prepare : callable() -> (targets, sources, kept)
+        Lists of tensors: those to exchange, what they shall hold, and copies of what they do hold.
+    settle : callable()
+        Called after each exchange, to forget what was computed from the former values. May be
+        called again.
+    """
+    cdef Copier copier
+    cdef object prepare, settle
+    cdef list targets, kept
+
+    def __cinit__(self, Copier copier not None, prepare, settle):
+        self.copier, self.prepare, self.settle = copier, prepare, settle
+
+    def __enter__(self):
+        if self.kept is not None:
+            raise RuntimeError("this context is entered already; make another")
+        grad = self.copier.is_grad()
+        try:
+            targets, sources, kept = self.prepare()
+            self.targets, self.kept = targets, kept
+            try:
+                self.copier.run(targets, sources)
+                self.settle()
+            except BaseException:
+                self.restore()
+                raise
+        finally:
+            self.copier.set_grad(grad)
+
+    def __exit__(self, *exc):
+        fault = self.restore()
+        if fault is not None:
+            raise fault
+
+    cdef object restore(self):
+        """Return the exception of a signal that came meanwhile, or None."""
+        cdef int _
+        fault, grad = None, self.copier.is_grad()
+        for _ in range(3):
+            try:
+                self.copier.run(self.targets, self.kept)
+                self.settle()
+                break
+            except BaseException as exc:
+                fault = exc
+        self.copier.set_grad(grad)
+        self.targets = self.kept = None
+        return fault
+
+
 cdef class TensorList:
     """The leaves of one step of a torch optimizer, as C sees them.
 
@@ -117,22 +217,27 @@ cdef class TensorList:
         Name of a rule of the C table.
     kinds : tuple of type
         The exact types of tensors that need no closer look.
+    is_plain : callable(type) -> bool
+        Whether objects of a type are tensors with memory of their own; asked once for each.
     is_neg : builtin method
         Tensor.is_neg, bound to any tensor.
     exchange : capsule or None
         DLPack's C exchange API of those types; without it each tensor is exported through `export`.
     export : callable(tensor) -> capsule
         torch.utils.dlpack.to_dlpack, or the like.
+    copier : Copier
+        Writes back what was stepped on copies.
     """
     cdef int rule
     cdef list scalar_names
-    cdef object tensor, parameter, export
+    cdef object tensor, parameter, export, is_plain_type
+    cdef dict types           # of other types: whether they are plain
+    cdef Copier copier
     cdef object claim         # a lock, held during a step
     cdef const DLPackExchangeAPI *api
     cdef PyCFunction is_neg   # called per leaf: as a C function it takes a third of the time
     cdef fo_leaf *leaves
     cdef More *more
-    cdef Pin *pins            # PINS of each leaf
     cdef Hypers hypers
     cdef Spans spans          # of all arrays that the step writes
     cdef ptrdiff_t n, room, n_arrays
@@ -147,14 +252,16 @@ cdef class TensorList:
     cdef list capsules        # what must live until the step is over
     cdef list written         # parameters
     cdef void *last_address   # where the leaf's parameter was in the last step
-    cdef list back            # (tensor, copy that was stepped in its place)
+    cdef list targets, copies  # tensors, and what was stepped in the place of each
     cdef list made            # (parameter, its new state)
     cdef dict seen            # (group, step) -> index of its constants
 
-    def __cinit__(self, str rule, tuple kinds, is_neg, exchange, export):
+    def __cinit__(self, str rule, tuple kinds, is_plain, is_neg, exchange, export,
+                  Copier copier not None):
         self.rule, self.scalar_names, _, _ = _core.RULES[rule]
         self.tensor, self.parameter = kinds
-        self.export = export
+        self.export, self.is_plain_type, self.copier = export, is_plain, copier
+        self.types = {}
         self.claim = threading.Lock()
         if PyCFunction_GetFlags(<PyObject *>is_neg) != METH_NOARGS:
             raise TypeError("is_neg: expected a builtin method without arguments")
@@ -163,15 +270,10 @@ cdef class TensorList:
             self.api = <const DLPackExchangeAPI *>PyCapsule_GetPointer(
                 exchange, b"dlpack_exchange_api")
             if (self.api.header.version.major != DLPACK_MAJOR_VERSION
-                    or self.api.dltensor_from_py_object_no_sync == NULL
-                    or self.api.managed_tensor_from_py_object_no_sync == NULL):
+                    or self.api.dltensor_from_py_object_no_sync == NULL):
                 self.api = NULL
 
     def __dealloc__(self):
-        cdef ptrdiff_t i
-        for i in range(self.room * PINS):
-            unpin(&self.pins[i])
-        free(self.pins)
         free(self.leaves)
         free(self.more)
         free(self.hypers.of)
@@ -185,12 +287,13 @@ cdef class TensorList:
         Parameters
         ----------
         owner : optimizer
-            Asked, where needed, to ``_make_state``, ``_stand_in``, ``_write_back``, ``_count``,
+            Asked, where needed, to ``_make_state``, ``_stand_in``, ``_copy``, ``_count``,
             ``_constants`` and ``_name``: see `fusedopt.torch`.
-        groups : list of (list of tensor, tuple of str, tuple of str, tuple of bool, int, int, bool)
-            Of each group: its parameters; the names of the state arrays that its options use, of
-            what belongs to the codes of each, and whether it holds squares; the bits of master
-            weights, the seed of the noise, and whether the last state array is an average.
+        groups : list of tuple
+            Of each group: its parameters, a list; of the state arrays that its options use the
+            names, those in 8-bit codes, those of what belongs to the codes, and whether each
+            holds squares; the bits of master weights, the seed of the noise, and whether the last
+            state array is an average.
         counted : bool
             Whether the state of a leaf has its number of steps.
         state : dict of dict
@@ -222,7 +325,7 @@ cdef class TensorList:
             self.number = -1
             self.before = self.written or []
             self.capsules, self.written, self.seen = [], [], {}
-            self.back, self.made = [], []
+            self.targets, self.copies, self.made = [], [], []
             for number, plan in enumerate(groups):
                 self.gather(owner, number, plan, counted, state)
             self.refuse_overlap(owner)
@@ -241,7 +344,7 @@ cdef class TensorList:
         finally:
             for i in range(self.n):
                 let_go(&self.more[i], 0)
-            self.capsules = self.back = self.made = None
+            self.capsules = self.targets = self.copies = self.made = None
             fo_leave_ieee(before)
             self.claim.release()
 
@@ -276,7 +379,9 @@ cdef class TensorList:
     cdef int finish(self, owner, state) except -1:
         """Count the step, write what was done on copies, and take over new state."""
         cdef ptrdiff_t i
+        cdef int _
         cdef More *more
+        fault = None
         for i in range(self.n):
             more = &self.more[i]
             if more.counter == NULL:
@@ -287,10 +392,17 @@ cdef class TensorList:
                 (<float *>more.counter)[0] += 1
             else:
                 (<double *>more.counter)[0] += 1
-        if self.back:
-            owner._write_back(self.back)
+        # backwards: a copy may have been copied again
+        self.copier.run(self.targets[::-1], self.copies[::-1])
         for param, own in self.made:
-            state.setdefault(param, {}).update(own)
+            for _ in range(3):
+                try:
+                    state.setdefault(param, {}).update(own)
+                    break
+                except BaseException as exc:  # of a signal: Tensor.__hash__ is Python code
+                    fault = exc
+        if fault is not None:
+            raise fault
         return 0
 
     # -------------------------------------------------------------- leaves
@@ -300,9 +412,9 @@ cdef class TensorList:
         cdef ptrdiff_t i = -1, step, count, last = -1, index = -1
         cdef More *more
         cdef list params
-        cdef tuple names, extras
+        cdef tuple names, codes, extras
         cdef uint64_t seed
-        params, names, extras, self.squares, self.bits, seed, self.averages = plan
+        params, names, codes, extras, self.squares, self.bits, seed, self.averages = plan
         for param in params:
             i += 1
             self.number += 1
@@ -314,15 +426,15 @@ cdef class TensorList:
             hold(more, param)
             hold(more, grad)
             step = 2
-            if not self.read_state(more, own, names, extras, counted):
+            if not self.read_state(more, own, names, codes, extras, counted):
                 let_go(more, 2)
                 made = owner._make_state(group, i, param, own)
                 self.made.append((param, made))
                 own = {**own, **made} if own else made
                 step = 1
-                if not self.read_state(more, own, names, extras, counted):
+                if not self.read_state(more, own, names, codes, extras, counted):
                     raise SystemError("fusedopt: incomplete state; please report")
-            self.fill(owner, more, names)
+            self.fill(owner, more, names, codes)
             count = 1 + self.read_count(owner, more) if more.count != NULL else step
             if more.noisy:
                 self.leaves[self.n - 1].key = noise_key(seed, self.number, count)
@@ -347,13 +459,15 @@ cdef class TensorList:
             return <object>value
         return state.get(param)
 
-    cdef bint read_state(self, More *more, own, tuple names, tuple extras,
+    cdef bint read_state(self, More *more, own, tuple names, tuple codes, tuple extras,
                          bint counted) except -1:
         """Hold the tensor that counts steps, and the state arrays in use; False if one is missing.
         """
         cdef Py_ssize_t at = 0
         cdef PyObject *value
+        cdef Py_ssize_t i
         cdef int k = 0
+        more.coded = 0
         if own is None:
             return not names and not counted
         if counted or PyDict_Size(own) > len(names):
@@ -363,8 +477,11 @@ cdef class TensorList:
                 more.count = value
             elif counted:
                 return False
-        for name in names:
-            value = entry(own, name, &at)
+        for i in range(len(names)):
+            value = entry(own, names[i], &at)
+            if value == NULL and codes[i] is not None:
+                value = entry(own, codes[i], &at)
+                more.coded |= 1 << more.held
             if value == NULL or <object>value is None:
                 return False
             hold(more, <object>value)
@@ -383,8 +500,6 @@ cdef class TensorList:
         if self.n == self.room:
             self.leaves = <fo_leaf *>grow(self.leaves, room, sizeof(fo_leaf))
             self.more = <More *>grow(self.more, room, sizeof(More))
-            self.pins = <Pin *>grow(self.pins, room * PINS, sizeof(Pin))
-            memset(&self.pins[self.room * PINS], 0, (room - self.room) * PINS * sizeof(Pin))
             self.room = room
         self.last_address = self.leaves[self.n].param.data
         memset(&self.leaves[self.n], 0, sizeof(fo_leaf))
@@ -398,36 +513,38 @@ cdef class TensorList:
     cdef ptrdiff_t read_count(self, owner, More *more) except -1:
         """Steps that a leaf has taken; where they are counted is noted for `finish`."""
         cdef DLTensor t
-        cdef ptrdiff_t steps
+        cdef double taken
+        cdef int format
+        cdef void *at
         count = <object>more.count
         if self.resolve(count, &t) and size_of(&t) == 1 and (
                 dtype_of(&t) == FO_F32 or dtype_of(&t) == FO_F64):
-            more.counter, more.counter_format = <char *>t.data + t.byte_offset, dtype_of(&t)
-            if more.counter_format == FO_F32:
-                steps = <ptrdiff_t>(<float *>more.counter)[0]
-            else:
-                steps = <ptrdiff_t>(<double *>more.counter)[0]
-            self.pin(PINS - 1, more.count, sizeof(double))
-            return steps
+            at, format = <char *>t.data + t.byte_offset, dtype_of(&t)
+            taken = (<float *>at)[0] if format == FO_F32 else (<double *>at)[0]
+            if 0 <= taken < MAX_COUNT and taken == <double><ptrdiff_t>taken:
+                more.counter, more.counter_format = at, format
+                return <ptrdiff_t>taken
         return owner._count(more.group, more.i, count)
 
-    cdef int fill(self, owner, More *more, tuple names) except -1:
+    cdef int fill(self, owner, More *more, tuple names, tuple codes) except -1:
         """Point the last leaf at its tensors, or at stand-ins."""
-        cdef int k
-        cdef list tensors, extras, back
+        cdef int k, result
+        cdef list tensors, extras
         param = <object>more.tensors[0]
-        if self.take(more):
-            for k in range(2, more.held):
-                self.pin(k - 2, more.tensors[k], more.bytes[k])
-        else:
+        result = self.take(more)
+        if result == NOT_PLAIN:
             tensors, extras = [], [None] * more.held
             for k in range(more.held):
                 tensors.append(<object>more.tensors[k])
                 if more.extras[k] != NULL:
                     extras[k] = <object>more.extras[k]
+            names = tuple(
+                [codes[k] if more.coded >> (k + 2) & 1 else names[k] for k in range(len(names))])
             tensors, extras, back, made = owner._stand_in(
                 more.group, more.i, names, tensors, extras, more.count != NULL)
-            self.back.extend(back)
+            for tensor, copy in back:
+                self.targets.append(tensor)
+                self.copies.append(copy)
             if made:
                 self.made.append((param, made))
                 if "step" in made:
@@ -437,60 +554,95 @@ cdef class TensorList:
                 exchange(&more.tensors[k], tensors[k])
                 if extras[k] is not None:
                     exchange(&more.extras[k], extras[k])
-            if not self.take(more):
-                raise SystemError("fusedopt: a stand-in does not fit; please report")
+            result = self.take(more)
+        if result == ELSEWHERE:
+            self.lay(owner, more)
+            result = self.take(more)
+        if result != FITS:
+            raise SystemError("fusedopt: a stand-in does not fit; please report")
         self.written.append(param)
         if self.leaves[self.n - 1].n > 0:
             self.n_arrays += more.held - 1
         return 0
 
-    cdef bint take(self, More *more) except -1:
-        """Point the last leaf at [parameter, gradient, *state]; False if they are not as C wants.
+    cdef int lay(self, owner, More *more) except -1:
+        """Put copies in the place of tensors that are `elsewhere`."""
+        cdef DLTensor t
+        cdef int64_t strides[MAX_AXES]
+        cdef int k
+        cdef PyObject **held
+        if not self.resolve(<object>more.tensors[0], &t) or not choose_order(more, &t, strides):
+            raise SystemError("fusedopt: a tensor changed meanwhile; please report")
+        order = tuple([strides[k] for k in range(t.ndim)])
+        for k in range(16):
+            if more.elsewhere >> k & 1:
+                held = &more.tensors[k] if k < 8 else &more.extras[k - 8]
+                tensor = <object>held[0]
+                copy = owner._copy(tensor, order)
+                if k != 1:
+                    self.targets.append(tensor)
+                    self.copies.append(copy)
+                exchange(held, copy)
+        return 0
+
+    cdef int take(self, More *more) except -1:
+        """Point the last leaf at [parameter, gradient, *state], if they are as C wants.
 
         All are resolved in one go, in which no Python code runs: the first one's shape is still
         the one that the others are compared with.
         """
         cdef fo_leaf *leaf = &self.leaves[self.n - 1]
         cdef DLTensor param, other
+        cdef int64_t strides[MAX_AXES]
         cdef int k, format
         cdef fo_array *array
+        more.elsewhere = 0
         for k in range(2):
             if not self.is_plain(<object>more.tensors[k]):
-                return False
+                return NOT_PLAIN
         # DLPack does not tell the sign; that of a parameter in its old place has been asked before
         if self.has_sign(more.tensors[1]) or not self.resolve(<object>more.tensors[0], &param):
-            return False
+            return NOT_PLAIN
         if not self.is_known(more.tensors[0], <char *>param.data + param.byte_offset) and (
                 self.has_sign(more.tensors[0])  # lets other threads in, so:
                 or not self.resolve(<object>more.tensors[0], &param)):
-            return False
-        if not is_dense(&param):
-            return False
+            return NOT_PLAIN
+        other = param
+        if more.coded or not is_dense(&param):
+            if not choose_order(more, &param, strides):
+                return NOT_PLAIN
+            param.strides = strides
         leaf.n = size_of(&param)
         for k in range(more.held):
             if k == 0:
-                array, other = &leaf.param, param
+                array = &leaf.param
             else:
                 if not self.resolve(<object>more.tensors[k], &other):
-                    return False
-                if not same_layout(&other, &param):
-                    return False
+                    return NOT_PLAIN
+                if not same_shape(&other, &param):
+                    return NOT_PLAIN
                 array = &leaf.grad if k == 1 else &leaf.state[k - 2]
                 if self.averages and k > 1 and k == more.held - 1:
                     array, more.ema = &leaf.ema, k
+            if not same_order(&other, &param):
+                if k != 1 and repeats(&other):
+                    return NOT_PLAIN
+                more.elsewhere |= 1 << k
             format = self.format_of(k, &other)
             if format < 0 or (k > 1 and (format == FO_F64) != (leaf.param.format == FO_F64)):
-                return False
+                return NOT_PLAIN
+            if (format == FO_S8 or format == FO_U8) != (more.coded >> k & 1):
+                return NOT_PLAIN
             array.data = <char *>other.data + other.byte_offset
             array.format = <fo_format>format
             more.bytes[k] = leaf.n * (other.dtype.bits // 8)
             if format >= FO_BF16_LOW16 and not self.take_extra(more, k, array, &param):
-                return False
+                return NOT_PLAIN
             if k != 1 and is_stochastic(format):
                 more.noisy = True
                 if more.count == NULL:
-                    return False  # the noise of a step is keyed by its number
-        return True
+                    return NOT_PLAIN  # the noise of a step is keyed by its number
+        return ELSEWHERE if more.elsewhere else FITS
 
     cdef int format_of(self, int k, const DLTensor *t) except -2:
         """The format of a parameter (k = 0), a gradient (1) or a state array, by its dtype."""
@@ -517,36 +669,31 @@ cdef class TensorList:
             if (not is_int(&t, kDLUInt, 8) or t.ndim != 1 or not is_dense(&t)
                     or t.shape[0] != (size_of(param) + FO_BLOCK - 1) // FO_BLOCK):
                 return False
-        elif (not is_int(&t, kDLInt, 16 if array.format == FO_BF16_LOW16 else 8)
-                or not same_layout(&t, param)):
-            return False
+        else:
+            if (not is_int(&t, kDLInt, 16 if array.format == FO_BF16_LOW16 else 8)
+                    or not same_shape(&t, param)):
+                return False
+            if not same_order(&t, param):
+                if repeats(&t):
+                    return False
+                more.elsewhere |= 1 << (8 + k)
         array.extra = <char *>t.data + t.byte_offset
         return True
 
-    cdef bint is_plain(self, tensor) noexcept:
-        return type(tensor) is self.parameter or type(tensor) is self.tensor
+    cdef inline bint is_plain(self, tensor) except -1:
+        return (type(tensor) is self.parameter or type(tensor) is self.tensor
+                or self.is_other_plain(type(tensor)))
+
+    cdef bint is_other_plain(self, kind) except -1:
+        known = self.types.get(kind)
+        if known is None:
+            known = self.types[kind] = bool(self.is_plain_type(kind))
+        return known
 
     cdef bint is_known(self, PyObject *param, void *address) noexcept:
         """Whether the last leaf's parameter is that of the last step, in the same place."""
         return (self.n <= len(self.before) and <PyObject *>self.before[self.n - 1] == param
                 and address == self.last_address)
-
-    cdef void pin(self, int slot, PyObject *tensor, ptrdiff_t size) noexcept:
-        """Keep a share in a small tensor of the last leaf's state from one step to the next.
-
-        To resolve a tensor that Python alone owns takes torch 70 ns, and 30 if C++ has a share.
-        (Not of a parameter: its hooks may own the optimizer, a cycle that no collector could see.)
-        """
-        cdef Pin *pin = &self.pins[(self.n - 1) * PINS + slot]
-        if pin.tensor == tensor:  # it lives, so that no other can have its address
-            return
-        unpin(pin)
-        if self.api == NULL or size > SMALL:
-            return
-        if self.api.managed_tensor_from_py_object_no_sync(<void *>tensor, &pin.share) == 0:
-            pin.tensor = tensor
-        else:
-            PyErr_Clear()
 
     cdef bint has_sign(self, PyObject *tensor) except -1:
         """Whether the values are those in memory times -1, as of the imaginary part of a conj()."""
@@ -640,7 +787,7 @@ cdef class TensorList:
             span.low = <uintptr_t>(own.param.data if slot == 0 else own.state[slot - 1].data)
             span.high = span.low + more.bytes[slot and slot + 1]
         span.leaf, span.slot = leaf, slot
-        return span.low < span.high
+        return 0 < span.low < span.high  # an unused state array is at no address
 
     cdef str name(self, owner, ptrdiff_t leaf):
         return owner._name(self.more[leaf].group, self.more[leaf].i)

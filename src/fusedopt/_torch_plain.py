@@ -1,11 +1,12 @@
-"""What `fusedopt.torch` takes a tensor for: plain or not, its memory order, its format.
+"""What `fusedopt.torch` takes a tensor for: plain or not, its format; how state is converted.
 
-And what stands in for one that is not as C wants it.
+And what stands in for a leaf whose tensors are not plain.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -13,28 +14,82 @@ import torch
 from fusedopt.formats import BLOCK, Stored
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-STATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.uint8)
-BLOCKS = "_blocks"  # ends the name of what belongs to 8-bit codes
+STATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+CODES = "_codes"  # ends the name of state that is kept in 8-bit codes: torch knows no such state,
+BLOCKS = "_blocks"  # and never takes codes for numbers; and of what belongs to them
+MOST_AXES = 64
 
 
 def stored(
-    param: Any, name: str, square: bool, saved: Mapping[str, Any], dtype: Any
+    where: str, param: Any, name: str, square: bool, saved: Mapping[str, Any], dtype: Any
 ) -> dict[str, Any]:
-    """Return a saved state array in another dtype, with the blocks of 8-bit codes."""
-    value, form = saved[name].to(param.device), "uint8" if square else "int8"
-    if value.dtype == dtype:
-        blocks = saved.get(name + BLOCKS)
-        return {name: value} if blocks is None else {name: value, name + BLOCKS: blocks}
+    """Return a saved state array in another dtype: numbers, or 8-bit codes with their blocks.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If its shape does not fit, or if codes are none or lack their blocks.
+    """
+    coded = saved.get(name) is None
+    key, form = name + CODES if coded else name, "uint8" if square else "int8"
+    value = saved[key]
+    same_shape(f"{where}.{key}", value, param)
+    value = value.to(param.device)
+    if coded and value.dtype != torch.uint8:
+        raise TypeError(
+            f"{where}.{key}: {value.dtype}, but codes are torch.uint8; torch.optim casts what it "
+            "loads, so take the checkpoint that it loaded"
+        )
     if value.dtype == torch.uint8:
-        stored = Stored(form, value.numpy(), saved[name + BLOCKS].numpy())
-        value = torch.from_numpy(stored.decode())
+        blocks = saved.get(name + BLOCKS)
+        if (
+            not isinstance(blocks, torch.Tensor)
+            or blocks.dtype != torch.uint8
+            or blocks.shape != (count_blocks(param),)
+        ):
+            raise ValueError(
+                f"{where}.{key}: 8-bit codes need {name}{BLOCKS}, one byte for {BLOCK} codes"
+            )
+        blocks = blocks.to(param.device).contiguous()
+        if coded:  # (under `name` itself, as they once were, blocks follow the memory)
+            value = value.contiguous()
+        if coded and dtype == torch.uint8:
+            return {name + CODES: value, name + BLOCKS: blocks}
+        value = torch.from_numpy(Stored(form, value.numpy(), blocks.numpy()).decode())
     if dtype != torch.uint8:
         return {name: value.to(dtype)}
-    codes = torch.zeros_like(param, dtype=dtype, requires_grad=False)
-    blocks = torch.zeros(-(-param.numel() // BLOCK), dtype=dtype)
-    laid = torch.empty_like(codes, dtype=torch.float32).copy_(value)
-    Stored(form, codes.numpy(), blocks.numpy()).encode(laid.numpy())
-    return {name: codes, name + BLOCKS: blocks}
+    codes, blocks = new_codes(param)
+    Stored(form, codes.numpy(), blocks.numpy()).encode(value.float().contiguous().numpy())
+    return {name + CODES: codes, name + BLOCKS: blocks}
+
+
+def same_shape(where: str, tensor: Any, param: Any) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{where}: is a {type(tensor).__name__}; expected a tensor")
+    if tensor.shape != param.shape:
+        raise ValueError(
+            f"{where}: shape {tuple(tensor.shape)} does not fit the parameter's "
+            f"{tuple(param.shape)}"
+        )
+
+
+def count_blocks(param: Any) -> int:
+    return -(-param.numel() // BLOCK)
+
+
+def new_codes(param: Any) -> tuple[Any, Any]:
+    """Return 8-bit state of a parameter, all zero: codes, in row-major order, and their blocks."""
+    options = {"dtype": torch.uint8, "device": param.device}
+    return torch.zeros(param.shape, **options), torch.zeros(count_blocks(param), **options)
+
+
+def is_plain(kind: Any) -> bool:
+    """Whether tensors of a type have memory of their own, and say all about it in C."""
+    return (
+        issubclass(kind, torch.Tensor)
+        and kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+        and not hasattr(kind, "to_local")
+    )
 
 
 def local(where: str, tensor: Any, known: tuple[Any, ...] = DTYPES) -> Any:
@@ -76,33 +131,20 @@ def has_memory(tensor: Any) -> bool:
         return False
 
 
-def order(tensor: Any) -> tuple[int, ...]:
-    """Return the strides of a tensor if it is dense, else those of its contiguous copy."""
-    expected = 1
-    for stride, length in sorted(
-        axis for axis in zip(tensor.stride(), tensor.shape, strict=True) if axis[1] != 1
-    ):
-        if stride != expected:
-            return torch.empty(tensor.shape, device="meta").stride()
-        expected *= length
-    return tensor.stride()
-
-
-def same_order(tensor: Any, strides: tuple[int, ...]) -> bool:
-    axes = zip(tensor.stride(), strides, tensor.shape, strict=True)
-    return all(a == b for a, b, length in axes if length != 1)
-
-
 def repeats(tensor: Any) -> bool:
-    """Whether one place in memory is more than one element, as after expand()."""
-    reach = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return reach < tensor.numel() and tensor.numel() > 0
+    """Whether elements may share memory, as after expand(): an axis steps within a shorter one."""
+    reach = 1
+    for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if length != 1 and stride < reach:
+            return tensor.numel() > 0
+        reach += (length - 1) * stride
+    return False
 
 
 def stand_ins(
     where: list[str], tensors: list[Any], extras: list[Any], residual: Any
 ) -> tuple[list[Any], list[Any], list[tuple[Any, Any]]]:
-    """Return for [parameter, gradient, *state] plain tensors in one dense memory order.
+    """Return for [parameter, gradient, *state] plain tensors of one shape, in any memory order.
 
     Those that are so already, or hold such a one, stand for themselves; of the others a copy does.
     Also returns, alike, what belongs to their codes (`extras`; of the parameter, residual bits of
@@ -113,44 +155,73 @@ def stand_ins(
     TypeError, ValueError
         Saying `where` it is, if there can be none.
     """
+    back = []
+    known = [(torch.uint8,) if name.endswith(CODES) else STATE_DTYPES for name in where[2:]]
     own = [
-        local(name, tensor, DTYPES if k < 2 else STATE_DTYPES)
-        for k, (name, tensor) in enumerate(zip(where, tensors, strict=True))
+        local(name, tensor, dtypes)
+        for name, tensor, dtypes in zip(where, tensors, [DTYPES, DTYPES, *known], strict=True)
     ]
-    param, strides, back = own[0], order(own[0]), []
+    param = own[0]
+    is_double = param.dtype == torch.float64
 
     def fit(name: str, tensor: Any, written: bool) -> Any:
-        if tensor.shape != param.shape:
-            raise ValueError(
-                f"{name}: shape {tuple(tensor.shape)} does not fit the parameter's "
-                f"{tuple(param.shape)}"
-            )
+        same_shape(name, tensor, param)
+        if tensor.dim() > MOST_AXES:
+            raise ValueError(f"{name}: has {tensor.dim()} axes, of at most {MOST_AXES}")
         if written and repeats(tensor):
             raise ValueError(f"{name}: elements share memory (expanded?); pass a contiguous copy")
-        if same_order(tensor, strides) and not tensor.is_neg():
+        if not tensor.is_neg():
             return tensor
-        if tensor.dtype == torch.uint8:
-            raise ValueError(
-                f"{name}: 8-bit state, made in another memory order than the parameter has now; "
-                "keep the order, or make the optimizer anew"
-            )
-        copy = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
+        copy = tensor.resolve_neg()
         if written:
             back.append((tensor, copy))
         return copy
 
     plain = [fit(name, t, k != 1) for k, (name, t) in enumerate(zip(where, own, strict=True))]
     for name, tensor in zip(where[2:], plain[2:], strict=True):
-        if (tensor.dtype == torch.float64) != (param.dtype == torch.float64):
+        if tensor.dtype != torch.uint8 and (tensor.dtype == torch.float64) != is_double:
             raise TypeError(f"{name}: {tensor.dtype} does not fit the parameter's {param.dtype}")
     if extras[0] is not None:
         name = f"{where[0]}.residual"
         if extras[0].dtype != residual:
             raise TypeError(f"{name}: expected {residual}, got {extras[0].dtype}")
         extras[0] = fit(name, local(name, extras[0], (residual,)), True)
-    for name, tensor, blocks in zip(where[2:], plain[2:], extras[2:], strict=True):
-        if tensor.dtype == torch.uint8 and (
-            blocks is None or blocks.shape != (-(-param.numel() // BLOCK),)
-        ):
-            raise ValueError(f"{name}: 8-bit codes need {name}{BLOCKS}, one byte for {BLOCK} codes")
+    for k, (name, tensor) in enumerate(zip(where, plain, strict=True)):
+        if k < 2 or tensor.dtype != torch.uint8:
+            continue
+        if is_double:
+            raise TypeError(f"{name}: 8-bit codes do not fit the parameter's {param.dtype}")
+        name = name.removesuffix(CODES) + BLOCKS
+        blocks = extras[k] if extras[k] is None else local(name, extras[k], (torch.uint8,))
+        if blocks is None or blocks.shape != (count_blocks(param),):
+            raise ValueError(f"{where[k]}: 8-bit codes need {name}, one byte for {BLOCK} codes")
+        extras[k] = blocks.contiguous()
+        if extras[k] is not blocks:
+            back.append((blocks, extras[k]))
     return plain, extras, back
+
+
+def gathered(params: Collection[Any]) -> list[Any]:
+    """Return the FSDP2 modules of which some parameter is among `params`.
+
+    A parameter does not know its module; torch's registry of such modules does.
+    """
+    registry = sys.modules.get("torch.distributed._composable_state")
+    known = {} if registry is None else getattr(registry, "_module_state_mapping", None)
+    if known is None:
+        if not any(hasattr(type(param), "to_local") for param in params):
+            return []
+        raise RuntimeError(
+            "this version of torch does not tell what FSDP2 has gathered; copy ema_params() into "
+            "the parameters yourself, and reshard() the modules"
+        )
+    found = []
+    for module, reference in list(known.items()):
+        state = reference()
+        groups = getattr(state, "_fsdp_param_groups", None)
+        if groups is None:  # an older torch: a module has but one
+            groups = [getattr(state, "_fsdp_param_group", None)]
+        shards = [own.sharded_param for group in groups if group for own in group.fsdp_params]
+        if hasattr(module, "reshard") and any(shard in params for shard in shards):
+            found.append(module)
+    return found

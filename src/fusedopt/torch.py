@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 try:
@@ -33,15 +32,18 @@ from fusedopt import _check, _storage, _tensors, _threads
 from fusedopt import _torch_plain as _plain
 from fusedopt._around import LEAF, NOTHING, Around, StepResult, StepStats, ema_weight
 from fusedopt._ieee import ieee
-from fusedopt.formats import BLOCK
 from fusedopt.optim import adam as _adam
 from fusedopt.optim import sgd as _sgd
 from fusedopt.optimizer import Optimizer as _NumpyOptimizer
 
 __all__ = ["SGD", "Adam", "AdamW"]
 
+_OF_NO_GROUP = ("max_grad_norm", "stats")  # options in `defaults` only
 _PLAIN = frozenset({float, int, bool, str, list, type(None)})
 _RESIDUALS = {32: torch.int16, 24: torch.int8}  # by master_bits of a bfloat16 parameter
+
+
+_copier = _tensors.Copier()
 
 
 class _Fused:
@@ -53,7 +55,6 @@ class _Fused:
 
     _numpy: ClassVar[type[_NumpyOptimizer]]  # has the rule's name, state names and constants
     _counts: ClassVar[bool]  # whether the state of a leaf has its number of steps
-    _step_supports_amp_scaling = True  # GradScaler leaves unscaling and skipping to the step
     _leaves: _tensors.TensorList | None = None
     last_step = StepResult(0, 0)  # what the last step measured, with max_grad_norm or stats
 
@@ -93,7 +94,7 @@ class _Fused:
         super().__init__(params, *args, **options)  # type: ignore[call-arg]
         self.defaults.update(self._storage_options)
         # in defaults, which torch copies and pickles; of no group, as the norm is of all
-        limit = _check.optional(_check.positive)("max_grad_norm", max_grad_norm)
+        limit = _check.optional(_check.limit)("max_grad_norm", max_grad_norm)
         if limit is not None:
             self.defaults["max_grad_norm"] = limit
         if _check.flag("stats", stats):
@@ -181,27 +182,50 @@ class _Fused:
             If no group has `ema`, or no step was taken.
         """
         averages = {p: own["ema"] for p, own in self.state.items() if "ema" in own}
+        if not averages and not any(group.get("ema") is not None for group in self.param_groups):
+            raise ValueError("there is no average: make the optimizer with ema=0.999 or the like")
         if not averages:
-            raise ValueError("there is no average: make the optimizer with ema=0.999, and step")
+            raise ValueError("there is no average yet: it begins with the first step")
         return averages
 
-    @contextmanager
-    def swap_ema(self) -> Iterator[None]:
+    def swap_ema(self) -> _tensors.Swap:
         """Put the averages in the place of the parameters for a ``with`` block.
 
         The parameters, which are back when it ends, however it ends, are kept in a copy meanwhile.
-        What is written to them within is lost; a step within is one from the averages.
+        What is written to them within is lost; a step within is one from the averages. Weights
+        that FSDP2 gathered, and casts that autocast keeps, are dropped when it begins and ends.
+
+        Raises
+        ------
+        ValueError
+            If no group has `ema`, or no step was taken.
         """
-        averages = self.ema_params()
-        with torch.no_grad():
-            kept = {param: param.detach().clone() for param in averages}
-            try:
-                for param, average in averages.items():
-                    param.copy_(average)
-                yield
-            finally:
-                for param, before in kept.items():
-                    param.copy_(before)
+        return _tensors.Swap(_copier, self._prepare_swap, self._forget_weights)
+
+    def _prepare_swap(self) -> tuple[list[Any], list[Any], list[Any]]:
+        """Return the parameters that have an average, the averages, and copies: plain tensors."""
+        known = _plain.STATE_DTYPES
+        names = {
+            param: self._name(number, i)
+            for number, group in enumerate(self.param_groups)
+            for i, param in enumerate(group["params"])
+        }
+        params, averages = [], []
+        for param, average in self.ema_params().items():
+            name = names.get(param, "a parameter of no group")
+            local = _plain.local(name, param.detach())
+            params.append(param if _plain.is_plain(type(param)) else local)
+            averages.append(_plain.local(f"{name}.ema", average.detach(), known))
+            _plain.same_shape(f"{name}.ema", averages[-1], local)
+            if _plain.repeats(local):
+                raise ValueError(f"{name}: elements share memory (expanded?)")
+        return params, averages, [param.detach().clone() for param in params]
+
+    def _forget_weights(self) -> None:
+        """Drop copies of the parameters that engines have made to compute with."""
+        torch.clear_autocast_cache()
+        for module in _plain.gathered(self.state):
+            module.reshard()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with options of their own, as in torch."""
@@ -212,18 +236,33 @@ class _Fused:
         for name, value in self._storage_options.items():
             param_group.setdefault(name, value)
         super().add_param_group(param_group)  # type: ignore[misc]
+        for name in _OF_NO_GROUP:
+            self.param_groups[-1].pop(name, None)  # which torch takes from the defaults
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle keeps: torch's, and the number of threads."""
+        state: Any = super().__getstate__()
+        return {**state, "_threads": self._threads}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over state and options, as in torch, into this optimizer's own storage.
 
         How state is stored remains as this optimizer was made, whatever `state_dict` has: what
         comes in another dtype (torch's own bfloat16 state of a bfloat16 parameter, say) is
-        converted, and torch's rule to cast state to the parameter's dtype is not followed.
+        converted, from and to 8-bit codes too, and torch's rule to cast state to the parameter's
+        dtype is not followed.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As torch does; and naming state that does not fit. The optimizer is as it was.
         """
-        loaded: dict[str, Any] = {}
+        loaded: dict[Any, dict[str, Any]] = {}
         kept = [{k: v for k, v in g.items() if k in _storage.CHECKS} for g in self.param_groups]
         hooks: Any = self
-        last = hooks.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final))
+        last = hooks.register_load_state_dict_pre_hook(
+            lambda _, final: loaded.update(self._converted(final))
+        )
         first = hooks.register_load_state_dict_post_hook(
             lambda _: self._restore(loaded, kept), prepend=True
         )
@@ -233,36 +272,51 @@ class _Fused:
             last.remove()
             first.remove()
 
-    def _restore(self, loaded: dict[str, Any], kept: list[dict[str, Any]]) -> None:
-        """Put the loaded state, as it was before torch cast it, into our formats."""
-        saved_groups = loaded["param_groups"]
-        for i, (group, saved, own) in enumerate(
-            zip(self.param_groups, saved_groups, kept, strict=True)
+    def _converted(self, final: Mapping[str, Any]) -> dict[Any, dict[str, Any]]:
+        """Return by parameter what of a saved state is kept in formats of our own."""
+        converted = {}
+        for i, (group, saved) in enumerate(
+            zip(self.param_groups, final["param_groups"], strict=False)  # torch compares lengths
         ):
+            pairs = zip(group["params"], saved["params"], strict=False)
+            for k, (param, number) in enumerate(pairs):
+                if entries := final["state"].get(number):
+                    converted[param] = self._converted_leaf(i, k, param, entries)
+        return converted
+
+    @torch.no_grad()
+    def _converted_leaf(
+        self, group: int, i: int, param: Any, saved: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        name, own = self._name(group, i), {}
+        rows = zip(self._numpy.state_names, self._numpy.state_is_square, strict=True)
+        for state, square in rows:
+            if _has(saved, state):
+                dtype = self._state_dtype(group, param)
+                own.update(_plain.stored(name, param, state, square, saved, dtype))
+        if saved.get("ema") is not None:
+            own.update(_plain.stored(name, param, "ema", False, saved, _wide(param)))
+        residual = saved.get("residual")
+        if residual is not None:
+            _plain.same_shape(f"{name}.residual", residual, param)
+            if residual.dtype == _RESIDUALS.get(_bits(self.param_groups[group])):
+                own["residual"] = residual.to(param.device)
+        return own
+
+    def _restore(self, loaded: dict[Any, dict[str, Any]], kept: list[dict[str, Any]]) -> None:
+        """Put the loaded state, as it was before torch cast it, into our formats."""
+        for group, own in zip(self.param_groups, kept, strict=True):
             for name in _storage.CHECKS:
                 group.pop(name, None)
             group.update(own)
-            for param, number in zip(group["params"], saved["params"], strict=True):
-                entries = loaded["state"].get(number)
-                if entries:
-                    self._restore_leaf(i, param, entries)
-
-    def _restore_leaf(self, group: int, param: Any, saved: Mapping[str, Any]) -> None:
-        own = self.state[param]
-        names = self._numpy.state_names
-        for name, square in zip(names, self._numpy.state_is_square, strict=True):
-            if isinstance(saved.get(name), torch.Tensor):
-                own.pop(name + _plain.BLOCKS, None)
-                own.update(
-                    _plain.stored(param, name, square, saved, self._state_dtype(group, param))
-                )
-        if isinstance(saved.get("ema"), torch.Tensor):
-            own["ema"] = saved["ema"].to(param.device)
-        residual = saved.get("residual")
-        if residual is not None:
-            own.pop("residual")
-            if residual.dtype == _RESIDUALS.get(_bits(self.param_groups[group])):
-                own["residual"] = residual.to(param.device)
+        ends = ("", _plain.CODES, _plain.BLOCKS)
+        foreign = [name + end for name in self._numpy.state_names for end in ends]
+        for param, converted in loaded.items():
+            own = self.state[param]
+            for name in (*foreign, "residual"):
+                if isinstance(own.get(name), torch.Tensor):
+                    del own[name]
+            own.update(converted)
 
     # -------------------------------------------------------------- asked by TensorList.step
 
@@ -303,21 +357,25 @@ class _Fused:
         """Return what the list must know of a group: see `TensorList.step`."""
         _refuse_options(f"param_groups[{i}]", group)
         averages = group.get("ema") is not None
-        names, extras, squares = self._columns(self._numpy.uses(group), averages)  # type: ignore[arg-type]
-        return group["params"], names, extras, squares, _bits(group), group.get("seed", 0), averages
+        columns = self._columns(self._numpy.uses(group), averages)  # type: ignore[arg-type]
+        params = group["params"]
+        params = params if type(params) is list else list(params)
+        return params, *columns, _bits(group), group.get("seed", 0), averages
 
     @classmethod
     @functools.cache
-    def _columns(
-        cls, used: tuple[bool, ...], averages: bool
-    ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[bool, ...]]:
-        """Return of the state arrays in use the names, those of their extras, and the squares."""
+    def _columns(cls, used: tuple[bool, ...], averages: bool) -> tuple[tuple[Any, ...], ...]:
+        """Return of the state arrays in use the names, also of codes and extras, and the squares.
+
+        An average is never in codes: None stands for their name.
+        """
         rows = zip(cls._numpy.state_names, cls._numpy.state_is_square, used, strict=True)
         columns = [(name, square) for name, square, use in rows if use]
         columns += [("ema", False)] * averages
         names = tuple(name for name, _ in columns)
+        codes = tuple(None if name == "ema" else name + _plain.CODES for name in names)
         extras = ("residual", *(name + _plain.BLOCKS for name in names))
-        return names, extras, tuple(square for _, square in columns)
+        return names, codes, extras, tuple(square for _, square in columns)
 
     def _state_dtype(self, group: int, param: Any) -> Any:
         """Return the dtype in which state of a parameter is kept; float32 unless asked."""
@@ -336,7 +394,7 @@ class _Fused:
         name = self._name(group, i)
         local = _plain.local(name, param)
         names = self._plan(group, self.param_groups[group])[1]
-        missing = [state for state in names if not own or own.get(state) is None]
+        missing = [state for state in names if not own or not _has(own, state)]
         known = [state for state in names if state != "ema"]  # an average may begin at any time
         absent = [state for state in missing if state != "ema"]
         if self._counts and own and ("step" not in own or len(absent) not in (0, len(known))):
@@ -350,24 +408,31 @@ class _Fused:
         made = {}
         if self._is_counted() and not (own and "step" in own):
             begun = bool(own) and len(absent) < len(known)  # SGD, whose steps nobody counted
-            made["step"] = torch.tensor(float(begun))
+            made["step"] = _new_count(float(begun))
         for state in missing:
             if state == "ema":
-                wide = torch.float64 if param.dtype == torch.float64 else torch.float32
-                made[state] = param.detach().to(wide, copy=True)
+                made[state] = param.detach().to(_wide(param), copy=True)
+                continue
+            if dtype == torch.uint8:
+                made[state + _plain.CODES], made[state + _plain.BLOCKS] = _plain.new_codes(param)
                 continue
             made[state] = torch.zeros_like(
                 param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
             )
-            if dtype == torch.uint8:
-                made[state + _plain.BLOCKS] = torch.zeros(-(-param.numel() // BLOCK), dtype=dtype)
         return made
 
     def _count(self, group: int, i: int, step: Any) -> int:
-        """Return the number of steps from a tensor that is not plain."""
+        """Return the number of steps from a tensor that is not plain, or no such number."""
+        name = f"{self._name(group, i)}.step"
         if not isinstance(step, torch.Tensor) or step.numel() != 1:
-            raise TypeError(f"{self._name(group, i)}.step: expected a tensor of one element")
-        return int(step.item())
+            raise TypeError(f"{name}: expected a tensor of one element")
+        taken = step.item()
+        if isinstance(taken, complex) or not (0 <= taken < 2**62 and taken == int(taken)):
+            raise ValueError(
+                f"{name}: is {taken}, which is no number of steps; set it to how many were taken, "
+                "torch.tensor(5.0), or load a checkpoint"
+            )
+        return int(taken)
 
     @torch.no_grad()
     def _stand_in(
@@ -391,7 +456,7 @@ class _Fused:
         )
         rounded |= any(state.dtype in (torch.bfloat16, torch.uint8) for state in tensors[2:])
         if rounded and not is_counted:  # by chance, which is keyed by the step
-            made["step"] = torch.zeros((), dtype=torch.float32)
+            made["step"] = _new_count(0.0)
         if tensors[0].dtype == torch.bfloat16 and residual is not None and extras[0] is None:
             extras[0] = torch.zeros_like(tensors[0], dtype=residual, requires_grad=False)
             made["residual"] = extras[0]
@@ -399,11 +464,10 @@ class _Fused:
         return *_plain.stand_ins(where, tensors, extras, residual), made
 
     @staticmethod
-    @torch.no_grad()
-    def _write_back(copies: list[tuple[Any, Any]]) -> None:
-        """Copy what was stepped in the place of a tensor into it."""
-        for tensor, copy in copies:
-            tensor.copy_(copy)
+    def _copy(tensor: Any, strides: tuple[int, ...]) -> Any:
+        """Return a copy of a tensor in another memory order."""
+        tensor = tensor.detach()  # cheaper than no_grad
+        return tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
 
 
 _increment_version = torch.autograd.graph.increment_version
@@ -440,6 +504,20 @@ def _own_options(options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     }
 
 
+def _has(own: Mapping[str, Any], state: str) -> bool:
+    return own.get(state) is not None or own.get(state + _plain.CODES) is not None
+
+
+def _wide(param: Any) -> Any:
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def _new_count(steps: float) -> Any:
+    """Return a count of steps where torch keeps it, in torch's dtype: beside no parameter."""
+    wide = torch.get_default_dtype() == torch.float64
+    return torch.tensor(steps, dtype=torch.float64 if wide else torch.float32, device="cpu")
+
+
 def _bits(group: Mapping[str, Any]) -> int:
     return group.get("master_bits") or 32
 
@@ -448,9 +526,11 @@ def _new_list(rule: str) -> _tensors.TensorList:
     return _tensors.TensorList(
         rule,
         kinds=(torch.Tensor, torch.nn.Parameter),
-        is_neg=torch.empty(0).is_neg,
+        is_plain=_plain.is_plain,
+        is_neg=torch.empty(0, device="cpu").is_neg,
         exchange=getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
         export=lambda tensor: torch.utils.dlpack.to_dlpack(tensor.detach()),
+        copier=_copier,
     )
 
 
@@ -470,8 +550,11 @@ class Adam(_FusedAdam, torch.optim.Adam):
     ----------
     params, lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay
         As for `torch.optim.Adam`. Parameters are float32, float64, bfloat16 or float16, on the CPU.
-    foreach, fused : bool, optional
+    foreach : bool, optional
         Accepted and without effect.
+    fused : bool, optional
+        As in torch, GradScaler leaves its scale to the step where True, which takes it off on the
+        fly, so that ``.grad`` stays scaled. No other effect.
     capturable, differentiable : bool, default False
         Refused where True.
     state_dtype : {None, "float32", "bfloat16", "int8"}, default None
@@ -490,7 +573,8 @@ class Adam(_FusedAdam, torch.optim.Adam):
         see `ema_params` and `swap_ema`. `ema_warmup` as for `fusedopt.Optimizer`.
     max_grad_norm : float > 0, optional
         Clip by the norm of all gradients, as ``torch.nn.utils.clip_grad_norm_``, in the pass; the
-        gradients stay as they are. The norm is in ``last_step.grad_norm``.
+        gradients stay as they are. The norm is in ``last_step.grad_norm``; ``float("inf")`` asks
+        for it alone.
     stats : bool, default False
         Measure every parameter in each step: ``last_step.stats``, see `fusedopt.StepStats`, as
         `fusedopt.monitor.History` records it.
@@ -506,12 +590,17 @@ class Adam(_FusedAdam, torch.optim.Adam):
     -----
     State and ``state_dict`` are torch's, and load into either; groups have our own options only
     where they are not the default. Results are the bits of `fusedopt.reference.adam`, within a
-    few units in the last place of torch's. A step that raises has changed nothing. Codes of 8-bit
-    state, uint8, have one byte for each 64 of them beside them, as ``exp_avg_blocks``.
+    few units in the last place of torch's. A step that raises has changed nothing.
 
-    What differs: state of 16-bit parameters is float32; GradScaler's scale is taken off on the
-    fly, so ``.grad`` stays scaled after a step; tensors that overlap are refused, and so are
-    parameters on other devices (there, torch's own fused step is the one to use); the version
+    8-bit state is kept as ``exp_avg_codes`` and, one byte for each 64 of them in the order of the
+    index, ``exp_avg_blocks``, both uint8. These names are not torch's: `load_state_dict` here
+    converts from and to codes, but torch's Adam misses ``exp_avg`` in its first step (SGD begins
+    its momentum anew), and torch.distributed.checkpoint, which loads by name, refuses them for a
+    missing key. So it does a bfloat16 model's checkpoint of torch.optim, which has no
+    ``residual``: load that one with ``planner=DefaultLoadPlanner(allow_partial_load=True)``.
+
+    What differs: state of 16-bit parameters is float32; tensors that overlap are refused, and so
+    are parameters on other devices (there, torch's own fused step is the one to use); the version
     counter of each parameter is raised, that of its state is not.
     """
 

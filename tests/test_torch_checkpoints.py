@@ -1,0 +1,321 @@
+"""fusedopt.torch: state through files, other formats, other memory orders, and into torch.optim."""
+
+import copy
+import itertools
+
+import pytest
+from torch_cases import fo, leaf, torch
+
+import fusedopt
+from fusedopt.formats import Stored
+
+RULES = [("AdamW", {"lr": 0.1, "amsgrad": True}), ("SGD", {"lr": 0.1, "momentum": 0.9})]
+STATES = [{}, {"state_dtype": "bfloat16"}, {"state_dtype": "int8", "min_8bit_size": 100}]
+ORDERS = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.to(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+}
+
+
+def made(order, name, options, start=None):
+    """Two parameters, one of them small, and their optimizer."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(8, 6, 3, bias=False), torch.nn.Linear(5, 3, False))
+    net[0].weight.data = ORDERS[order](net[0].weight.data)
+    for p, q in zip(net.parameters(), start or [], strict=False):
+        p.data.copy_(q)
+    return net, getattr(fo, name)(net.parameters(), **options)
+
+
+def steps(net, opt, seeds):
+    """Gradients whose channels differ in size, as they do."""
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        for p in net.parameters():
+            sizes = torch.logspace(-3, 0, len(p)).reshape(-1, *[1] * (p.dim() - 1))
+            p.grad = torch.randn(p.shape, generator=generator) * sizes
+        opt.step()
+
+
+def by_file(net, opt, other, other_opt, folder):
+    torch.save(opt.state_dict(), folder / "run.pt")
+    other_opt.load_state_dict(torch.load(folder / "run.pt", weights_only=True))
+
+
+def by_contiguous_tensors(net, opt, other, other_opt, folder):
+    """As safetensors wants them."""
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"] = {
+        number: {key: value.contiguous() for key, value in own.items()}
+        for number, own in saved["state"].items()
+    }
+    other_opt.load_state_dict(saved)
+
+
+def by_dcp(net, opt, other, other_opt, folder, **how):
+    dcp = pytest.importorskip("torch.distributed.checkpoint")
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model, own = get_state_dict(net, opt)
+    dcp.save({"model": model, "optimizer": own}, checkpoint_id=folder / "dcp")
+    model, own = get_state_dict(other, other_opt)
+    both = {"model": model, "optimizer": own}
+    dcp.load(both, checkpoint_id=folder / "dcp", **how)
+    set_state_dict(other, other_opt, model_state_dict=model, optim_state_dict=both["optimizer"])
+
+
+WAYS = [by_file, by_contiguous_tensors]
+if torch.distributed.is_available():
+    WAYS.append(by_dcp)
+ignore_torchs_own = pytest.mark.filterwarnings("ignore")  # deprecations within the checkpoints
+
+
+@ignore_torchs_own
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+@pytest.mark.parametrize("state", STATES, ids=str)
+@pytest.mark.parametrize(("name", "options"), RULES, ids=str)
+def test_resumed_equals_straight(name, options, state, way, order, tmp_path):
+    """Six steps, or three, a checkpoint and three; bit for bit."""
+    straight, opt = made(order, name, options | state)
+    steps(straight, opt, range(6))
+    first, opt = made(order, name, options | state)
+    steps(first, opt, range(3))
+    for now in ORDERS:
+        if now != order and state.get("state_dtype") == "bfloat16":
+            continue  # its noise follows the memory
+        other, other_opt = made(now, name, options | state, first.parameters())
+        way(first, opt, other, other_opt, tmp_path)
+        steps(other, other_opt, range(3, 6))
+        for p, q in zip(other.parameters(), straight.parameters(), strict=True):
+            assert torch.equal(p, q), now
+
+
+@pytest.mark.parametrize("state", STATES[::2], ids=str)
+@pytest.mark.parametrize(("name", "options"), RULES, ids=str)
+@pytest.mark.parametrize(("before", "after"), [*itertools.permutations(ORDERS, 2)])
+def test_memory_order_changed_within_a_run(before, after, name, options, state):
+    straight, opt = made(before, name, options | state)
+    steps(straight, opt, range(4))
+    net, opt = made(before, name, options | state)
+    steps(net, opt, range(2))
+    net[0].weight.data = ORDERS[after](net[0].weight.data)
+    steps(net, opt, range(2, 3))
+    for own in opt.state.values():  # and whoever changes that of the state
+        for key, value in own.items():
+            own[key] = ORDERS[before](value) if value.dim() == 4 else value
+    steps(net, opt, range(3, 4))
+    for p, q in zip(net.parameters(), straight.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+# ------------------------------------------------------------------ between formats
+
+FORMATS = [None, "bfloat16", "int8"]
+
+
+def stepped(name="AdamW", state_dtype=None, shape=(500,), steps=3, **options):
+    p = leaf(*shape)
+    options = {"momentum": 0.9} | options if name == "SGD" else options
+    opt = getattr(fo, name)([p], lr=0.01, state_dtype=state_dtype, min_8bit_size=1, **options)
+    for seed in range(steps):
+        p.grad = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        opt.step()
+    return p, opt
+
+
+def numbers(opt, p, name):
+    """The numbers of a state array, however it is kept."""
+    own = opt.state[p]
+    if name in own:
+        return own[name].float()
+    form = "uint8" if name.endswith("_sq") else "int8"
+    parts = (own[name + end].numpy() for end in ("_codes", "_blocks"))
+    return torch.from_numpy(Stored(form, *parts).decode())
+
+
+@pytest.mark.parametrize("shape", [(500,), (20, 30), ()], ids=str)
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+@pytest.mark.parametrize(("before", "after"), [*itertools.product(FORMATS, FORMATS)])
+def test_converted(before, after, name, shape):
+    """Exactly where the new format holds the numbers of the old, else within its precision."""
+    p, opt = stepped(name, before, shape)
+    q, other = stepped(name, after, shape, steps=1)
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for state in ("momentum_buffer",) if name == "SGD" else ("exp_avg", "exp_avg_sq"):
+        old, new = numbers(opt, p, state), numbers(other, q, state)
+        if after == before or after is None or (before, after) == ("int8", "bfloat16"):
+            assert torch.equal(old, new), state
+        else:
+            size = float(old.abs().max())
+            precision = {"bfloat16": 2**-7, "int8": 2**-2}[after]
+            torch.testing.assert_close(old, new, rtol=precision, atol=2**-6 * size)
+        narrow = after == "int8"
+        assert (state + "_codes" in other.state[q]) == narrow == (state not in other.state[q])
+        assert (state + "_blocks" in other.state[q]) == narrow
+    q.grad = torch.ones(shape)
+    other.step()
+    assert name == "SGD" or other.state[q]["step"] == 4
+
+
+def test_codes_under_the_names_of_torch_still_load():
+    """As they were written once, with blocks in memory order."""
+    for order in (lambda x: x, lambda x: x.t().contiguous().t()):
+        p, opt = stepped("AdamW", "int8", (20, 30))
+        numbers_before = {name: numbers(opt, p, name) for name in ("exp_avg", "exp_avg_sq")}
+        saved = copy.deepcopy(opt.state_dict())
+        own = saved["state"][0]
+        for name, values in numbers_before.items():
+            codes, blocks = (torch.zeros(n, dtype=torch.uint8) for n in (p.shape, 10))
+            codes, laid = order(codes), order(values)
+            form = "uint8" if name.endswith("_sq") else "int8"
+            Stored(form, codes.numpy(), blocks.numpy()).encode(laid.numpy())
+            numbers_before[name] = torch.from_numpy(Stored(form, codes.numpy(), blocks.numpy())
+                                                    .decode())  # fmt: skip
+            del own[name + "_codes"]
+            own[name], own[name + "_blocks"] = codes, blocks
+        q, other = stepped("AdamW", None, (20, 30), steps=0)
+        other.load_state_dict(saved)
+        for name, values in numbers_before.items():
+            assert torch.equal(other.state[q][name], values)
+        r, other = stepped("AdamW", "int8", (20, 30), steps=0)
+        other.load_state_dict(saved)
+        assert "exp_avg_codes" in other.state[r] and "exp_avg" not in other.state[r]
+
+
+@pytest.mark.parametrize("state_dtype", FORMATS)
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        ({"exp_avg": torch.zeros(7)}, r"exp_avg: shape \(7,\) does not fit"),
+        ({"exp_avg": None, "exp_avg_codes": torch.zeros(500, dtype=torch.uint8)}, "exp_avg_blocks"),
+        ({"exp_avg": None, "exp_avg_codes": torch.zeros(500)}, "exp_avg_codes: torch.float32, but"),
+        (
+            {
+                "exp_avg": None,
+                "exp_avg_codes": torch.zeros(500, dtype=torch.uint8),
+                "exp_avg_blocks": torch.zeros(8),
+            },
+            "exp_avg_blocks",
+        ),
+        ({"exp_avg": 0.5}, "exp_avg: is a float; expected a tensor"),
+        ({"ema": torch.zeros(500, 2)}, r"ema: shape \(500, 2\) does not fit"),
+        ({"residual": torch.zeros(5, dtype=torch.int16)}, r"residual: shape \(5,\) does not fit"),
+    ],
+    ids=["shape", "no-blocks", "cast", "blocks-cast", "number", "ema", "residual"],
+)
+def test_what_does_not_fit_changes_nothing(spoil, match, state_dtype):
+    p, opt = stepped("AdamW", state_dtype)
+    _, source = stepped("AdamW", None)
+    saved = copy.deepcopy(source.state_dict())
+    saved["state"][0].update(spoil)
+    before = {key: value.clone() for key, value in opt.state[p].items()}
+    with pytest.raises(
+        (TypeError, ValueError), match=r"^param_groups\[0\]\['params'\]\[0\].*" + match
+    ):
+        opt.load_state_dict(saved)
+    assert opt.state[p].keys() == before.keys()
+    assert all(torch.equal(opt.state[p][key], value) for key, value in before.items())
+
+
+# ------------------------------------------------------------------ into torch.optim
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])
+def test_torch_takes_no_codes_for_numbers(name):
+    """It misses its own names. (SGD's step takes no buffer for the first step, and begins anew.)"""
+    p, opt = stepped(name, "int8")
+    options = {"momentum": 0.9} if name == "SGD" else {}
+    peer = getattr(torch.optim, name)([p], lr=0.01, **options)
+    peer.load_state_dict(copy.deepcopy(opt.state_dict()))
+    assert not {"exp_avg", "exp_avg_sq", "momentum_buffer"} & set(peer.state[p])
+    if name == "SGD":
+        peer.step()
+        assert torch.equal(peer.state[p]["momentum_buffer"], p.grad)
+    else:
+        with pytest.raises(KeyError, match="exp_avg"):
+            peer.step()
+
+
+@ignore_torchs_own
+@pytest.mark.skipif(by_dcp not in WAYS, reason="this torch has no torch.distributed")
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+@pytest.mark.parametrize(
+    ("before", "after", "missing"),
+    [
+        ((fo, "int8"), (fo, None), True),
+        ((fo, "int8"), (torch.optim, None), True),
+        ((fo, None), (fo, "int8"), True),
+        ((torch.optim, None), (fo, "int8"), True),
+        ((torch.optim, None), (fo, None), False),
+        ((fo, None), (torch.optim, None), False),
+        ((fo, "int8"), (fo, "int8"), False),
+    ],
+    ids=lambda x: f"{x[0].__name__.split('.')[0]}-{x[1]}" if isinstance(x, tuple) else "",
+)
+def test_dcp_between_formats(name, before, after, missing, tmp_path):
+    """The numbers, or an error with the name of what is missing; never codes for numbers."""
+
+    def build(module, state_dtype):
+        torch.manual_seed(0)
+        net = torch.nn.Linear(30, 20)
+        options = {"momentum": 0.9} if name == "SGD" else {}
+        if state_dtype is not None:
+            options |= {"state_dtype": state_dtype, "min_8bit_size": 1}
+        return net, getattr(module, name)(net.parameters(), lr=0.1, **options)
+
+    a, opt = build(*before)
+    a(torch.ones(1, 30)).square().mean().backward()
+    opt.step()
+    b, other = build(*after)
+    state = "momentum_buffer" if name == "SGD" else "exp_avg"
+    if missing:
+        end = "_codes" if after[1] == "int8" else ""
+        with pytest.raises(BaseException, match=rf"Missing key.*\.{state}({end}|_blocks)\b"):
+            by_dcp(a, opt, b, other, tmp_path)
+        return
+    by_dcp(a, opt, b, other, tmp_path)
+    assert torch.equal(numbers(opt, a.weight, state), numbers(other, b.weight, state))
+
+
+@ignore_torchs_own
+@pytest.mark.skipif(by_dcp not in WAYS, reason="this torch has no torch.distributed")
+def test_dcp_of_torchs_bfloat16(tmp_path):
+    """torch has no residual bits: by a partial load alone, so that none of ours is ever lost."""
+    from torch.distributed.checkpoint import DefaultLoadPlanner
+
+    def build(module, **options):
+        torch.manual_seed(0)
+        net = torch.nn.Linear(30, 20).bfloat16()
+        return net, module.AdamW(net.parameters(), lr=0.1, **options)
+
+    a, opt = build(torch.optim)
+    a(torch.ones(1, 30).bfloat16()).square().mean().backward()
+    opt.step()
+    b, other = build(fo)
+    with pytest.raises(BaseException, match=r"Missing key.*\.residual"):
+        by_dcp(a, opt, b, other, tmp_path)
+    b, other = build(fo)
+    by_dcp(a, opt, b, other, tmp_path, planner=DefaultLoadPlanner(allow_partial_load=True))
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        own = other.state[q]
+        assert torch.equal(p, q) and own["step"] == 1 and not own["residual"].any()
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(own[key], opt.state[p][key].float()), key
+
+
+def test_numpy_and_torch_keep_the_same_codes():
+    """Of a transposed parameter too, whose blocks follow the index here."""
+    p, opt = stepped("AdamW", "int8", (20, 30))
+    q = p.detach().t().contiguous().t()
+    array = leaf(20, 30).detach().numpy()
+    peer = fusedopt.AdamW([array], lr=0.01, state_dtype="int8", min_8bit_size=1)
+    for seed in range(3):
+        grad = torch.randn((20, 30), generator=torch.Generator().manual_seed(seed))
+        peer.step([grad.numpy()])
+    own = next(iter(peer.state.values()))
+    assert torch.equal(q, torch.from_numpy(array))
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert (own[name].data == opt.state[p][name + "_codes"].numpy()).all()
+        assert (own[name].extra == opt.state[p][name + "_blocks"].numpy()).all()
