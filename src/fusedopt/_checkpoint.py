@@ -110,7 +110,7 @@ def _write(target: Path, arrays: Mapping[str, Array], text: str) -> None:
         else:
             # its writer stores memory as it lies, so strided and F-order arrays would come back
             # scrambled: hand it C order only
-            dense = {name: np.array(a, order="C", copy=None) for name, a in arrays.items()}
+            dense = {name: np.asarray(a, order="C") for name, a in arrays.items()}
             _safetensors().save_file(dense, temporary, metadata={_META: text})
 
 

@@ -112,8 +112,9 @@ def flat(array: Array) -> Array:
     """Return a one-dimensional view of a dense array, in memory order."""
     axes = sorted(range(array.ndim), key=lambda k: (-array.strides[k], k))
     axes.sort(key=lambda k: array.shape[k] == 1)  # axes of length 1 have any stride
-    view = array.transpose(axes).view()
-    view.shape = (-1,) if array.size else (0,)
+    view = array.transpose(axes).reshape(-1)
+    if array.size and not np.may_share_memory(view, array):  # a copy: what is written would be lost
+        raise ValueError(f"array of strides {array.strides} has gaps: it has no flat view")
     return view
 
 
