@@ -27,6 +27,7 @@ stored as NaN, and the other elements of the block as if it were not there.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,7 +122,7 @@ def flat(array: Array) -> Array:
 def extra_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of `Stored.extra` for a format with one, and an array of this shape."""
     per = FORMATS[name][2]
-    return shape if per == 1 else (-(-int(np.prod(shape, dtype=np.int64)) // per),)
+    return shape if per == 1 else (-(-math.prod(shape) // per),)
 
 
 # ---------------------------------------------------------------- noise
