@@ -53,6 +53,28 @@ def test_round_trip(tmp_path, suffix):
     other.load(path)
 
 
+LAYOUTS = {
+    "0-d": lambda a: a[0, 0, 0],
+    "C": lambda a: a,
+    "F": lambda a: np.asfortranarray(a),
+    "axes swapped": lambda a: a.transpose(1, 2, 0),
+    "strided": lambda a: a[:, ::2, 1:],
+    "reversed": lambda a: a[::-1],
+    "empty": lambda a: a[:0],
+}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", "u1", "u2", "i1", "i2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_arrays_of_any_layout(tmp_path, suffix, dtype, layout):
+    array = np.asarray(LAYOUTS[layout](np.arange(60).astype(dtype).reshape(3, 4, 5)))
+    _checkpoint.write(tmp_path / f"x{suffix}", {"a": array}, {"b": 1})
+    arrays, meta = _checkpoint.read(tmp_path / f"x{suffix}")
+    assert meta == {"b": 1} and arrays["a"].dtype == array.dtype
+    np.testing.assert_array_equal(arrays["a"], array, strict=True)
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_schedules_stay_with_the_optimizer(tmp_path, suffix):
     path = tmp_path / f"checkpoint{suffix}"
