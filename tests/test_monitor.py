@@ -93,7 +93,7 @@ def test_healthy_runs_have_no_trouble(rule, schedule, noise):
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "one_cycle", "warmup"])
 @pytest.mark.parametrize(("factor", "words"), [(1e-4, "too small; raise"), (500, "too large; low")])
 def test_wrong_rates_are_told_whatever_the_schedule(schedule, factor, words):
-    """A gradient to and fro: a step moves the parameter by the rate times its norm."""
+    """A gradient that alternates: a step moves the parameter by the rate times its norm."""
     p = np.random.default_rng(0).standard_normal((30, 30)).astype(np.float32)
     g, rate = p.copy(), SCHEDULES[schedule]
     opt, history = fusedopt.SGD(p, lr=lambda step: 1e-3 * factor * rate(step)), History()
