@@ -1,11 +1,21 @@
-"""Before the first test: settle torch's vector library, where a test has imported torch.
+"""Before the first test: settle torch's vector library, and let Ctrl-C through.
 
-Its MKL chooses the kernel of a function at the first call, not safely between threads: a first
-`sqrt` in several threads may compute one thread's share to 12 bits, once in hundreds of processes
-(pytorch/pytorch#188792). A first call of one element in one thread makes the choice for all.
+MKL, which torch calls, chooses the kernel of a function at the first call, not safely between
+threads: a first `sqrt` in several threads may compute one thread's share to 12 bits, once in
+hundreds of processes (pytorch/pytorch#188792). A first call of one element in one thread makes the
+choice for all.
+
+A shell starts background jobs with SIGINT ignored, and children inherit that, so the tests that
+interrupt themselves or a child would wait for ever. A handler here is the default in children.
 """
 
+import signal
 import sys
+
+
+def pytest_sessionstart():
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish():

@@ -57,6 +57,28 @@ def test_round_trip(tmp_path, suffix):
     other.load(path)
 
 
+LAYOUTS = {
+    "0-d": lambda a: a[0, 0, 0],
+    "C": lambda a: a,
+    "F": lambda a: np.asfortranarray(a),
+    "axes swapped": lambda a: a.transpose(1, 2, 0),
+    "strided": lambda a: a[:, ::2, 1:],
+    "reversed": lambda a: a[::-1],
+    "empty": lambda a: a[:0],
+}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", "u1", "u2", "i1", "i2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_arrays_of_any_layout(tmp_path, suffix, dtype, layout):
+    array = np.asarray(LAYOUTS[layout](np.arange(60).astype(dtype).reshape(3, 4, 5)))
+    _checkpoint.write(tmp_path / f"x{suffix}", {"a": array}, {"b": 1})
+    arrays, meta = _checkpoint.read(tmp_path / f"x{suffix}")
+    assert meta == {"b": 1} and arrays["a"].dtype == array.dtype
+    np.testing.assert_array_equal(arrays["a"], array, strict=True)
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_schedules_stay_with_the_optimizer(tmp_path, suffix):
     path = tmp_path / f"checkpoint{suffix}"
@@ -350,7 +372,7 @@ def test_the_file_of_another_class(tmp_path, saved, suffix):
     Mine([np.ones(2)]).load(path)
 
 
-LAYOUTS = {
+ORDERS = {
     "C": lambda a: a.copy(),
     "F": np.asfortranarray,
     "mixed": lambda a: a.transpose(1, 2, 0).copy().transpose(2, 0, 1),
@@ -359,18 +381,18 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("suffix", [*SUFFIXES, "dict"])
 @pytest.mark.parametrize("state_dtype", ["int8", "bfloat16", None])
-@pytest.mark.parametrize("there", LAYOUTS)
-@pytest.mark.parametrize("here", LAYOUTS)
+@pytest.mark.parametrize("there", ORDERS)
+@pytest.mark.parametrize("here", ORDERS)
 def test_state_of_other_memory_orders(tmp_path, here, there, state_dtype, suffix):
     """8-bit blocks follow the memory: in another order they are encoded anew, or refused."""
     rng = np.random.default_rng(0)
     start = rng.standard_normal((8, 12, 10)).astype(np.float32)
     grad = start * np.logspace(-3, 0, 8, dtype=np.float32)[:, None, None]
-    p, q = LAYOUTS[here](start), LAYOUTS[there](start)
+    p, q = ORDERS[here](start), ORDERS[there](start)
     options = {"state_dtype": state_dtype, "min_8bit_size": 0}
     opt, other = fusedopt.Adam([p], **options), fusedopt.Adam([q], **options)
     for _ in range(3):
-        opt.step([LAYOUTS[here](grad)])
+        opt.step([ORDERS[here](grad)])
     if suffix != "dict":
         opt.save(tmp_path / f"x{suffix}")
 

@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,12 +17,29 @@ from fusedopt import reference
 linux = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="replaces glibc's malloc")
 unix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and limits of processes")
 SUFFIXES = [".npz", ".safetensors"]
+old_numpy = int(np.__version__.partition(".")[0]) < 2
+# where a write fails, NumPy 1 leaves a ZipFile open, which complains when it is collected
+left_open = pytest.mark.filterwarnings(
+    f"{'ignore' if old_numpy else 'error'}::pytest.PytestUnraisableExceptionWarning"
+)
 
 
 @linux
 @pytest.mark.skipif(shutil.which("cc") is None, reason="compiles a library to preload")
 @pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="another library replaces malloc")
-@pytest.mark.parametrize("malloc", ["pymalloc", "malloc"])
+@pytest.mark.parametrize(
+    "malloc",
+    [
+        "pymalloc",
+        pytest.param(
+            "malloc",
+            marks=pytest.mark.skipif(
+                old_numpy or sys.version_info >= (3, 12),
+                reason="NumPy 1, and a generator of CPython 3.12 or 3.13, crash without memory",
+            ),
+        ),
+    ],
+)
 def test_every_allocation_fails_once(malloc):
     counts = faults.allocations(malloc)
     if malloc == "pymalloc":
@@ -33,12 +51,14 @@ def test_every_allocation_fails_once(malloc):
 
 
 @unix
+@left_open
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_out_of_room(suffix):
     assert faults.full_disk(suffix, stride=199) > 20
 
 
 @unix
+@left_open
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_full_disk(suffix, tmp_path):
     """A real one: a file system of a few pages."""

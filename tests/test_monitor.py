@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import fusedopt
+from fusedopt import schedules
 from fusedopt.monitor import History
 
 
@@ -42,6 +43,82 @@ def test_troubles(grads_of, options, words):
     else:
         assert any(words in line and line.startswith("params['odd']: ") for line in found), found
         assert not any("params['usual']" in line for line in found)
+
+
+STEPS = 240
+SCHEDULES = {
+    "constant": schedules.constant(1.0),
+    "linear": schedules.linear(1.0, 0.0, STEPS),
+    "polynomial": schedules.polynomial(1.0, 0.0, STEPS, power=3.0),
+    "cosine": schedules.cosine(1.0, STEPS),
+    "cosine for half the run": schedules.cosine(1.0, STEPS // 2),
+    "exponential": schedules.exponential(1.0, 0.1, every=40),
+    "staircase": schedules.staircase(1.0, 0.01, every=STEPS // 3),
+    "piecewise": schedules.piecewise(1.0, {STEPS - 30: 1e-8}),
+    "one_cycle": schedules.one_cycle(1.0, STEPS),
+    "one_cycle, late peak": schedules.one_cycle(1.0, STEPS, pct_start=0.95),
+    "warmup": schedules.warmup(STEPS // 2, schedules.cosine(1.0, STEPS // 2)),
+}
+# name -> what makes the optimizer, with a rate of which a usual step is 1e-3 to 1e-2
+RULES = {
+    "adam": lambda p, lr: fusedopt.Adam(p, lr=lambda step: 3e-3 * lr(step)),
+    "sgd": lambda p, lr: fusedopt.SGD(p, lr=lambda step: 0.05 * lr(step), momentum=0.9),
+    "gd": lambda p, lr: fusedopt.SGD(p, lr=lambda step: 0.1 * lr(step)),
+    "lamb": lambda p, lr: fusedopt.LAMB(p, lr=lambda step: 1e-2 * lr(step)),
+    "lars": lambda p, lr: fusedopt.LARS(p, lr=lambda step: 1.0 * lr(step)),
+}
+
+
+def regression(make, rate, noise, steps=STEPS):
+    """Fit a linear map and an offset, which begins at 0, with noise on the targets."""
+    rng = np.random.default_rng(0)
+    true = rng.standard_normal((8, 4)).astype(np.float32)
+    p = {"W": rng.standard_normal((8, 4)).astype(np.float32), "b": np.zeros(4, np.float32)}
+    opt, history = make(p, rate), History()
+    for _ in range(steps):
+        x = rng.standard_normal((32, 8)).astype(np.float32)
+        y = x @ true + 1 + noise * rng.standard_normal((32, 4)).astype(np.float32)
+        delta = (x @ p["W"] + p["b"] - y) / 32
+        history.record(opt.step({"W": x.T @ delta, "b": delta.sum(axis=0)}, stats=True))
+    return history
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0])  # without, gradients fall to 0 as it succeeds
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("rule", RULES)
+def test_healthy_runs_have_no_trouble(rule, schedule, noise):
+    assert regression(RULES[rule], SCHEDULES[schedule], noise).troubles() == []
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "one_cycle", "warmup"])
+@pytest.mark.parametrize(("factor", "words"), [(1e-4, "too small; raise"), (500, "too large; low")])
+def test_wrong_rates_are_told_whatever_the_schedule(schedule, factor, words):
+    """A gradient that alternates: a step moves the parameter by the rate times its norm."""
+    p = np.random.default_rng(0).standard_normal((30, 30)).astype(np.float32)
+    g, rate = p.copy(), SCHEDULES[schedule]
+    opt, history = fusedopt.SGD(p, lr=lambda step: 1e-3 * factor * rate(step)), History()
+    for step in range(STEPS):
+        history.record(opt.step(g * np.float32((-1) ** step), stats=True))
+    (line,) = history.troubles()
+    assert words in line
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("places", [1, 50])
+@pytest.mark.parametrize("since", [0, 7, 59])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_parameters_that_are_not_finite_are_told(value, places, since, dtype):
+    params = {"odd": np.ones(50, dtype), "usual": np.ones(50, dtype)}
+    opt, history = fusedopt.SGD(params, lr=1e-3), History()
+    for step in range(60):
+        if step == since:
+            params["odd"][:places] = value
+        grads = {name: np.ones(50, dtype) for name in params}
+        history.record(opt.step(grads, stats=True))
+    more = "" if since == 59 else f", and in {59 - since} more"
+    assert history.troubles() == [
+        f"params['odd']: infinite or NaN parameter in step {since + 1}{more}"
+    ]
 
 
 def test_skipped_steps_are_told():

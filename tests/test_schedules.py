@@ -34,6 +34,46 @@ def test_borders():
     assert s.polynomial(1.0, 0.0, 2, power=2)(2) == 0.25
 
 
+# schedule of 10 steps -> rates of steps 1, 10, 11, 12
+ENDS = [
+    (s.linear(0.5, 0.1, 10), (0.5, 0.14, 0.1, 0.1)),
+    (s.polynomial(0.5, 0.1, 10, power=2.0), (0.5, 0.104, 0.1, 0.1)),
+    (s.cosine(0.5, 10, end=0.1), (0.5, 0.1 + 0.2 * (1 + math.cos(0.9 * math.pi)), 0.1, 0.1)),
+    (s.one_cycle(0.5, 10), (0.02, 2e-6, 2e-6, 2e-6)),
+    (s.warmup(5, s.linear(0.5, 0.1, 6)), (0.1, 0.5 - 0.4 * 5 / 6, 0.1, 0.1)),
+    (s.exponential(0.5, 0.5, every=10), (0.5, 0.5**1.9, 0.25, 0.5**2.1)),
+    (s.staircase(0.5, 0.5, every=10), (0.5, 0.5, 0.25, 0.25)),
+    (s.piecewise(0.5, {10: 0.5}), (0.5, 0.5, 0.25, 0.25)),
+]
+
+
+@pytest.mark.parametrize(("schedule", "rates"), ENDS, ids=lambda x: repr(x)[:40])
+def test_ends(schedule, rates):
+    assert [schedule(k) for k in (1, 10, 11, 12)] == pytest.approx(rates, rel=1e-14)
+
+
+# steps, pct_start -> step: rate, for a peak of 100 between 4 and 0.0004
+ONE_CYCLES = {
+    (40, 0.99): {1: 4, 39: 4 + 48 * (1 - math.cos(math.pi * 38 / 38.6)), 40: 0.0004, 41: 0.0004},
+    (40, 1.0): {1: 4, 40: 100, 41: 100},
+    (40, 0.0): {1: 0.0004 + 49.9998 * (1 + math.cos(math.pi / 40)), 40: 0.0004, 41: 0.0004},
+    (40, 0.5): {1: 4, 20: 100, 40: 0.0004},
+    (4, 0.25): {1: 100, 4: 0.0004},  # the peak is the first step
+    (3, 0.9): {1: 4, 2: 4 + 48 * (1 - math.cos(math.pi / 1.7)), 3: 0.0004},
+    (2, 0.5): {1: 100, 2: 0.0004},
+    (1, 1.0): {1: 100, 2: 100},
+    (1, 0.3): {1: 0.0004, 2: 0.0004},
+}
+
+
+@pytest.mark.parametrize("cycle", ONE_CYCLES, ids=str)
+def test_one_cycle(cycle):
+    steps, share = cycle
+    rate = s.one_cycle(100.0, steps, pct_start=share)
+    for step, right in ONE_CYCLES[cycle].items():
+        assert rate(step) == pytest.approx(right, rel=1e-9), step
+
+
 def test_warmup():
     rate = s.warmup(4, s.linear(1.0, 0.0, 4))
     assert [rate(k) for k in range(1, 9)] == [0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25, 0.0]
@@ -111,15 +151,39 @@ def torch_schedulers():
     ]  # fmt: skip
 
 
+def assert_as_torch(ours, make, steps):
+    import torch
+
+    opt = torch.optim.SGD([torch.zeros(1)], lr=0.5)
+    scheduler = make(opt)
+    for step in range(1, steps + 1):
+        theirs = opt.param_groups[0]["lr"]
+        assert math.isclose(ours(step), theirs, rel_tol=1e-11, abs_tol=1e-15), (ours, step)
+        opt.step()
+        if step < steps:
+            scheduler.step()
+
+
 def test_agrees_with_torch():
     for ours, make in torch_schedulers():
-        import torch
+        past = not isinstance(ours, s.one_cycle)  # torch's raises after its last step
+        assert_as_torch(ours, make, STEPS + past)
 
-        opt = torch.optim.SGD([torch.zeros(1)], lr=0.5)
-        scheduler = make(opt)
-        for step in range(1, STEPS + 1):
-            theirs = opt.param_groups[0]["lr"]
-            assert math.isclose(ours(step), theirs, rel_tol=1e-11, abs_tol=1e-15), (ours, step)
-            opt.step()
-            if step < STEPS:
-                scheduler.step()
+
+CYCLES = [
+    (share, steps)
+    for share in (0.0, 1e-3, 0.01, 0.3, 1 / 3, 0.5, 0.97, 0.99, 0.999, 1.0)
+    for steps in (1, 2, 3, 4, 10, 40, 97)
+    if share * steps != 1  # the peak is the first step: torch divides by 0
+]
+
+
+@pytest.mark.parametrize(("share", "steps"), CYCLES)
+def test_one_cycle_agrees_with_torch(share, steps):
+    torch = pytest.importorskip("torch", reason="compares with torch's schedulers: extra `peers`")
+    cycle = torch.optim.lr_scheduler.OneCycleLR
+    assert_as_torch(
+        s.one_cycle(0.5, steps, pct_start=share),
+        lambda opt: cycle(opt, 0.5, steps, pct_start=share, cycle_momentum=False),
+        steps,
+    )

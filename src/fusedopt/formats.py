@@ -27,6 +27,7 @@ an 8-bit block is stored as NaN, and the other elements of the block as if it we
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,15 +123,16 @@ def memory_order(array: Array) -> list[int]:
 
 def flat(array: Array) -> Array:
     """Return a one-dimensional view of a dense array, in memory order."""
-    view = array.transpose(memory_order(array)).view()
-    view.shape = (-1,) if array.size else (0,)
+    view = array.transpose(memory_order(array)).reshape(-1)
+    if array.size and not np.may_share_memory(view, array):  # a copy: what is written would be lost
+        raise ValueError(f"array of strides {array.strides} has gaps: it has no flat view")
     return view
 
 
 def extra_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of `Stored.extra` for a format with one, and an array of this shape."""
     per = FORMATS[name][2]
-    return shape if per == 1 else (-(-int(np.prod(shape, dtype=np.int64)) // per),)
+    return shape if per == 1 else (-(-math.prod(shape) // per),)
 
 
 # ---------------------------------------------------------------- noise

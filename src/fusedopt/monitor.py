@@ -13,7 +13,6 @@ params['b']: its gradient was 0 everywhere in the last 20 steps: a dead layer, o
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -93,9 +92,11 @@ class History:
     def troubles(self) -> list[str]:
         """Return what looks wrong, a sentence for each; empty if nothing does.
 
-        Looked for: infinite or NaN gradients; layers whose gradient is 0, or nearly everywhere;
-        norms that grew or fell by a factor of 100; updates that are not between 1e-5 and 1e-1 of
-        their parameter; steps that were skipped.
+        Looked for: infinite or NaN gradients and parameters; layers whose gradient is 0, or nearly
+        everywhere; gradient norms that grew by a factor of 100, or fell by one, and by 10 against
+        the norm of all gradients (which fall together where training succeeds); steps that in no
+        part of the run moved a parameter by 1e-5 of its norm (a schedule may end at 0), or that
+        move it by more than 1e-1, now or in most of the run; steps that were skipped.
         """
         found = []
         total = len(self.steps) + len(self.skipped)
@@ -105,11 +106,14 @@ class History:
                 "finite: lower the loss scale or the learning rate"
             )
         columns = {name: self.column(name) for name in StepStats.COLUMNS}
+        steps = np.asarray(self.steps)
+        overall = np.array([_finite_norm(stats.grad_norm) for stats in self._records])
         for leaf in self.names:
-            found += _troubles(
-                leaf, {name: by_leaf[leaf] for name, by_leaf in columns.items()}, self.window,
-                self.steps,
-            )  # fmt: skip
+            has = ~np.isnan(columns["zero_fraction"][leaf])  # steps in which it had a gradient
+            seen = {name: by_leaf[leaf][has] for name, by_leaf in columns.items()}
+            found += [
+                f"{leaf}: {text}" for text in _of(seen, self.window, steps[has], overall[has])
+            ]
         return found
 
     def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
@@ -136,43 +140,66 @@ class History:
         return _draw(self, path)
 
 
-def _troubles(leaf: str, columns: dict[str, Array], window: int, steps: Sequence[int]) -> list[str]:
-    has = ~np.isnan(columns["zero_fraction"])  # steps in which the leaf had a gradient
-    seen = {name: values[has] for name, values in columns.items()}
-    bad = np.flatnonzero(seen["nonfinite"] > 0)
-    if bad.size:
-        first = np.asarray(steps)[has][bad[0]]
-        more = f", and in {bad.size - 1} more" if bad.size > 1 else ""
-        return [f"{leaf}: infinite or NaN gradient in step {first}{more}"]
+def _finite_norm(norms: Array) -> float:
+    return float(np.linalg.norm(norms[np.isfinite(norms)]))
+
+
+def _of(seen: dict[str, Array], window: int, steps: Array, overall: Array) -> list[str]:
+    """Return what is wrong with one leaf, from its columns and the norms of all gradients."""
+    broken = []
+    for what, bad in (
+        ("gradient", seen["nonfinite"] > 0),
+        ("parameter", ~np.isfinite(seen["param_norm"])),
+    ):
+        where = np.flatnonzero(bad)
+        if where.size:
+            more = f", and in {where.size - 1} more" if where.size > 1 else ""
+            broken.append(f"infinite or NaN {what} in step {steps[where[0]]}{more}")
+    if broken or len(steps) < window:
+        return broken  # or it is too early to tell
     last = {name: values[-window:] for name, values in seen.items()}
-    if last["zero_fraction"].size < window:
-        return []  # too early to tell
     zeros = float(np.median(last["zero_fraction"]))
     if last["zero_fraction"].min() == 1:
         return [
-            f"{leaf}: its gradient was 0 everywhere in the last {window} steps: a dead layer, "
-            "or not used"
+            f"its gradient was 0 everywhere in the last {window} steps: a dead layer, or not used"
         ]
     found = []
     if zeros > 0.9:
-        found.append(f"{leaf}: {zeros:.0%} of its gradient is 0: dying units, or sparse input")
-    first, now = np.median(seen["grad_norm"][:window]), np.median(last["grad_norm"])
-    if len(seen["grad_norm"]) >= 2 * window and first > 0:
-        if now > GROWTH * first:
-            found.append(
-                f"{leaf}: gradient norm grew from {first:.2g} to {now:.2g}: exploding; "
-                "clip it (max_grad_norm) or lower the learning rate"
-            )
-        elif now < first / GROWTH:
-            found.append(f"{leaf}: gradient norm fell from {first:.2g} to {now:.2g}: vanishing")
-    ratio = float(np.median(last["update_ratio"]))
-    if np.isfinite(ratio) and not RATIOS[0] <= ratio <= RATIOS[1]:
-        size, way = ("large", "lower") if ratio > RATIOS[1] else ("small", "raise")
-        found.append(
-            f"{leaf}: a step moves it by {ratio:.1g} of its norm (1e-3 is usual): too {size}; "
-            f"{way} the learning rate"
-        )
-    return found
+        found.append(f"{zeros:.0%} of its gradient is 0: dying units, or sparse input")
+    if len(steps) >= 2 * window:
+        found += _drift(seen["grad_norm"], overall, window)
+    return found + _pace(seen, window)
+
+
+def _drift(norms: Array, overall: Array, window: int) -> list[str]:
+    first, now = (float(np.median(part)) for part in (norms[:window], norms[-window:]))
+    if first > 0 and now > GROWTH * first:
+        return [
+            f"gradient norm grew from {first:.2g} to {now:.2g}: exploding; clip it "
+            "(max_grad_norm) or lower the learning rate"
+        ]
+    share = np.divide(norms, overall, out=np.zeros_like(norms), where=overall > 0)
+    fell = np.median(share[-window:]) * np.sqrt(GROWTH) < np.median(share[:window])
+    if now < first / GROWTH and fell:
+        return [f"gradient norm fell from {first:.2g} to {now:.2g}: vanishing"]
+    return []
+
+
+def _pace(seen: dict[str, Array], window: int) -> list[str]:
+    ratios, norms = seen["update_ratio"], seen["param_norm"]
+    usual = "of its norm (1e-3 is usual): too"
+    # a rate may rise from 0 and fall to it: what counts is the window that moved it most
+    parts = np.array_split(ratios, len(ratios) // window)
+    most = max(float(np.median(part)) for part in parts)
+    if most < RATIOS[0]:
+        return [f"a step moves it by {most:.1g} {usual} small; raise the learning rate"]
+    # where it began at 0 any update is large at first, and one of n steps is 1/sqrt(n) of a walk
+    from_zero = seen["update_norm"][0] > 0.99 * norms[0]
+    limit = max(RATIOS[1], 2 / np.sqrt(len(ratios))) if from_zero else RATIOS[1]
+    large = max(float(np.median(part)) for part in (ratios[-window:], ratios))
+    if limit < large < np.inf:
+        return [f"a step moves it by {large:.1g} {usual} large; lower the learning rate"]
+    return []
 
 
 def _draw(history: History, path: str | os.PathLike[str] | None) -> Any:

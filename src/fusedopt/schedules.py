@@ -2,7 +2,7 @@
 
 Every schedule is a callable ``step -> float`` with steps counted from 1, so it can stand wherever
 an optimizer takes `lr`; any other callable of that kind will do as well. A schedule of n steps
-reaches its end at step n + 1 and stays there, as torch's do. They compose:
+reaches its end at step n + 1, `one_cycle` at step n, as torch's do, and stays there. They compose:
 
 >>> rate = warmup(100, then=cosine(0.5, steps=900))
 >>> rate(50), rate(100), rate(550), rate(1000)
@@ -174,8 +174,9 @@ class piecewise(_Checked):  # noqa: N801
 class one_cycle(_Checked):  # noqa: N801
     """One cycle over `steps` steps: up to `max_lr`, then down to nearly nothing, by cosines [1]_.
 
-    It starts at ``max_lr / div_factor``, peaks after `pct_start` of the steps and ends at the start
-    divided by `final_div_factor`, as torch's OneCycleLR with two phases.
+    It starts at ``max_lr / div_factor``, peaks after `pct_start` of the steps, and its last step is
+    at the start divided by `final_div_factor`, as torch's OneCycleLR with two phases. With
+    ``pct_start=1`` the last step is the peak.
 
     References
     ----------
@@ -200,9 +201,9 @@ class one_cycle(_Checked):  # noqa: N801
         t, last = min(step, self.steps) - 1, self.steps - 1
         peak = self.pct_start * self.steps - 1
         start = self.max_lr / self.div_factor
-        if t <= peak and peak > 0:
-            return _anneal(start, self.max_lr, t / peak)
-        return _anneal(self.max_lr, start / self.final_div_factor, (t - peak) / max(last - peak, 1))
+        if t <= peak:  # a peak at the first step is one, where torch divides by 0
+            return _anneal(start, self.max_lr, t / peak if peak else 1.0)
+        return _anneal(self.max_lr, start / self.final_div_factor, (t - peak) / (last - peak))
 
 
 @dataclass(frozen=True)

@@ -57,13 +57,16 @@ def cpus(count: int, root: Path = Path("/")) -> list[int]:
     Raises
     ------
     ValueError
-        If this process may run on fewer.
+        If it is below 1, or this process may run on fewer.
     """
-    if not hasattr(os, "sched_getaffinity"):
-        return []
-    granted = sorted(os.sched_getaffinity(0))
+    if count < 1:
+        raise ValueError(f"--threads {count}: must be >= 1")
+    known = hasattr(os, "sched_getaffinity")
+    granted = sorted(os.sched_getaffinity(0)) if known else list(range(os.cpu_count() or 1))
     if count > len(granted):
         raise ValueError(f"--threads {count}: this process may run on {len(granted)} CPUs")
+    if not known:
+        return []  # nor can it be bound to some
 
     def place_in_core(cpu: int) -> int:
         text = _read(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")

@@ -14,35 +14,18 @@ from fusedopt.bench import report, stats
 from fusedopt.bench.contenders import AGAIN, LIMIT, OURS
 from fusedopt.bench.recording import Entry, Recording
 
-EXTRA = 'needs: pip install "fusedopt[bench]"'
-
-
-def check(path: Path | None) -> None:
-    """See to it that pictures can be drawn, before anything is measured; raises as `save`."""
-    known = _figure(1).canvas.get_supported_filetypes()
-    if path is not None and path.suffix[1:] not in known:
-        raise ValueError(f"--plot {path}: must end in one of .{', .'.join(sorted(known))}")
-
 
 def _figure(height: float) -> Any:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as exc:
-        raise ModuleNotFoundError(f"pictures {EXTRA}") from exc
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def save(recording: Recording, path: Path, picture: str | None = None) -> bool:
-    """Draw one picture, or all that there is data for, into a file; return whether there was any.
-
-    Raises
-    ------
-    ModuleNotFoundError
-        Without matplotlib.
-    """
+    """Draw one picture, or all that there is data for, into a file; return whether any."""
     wanted = [p for p in PANELS if picture in (None, p)]
     panels = [(PANELS[p], height) for p in wanted if (height := _height(recording, p))]
     if not panels:

@@ -116,7 +116,7 @@ class Recording:
             tree["entries"] = [Entry(**entry) for entry in tree["entries"]]
             tree["memory"] = [Memory(**row) for row in tree["memory"]]
             return cls(**tree)
-        except (ValueError, TypeError, KeyError, AttributeError) as exc:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
             raise ValueError(f"{path}: not a recording of fusedopt bench: {exc}") from exc
 
 

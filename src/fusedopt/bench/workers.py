@@ -64,7 +64,8 @@ class Worker:
                 start_new_session=True,  # Ctrl-C is for the parent, which ends its workers
             )
         theirs.close()
-        ours.send(sys.path)
+        with suppress(BrokenPipeError):  # it has ended already: the first question tells
+            ours.send(sys.path)
 
     def ask(self, method: str, *arguments: Any) -> Any:
         """Call a method of `worker.Server`; Failure if it fails or the process ends."""

@@ -3,23 +3,55 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
+import fusedopt
 from fusedopt.cli import bench, info, train
 
+# each has a first docstring line, add_arguments, and prepare, which checks all that can be checked
+# beforehand, and returns what does the work
 COMMANDS = {
     "train": train,
     "bench": bench,
     "info": info,
-}  # each has add_arguments, run and a first docstring line
+}
+FAILED, BAD_INPUT, INTERRUPTED, UNREAD = 1, 2, 130, 141  # 128 + SIGINT, 128 + SIGPIPE
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return its exit status: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run a command; return its exit status.
+
+    0: done; 1: it failed half-way; 2: bad input, and nothing was done; 130: interrupted by Ctrl-C;
+    141: nobody reads what it prints any more.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed: a file opened later would stand in its place
+            setattr(sys, name, open(os.devnull, mode))
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # here, where a failure can still be told
+    except BrokenPipeError:
+        _discard()
+        return UNREAD
+    except OSError as exc:
+        return _complain("fusedopt", exc, FAILED)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="fusedopt", description="Optimizer steps in place, in one pass, on the CPU."
     )
+    parser.add_argument("--version", action="version", version=f"fusedopt {fusedopt.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, module in COMMANDS.items():
         summary = (module.__doc__ or "").partition("\n")[0]
@@ -27,16 +59,41 @@ def main(argv: Sequence[str] | None = None) -> int:
             name,
             help=summary,
             description=summary,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_Help,
         )
         module.add_arguments(command)
     options = parser.parse_args(argv)
+    name = f"fusedopt {options.command}"
     try:
-        COMMANDS[options.command].run(options)
+        try:
+            work = COMMANDS[options.command].prepare(options)
+        except (ValueError, TypeError, OSError, ModuleNotFoundError) as exc:
+            return _complain(name, exc, BAD_INPUT)
+        work()
     except KeyboardInterrupt:
-        print(f"\nfusedopt {options.command}: interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as exc:
-        print(f"fusedopt {options.command}: {exc}", file=sys.stderr)
-        return 2
+        return _complain(f"\n{name}", "interrupted", INTERRUPTED)
+    except MemoryError:
+        return _complain(name, "out of memory", FAILED)
+    except BrokenPipeError:
+        raise
+    except OSError as exc:
+        return _complain(name, exc, FAILED)
     return 0
+
+
+def _complain(who: str, what: object, status: int) -> int:
+    """Say it on one line; return the status."""
+    try:
+        print(f"{who}: {' '.join(str(what).split())}", file=sys.stderr, flush=True)
+    except OSError:
+        _discard()
+    return status
+
+
+def _discard() -> None:
+    """Throw away what the streams still hold, or Python would complain of it at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from fusedopt.bench.cases import CASES, DTYPES, OPTIMIZERS, Case
 from fusedopt.bench.contenders import LIMIT, OURS, ROWS
 from fusedopt.bench.measure import ALWAYS, Bench, Settings
 from fusedopt.bench.recording import Recording
+from fusedopt.cli import files
 
 QUICK_CASES = ("1k", "30k", "1M", "mlp", "resnet50")
 SCALING_CASES = ("1M", "50M")
@@ -97,18 +99,39 @@ def progress_bar(total: int) -> Iterator[Any]:
         yield show
 
 
-def run(options: argparse.Namespace) -> None:
-    """Measure, and say what was found; after Ctrl-C too."""
-    for path in (options.json, options.plot, options.report):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
-    if options.plot or options.report:
-        plots.check(options.plot)
+def prepare(options: argparse.Namespace) -> Callable[[], None]:
+    """Check the options, and return what measures."""
+    if options.json is not None:
+        files.to_write("--json", options.json)
+    if options.plot is not None:
+        files.to_draw("--plot", options.plot, "bench")
+    if options.report is not None:
+        files.pictures("bench")
+        if options.report.exists():
+            files.to_write("--report", options.report / "results.json")
+        else:
+            files.to_write("--report", options.report)
     if options.load is not None:
-        tell(Recording.load(options.load), options)
-        return
-    bench = prepare(options)
+        recording = loaded(options.load)
+        return lambda: tell(recording, options)
+    bench = make_bench(options)
     jobs = plan(bench, options)
+    return lambda: run(bench, jobs, options)
+
+
+def loaded(path: Path) -> Recording:
+    """Return a recording that can be told; ValueError or OSError naming the file."""
+    files.to_read("--load", path)
+    recording = Recording.load(path)
+    try:
+        report.text(recording)
+    except Exception as exc:  # its parts may be of any type
+        raise ValueError(f"{path}: not a recording of fusedopt bench: {exc!r}") from exc
+    return recording
+
+
+def run(bench: Bench, jobs: Sequence[Job], options: argparse.Namespace) -> None:
+    """Measure, and say what was found; after Ctrl-C too."""
     try:
         with progress_bar(sum(job.amount for job in jobs)) as bench.progress:
             for job in jobs:
@@ -119,13 +142,13 @@ def run(options: argparse.Namespace) -> None:
             tell(bench.recording, options)
 
 
-def prepare(options: argparse.Namespace) -> Bench:
+def make_bench(options: argparse.Namespace) -> Bench:
     """Return what the options ask for, checked."""
     rows = chosen("--contender", options.contender, ROWS)
     always = [ROWS[name] for name in ALWAYS]  # without them there is nothing to compare with
     rows = [row for row in ROWS.values() if row in rows or row in always]
-    if options.seconds is not None and not options.seconds > 0:
-        raise ValueError("--seconds: must be > 0")
+    if options.seconds is not None and not 0 < options.seconds < math.inf:
+        raise ValueError("--seconds: must be > 0 and finite")
     seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
     cache = options.cache or ("warm" if options.quick else "both")
     placements = QUICK_PLACEMENTS if options.quick else Settings.placements
@@ -170,7 +193,7 @@ class Job:
 
 def plan(bench: Bench, options: argparse.Namespace) -> list[Job]:
     """Return the parts of the run that the options ask for."""
-    threads = options.threads or fusedopt.get_num_threads()
+    threads = fusedopt.get_num_threads() if options.threads is None else options.threads
     machine.cpus(threads)  # complains where there are fewer
     steps = not (options.scaling or options.memory)
     everything = steps and options.report is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 DEMO = 'needs: pip install "fusedopt[demo]"'
 NAMES = ("x_train", "y_train", "x_test", "y_test")
+MOST_CLASSES = 1000  # the model's last layer, and the report, have a row for each
 
 
 @dataclass(frozen=True)
@@ -52,34 +52,61 @@ def digits() -> Data:
 
 def from_file(path: Path) -> Data:
     """Return the arrays of a .npz file, checked; ValueError or OSError naming it."""
-    try:
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            missing = [name for name in NAMES if name not in file.files]
-            if missing:
-                raise ValueError(f"no {', '.join(missing)} in it (expected {', '.join(NAMES)})")
-            x_train, y_train, x_test, y_test = (file[name] for name in NAMES)
-    except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as exc:
-        raise ValueError(f"{path}: {exc}") from exc
-    for part, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
+    arrays = _read(path)
+    for part in ("train", "test"):
+        x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
         where = f"{path}: x_{part}, y_{part}"
-        if y.ndim != 1 or len(x) != len(y) or x.ndim < 2 or len(y) == 0:
+        if x.ndim < 2 or y.ndim != 1 or len(x) != len(y) or x.size == 0:
             raise ValueError(
                 f"{where}: shapes {x.shape} and {y.shape}; expected one row and one label each"
             )
-        if not np.issubdtype(y.dtype, np.integer) or y.min() < 0:
-            raise ValueError(f"{where}: labels must be whole numbers from 0, got {y.dtype}")
-        if not np.issubdtype(x.dtype, np.number) or not np.isfinite(x).all():
-            raise ValueError(f"{where}: inputs must be finite numbers")
+        if y.dtype.kind not in "iu":
+            raise ValueError(f"{where}: labels must be whole numbers, got {y.dtype}")
+        if y.min() < 0 or y.max() >= MOST_CLASSES:
+            raise ValueError(
+                f"{where}: labels must be from 0 to {MOST_CLASSES - 1}, got {y.min()} to {y.max()}"
+            )
+        if x.dtype.kind not in "iuf":
+            raise ValueError(f"{where}: inputs must be real numbers, got {x.dtype}")
+        if not np.isfinite(x).all():
+            raise ValueError(f"{where}: inputs must be finite")
+    x_train, y_train, x_test, y_test = arrays.values()
     if x_train.shape[1:] != x_test.shape[1:]:
         raise ValueError(f"{path}: x_train has rows {x_train.shape[1:]}, x_test {x_test.shape[1:]}")
-    return _standardised(x_train, y_train, x_test, y_test)
+    data = _standardised(x_train, y_train, x_test, y_test)
+    if not (np.isfinite(data.x_train).all() and np.isfinite(data.x_test).all()):
+        raise ValueError(f"{path}: inputs are too far apart to be scaled to deviations of 1")
+    return data
+
+
+def _read(path: Path) -> dict[str, NDArray[Any]]:
+    """Return the members of a .npz file that have our names."""
+    try:
+        with open(path, "rb") as raw:
+            if raw.read(2) != b"PK":  # or NumPy would take it for a pickle
+                raise ValueError("not a .npz file")
+            raw.seek(0)
+            with np.load(raw, allow_pickle=False) as file:
+                missing = [name for name in NAMES if name not in file.files]
+                if missing:
+                    raise ValueError(f"no {', '.join(missing)} in it (expected {', '.join(NAMES)})")
+                arrays = {name: file[name] for name in NAMES}
+    except MemoryError as exc:
+        raise ValueError(f"{path}: claims more data than memory can hold") from exc
+    except Exception as exc:  # the parsers of others meet damaged bytes here, and raise anything
+        raise ValueError(f"{path}: {exc}") from exc
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):  # NumPy's answer to a foreign member is bytes
+            raise ValueError(f"{path}: {name} is not an array")
+    return arrays
 
 
 def _standardised(x_train: Any, y_train: Any, x_test: Any, y_test: Any) -> Data:
     """Scale every input by the mean and deviation that the training part has."""
     x_train, x_test = (np.asarray(x, np.float64).reshape(len(x), -1) for x in (x_train, x_test))
-    mean, deviation = x_train.mean(axis=0), x_train.std(axis=0)
-    deviation[deviation == 0] = 1  # a pixel that is always blank
-    scaled = (((x - mean) / deviation).astype(np.float32) for x in (x_train, x_test))
-    x_train, x_test = scaled
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean, deviation = x_train.mean(axis=0), x_train.std(axis=0)
+        deviation[deviation == 0] = 1  # a pixel that is always blank
+        deviation[np.isinf(deviation)] = np.nan
+        x_train, x_test = (((x - mean) / deviation).astype(np.float32) for x in (x_train, x_test))
     return Data(x_train, y_train.astype(np.int64), x_test, y_test.astype(np.int64))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 import fusedopt
 
@@ -11,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Take no options."""
 
 
-def run(options: argparse.Namespace) -> None:
-    """Print `fusedopt.info`, a line for each entry."""
-    for label, text in fusedopt.info().items():
-        print(f"{label:10} {text}")
+def prepare(options: argparse.Namespace) -> Callable[[], None]:
+    """Return what prints `fusedopt.info`, a line for each entry."""
+    lines = [f"{label:10} {text}" for label, text in fusedopt.info().items()]
+    return lambda: print("\n".join(lines))

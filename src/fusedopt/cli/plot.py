@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fusedopt.cli.data import DEMO
-
 
 def save_plot(path: Path, history: Mapping[str, Sequence[float]], title: str) -> None:
     """Draw loss, held-out accuracy and learning rate over the steps into a file."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as exc:
-        raise ModuleNotFoundError(f"--plot {DEMO}") from exc
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 7), layout="constrained")
     FigureCanvasAgg(figure)
     loss, accuracy, rate = figure.subplots(3, 1, sharex=True)
@@ -34,7 +30,4 @@ def save_plot(path: Path, history: Mapping[str, Sequence[float]], title: str) ->
     rate.set(ylabel="learning rate", xlabel="step")
     for axes in (loss, accuracy, rate):
         axes.grid(alpha=0.3)
-    try:
-        figure.savefig(path, dpi=120)
-    except ValueError as exc:  # an ending that names no picture format
-        raise ValueError(f"--plot {path}: {exc}") from exc
+    figure.savefig(path, dpi=120)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import methodcaller
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -17,17 +19,43 @@ from numpy.typing import NDArray
 import fusedopt
 from fusedopt import _checkpoint, _tree, reference, schedules
 from fusedopt.cli import data as data_module
-from fusedopt.cli import model
+from fusedopt.cli import files, model
 from fusedopt.cli.data import Data
 from fusedopt.cli.plot import save_plot
 from fusedopt.monitor import History
 
-# per optimizer: class, learning rate, schedule, epochs
-OPTIMIZERS: dict[str, tuple[str, float, str, int]] = {
-    "adam": ("Adam", 2e-3, "cosine", 10),
-    "adamw": ("AdamW", 2e-3, "cosine", 10),
-    "sgd": ("SGD", 5e-2, "cosine", 10),
-    "gd": ("SGD", 1e-1, "constant", 200),
+
+@dataclass(frozen=True)
+class Choice:
+    """A class of fusedopt with its defaults here; those of `options` differ from the class's."""
+
+    cls: str
+    lr: float
+    schedule: str = "cosine"
+    epochs: int = 10
+    options: Mapping[str, float] = field(default_factory=dict)
+    whole: bool = False  # one batch of all data
+
+    def default(self, name: str) -> float | None:
+        """Return the default of an option of the class, None if it has no such option."""
+        known = inspect.signature(getattr(fusedopt, self.cls)).parameters
+        value = known[name].default if name in known else None
+        return self.options.get(name, value)
+
+
+OPTIMIZERS = {
+    "adam": Choice("Adam", 2e-3),
+    "adamw": Choice("AdamW", 2e-3),
+    "lamb": Choice("LAMB", 5e-3),
+    "lars": Choice("LARS", 3.0),
+    "sgd": Choice("SGD", 5e-2, options={"momentum": 0.9}),
+    "gd": Choice("SGD", 1e-1, "constant", 200, whole=True),
+}
+# option here -> of the class, and what it is
+PENALTIES = {
+    "momentum": ("momentum", "momentum"),
+    "l1": ("l1", "L1 penalty"),
+    "l2": ("weight_decay", "L2 penalty; adamw, lamb: decoupled decay"),
 }
 # name -> (rate, steps of the whole run, steps of an epoch) -> schedule
 SCHEDULES: dict[str, Callable[[float, int, int], schedules.Schedule]] = {
@@ -40,23 +68,27 @@ SCHEDULES: dict[str, Callable[[float, int, int], schedules.Schedule]] = {
     "one-cycle": lambda lr, steps, epoch: schedules.one_cycle(lr, steps),
 }
 OPEN_ENDED = ("constant", "exponential", "step")  # these do not depend on the run's length
+MOST = 2**63 - 1  # more than any run can take
 # what fixes the path of a run, and so must agree when it is resumed
 FIXED = ("optimizer", "lr", "schedule", "warmup", "batch_size", "momentum", "l1", "l2", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
-    per = {k: f"{k} {v[1]:g}" for k, v in OPTIMIZERS.items()}
     add = parser.add_argument
+
+    def each(value: Callable[[Choice], Any]) -> str:
+        return ", ".join(f"{k} {x:g}" for k, v in OPTIMIZERS.items() if (x := value(v)) is not None)
+
     add("--optimizer", choices=OPTIMIZERS, default="adam", help="gd: full batch")
-    add("--lr", type=float, help=f"learning rate (default: {', '.join(per.values())})")
+    add("--lr", type=float, help=f"learning rate (default: {each(lambda c: c.lr)})")
     add("--schedule", choices=SCHEDULES, help="of the rate (default: cosine; gd constant)")
     add("--warmup", type=int, default=0, metavar="STEPS", help="linear rise before the schedule")
     add("--epochs", type=int, help="passes over the data (default: 10; gd 200)")
     add("--batch-size", type=int, default=32, help="rows of a step (gd: all)")
-    add("--momentum", type=float, help="of sgd (default: sgd 0.9, gd 0)")
-    add("--l1", type=float, default=0.0, help="L1 penalty (not adamw)")
-    add("--l2", type=float, help="L2 penalty; adamw: decoupled decay (default: 0; adamw 0.01)")
+    for option, (name, what) in PENALTIES.items():
+        values = each(methodcaller("default", name))
+        add(f"--{option}", type=float, help=f"{what} (default: {values})")
     add("--seed", type=int, default=0, help="of the parameters and of the order of the data")
     add("--data", type=Path, metavar="FILE.npz", help=", ".join(data_module.NAMES) + " of your own")
     add("--save", type=Path, metavar="CHECKPOINT", help="write parameters and optimizer each epoch")
@@ -88,33 +120,36 @@ class Run:
     )
 
 
-def settle(options: argparse.Namespace, data: Data) -> argparse.Namespace:
+def settle(options: argparse.Namespace) -> argparse.Namespace:
     """Return the options with the defaults that depend on others, checked."""
     settled = copy.copy(options)
-    _, lr, schedule, epochs = OPTIMIZERS[options.optimizer]
-    adaptive = options.optimizer in ("adam", "adamw")
-    defaults = {
-        "lr": lr,
-        "schedule": schedule,
-        "epochs": epochs,
-        "momentum": 0.9 if options.optimizer == "sgd" else 0.0,
-        "l2": 0.01 if options.optimizer == "adamw" else 0.0,
-    }
-    for name, value in defaults.items():
+    choice = OPTIMIZERS[options.optimizer]
+    for name in ("lr", "schedule", "epochs"):
         if getattr(options, name) is None:
-            setattr(settled, name, value)
-    if adaptive and options.momentum is not None:
-        raise ValueError("--momentum: goes with --optimizer sgd or gd")
-    if options.optimizer == "adamw" and options.l1:
-        raise ValueError("--l1: does not go with adamw; use adam")
-    if options.optimizer == "gd":
-        settled.batch_size = len(data.x_train)
+            setattr(settled, name, getattr(choice, name))
+    for option, (name, _) in PENALTIES.items():
+        default = choice.default(name)
+        if getattr(options, option) is None:
+            setattr(settled, option, default or 0.0)
+        elif default is None:
+            able = [k for k, c in OPTIMIZERS.items() if c.default(name) is not None]
+            raise ValueError(f"--{option}: goes with --optimizer {', '.join(able)}")
     for name, least in (("epochs", 1), ("batch_size", 1), ("warmup", 0), ("seed", 0)):
-        if getattr(settled, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')}: must be >= {least}")
-    for path in (settled.save, settled.plot, settled.monitor):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
+        if not least <= getattr(settled, name) <= MOST:
+            raise ValueError(f"--{name.replace('_', '-')}: must be >= {least} and <= {MOST}")
+    if settled.data is not None:
+        files.to_read("--data", settled.data)
+    if settled.resume is not None:
+        files.to_read("--resume", settled.resume)
+    if settled.save is not None:
+        if _checkpoint._known(settled.save).suffix == ".safetensors":
+            _checkpoint._safetensors()  # complains where it is not installed
+        files.to_write("--save", settled.save)
+        if settled.data is not None and settled.save.resolve() == settled.data.resolve():
+            raise ValueError(f"--save {settled.save}: would overwrite --data")
+    for option, path in (("--plot", settled.plot), ("--monitor", settled.monitor)):
+        if path not in (None, Path()):
+            files.to_draw(option, path, "demo")
     return settled
 
 
@@ -125,12 +160,13 @@ def make_optimizer(module: Any, params: model.Params, o: argparse.Namespace, dat
     lr = SCHEDULES[o.schedule](o.lr, steps, epoch_steps)
     if o.warmup:
         lr = schedules.warmup(o.warmup, lr)
-    kind: dict[str, Any] = {"lr": lr, "weight_decay": o.l2}
-    if o.optimizer != "adamw":
-        kind["l1"] = o.l1
-    if o.optimizer in ("sgd", "gd"):
-        kind["momentum"] = o.momentum
-    return getattr(module, OPTIMIZERS[o.optimizer][0])(params, **kind)
+    choice = OPTIMIZERS[o.optimizer]
+    kind = {
+        name: getattr(o, option)
+        for option, (name, _) in PENALTIES.items()
+        if choice.default(name) is not None
+    }
+    return getattr(module, choice.cls)(params, lr=lr, **kind)
 
 
 def batches(data: Data, o: argparse.Namespace, epoch: int) -> Iterator[NDArray[np.intp]]:
@@ -194,28 +230,43 @@ def resume(path: Path, state: Run, opt: Any, data: Data, o: argparse.Namespace) 
         if epochs != o.epochs and o.schedule not in OPEN_ENDED:
             raise ValueError(f"was made with --epochs {epochs}, which {o.schedule} depends on")
         leaves = dict(_tree.leaves("params", state.params))
-        if {n: a.shape for n, a in saved.items()} != {n: a.shape for n, a in leaves.items()}:
+        if {n: (a.shape, a.dtype) for n, a in saved.items()} != {
+            n: (a.shape, a.dtype) for n, a in leaves.items()
+        }:
             raise ValueError("holds another model")
+        kinds = {type(x) for column in history.values() for x in column}
+        if history.keys() != state.history.keys() or not kinds <= {int, float}:
+            raise ValueError("its history is damaged")
+        if type(epoch) is not int or not 0 <= epoch <= epochs:
+            raise ValueError(f"its epoch is {epoch!r} of {epochs!r}")
         opt.load_state_dict(_checkpoint.unpack(inner, meta["optimizer"]))
-    except (KeyError, TypeError, ValueError) as exc:
+    except (KeyError, TypeError, AttributeError, ValueError) as exc:
         raise ValueError(f"{path}: not a checkpoint that this run can go on from: {exc}") from exc
     for name, array in saved.items():
         leaves[name][...] = array
     state.epoch, state.history = epoch, history
 
 
-def run(options: argparse.Namespace) -> None:
-    """Train, evaluate and report."""
+def prepare(options: argparse.Namespace) -> Callable[[], None]:
+    """Read the data and a checkpoint, check all options, and return the run."""
     try:
         from tqdm import tqdm
     except ModuleNotFoundError as exc:
         raise ModuleNotFoundError(f"train {data_module.DEMO}") from exc
-    data = data_module.digits() if options.data is None else data_module.from_file(options.data)
-    o = settle(options, data)
+    o = settle(options)
+    data = data_module.digits() if o.data is None else data_module.from_file(o.data)
+    if OPTIMIZERS[o.optimizer].whole:
+        o.batch_size = len(data.x_train)
     state = Run(model.init(data.x_train.shape[1], data.classes, o.seed))
     opt = make_optimizer(fusedopt, state.params, o, data)
     if o.resume is not None:
         resume(o.resume, state, opt, data, o)
+    return lambda: run(state, opt, data, o, tqdm)
+
+
+def run(state: Run, opt: Any, data: Data, o: argparse.Namespace, tqdm: Any) -> None:
+    """Train, evaluate and report."""
+    if o.resume is not None:
         print(f"resumed after epoch {state.epoch}")
     shadow = copy.deepcopy(state.params)
     twin = None if o.no_reference else make_optimizer(reference, shadow, o, data)
@@ -235,7 +286,7 @@ def run(options: argparse.Namespace) -> None:
             if o.save is not None:
                 save(o.save, state, opt, data, o)
     report(state, None if twin is None else shadow, data)
-    if o.monitor is not None:
+    if o.monitor is not None and monitor.steps:  # a finished run that was resumed takes none
         tell(monitor, o.monitor)
     if o.plot is not None:
         title = f"{type(opt).__name__}, {o.schedule} schedule, batches of {o.batch_size}"
