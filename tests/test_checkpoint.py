@@ -1,7 +1,9 @@
 """Files: exact round trips, damage refused, the old file never lost."""
 
+import copy
 import json
 import os
+import pickle
 import signal
 import time
 import zipfile
@@ -379,7 +381,14 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("suffix", [*SUFFIXES, "dict"])
+COPIES = {
+    "dict": lambda state: state,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda state: pickle.loads(pickle.dumps(state)),
+}
+
+
+@pytest.mark.parametrize("suffix", [*SUFFIXES, *COPIES])
 @pytest.mark.parametrize("state_dtype", ["int8", "bfloat16", None])
 @pytest.mark.parametrize("there", ORDERS)
 @pytest.mark.parametrize("here", ORDERS)
@@ -393,12 +402,12 @@ def test_state_of_other_memory_orders(tmp_path, here, there, state_dtype, suffix
     opt, other = fusedopt.Adam([p], **options), fusedopt.Adam([q], **options)
     for _ in range(3):
         opt.step([ORDERS[here](grad)])
-    if suffix != "dict":
+    if suffix not in COPIES:
         opt.save(tmp_path / f"x{suffix}")
 
     def load(**how):
-        if suffix == "dict":
-            other.load_state_dict(opt.state_dict(), **how)
+        if suffix in COPIES:
+            other.load_state_dict(COPIES[suffix](opt.state_dict()), **how)
         else:
             other.load(tmp_path / f"x{suffix}", **how)
 

@@ -26,7 +26,7 @@ from typing import IO, Any
 import numpy as np
 
 from fusedopt._check import Array
-from fusedopt.formats import FORMATS, Stored, memory_order
+from fusedopt.formats import FORMATS, Stored, in_order, memory_order
 
 try:
     import fcntl
@@ -88,13 +88,11 @@ def unpack(arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> dict[str, An
             if key.endswith(_EXTRA) and key.removesuffix(_EXTRA) in formats:
                 continue
             leaf, _, name = key.rpartition(".")
-            if key in orders:
-                array = array.transpose(np.argsort(orders[key]))
-            state[leaf][name] = (
-                Stored(formats[key], array, arrays.get(f"{key}{_EXTRA}"))
-                if key in formats
-                else array
-            )
+            state[leaf][name] = array
+            if key in formats:
+                order = orders.get(key, range(array.ndim))
+                extra = arrays.get(f"{key}{_EXTRA}")
+                state[leaf][name] = in_order(formats[key], array, extra, order)
         about = {key: meta[key] for key in ("optimizer", "step", "param_groups")}
         return {**about, "state": state}
     except (KeyError, TypeError, ValueError, AttributeError) as exc:

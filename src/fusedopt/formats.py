@@ -100,6 +100,11 @@ class Stored:
         """Return the arrays that it consists of."""
         return [self.data] if self.extra is None else [self.data, self.extra]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Keep the memory order in copies and pickles, as blocks follow it; NumPy's would not."""
+        order = memory_order(self.data)
+        return in_order, (self.format, self.data.transpose(order), self.extra, order)
+
     def decode(self) -> NDArray[np.float32]:
         """Return the numbers, as a new float32 array of the same shape and memory order."""
         out = np.empty_like(self.data, np.float32, subok=False)
@@ -112,6 +117,11 @@ class Stored:
         Noise is that of `key`.
         """
         encode(self, flat(values), key)
+
+
+def in_order(name: str, data: Array, extra: Array | None, order: list[int]) -> Stored:
+    """Return codes that lie in memory as `data` does, where its axes are in `order`."""
+    return Stored(name, data.transpose(np.argsort(order)), extra)
 
 
 def memory_order(array: Array) -> list[int]:
