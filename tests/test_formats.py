@@ -48,7 +48,7 @@ def raw(array):
 
 
 def state_format(case, k, kind):
-    is_square = getattr(fusedopt, case.cls).state_is_square[k]
+    is_square = getattr(fusedopt, case.cls).rule.states[k].squared
     return {"float32": "float32", "bfloat16": "bfloat16-stochastic"}.get(
         kind, "uint8" if is_square else "int8"
     )

@@ -3,7 +3,6 @@
 import inspect
 from pathlib import Path
 
-import numpy as np
 import pytest
 from cases import CASES
 
@@ -27,10 +26,10 @@ def test_three_files_of_one_name(rule):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_class_cases_and_readme(rule):
-    assert any(c.rule == rule for c in CLASSES)
+    assert any(c.rule.name == rule for c in CLASSES)
     assert any(case.rule == rule for case in CASES)
     readme = (ROOT / "README.md").read_text()
-    for cls in (c for c in CLASSES if c.rule == rule):
+    for cls in (c for c in CLASSES if c.rule.name == rule):
         assert f"| `{cls.__name__}` |" in readme
         assert any(case.cls == cls.__name__ for case in CASES)
 
@@ -38,12 +37,13 @@ def test_class_cases_and_readme(rule):
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
 def test_class_fits_the_table(cls):
     """State and scalars of the class are those of the C rule, in number and by name."""
-    _, scalars, states, required = RULES[cls.rule]
-    assert len(cls.state_names) == states
-    options = cls([np.ones(1)])._groups[0].options
-    assert sum(cls.uses(options)) >= required
-    assert set(cls.scalars(1, options)) == {*scalars, "grad_scale", "l2", "l1"}
-    assert all(isinstance(value, float) for value in cls.scalars(1, options).values())
+    rule = cls.rule
+    _, scalars, states, required = RULES[rule.name]
+    assert len(rule.states) == states
+    assert sum(rule.uses(rule.defaults)) >= required
+    hyper = rule.hyper(1, rule.defaults)
+    assert set(hyper) == {*scalars, "grad_scale", "l2", "l1", "ema_weight"}
+    assert all(isinstance(value, float) for value in hyper.values())
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
@@ -51,7 +51,7 @@ def test_reference_class_has_the_same_signature(cls):
     plain = getattr(reference, cls.__name__)
     assert issubclass(plain, cls)
     assert inspect.signature(plain) == inspect.signature(cls)
-    assert list(inspect.signature(cls).parameters)[1:] == [*cls.checks, "threads"]
+    assert list(inspect.signature(cls).parameters)[1:] == [*cls.rule.checks, "threads"]
 
 
 @pytest.mark.parametrize("name", functional.__all__)

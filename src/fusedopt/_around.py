@@ -26,11 +26,6 @@ NOTHING, LEAF, PARAM = range(3)  # fo_measures
 NONFINITE = ("propagate", "skip", "raise")
 
 
-def ema_weight(step: int, decay: float, warmup: bool) -> float:
-    """Return the weight with which the parameter enters its average in a step, from 1."""
-    return 1 - (min(decay, (1 + step) / (10 + step)) if warmup else decay)
-
-
 @dataclass(frozen=True, slots=True)
 class Around:
     """The options of a step, checked."""

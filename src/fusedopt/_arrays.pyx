@@ -364,16 +364,13 @@ cdef class ArrayList:
         leaf.grad.format = <fo_format>format
         return self.refuse_alias(&self.spans, i, GRAD, &held.grad)
 
-    cdef ptrdiff_t hyper(self, dict seen, int group, object step, object scalars,
-                         list options) except -1:
+    cdef ptrdiff_t constants(self, dict seen, int group, object step, object hyper,
+                             list options) except -1:
         """Index of the constants of a group at a step; computed once per step of the list."""
         cdef dict values
         index = seen.get((group, step))
         if index is None:
-            values = scalars(step, options[group])
-            decay, warmup = options[group].get("ema"), options[group].get("ema_warmup", False)
-            if decay is not None:
-                values["ema_weight"] = _around.ema_weight(step, decay, warmup)
+            values = hyper(step, options[group])
             index = seen[(group, step)] = add_constants(&self.hypers, self.scalar_names, values)
         return index
 
@@ -478,7 +475,7 @@ cdef class ArrayList:
         present = [i for i in range(self.n) if grads[i] is not None]
         return present, table[present]
 
-    def step(self, prepare, grads, scalars, int threads, plain=None, around=None,
+    def step(self, prepare, grads, hyper, int threads, plain=None, around=None,
              ArrayList source=None):
         """One step of all leaves that have a gradient; either all of it happens or none.
 
@@ -491,8 +488,8 @@ cdef class ArrayList:
             A gradient for each leaf, None leaves it out; and the options of each group.
         grads
             What `prepare` gets.
-        scalars : callable(step, options) -> dict
-            The rule's scalars by name, and grad_scale, l2 and l1.
+        hyper : callable(step, options) -> dict
+            The constants of a step by name: see `Rule.hyper`.
         threads : int
         plain : reference.Plain, optional
             Does the arithmetic in the place of C, after the same checks.
@@ -522,7 +519,7 @@ cdef class ArrayList:
                 source.claim()
             try:
                 gradients, options = prepare(grads)
-                return self.run(gradients, scalars, options, threads, plain, around, source)
+                return self.run(gradients, hyper, options, threads, plain, around, source)
             finally:
                 if source is not None:
                     source.release()
@@ -530,7 +527,7 @@ cdef class ArrayList:
             fo_leave_ieee(before)
             self.release()
 
-    cdef tuple run(self, list grads, scalars, list options, int threads, plain, around,
+    cdef tuple run(self, list grads, hyper, list options, int threads, plain, around,
                    ArrayList source):
         cdef ptrdiff_t i, n = self.n, updated = 0, index = 0
         cdef int group = -1
@@ -557,7 +554,7 @@ cdef class ArrayList:
                 updated += 1
                 if self.held[i].group != group or self.held[i].step != step:
                     group, step = self.held[i].group, self.held[i].step
-                    index = self.hyper(seen, group, step + 1, scalars, options)
+                    index = self.constants(seen, group, step + 1, hyper, options)
                 self.leaves[i].hyper = index
                 self.leaves[i].grad_scale = scale
                 if self.held[i].noisy:

@@ -82,7 +82,7 @@ cdef ptrdiff_t add_constants(Hypers *hypers, list names, dict values) except -1:
         hypers.room = 2 * hypers.room + 4
     h = &hypers.of[hypers.n]
     h.grad_scale, h.l2, h.l1 = values["grad_scale"], values["l2"], values["l1"]
-    h.ema_weight = values.get("ema_weight", 0)
+    h.ema_weight = values["ema_weight"]
     for k, name in enumerate(names):
         h.scalars[k] = values[name]
     hypers.n += 1

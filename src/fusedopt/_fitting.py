@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from fusedopt import _check, _storage
 from fusedopt._check import Array
+from fusedopt.rule import Options
 
 if TYPE_CHECKING:
-    from fusedopt._groups import Options
     from fusedopt.optimizer import Optimizer
 
 
@@ -42,9 +42,9 @@ def _states(
         )
     unused = []  # by leaf
     for group, its in zip(optimizer._groups, options, strict=True):
-        used = zip(optimizer.state_names, optimizer.uses(its), strict=True)
+        used = zip(optimizer.rule.state_names, optimizer.rule.uses(its), strict=True)
         unused += [{name for name, use in used if not use}] * len(group.leaves)
-    slots = {name: 1 + k for k, name in enumerate(optimizer._slots)}  # of others it is 0
+    slots = {name: 1 + k for k, name in enumerate(optimizer.rule.slots)}  # of others it is 0
     steps, pairs = [], []
     for leaf, (name, arrays) in enumerate(ours.items()):
         given = state[name]
@@ -77,14 +77,15 @@ def _groups(optimizer: Optimizer, given: Sequence[Any], convert: bool) -> list[O
     for i, (group, own) in enumerate(zip(given, optimizer._groups, strict=True)):
         where = f"state dict: param_groups[{i}]"
         mine = optimizer._options_now(own, optimizer.param_groups[i])
-        if not isinstance(group, Mapping) or any(name not in group for name in optimizer.checks):
-            raise ValueError(f"{where}: expected {', '.join(optimizer.checks)}")
-        options = {name: group[name] for name in optimizer.checks}
+        names = optimizer.rule.checks
+        if not isinstance(group, Mapping) or any(name not in group for name in names):
+            raise ValueError(f"{where}: expected {', '.join(names)}")
+        options = {name: group[name] for name in names}
         if options["lr"] is None or callable(mine["lr"]):
             options["lr"] = mine["lr"]
         if convert:
             options |= {name: mine[name] for name in _storage.FIXED}
-        checked = optimizer.check_options(options, f"{where}.")
+        checked = optimizer.rule.check(options, f"{where}.")
         lacking = optimizer._lacking_state(own, checked)
         if lacking is not None:
             raise ValueError(

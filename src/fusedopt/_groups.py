@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fusedopt import _tree
-
-Options = dict[str, Any]
-Check = Callable[[str, Any], Any]
+from fusedopt.rule import Check, Options
 
 _IMMUTABLE = (int, float, bool, str, type(None))
 

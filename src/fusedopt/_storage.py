@@ -6,7 +6,7 @@ never learns how its arrays are stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -15,25 +15,10 @@ import numpy as np
 from fusedopt import _check, _core, formats
 from fusedopt._check import Array
 from fusedopt.formats import FORMATS, Stored, extra_shape, is_bfloat16
+from fusedopt.rule import Options, Rule
 
 Spec = tuple[tuple[int, ...], Any, tuple[int, ...] | None]  # an array's shape, dtype, strides
 
-CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "state_dtype": _check.choice(None, "float32", "bfloat16", "int8"),
-    "master_bits": _check.choice(None, 16, 24, 32),
-    "min_8bit_size": _check.count,
-    "seed": _check.count,
-    "ema": _check.optional(_check.decay_rate),
-    "ema_warmup": _check.flag,
-}
-DEFAULTS = {
-    "state_dtype": None,
-    "master_bits": None,
-    "min_8bit_size": 4096,
-    "seed": 0,
-    "ema": None,
-    "ema_warmup": False,
-}
 FIXED = ("state_dtype", "master_bits", "min_8bit_size")  # once the arrays are made
 
 _MASTERS = {32: "bfloat16+int16", 24: "bfloat16+int8", 16: "bfloat16-stochastic"}
@@ -82,9 +67,8 @@ def _param_format(name: str, param: Array, options: Mapping[str, Any]) -> str | 
 def allocate(
     names: Sequence[str],
     params: Sequence[Any],
-    used: Sequence[bool],
-    is_square: Sequence[bool],
-    options: Mapping[str, Any],
+    rule: Rule,
+    options: Options,
 ) -> tuple[list[Array | Stored], list[list[Array | Stored | None]]]:
     """Check the parameters and make their states; return both, as arrays or `Stored`.
 
@@ -103,8 +87,8 @@ def allocate(
                 "parameter; its state is float64"
             )
         formats = [
-            _state_format(array, square, options) if use else None
-            for use, square in zip(used, is_square, strict=True)
+            _state_format(array, state.squared, options) if use else None
+            for use, state in zip(rule.uses(options), rule.states, strict=True)
         ]
         plans.append((checked, own, formats))
         if own is not None and FORMATS[own][1] is not None:

@@ -797,4 +797,4 @@ cdef class TensorList:
         name = self.name(owner, self.spans.of[i].leaf)
         if slot == EMA:
             return f"{name}.ema"
-        return name if slot == 0 else f"{name}.{owner._numpy.state_names[slot - 1]}"
+        return name if slot == 0 else f"{name}.{owner._rule.state_names[slot - 1]}"

@@ -12,8 +12,8 @@ from fusedopt.formats import Stored
 
 # p - (-1) * g: the C rule that adds, with its constants
 _ADD = {
-    "grad_scale": 1.0, "l2": 0.0, "l1": 0.0, "lr": -1.0, "momentum": 0.0, "w": 1.0,
-    "nesterov": 0.0, "first": 0.0,
+    "grad_scale": 1.0, "l2": 0.0, "l1": 0.0, "ema_weight": 0.0,
+    "lr": -1.0, "momentum": 0.0, "w": 1.0, "nesterov": 0.0, "first": 0.0,
 }  # fmt: skip
 
 

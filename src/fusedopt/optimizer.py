@@ -6,10 +6,11 @@ of a step; this file knows no rule.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, get_type_hints
 
 from fusedopt import (
     _around,
@@ -24,9 +25,9 @@ from fusedopt import (
 )  # fmt: skip
 from fusedopt._around import StepResult, StepStats
 from fusedopt._check import Array
-from fusedopt._groups import Check, Options
 from fusedopt.accumulate import GradAccumulator
 from fusedopt.formats import Stored
+from fusedopt.rule import Common, Options, Rule
 
 
 class Optimizer:
@@ -64,46 +65,32 @@ class Optimizer:
         moment. No part of a checkpoint.
     """
 
-    rule: ClassVar[str]
-    state_names: ClassVar[tuple[str, ...]]
-    state_is_square: ClassVar[tuple[bool, ...]]  # whether each is a mean of squares, so never < 0
-    checks: ClassVar[dict[str, Check]]  # an option's name -> its check, for every option
+    rule: ClassVar[Rule]
     _is_plain = False  # whether the arithmetic is done in NumPy; see fusedopt.reference
 
-    @staticmethod
-    def uses(options: Options) -> tuple[bool, ...]:
-        """Return for each of `state_names` whether these options need it."""
-        raise NotImplementedError
+    def __init_subclass__(cls) -> None:
+        """Show the options that all have by name where the signature is asked for."""
+        if "rule" in vars(cls):
+            shown = inspect.signature(cls.__init__)
+            own = [p for p in shown.parameters.values() if p.kind is not p.VAR_KEYWORD][1:]
+            common = [
+                inspect.Parameter(
+                    name, inspect.Parameter.KEYWORD_ONLY, default=cls.rule.defaults.get(name),
+                    annotation=kind,
+                )
+                for name, kind in get_type_hints(Common).items()
+            ]  # fmt: skip
+            cls.__signature__ = shown.replace(parameters=own + common)  # type: ignore[attr-defined]
 
-    @staticmethod
-    def scalars(step: int, options: Options) -> dict[str, float]:
-        """Return the constants of a step by name, in double: computed here and nowhere else."""
-        raise NotImplementedError
-
-    @property
-    def _slots(self) -> tuple[str, ...]:
-        return (*self.state_names, "ema")
-
-    @classmethod
-    def check_options(cls, options: Options, where: str) -> Options:
-        """Return `options` with every value checked; `where` begins the messages."""
-        return {
-            name: value
-            if name == "lr" and callable(value := options[name])
-            else check(where + name, options[name])
-            for name, check in cls.checks.items()
-        }
-
-    def __init__(self, params: Any, *, threads: int | None = None, **defaults: Any) -> None:
-        """Take over the leaves of `params`; `defaults` holds a value for each option."""
+    def __init__(self, params: Any, *, threads: int | None = None, **options: Any) -> None:
+        """Take over the leaves of `params`."""
         if not hasattr(self, "rule"):
             raise TypeError("Optimizer is the base class; make an Adam, AdamW, SGD, ...")
         self._threads = None if threads is None else _threads.check("threads", threads)
-        self.defaults: Options = self.check_options(
-            {name: defaults[name] for name in self.checks}, where=""
-        )
+        _groups.refuse_unknown(type(self).__name__, options, self.rule.checks)
+        self.defaults: Options = self.rule.check(self.rule.defaults | options)
         self.param_groups: list[Options] = []
-        self._work = _arrays.ArrayList(self.rule, self.state_names)
+        self._work = _arrays.ArrayList(self.rule.name, self.rule.state_names)
         self._groups: list[_groups.Group] = []
         self._bare = not _tree.is_groups(params)
         for group in [{"params": params}] if self._bare else params:
@@ -141,9 +128,9 @@ class Optimizer:
         where = "" if self._bare and number == 0 else f"params[{number}]"
         if not isinstance(group, Mapping) or "params" not in group:
             raise TypeError(f"{where}: expected a dict with 'params', got {type(group).__name__}")
-        _groups.refuse_unknown(where, group, self.checks)
-        options = self.check_options(
-            {name: group.get(name, self.defaults[name]) for name in self.checks},
+        _groups.refuse_unknown(where, group, self.rule.checks)
+        options = self.rule.check(
+            {name: group.get(name, self.defaults[name]) for name in self.rule.checks},
             where=where and f"{where}.",
         )
         tree, root = group["params"], f"{where}['params']" if where else "params"
@@ -155,9 +142,7 @@ class Optimizer:
             if name in taken:
                 raise ValueError(f"{name}: two parameters have this name; use other dict keys")
             taken.add(name)
-        stored, states = _storage.allocate(
-            names, params, self.uses(options), self.state_is_square, options
-        )
+        stored, states = _storage.allocate(names, params, self.rule, options)
         shown, old = {"params": tree, **options}, len(self._work)
         leaves, nodes = range(old, old + len(names)), list(_tree.nodes(root, tree))
         made = _groups.Group(tree, _tree.reader(tree), nodes, leaves, options, dict(shown))
@@ -189,7 +174,7 @@ class Optimizer:
             zip(self._work.names, self._work.stored, self._work.states, strict=True)
         ):
             state[name] = {"step": self._work.get_step(i)} | {
-                key: a for key, a in zip(self._slots, arrays, strict=True) if a is not None
+                key: a for key, a in zip(self.rule.slots, arrays, strict=True) if a is not None
             }
             if isinstance(stored, Stored) and stored.extra is not None:
                 state[name]["residual"] = stored.extra
@@ -221,13 +206,13 @@ class Optimizer:
             ``resident``, bytes kept between steps, and ``moved``, bytes read and written by a step
             that finds nothing in the cache. Gradients are the caller's and count as moved only.
         """
-        return _storage.memory(self._work.stored, self._work.states, self._slots, grad_itemsize)
+        return _storage.memory(self._work.stored, self._work.states, self.rule.slots, grad_itemsize)
 
     def __repr__(self) -> str:
         """Name, options of the groups, and size."""
         total = sum(param.size for param in self._work.params)
         groups = "; ".join(
-            ", ".join(f"{name}={group[name]!r}" for name in self.checks)
+            ", ".join(f"{name}={group[name]!r}" for name in self.rule.checks)
             for group in self.param_groups
         )
         return f"{type(self).__name__}({len(self._work)} arrays, {total:,} elements; {groups})"
@@ -317,7 +302,9 @@ class Optimizer:
             and grad_scale == 1 and norm_type == 2 and nonfinite == "propagate"
             and not (per_tensor or stats or zero_grads) and accumulator is None
         ):  # fmt: skip
-            return StepResult(*self._work.step(self._prepare, grads, self.scalars, threads, plain))
+            return StepResult(
+                *self._work.step(self._prepare, grads, self.rule.hyper, threads, plain)
+            )
         how = _around.around(
             grad_scale=grad_scale,
             max_grad_norm=max_grad_norm,
@@ -331,7 +318,7 @@ class Optimizer:
             knows_norm=accumulator is not None,
         )
         number, updated, (skipped, norm, factor, table) = self._work.step(
-            self._prepare, grads, self.scalars, threads, plain, how, accumulator
+            self._prepare, grads, self.rule.hyper, threads, plain, how, accumulator
         )
         measured = None
         if table is not None:
@@ -377,11 +364,11 @@ class Optimizer:
             raise ValueError(f"param_groups[{i}]['params']: was replaced; use add_param_group")
         if not group.is_unchanged(given):
             where = f"param_groups[{i}]"
-            _groups.refuse_unknown(where, given, self.checks)
-            missing = [name for name in self.checks if name not in given]
+            _groups.refuse_unknown(where, given, self.rule.checks)
+            missing = [name for name in self.rule.checks if name not in given]
             if missing:
                 raise ValueError(f"{where}: has no {missing[0]!r}, an option that steps need")
-            options = self.check_options(given, f"{where}.")
+            options = self.rule.check(given, f"{where}.")
             _storage.refuse_change(f"{where}.", group.options, options)
             lacking = self._lacking_state(group, options)
             if lacking is not None:
@@ -390,24 +377,25 @@ class Optimizer:
                     "set them when the optimizer is made"
                 )
             for leaf in group.leaves:
-                self._work.use_states(leaf, self.uses(options))
+                self._work.use_states(leaf, self.rule.uses(options))
             group.note(given, options)
         if callable(given["lr"]):
-            rate = self.checks["lr"](f"lr({step})", given["lr"](step))
+            rate = self.rule.checks["lr"](f"lr({step})", given["lr"](step))
             group.options = group.options | {"lr": rate}
 
     def _lacking_state(self, group: _groups.Group, options: Options) -> str | None:
         """Return the name of a state array that these options use and that a leaf has not."""
         states = self._work.states[group.leaves.start : group.leaves.stop]
-        for k, (name, use) in enumerate(zip(self.state_names, self.uses(options), strict=True)):
+        used = zip(self.rule.states, self.rule.uses(options), strict=True)
+        for k, (state, use) in enumerate(used):
             if use and any(arrays[k] is None for arrays in states):
-                return name
+                return state.name
         return None
 
     def _options_now(self, group: _groups.Group, given: Mapping[str, Any]) -> Options:
         """Return a group's options; in the place of one that no step takes, the last step's."""
         options = {}
-        for name, check in self.checks.items():
+        for name, check in self.rule.checks.items():
             try:
                 value = given[name]
                 options[name] = value if name == "lr" and callable(value) else check(name, value)

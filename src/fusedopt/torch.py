@@ -28,17 +28,18 @@ except ModuleNotFoundError as exc:
         'fusedopt.torch needs PyTorch 2.4 or newer: pip install "fusedopt[torch]"'
     ) from exc
 
-from fusedopt import _check, _storage, _tensors, _threads
+from fusedopt import _check, _tensors, _threads
 from fusedopt import _torch_plain as _plain
-from fusedopt._around import LEAF, NOTHING, Around, StepResult, StepStats, ema_weight
+from fusedopt._around import LEAF, NOTHING, Around, StepResult, StepStats
 from fusedopt._ieee import ieee
 from fusedopt.optim import adam as _adam
 from fusedopt.optim import sgd as _sgd
-from fusedopt.optimizer import Optimizer as _NumpyOptimizer
+from fusedopt.rule import COMMON, Rule
 
 __all__ = ["SGD", "Adam", "AdamW"]
 
 _OF_NO_GROUP = ("max_grad_norm", "stats")  # options in `defaults` only
+_COMMON = {option.name: option for option in COMMON}
 _PLAIN = frozenset({float, int, bool, str, list, type(None)})
 _RESIDUALS = {32: torch.int16, 24: torch.int8}  # by master_bits of a bfloat16 parameter
 
@@ -53,7 +54,7 @@ class _Fused:
     for what is not there yet, or not plain.
     """
 
-    _numpy: ClassVar[type[_NumpyOptimizer]]  # has the rule's name, state names and constants
+    _rule: ClassVar[Rule]
     _counts: ClassVar[bool]  # whether the state of a leaf has its number of steps
     _leaves: _tensors.TensorList | None = None
     last_step = StepResult(0, 0)  # what the last step measured, with max_grad_norm or stats
@@ -89,7 +90,7 @@ class _Fused:
             "ema": ema,
             "ema_warmup": ema_warmup,
         }
-        own = {name: value for name, value in own.items() if value != _storage.DEFAULTS[name]}
+        own = {name: value for name, value in own.items() if value != _COMMON[name].default}
         self._storage_options = _own_options(own)
         super().__init__(params, *args, **options)  # type: ignore[call-arg]
         self.defaults.update(self._storage_options)
@@ -139,7 +140,7 @@ class _Fused:
         if found_inf is not None and found_inf.item() != 0:
             return loss
         if self._leaves is None:
-            self._leaves = _new_list(self._numpy.rule)
+            self._leaves = _new_list(self._rule.name)
         groups = [self._plan(i, group) for i, group in enumerate(self.param_groups)]
         around = self._around()
         written, outcome = self._leaves.step(
@@ -258,7 +259,7 @@ class _Fused:
             As torch does; and naming state that does not fit. The optimizer is as it was.
         """
         loaded: dict[Any, dict[str, Any]] = {}
-        kept = [{k: v for k, v in g.items() if k in _storage.CHECKS} for g in self.param_groups]
+        kept = [{k: v for k, v in g.items() if k in _COMMON} for g in self.param_groups]
         hooks: Any = self
         last = hooks.register_load_state_dict_pre_hook(
             lambda _, final: loaded.update(self._converted(final))
@@ -289,11 +290,10 @@ class _Fused:
         self, group: int, i: int, param: Any, saved: Mapping[str, Any]
     ) -> dict[str, Any]:
         name, own = self._name(group, i), {}
-        rows = zip(self._numpy.state_names, self._numpy.state_is_square, strict=True)
-        for state, square in rows:
-            if _has(saved, state):
+        for state in self._rule.states:
+            if _has(saved, state.name):
                 dtype = self._state_dtype(group, param)
-                own.update(_plain.stored(name, param, state, square, saved, dtype))
+                own.update(_plain.stored(name, param, state.name, state.squared, saved, dtype))
         if saved.get("ema") is not None:
             own.update(_plain.stored(name, param, "ema", False, saved, _wide(param)))
         residual = saved.get("residual")
@@ -306,11 +306,11 @@ class _Fused:
     def _restore(self, loaded: dict[Any, dict[str, Any]], kept: list[dict[str, Any]]) -> None:
         """Put the loaded state, as it was before torch cast it, into our formats."""
         for group, own in zip(self.param_groups, kept, strict=True):
-            for name in _storage.CHECKS:
+            for name in _COMMON:
                 group.pop(name, None)
             group.update(own)
         ends = ("", _plain.CODES, _plain.BLOCKS)
-        foreign = [name + end for name in self._numpy.state_names for end in ends]
+        foreign = [name + end for name in self._rule.state_names for end in ends]
         for param, converted in loaded.items():
             own = self.state[param]
             for name in (*foreign, "residual"):
@@ -327,23 +327,18 @@ class _Fused:
     def _constants(self, group: int, step: int) -> dict[str, float]:
         """Return the constants of a step by name, with all that scales the gradient."""
         options = self._numbers(self.param_groups[group])
-        constants = self._rule(options).scalars(step, options)
         scale = getattr(self, "grad_scale", None)
-        if scale is not None:
-            constants["grad_scale"] /= scale.item()
-        if options.get("ema") is not None:
-            constants["ema_weight"] = ema_weight(
-                step, options["ema"], options.get("ema_warmup", False)
-            )
-        return constants
+        return self._rule_of(options).hyper(
+            step, options, grad_scale=1.0 if scale is None else 1.0 / scale.item()
+        )
 
-    def _rule(self, options: Mapping[str, Any]) -> type[_NumpyOptimizer]:
-        return self._numpy
+    def _rule_of(self, options: Mapping[str, Any]) -> Rule:
+        return self._rule
 
     @staticmethod
     def _numbers(group: Mapping[str, Any]) -> dict[str, Any]:
         """Return a group's options with numbers in the place of tensors of one element."""
-        options: dict[str, Any] = {"l1": 0.0, **group}
+        options = dict(group)
         for name, value in group.items():
             if type(value) in _PLAIN:
                 continue
@@ -357,7 +352,7 @@ class _Fused:
         """Return what the list must know of a group: see `TensorList.step`."""
         _refuse_options(f"param_groups[{i}]", group)
         averages = group.get("ema") is not None
-        columns = self._columns(self._numpy.uses(group), averages)  # type: ignore[arg-type]
+        columns = self._columns(self._rule.uses(group), averages)
         params = group["params"]
         params = params if type(params) is list else list(params)
         return params, *columns, _bits(group), group.get("seed", 0), averages
@@ -369,8 +364,8 @@ class _Fused:
 
         An average is never in codes: None stands for their name.
         """
-        rows = zip(cls._numpy.state_names, cls._numpy.state_is_square, used, strict=True)
-        columns = [(name, square) for name, square, use in rows if use]
+        rows = zip(cls._rule.states, used, strict=True)
+        columns = [(state.name, state.squared) for state, use in rows if use]
         columns += [("ema", False)] * averages
         names = tuple(name for name, _ in columns)
         codes = tuple(None if name == "ema" else name + _plain.CODES for name in names)
@@ -379,7 +374,8 @@ class _Fused:
 
     def _state_dtype(self, group: int, param: Any) -> Any:
         """Return the dtype in which state of a parameter is kept; float32 unless asked."""
-        options = {**_storage.DEFAULTS, **self.param_groups[group]}
+        options = {name: option.default for name, option in _COMMON.items()}
+        options |= self.param_groups[group]
         if param.dtype == torch.float64:
             return torch.float64
         if options["state_dtype"] == "bfloat16":
@@ -498,8 +494,8 @@ def _refuse_options(where: str, group: Mapping[str, Any]) -> None:
 def _own_options(options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """Return those of our own options that are given, checked."""
     return {
-        name: check(where + name, options[name])
-        for name, check in _storage.CHECKS.items()
+        name: option.check(where + name, options[name])
+        for name, option in _COMMON.items()
         if name in options
     }
 
@@ -535,12 +531,12 @@ def _new_list(rule: str) -> _tensors.TensorList:
 
 
 class _FusedAdam(_Fused):
-    _numpy = _adam.Adam
+    _rule = _adam.ADAM
     _counts = True
 
-    def _rule(self, options: Mapping[str, Any]) -> type[_NumpyOptimizer]:
+    def _rule_of(self, options: Mapping[str, Any]) -> Rule:
         decoupled = options.get("decoupled_weight_decay", isinstance(self, torch.optim.AdamW))
-        return _adam.AdamW if decoupled else _adam.Adam
+        return _adam.ADAMW if decoupled else _adam.ADAM
 
 
 class Adam(_FusedAdam, torch.optim.Adam):
@@ -626,5 +622,5 @@ class SGD(_Fused, torch.optim.SGD):
         As for `torch.optim.SGD` and `Adam`.
     """
 
-    _numpy = _sgd.SGD
+    _rule = _sgd.RULE
     _counts = False

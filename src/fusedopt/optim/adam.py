@@ -2,16 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import sqrt
-from typing import Any, ClassVar
+from typing import Any, Unpack
 
-from fusedopt import _check, _storage
-from fusedopt._check import Array
-from fusedopt._functional import apply
-from fusedopt._groups import Check, Options
-from fusedopt.formats import Stored
+from fusedopt import _check
+from fusedopt._functional import function
 from fusedopt.optimizer import Optimizer
+from fusedopt.rule import L1, MAXIMIZE, Common, Option, Rule, State
+
+
+def _constants(
+    step: int, lr: float, betas: tuple[float, float], eps: float, keep: float = 1.0, **_: Any
+) -> dict[str, float]:
+    beta1, beta2 = betas
+    return {
+        "keep": keep,
+        "w1": 1 - beta1,
+        "beta2": beta2,
+        "w2": 1 - beta2,
+        "root": sqrt(1 - beta2**step),
+        "eps": eps,
+        "step_size": lr / (1 - beta1**step),
+    }
+
+
+_OPTIONS = (
+    Option("lr", 1e-3, _check.nonnegative),
+    Option("betas", (0.9, 0.999), _check.decay_rates),
+    Option("eps", 1e-8, _check.nonnegative),
+)
+_AMSGRAD = Option("amsgrad", False, _check.flag)
+_STATES = (
+    State("exp_avg"),
+    State("exp_avg_sq", squared=True),
+    State("max_exp_avg_sq", squared=True, needs="amsgrad"),
+)
+ADAM = Rule(
+    name="adam",
+    options=(
+        *_OPTIONS,
+        Option("weight_decay", 0.0, _check.nonnegative, term="l2"),
+        L1,
+        _AMSGRAD,
+        MAXIMIZE,
+    ),
+    states=_STATES,
+    constants=_constants,
+)
+ADAMW = Rule(
+    name="adam",
+    options=(*_OPTIONS, Option("weight_decay", 1e-2, _check.nonnegative), _AMSGRAD, MAXIMIZE),
+    states=_STATES,
+    constants=lambda step, lr, weight_decay, **others: _constants(
+        step, lr, keep=1 - lr * weight_decay, **others
+    ),
+)
 
 
 class Adam(Optimizer):
@@ -38,7 +83,7 @@ class Adam(Optimizer):
         Divide by the largest second moment so far [2]_.
     maximize : bool, default False
         Go up the gradient.
-    state_dtype, master_bits, min_8bit_size, seed, ema, ema_warmup, threads
+    **common
         How arrays are stored, a running average of the parameters, threads; see `Optimizer`.
 
     Raises
@@ -71,19 +116,7 @@ class Adam(Optimizer):
            [0.5, 0.5, 0.5]], dtype=float32)
     """
 
-    rule = "adam"
-    state_names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-    state_is_square = (False, True, True)
-    checks: ClassVar[dict[str, Check]] = {
-        "lr": _check.nonnegative,
-        "betas": _check.decay_rates,
-        "eps": _check.nonnegative,
-        "weight_decay": _check.nonnegative,
-        "l1": _check.nonnegative,
-        "amsgrad": _check.flag,
-        "maximize": _check.flag,
-        **_storage.CHECKS,
-    }
+    rule = ADAM
 
     def __init__(
         self,
@@ -96,42 +129,13 @@ class Adam(Optimizer):
         l1: float = 0.0,
         amsgrad: bool = False,
         maximize: bool = False,
-        state_dtype: str | None = None,
-        master_bits: int | None = None,
-        min_8bit_size: int = 4096,
-        seed: int = 0,
-        ema: float | None = None,
-        ema_warmup: bool = False,
-        threads: int | None = None,
+        **common: Unpack[Common],
     ) -> None:
         """See the class."""
         super().__init__(
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            l1=l1,
-            amsgrad=amsgrad,
-            maximize=maximize,
-            state_dtype=state_dtype,
-            master_bits=master_bits,
-            min_8bit_size=min_8bit_size,
-            seed=seed,
-            ema=ema,
-            ema_warmup=ema_warmup,
-            threads=threads,
-        )
-
-    @staticmethod
-    def uses(options: Options) -> tuple[bool, ...]:
-        """Return which state these options need."""
-        return True, True, options["amsgrad"]
-
-    @staticmethod
-    def scalars(step: int, options: Options) -> dict[str, float]:
-        """Return the constants of a step, in double; names as in csrc/rules/adam.h."""
-        return _constants(step, options, options["weight_decay"], options["l1"], 1.0)
+            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, l1=l1,
+            amsgrad=amsgrad, maximize=maximize, **common,
+        )  # fmt: skip
 
 
 class AdamW(Adam):
@@ -140,8 +144,7 @@ class AdamW(Adam):
     Parameters
     ----------
     params, lr, betas, eps, amsgrad, maximize
-    state_dtype, master_bits, min_8bit_size, seed, ema, ema_warmup, threads
-        As for `Adam`.
+        As for `Adam`, and so is all in `common`.
     weight_decay : float, default 1e-2
         >= 0: before the update the parameter shrinks by the factor ``1 - lr * weight_decay``.
 
@@ -159,7 +162,7 @@ class AdamW(Adam):
     .. [1] Loshchilov & Hutter, ICLR 2019, Algorithm 2.
     """
 
-    checks: ClassVar[dict[str, Check]] = {k: v for k, v in Adam.checks.items() if k != "l1"}
+    rule = ADAMW
 
     def __init__(
         self,
@@ -171,144 +174,13 @@ class AdamW(Adam):
         *,
         amsgrad: bool = False,
         maximize: bool = False,
-        state_dtype: str | None = None,
-        master_bits: int | None = None,
-        min_8bit_size: int = 4096,
-        seed: int = 0,
-        ema: float | None = None,
-        ema_warmup: bool = False,
-        threads: int | None = None,
+        **common: Unpack[Common],
     ) -> None:
         """See the class."""
         Optimizer.__init__(
-            self,
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            amsgrad=amsgrad,
-            maximize=maximize,
-            state_dtype=state_dtype,
-            master_bits=master_bits,
-            min_8bit_size=min_8bit_size,
-            seed=seed,
-            ema=ema,
-            ema_warmup=ema_warmup,
-            threads=threads,
-        )
-
-    @staticmethod
-    def scalars(step: int, options: Options) -> dict[str, float]:
-        """Return the constants of a step: Adam's, with the decay as a factor."""
-        keep = 1 - options["lr"] * options["weight_decay"]
-        return _constants(step, options, 0.0, 0.0, keep)
+            self, params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad,
+            maximize=maximize, **common,
+        )  # fmt: skip
 
 
-def _constants(step: int, options: Options, l2: float, l1: float, keep: float) -> dict[str, float]:
-    beta1, beta2 = options["betas"]
-    return {
-        "grad_scale": -1.0 if options["maximize"] else 1.0,
-        "l2": l2,
-        "l1": l1,
-        "keep": keep,
-        "w1": 1 - beta1,
-        "beta2": beta2,
-        "w2": 1 - beta2,
-        "root": sqrt(1 - beta2**step),
-        "eps": options["eps"],
-        "step_size": options["lr"] / (1 - beta1**step),
-    }
-
-
-def adam(
-    params: Sequence[Array | Stored],
-    grads: Sequence[Array | None],
-    exp_avgs: Sequence[Array | Stored],
-    exp_avg_sqs: Sequence[Array | Stored],
-    max_exp_avg_sqs: Sequence[Array | Stored] | None = None,
-    *,
-    step: int,
-    lr: float = 1e-3,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    l1: float = 0.0,
-    maximize: bool = False,
-    seed: int = 0,
-) -> None:
-    """Take one `Adam` step on lists of arrays, in place.
-
-    Parameters
-    ----------
-    params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs : list of array
-        One entry for each tensor. All but `grads` are updated; a gradient of None leaves its tensor
-        out. AMSGrad where `max_exp_avg_sqs` is given. An entry is an array or a
-        `fusedopt.formats.Stored`; a float16 or bfloat16 array is rounded stochastically.
-    step : int
-        The number of this step, from 1: it sets the bias corrections.
-    lr, betas, eps, weight_decay, l1, maximize
-        As for `Adam`; `lr` is a number.
-    seed : int
-        Of stochastic rounding.
-
-    Raises
-    ------
-    TypeError, ValueError
-        Naming the array or the option; nothing has been written.
-    """
-    apply(
-        Adam,
-        {
-            "params": params,
-            "grads": grads,
-            "exp_avgs": exp_avgs,
-            "exp_avg_sqs": exp_avg_sqs,
-            "max_exp_avg_sqs": max_exp_avg_sqs,
-        },
-        step=step,
-        lr=lr,
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
-        l1=l1,
-        amsgrad=max_exp_avg_sqs is not None,
-        maximize=maximize,
-        seed=seed,
-    )
-
-
-def adamw(
-    params: Sequence[Array | Stored],
-    grads: Sequence[Array | None],
-    exp_avgs: Sequence[Array | Stored],
-    exp_avg_sqs: Sequence[Array | Stored],
-    max_exp_avg_sqs: Sequence[Array | Stored] | None = None,
-    *,
-    step: int,
-    lr: float = 1e-3,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 1e-2,
-    maximize: bool = False,
-    seed: int = 0,
-) -> None:
-    """Take one `AdamW` step on lists of arrays, in place; arguments as for `adam`."""
-    apply(
-        AdamW,
-        {
-            "params": params,
-            "grads": grads,
-            "exp_avgs": exp_avgs,
-            "exp_avg_sqs": exp_avg_sqs,
-            "max_exp_avg_sqs": max_exp_avg_sqs,
-        },
-        step=step,
-        lr=lr,
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
-        amsgrad=max_exp_avg_sqs is not None,
-        maximize=maximize,
-        seed=seed,
-    )
+adam, adamw = function(Adam), function(AdamW)

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, Unpack
 
-from fusedopt import _check, _storage
-from fusedopt._check import Array
-from fusedopt._functional import apply
-from fusedopt._groups import Check, Options
-from fusedopt.formats import Stored
+from fusedopt import _check
+from fusedopt._functional import function
 from fusedopt.optimizer import Optimizer
+from fusedopt.rule import MAXIMIZE, Common, Option, Rule, State
+
+RULE = Rule(
+    name="lars",
+    options=(
+        Option("lr", 1.0, _check.nonnegative),
+        Option("momentum", 0.9, _check.nonnegative),
+        Option("weight_decay", 0.0, _check.nonnegative),
+        Option("trust_coefficient", 1e-3, _check.positive),
+        Option("eps", 0.0, _check.nonnegative),
+        MAXIMIZE,
+    ),
+    states=(State("momentum_buffer"),),
+    constants=lambda step, lr, momentum, weight_decay, trust_coefficient, eps, **_: {
+        "lr": lr,
+        "momentum": momentum,
+        "weight_decay": weight_decay,
+        "trust": trust_coefficient,
+        "eps": eps,
+    },
+)
 
 
 class LARS(Optimizer):
@@ -36,7 +53,7 @@ class LARS(Optimizer):
         Added to the norms that divide, >= 0.
     maximize : bool, default False
         Go up the gradient.
-    state_dtype, master_bits, min_8bit_size, seed, ema, ema_warmup, threads
+    **common
         How arrays are stored, a running average of the parameters, threads; see `Optimizer`.
 
     Raises
@@ -65,18 +82,7 @@ class LARS(Optimizer):
     array([3. , 3.5])
     """
 
-    rule = "lars"
-    state_names = ("momentum_buffer",)
-    state_is_square = (False,)
-    checks: ClassVar[dict[str, Check]] = {
-        "lr": _check.nonnegative,
-        "momentum": _check.nonnegative,
-        "weight_decay": _check.nonnegative,
-        "trust_coefficient": _check.positive,
-        "eps": _check.nonnegative,
-        "maximize": _check.flag,
-        **_storage.CHECKS,
-    }
+    rule = RULE
 
     def __init__(
         self,
@@ -88,95 +94,13 @@ class LARS(Optimizer):
         eps: float = 0.0,
         *,
         maximize: bool = False,
-        state_dtype: str | None = None,
-        master_bits: int | None = None,
-        min_8bit_size: int = 4096,
-        seed: int = 0,
-        ema: float | None = None,
-        ema_warmup: bool = False,
-        threads: int | None = None,
+        **common: Unpack[Common],
     ) -> None:
         """See the class."""
         super().__init__(
-            params,
-            lr=lr,
-            momentum=momentum,
-            weight_decay=weight_decay,
-            trust_coefficient=trust_coefficient,
-            eps=eps,
-            maximize=maximize,
-            state_dtype=state_dtype,
-            master_bits=master_bits,
-            min_8bit_size=min_8bit_size,
-            seed=seed,
-            ema=ema,
-            ema_warmup=ema_warmup,
-            threads=threads,
-        )
-
-    @staticmethod
-    def uses(options: Options) -> tuple[bool, ...]:
-        """Return which state these options need."""
-        return (True,)
-
-    @staticmethod
-    def scalars(step: int, options: Options) -> dict[str, float]:
-        """Return the constants of a step, in double; names as in csrc/rules/lars.h."""
-        return {
-            "grad_scale": -1.0 if options["maximize"] else 1.0,
-            "l2": 0.0,
-            "l1": 0.0,
-            "lr": options["lr"],
-            "momentum": options["momentum"],
-            "weight_decay": options["weight_decay"],
-            "trust": options["trust_coefficient"],
-            "eps": options["eps"],
-        }
+            params, lr=lr, momentum=momentum, weight_decay=weight_decay,
+            trust_coefficient=trust_coefficient, eps=eps, maximize=maximize, **common,
+        )  # fmt: skip
 
 
-def lars(
-    params: Sequence[Array | Stored],
-    grads: Sequence[Array | None],
-    momentum_buffers: Sequence[Array | Stored],
-    *,
-    step: int,
-    lr: float = 1.0,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
-    trust_coefficient: float = 1e-3,
-    eps: float = 0.0,
-    maximize: bool = False,
-    seed: int = 0,
-) -> None:
-    """Take one `LARS` step on lists of arrays, in place.
-
-    Parameters
-    ----------
-    params, grads, momentum_buffers : list of array
-        One entry for each tensor. `params` and `momentum_buffers` are updated; a gradient of None
-        leaves its tensor out. An entry is an array or a `fusedopt.formats.Stored`; a float16 or
-        bfloat16 array is rounded stochastically.
-    step : int
-        The number of this step, from 1.
-    lr, momentum, weight_decay, trust_coefficient, eps, maximize
-        As for `LARS`; `lr` is a number.
-    seed : int
-        Of stochastic rounding.
-
-    Raises
-    ------
-    TypeError, ValueError
-        Naming the array or the option; nothing has been written.
-    """
-    apply(
-        LARS,
-        {"params": params, "grads": grads, "momentum_buffers": momentum_buffers},
-        step=step,
-        lr=lr,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        trust_coefficient=trust_coefficient,
-        eps=eps,
-        maximize=maximize,
-        seed=seed,
-    )
+lars = function(LARS)

@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, Unpack
 
-from fusedopt import _check, _storage
-from fusedopt._check import Array
-from fusedopt._functional import apply
-from fusedopt._groups import Check, Options
-from fusedopt.formats import Stored
+from fusedopt import _check
+from fusedopt._functional import function
 from fusedopt.optimizer import Optimizer
+from fusedopt.rule import L1, MAXIMIZE, Common, Option, Options, Rule, State
+
+
+def _demand(where: str, options: Options) -> None:
+    if options["nesterov"] and (options["momentum"] == 0 or options["dampening"] != 0):
+        raise ValueError(f"{where}nesterov: needs momentum > 0 and dampening == 0")
+
+
+RULE = Rule(
+    name="sgd",
+    options=(
+        Option("lr", 1e-3, _check.nonnegative),
+        Option("momentum", 0.0, _check.nonnegative),
+        Option("dampening", 0.0, _check.number),
+        Option("weight_decay", 0.0, _check.nonnegative, term="l2"),
+        Option("nesterov", False, _check.flag),
+        L1,
+        MAXIMIZE,
+    ),
+    states=(State("momentum_buffer", needs="momentum"),),
+    constants=lambda step, lr, momentum, dampening, nesterov, **_: {
+        "lr": lr,
+        "momentum": momentum,
+        "w": 1 - dampening,
+        "nesterov": float(nesterov),
+        "first": float(step == 1),
+    },
+    demand=_demand,
+)
 
 
 class SGD(Optimizer):
@@ -35,7 +60,7 @@ class SGD(Optimizer):
         L1 penalty, >= 0: ``l1 * sign(param)`` is added to the gradient.
     maximize : bool, default False
         Go up the gradient.
-    state_dtype, master_bits, min_8bit_size, seed, ema, ema_warmup, threads
+    **common
         How arrays are stored, a running average of the parameters, threads; see `Optimizer`.
 
     Raises
@@ -65,19 +90,7 @@ class SGD(Optimizer):
     array([0.5, 1.5])
     """
 
-    rule = "sgd"
-    state_names = ("momentum_buffer",)
-    state_is_square = (False,)
-    checks: ClassVar[dict[str, Check]] = {
-        "lr": _check.nonnegative,
-        "momentum": _check.nonnegative,
-        "dampening": _check.number,
-        "weight_decay": _check.nonnegative,
-        "nesterov": _check.flag,
-        "l1": _check.nonnegative,
-        "maximize": _check.flag,
-        **_storage.CHECKS,
-    }
+    rule = RULE
 
     def __init__(
         self,
@@ -90,106 +103,13 @@ class SGD(Optimizer):
         *,
         l1: float = 0.0,
         maximize: bool = False,
-        state_dtype: str | None = None,
-        master_bits: int | None = None,
-        min_8bit_size: int = 4096,
-        seed: int = 0,
-        ema: float | None = None,
-        ema_warmup: bool = False,
-        threads: int | None = None,
+        **common: Unpack[Common],
     ) -> None:
         """See the class."""
         super().__init__(
-            params,
-            lr=lr,
-            momentum=momentum,
-            dampening=dampening,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-            l1=l1,
-            maximize=maximize,
-            state_dtype=state_dtype,
-            master_bits=master_bits,
-            min_8bit_size=min_8bit_size,
-            seed=seed,
-            ema=ema,
-            ema_warmup=ema_warmup,
-            threads=threads,
-        )
-
-    @classmethod
-    def check_options(cls, options: Options, where: str) -> Options:
-        """Check each option, and that Nesterov has what it needs."""
-        checked = super().check_options(options, where)
-        if checked["nesterov"] and (checked["momentum"] == 0 or checked["dampening"] != 0):
-            raise ValueError(f"{where}nesterov: needs momentum > 0 and dampening == 0")
-        return checked
-
-    @staticmethod
-    def uses(options: Options) -> tuple[bool, ...]:
-        """Return which state these options need."""
-        return (options["momentum"] != 0,)
-
-    @staticmethod
-    def scalars(step: int, options: Options) -> dict[str, float]:
-        """Return the constants of a step, in double; names as in csrc/rules/sgd.h."""
-        return {
-            "grad_scale": -1.0 if options["maximize"] else 1.0,
-            "l2": options["weight_decay"],
-            "l1": options["l1"],
-            "lr": options["lr"],
-            "momentum": options["momentum"],
-            "w": 1 - options["dampening"],
-            "nesterov": float(options["nesterov"]),
-            "first": float(step == 1),
-        }
+            params, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
+            nesterov=nesterov, l1=l1, maximize=maximize, **common,
+        )  # fmt: skip
 
 
-def sgd(
-    params: Sequence[Array | Stored],
-    grads: Sequence[Array | None],
-    momentum_buffers: Sequence[Array | Stored] | None = None,
-    *,
-    step: int,
-    lr: float = 1e-3,
-    momentum: float = 0.0,
-    dampening: float = 0.0,
-    weight_decay: float = 0.0,
-    nesterov: bool = False,
-    l1: float = 0.0,
-    maximize: bool = False,
-    seed: int = 0,
-) -> None:
-    """Take one `SGD` step on lists of arrays, in place.
-
-    Parameters
-    ----------
-    params, grads, momentum_buffers : list of array
-        One entry for each tensor. `params` and, with momentum, `momentum_buffers` are updated; a
-        gradient of None leaves its tensor out. An entry is an array or a
-        `fusedopt.formats.Stored`; a float16 or bfloat16 array is rounded stochastically.
-    step : int
-        The number of this step, from 1: in the first, the buffer becomes the gradient.
-    lr, momentum, dampening, weight_decay, nesterov, l1, maximize
-        As for `SGD`; `lr` is a number.
-    seed : int
-        Of stochastic rounding.
-
-    Raises
-    ------
-    TypeError, ValueError
-        Naming the array or the option; nothing has been written.
-    """
-    apply(
-        SGD,
-        {"params": params, "grads": grads, "momentum_buffers": momentum_buffers},
-        step=step,
-        lr=lr,
-        momentum=momentum,
-        dampening=dampening,
-        weight_decay=weight_decay,
-        nesterov=nesterov,
-        l1=l1,
-        maximize=maximize,
-        seed=seed,
-    )
+sgd = function(SGD)

@@ -8,11 +8,13 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 
 from fusedopt import _check, formats
-from fusedopt._around import Around, GradSums, ema_weight
+from fusedopt._around import Around, GradSums
 from fusedopt._check import Array
+from fusedopt._functional import Step, columns, function
 from fusedopt._ieee import ieee
 from fusedopt.formats import BLOCK, Stored, flat
 from fusedopt.optimizer import Optimizer
+from fusedopt.rule import Options, Rule
 
 StepSums = tuple[float, float, float]  # squares of parameter and update, largest update
 
@@ -25,20 +27,21 @@ def as_in_c(function: Callable[P, T]) -> Callable[P, T]:
     return ieee(np.errstate(all="ignore")(function))
 
 
-def penalized(p: Array, grad: Array, l2: float, l1: float, maximize: bool) -> Array:
-    """Return the gradient as a rule sees it: in the parameter's dtype, signed, with L2 and L1."""
-    c, g = p.dtype.type, grad.astype(p.dtype, copy=False)
-    if maximize:
+def _terms(g: Array, p: Array, hyper: dict[str, float]) -> Array:
+    """Return the gradient as a rule sees it: signed, with L2 and L1."""
+    c = p.dtype.type
+    if hyper["grad_scale"] < 0:
         g = -g
-    if l2 != 0:
-        g = g + c(l2) * p
-    if l1 != 0:
-        g = g + c(l1) * np.sign(p)
+    if hyper["l2"] != 0:
+        g = g + c(hyper["l2"]) * p
+    if hyper["l1"] != 0:
+        g = g + c(hyper["l1"]) * np.sign(p)
     return g
 
 
 @as_in_c
 def leaf(
+    rule: Rule,
     update: Callable[..., None],
     param: Array | Stored,
     grad: Array,
@@ -46,17 +49,17 @@ def leaf(
     *,
     number: int,
     step: int,
-    seed: int,
+    options: Options,
     scale: float = 1.0,
     around: Around | None = None,
     ema: Array | None = None,
-    ema_weight: float = 0.0,
     copy: Array | None = None,
 ) -> tuple[GradSums, StepSums] | None:
-    """Decode what is stored, call ``update(p, g, *states)``, which works in place, and encode.
+    """Decode what is stored, update in place, ``update(p, g, *states, step=, **options)``, encode.
 
     What a step does around the rule is done here too; returns the sums, where they are wanted.
     """
+    hyper = rule.hyper(step, options)
     arrays: list[Array | Stored | None] = [param, *states]
     for i, array in enumerate(arrays):  # a 16-bit array by itself is one with rounding
         if isinstance(array, np.ndarray) and array.dtype.itemsize == 2:
@@ -72,15 +75,15 @@ def leaf(
         g = c(scale) * g
     if around is not None and around.clip_value is not None:
         g = np.clip(g, -c(around.clip_value), c(around.clip_value))
-    update(p, g, *tensors)
+    update(p, _terms(g, p, hyper), *tensors, step=step, **options)
     if ema is not None:
-        ema[...] = ema + c(ema_weight) * (p - ema)
+        ema[...] = ema + c(hyper["ema_weight"]) * (p - ema)
     if copy is not None:
         _write_copy(copy, p)
     for slot, (array, value) in enumerate(zip(arrays, values, strict=True)):
         if isinstance(array, Stored):
             assert value is not None
-            formats.encode(array, flat(value), formats.key(seed, number, step, slot))
+            formats.encode(array, flat(value), formats.key(options["seed"], number, step, slot))
     return None if before is None else (grad_sums(given), step_sums(p, p - before))
 
 
@@ -156,30 +159,10 @@ def step_sums(p: Array, update: Array) -> StepSums:
     return step_squares(p), step_squares(update), largest
 
 
-def leaves(
-    update: Callable[..., None],
-    params: Sequence[Array | Stored],
-    grads: Sequence[Array | None],
-    *states: Sequence[Array | Stored] | None,
-    step: int,
-    seed: int,
-) -> None:
-    """Do that for lists of arrays, of which None stands for one that is not there."""
-    columns: list[Sequence[Array | Stored | None]]
-    columns = [column or [None] * len(params) for column in states]
-    rows = zip(params, grads, *columns, strict=True)
-    for number, (param, grad, *its) in enumerate(rows):
-        if grad is not None:
-            leaf(update, param, grad, its, number=number, step=step, seed=seed)
-
-
 class Plain(Optimizer):
     """An optimizer that makes all checks of the fast one, then updates leaf by leaf in NumPy."""
 
-    def _update(self, step: int, options: dict[str, Any]) -> Callable[..., None]:
-        """Return what updates one leaf, given its arrays."""
-        raise NotImplementedError
-
+    _update: Callable[..., None]  # (p, g, *states, step, **options), in place
     _is_plain = True
 
     def _plain_sums(self, number: int, grad: Array) -> GradSums:
@@ -204,21 +187,45 @@ class Plain(Optimizer):
     ) -> tuple[GradSums, StepSums] | None:
         options = next(group.options for group in self._groups if number in group.leaves)
         *arrays, average = self._work.states[number]
-        states = [
-            array if use else None for use, array in zip(self.uses(options), arrays, strict=True)
-        ]
-        decay = options["ema"]
+        used = zip(self.rule.uses(options), arrays, strict=True)
         return leaf(
-            self._update(step, options),
+            self.rule,
+            self._update,
             self._work.stored[number],
             grad,
-            states,
+            [array if use else None for use, array in used],
             number=number,
             step=step,
-            seed=options["seed"],
+            options=options,
             scale=scale,
             around=around,
             ema=average,  # type: ignore[arg-type]
-            ema_weight=0.0 if decay is None else ema_weight(step, decay, options["ema_warmup"]),
             copy=copy,
         )
+
+
+def reference(fast: type[Optimizer], update: Callable[..., None]) -> tuple[type[Optimizer], Step]:
+    """Return the class and the function of a rule with its arithmetic in NumPy.
+
+    Parameters
+    ----------
+    fast : type
+        The class whose signature and checks both have.
+    update : callable(p, g, *states, step, **options)
+        The formula, in place, in the order of roundings; states that are not in use are None.
+    """
+
+    def take(rule: Rule, lists: Any, step: int, options: Options) -> None:
+        states = columns(rule, lists, options)
+        rows = zip(lists["params"], lists["grads"], *states, strict=True)
+        for number, (param, grad, *its) in enumerate(rows):
+            if grad is not None:
+                leaf(rule, update, param, grad, its, number=number, step=step, options=options)
+
+    doc = f"`fusedopt.{fast.__name__}` with the arithmetic in plain NumPy."
+    module = {"__module__": update.__module__, "__doc__": doc, "_update": staticmethod(update)}
+    cls = type(fast.__name__, (Plain, fast), module)
+    step_function = function(cls, take)
+    name = step_function.__name__
+    step_function.__doc__ = f"Take a step in plain NumPy, as `fusedopt.functional.{name}`."
+    return cls, step_function

@@ -50,7 +50,7 @@ class Fusedopt(OnArrays):
 
     def state_bytes(self) -> int:
         memory = self.optimizer.memory()
-        names = {"residual", *self.optimizer.state_names} & memory.keys()
+        names = {"residual", *self.optimizer.rule.state_names} & memory.keys()
         each = sum(memory[name]["resident"] for name in names)
         return round(each * self.problem.case.elements)
 

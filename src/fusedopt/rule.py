@@ -1,0 +1,177 @@
+"""What a rule is: one value that says all about it but its formula.
+
+The formula is in csrc/rules/NAME.h and, in plain NumPy, in reference/NAME.py. Classes, functions,
+adapters, references and the benchmark read a rule's options, state and constants from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypedDict
+
+from fusedopt import _check
+
+Options = dict[str, Any]
+Check = Callable[[str, Any], Any]
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a rule.
+
+    Attributes
+    ----------
+    name : str
+        As the library has it that made the rule known.
+    default
+        Where it is not given.
+    check : callable(name, value) -> value
+        Returns the value in the form that the package works with; raises, beginning with the name.
+    term : {"", "l1", "l2"}
+        The term of the gradient that it weighs, before the rule: ``l1 * sign(p)`` or ``l2 * p``.
+    """
+
+    name: str
+    default: Any
+    check: Check
+    term: str = ""
+
+
+@dataclass(frozen=True)
+class State:
+    """An array that a rule keeps for each parameter, of its shape; it begins as zeros.
+
+    Attributes
+    ----------
+    name : str
+        As torch has it.
+    squared : bool
+        Whether it is a mean of squares: never negative, and unsigned in 8 bits.
+    needs : str
+        The option without which it is not kept: one that is False or 0. Empty: always kept.
+    """
+
+    name: str
+    squared: bool = False
+    needs: str = ""
+
+
+MAXIMIZE = Option("maximize", False, _check.flag)
+L1 = Option("l1", 0.0, _check.nonnegative, term="l1")
+
+# what every optimizer has; documented at `fusedopt.Optimizer`
+COMMON = (
+    Option("state_dtype", None, _check.choice(None, "float32", "bfloat16", "int8")),
+    Option("master_bits", None, _check.choice(None, 16, 24, 32)),
+    Option("min_8bit_size", 4096, _check.count),
+    Option("seed", 0, _check.count),
+    Option("ema", None, _check.optional(_check.decay_rate)),
+    Option("ema_warmup", False, _check.flag),
+)
+
+
+class Common(TypedDict, total=False):
+    """The types of `COMMON`, and of `threads`, which is of no group."""
+
+    state_dtype: str | None
+    master_bits: int | None
+    min_8bit_size: int
+    seed: int
+    ema: float | None
+    ema_warmup: bool
+    threads: int | None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule.
+
+    Attributes
+    ----------
+    name : str
+        Of its row in the C table.
+    options : tuple of Option
+        In the order of the signature.
+    states : tuple of State
+        Optional ones last.
+    constants : callable(step, **options) -> dict
+        The scalars of the C rule in a step, from 1, by name, in double.
+    demand : callable(where, options), optional
+        Raises ValueError for options, each of them right, that do not go together.
+    """
+
+    name: str
+    options: tuple[Option, ...]
+    states: tuple[State, ...]
+    constants: Callable[..., dict[str, float]]
+    demand: Callable[[str, Options], None] | None = None
+
+    @cached_property
+    def checks(self) -> dict[str, Check]:
+        """The check of each option by name, also of those that every optimizer has."""
+        return {option.name: option.check for option in (*self.options, *COMMON)}
+
+    @cached_property
+    def defaults(self) -> Options:
+        """The default of each option by name, also of those that every optimizer has."""
+        return {option.name: option.default for option in (*self.options, *COMMON)}
+
+    @cached_property
+    def state_names(self) -> tuple[str, ...]:
+        """Names of the states."""
+        return tuple(state.name for state in self.states)
+
+    @cached_property
+    def slots(self) -> tuple[str, ...]:
+        """Names of all that is kept for a parameter in its shape: states, and a running average."""
+        return (*self.state_names, "ema")
+
+    @cached_property
+    def _terms(self) -> tuple[tuple[str, str], ...]:
+        return tuple((option.term, option.name) for option in self.options if option.term)
+
+    def check(self, options: Options, where: str = "") -> Options:
+        """Return the options, each of them checked; `where` begins the messages."""
+        checked = {
+            name: value
+            if name == "lr" and callable(value := options[name])
+            else check(where + name, options[name])
+            for name, check in self.checks.items()
+        }
+        if self.demand is not None:
+            self.demand(where, checked)
+        return checked
+
+    def uses(self, options: Options) -> tuple[bool, ...]:
+        """Return for each state whether these options need it."""
+        return tuple(not state.needs or bool(options[state.needs]) for state in self.states)
+
+    def hyper(self, step: int, options: Options, grad_scale: float = 1.0) -> dict[str, float]:
+        """Return all constants of a step: the rule's own, and those that every rule has.
+
+        Parameters
+        ----------
+        step : int
+            From 1.
+        options : dict
+            Checked, with `lr` as a number; of `COMMON` those that are not the default.
+        grad_scale : float
+            Multiplies the gradient.
+        """
+        values = self.constants(step, **options)
+        values["grad_scale"] = -grad_scale if options.get("maximize") else grad_scale
+        values["l1"] = values["l2"] = 0.0
+        for term, name in self._terms:
+            values[term] = options.get(name, 0.0)
+        decay = options.get("ema")
+        values["ema_weight"] = (
+            0.0 if decay is None else ema_weight(step, decay, options.get("ema_warmup", False))
+        )
+        return values
+
+
+def ema_weight(step: int, decay: float, warmup: bool) -> float:
+    """Return the weight with which the parameter enters its average in a step, from 1."""
+    return 1 - (min(decay, (1 + step) / (10 + step)) if warmup else decay)
