@@ -49,7 +49,8 @@ class Entry:
         for name in times:
             self.seconds.setdefault(name, [None] * before)
         for name, column in self.seconds.items():
-            column.append(times.get(name))
+            # 5 digits are more than any clock is good for; here, so that a file tells the same
+            column.append(float(f"{times[name]:.5g}") if name in times else None)
 
 
 @dataclass
@@ -92,11 +93,6 @@ class Recording:
     def save(self, path: Path) -> None:
         """Write the recording as JSON."""
         tree = {"schema": SCHEMA, **asdict(self)}
-        for entry in tree["entries"]:  # 5 digits are more than any clock is good for
-            entry["seconds"] = {
-                name: [None if s is None else float(f"{s:.5g}") for s in column]
-                for name, column in entry["seconds"].items()
-            }
         lines = json.dumps(tree, indent=1)
         path.write_text(_shortened(lines) + "\n", encoding="utf-8")
 
