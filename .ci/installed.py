@@ -36,20 +36,25 @@ def check_steps() -> None:
 
     for isa in _core.available_isas():
         _core.select_isa(isa)
-        for name, options in [
-            ("Adam", {"amsgrad": True, "l1": 0.01}),
-            ("AdamW", {}),
-            ("SGD", {"momentum": 0.9, "nesterov": True}),
-        ]:
+        for cls in vars(fusedopt).values():
+            if not hasattr(cls, "rule"):
+                continue
+            # every option that asks for state, and every term of the gradient
+            asked = {state.needs: 0.9 for state in cls.rule.states if state.needs}
+            options = {
+                option.name: type(option.default)(asked.get(option.name, 0.01))
+                for option in cls.rule.options
+                if option.name in asked or option.term
+            }
             results = []
             for module in (fusedopt, fusedopt.reference):
                 rng = np.random.default_rng(0)
                 params = [rng.standard_normal(n).astype(t) for n in (3, 300_001) for t in "fd"]
-                opt = getattr(module, name)(params, **options)
+                opt = getattr(module, cls.__name__)(params, **options)
                 for _ in range(3):
                     opt.step([rng.standard_normal(p.shape).astype(p.dtype) for p in params])
                 results.append([p.tobytes() for p in params])
-            assert results[0] == results[1], (isa, name)
+            assert results[0] == results[1], (isa, cls)
 
 
 def main() -> None:

@@ -13,6 +13,10 @@ import fusedopt
 from fusedopt import _core, reference
 
 TILE = _core.TILE
+CLASSES = [  # all optimizers
+    cls for cls in vars(fusedopt).values() if getattr(cls, "rule", None) is not None
+]
+LAYERWISE = {name for name, (*_, layerwise) in _core.RULES.items() if layerwise}
 DTYPES = (np.float32, np.float64)
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -55,9 +56,9 @@ def is_avx(instruction):
 def test_names_are_there(functions):
     """The wheel is not stripped of names, so that this file can tell kernels from the rest."""
     for isa in WIDEST:
-        for kind in ("adam_f32", "adam_f64", "sgd_f32", "sgd_f64"):
-            for loop in ("whole", "blocks"):
-                assert any(f.startswith(f"{kind}_{isa}_{loop}") for f in functions), (kind, isa)
+        for rule, kind, loop in product(_core.RULES, ("f32", "f64"), ("whole", "blocks")):
+            name = f"{rule}_{kind}_{isa}_{loop}"
+            assert any(f.startswith(name) for f in functions), name
 
 
 def test_only_kernels_hold_wide_instructions(functions):
@@ -85,11 +86,12 @@ def test_fused_multiply_add_only_in_divisions(functions):
         rests = sum(bool(re.match("vfnmadd", i)) for i in code)
         assert sum(bool(re.match("vfn?m(add|sub)", i)) for i in code) == 2 * rests, name
         fused |= {name.partition("_")[0]} if rests else set()
-    assert fused == {"adam", "lamb"}
+    # those whose constants have a root to divide by
+    assert fused == {rule for rule, (_, scalars, *_) in _core.RULES.items() if "root" in scalars}
 
 
 @pytest.mark.parametrize("isa", WIDEST)
-@pytest.mark.parametrize("rule", ["adam", "sgd"])
+@pytest.mark.parametrize("rule", _core.RULES)
 @pytest.mark.parametrize("kind", ["f32", "f64"])
 def test_rules_are_vectorised(functions, rule, kind, isa):
     suffix, register = ("ps", "pd")[kind == "f64"], WIDEST[isa]

@@ -4,17 +4,12 @@ import inspect
 from pathlib import Path
 
 import pytest
-from cases import CASES
+from cases import CASES, CLASSES
 
-import fusedopt
 from fusedopt import _core, functional, reference
 
 ROOT = Path(__file__).parent.parent
 RULES = {row[0]: row for row in _core.rules()}
-CLASSES = [
-    c for c in vars(fusedopt).values()
-    if inspect.isclass(c) and issubclass(c, fusedopt.Optimizer) and c is not fusedopt.Optimizer
-]  # fmt: skip
 
 
 @pytest.mark.parametrize("rule", RULES)

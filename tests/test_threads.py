@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from cases import SPLIT, threads, work
+from cases import CLASSES, SPLIT, threads, work
 
 import fusedopt
 from fusedopt import _core, _threads, reference
@@ -28,24 +28,24 @@ def test_set_and_get():
             fusedopt.set_num_threads(bad)
 
 
-@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD", "LAMB", "LARS"])
-def test_an_optimizers_own(name):
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_an_optimizers_own(cls):
     """Checked, the same bits, and no part of a checkpoint or of a group."""
     results = []
     for count in (None, 1, 3):
         p = np.ones(SPLIT, np.float32)
-        opt = getattr(fusedopt, name)([p], threads=count)
+        opt = cls([p], threads=count)
         opt.step([p.copy()])
         results.append(p.tobytes())
         assert "threads" not in opt.param_groups[0]
         assert "threads" not in opt.state_dict()["param_groups"][0]
     assert len(set(results)) == 1
     with pytest.raises(ValueError, match="^threads: must be at most 256, got 300"):
-        getattr(fusedopt, name)([p], threads=300)
+        cls([p], threads=300)
     with pytest.raises(ValueError, match="^threads: must be >= 1"):
-        getattr(fusedopt, name)([p], threads=0)
+        cls([p], threads=0)
     with pytest.raises(TypeError, match="^threads: expected a whole number"):
-        getattr(fusedopt, name)([p], threads=True)
+        cls([p], threads=True)
 
 
 OWN = """

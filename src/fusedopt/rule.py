@@ -6,7 +6,7 @@ adapters, references and the benchmark read a rule's options, state and constant
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypedDict
@@ -144,7 +144,7 @@ class Rule:
             self.demand(where, checked)
         return checked
 
-    def uses(self, options: Options) -> tuple[bool, ...]:
+    def uses(self, options: Mapping[str, Any]) -> tuple[bool, ...]:
         """Return for each state whether these options need it."""
         return tuple(not state.needs or bool(options[state.needs]) for state in self.states)
 

@@ -11,19 +11,33 @@ from typing import Any
 
 import numpy as np
 
+import fusedopt
 from fusedopt._check import Array
+from fusedopt.optimizer import Optimizer
 
 Shape = tuple[int, ...]
 
-# Options of each optimizer, by torch's names, and the arrays of a parameter's size that its step
-# reads and writes: p, g and the state are read; p and the state are written.
-OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "adam": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0},
-    "adamw": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2},
-    "sgd": {"lr": 1e-3, "momentum": 0.9},
+_CLASSES = {
+    cls.__name__.lower(): cls
+    for cls in vars(fusedopt).values()
+    if isinstance(cls, type) and issubclass(cls, Optimizer) and cls is not Optimizer
 }
-CLASSES = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD"}
-STATES = {"adam": 2, "adamw": 2, "sgd": 1}
+CLASSES = {name: cls.__name__ for name, cls in _CLASSES.items()}
+_OTHER = {"sgd": {"momentum": 0.9}}  # than the default
+# options that are numbers, by torch's names
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    name: {
+        option.name: option.default
+        for option in cls.rule.options
+        if not isinstance(option.default, bool) and option.term != "l1"
+    }
+    | _OTHER.get(name, {})
+    for name, cls in _CLASSES.items()
+}
+# arrays of a parameter's size beside it and the gradient; a step reads and writes them
+STATES = {
+    name: sum(cls.rule.uses(cls.rule.defaults | OPTIMIZERS[name])) for name, cls in _CLASSES.items()
+}
 DTYPES = ("float32", "float64")
 
 _BLOCK = 65_537  # values repeat after so many: a prime, so that no two tensors begin alike

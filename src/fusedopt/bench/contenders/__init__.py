@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fusedopt.bench.cases import OPTIMIZERS
 from fusedopt.bench.contenders._base import Contender, Row
 from fusedopt.bench.contenders.arrays import (
     Functional,
@@ -27,6 +28,7 @@ LIMIT, OURS, AGAIN = "limit", "fusedopt", "fusedopt-again"
 
 # By about what a step takes for an element: what they would show of larger cases, smaller ones do.
 _10_NS: dict[str, Any] = {"most_elements": 10**7, "most_why": "takes 10 ns or more an element"}
+_OURS: dict[str, Any] = {"optimizers": tuple(OPTIMIZERS), "traced": True}
 _3_NS: dict[str, Any] = {"most_elements": 15 * 10**7, "most_why": "takes 3 ns or more an element"}
 
 
@@ -49,22 +51,22 @@ def keras_row(backend: str, **more: Any) -> Row:
 ROWS: dict[str, Row] = {
     row.name: row
     for row in (
-        Row(LIMIT, "streaming limit", Limit, traced=True),
-        Row(OURS, "fusedopt", Fusedopt, traced=True),
-        Row(AGAIN, "fusedopt, again", Fusedopt, traced=True),
-        Row("functional", "fusedopt.functional", Functional, traced=True),
+        Row(LIMIT, "streaming limit", Limit, **_OURS),
+        Row(OURS, "fusedopt", Fusedopt, **_OURS),
+        Row(AGAIN, "fusedopt, again", Fusedopt, **_OURS),
+        Row("functional", "fusedopt.functional", Functional, **_OURS),
         Row("fusedopt-torch", "fusedopt.torch", FusedoptTorch, ("torch",)),
         Row("fusedopt-bf16", "fusedopt, bfloat16 state", Fusedopt, dtypes=("float32",),
-            options={"state_dtype": "bfloat16"}, tolerance=0.05, traced=True),
+            options={"state_dtype": "bfloat16"}, tolerance=0.05, **_OURS),
         Row("fusedopt-int8", "fusedopt, 8-bit state", Fusedopt, dtypes=("float32",),
-            options={"state_dtype": "int8"}, tolerance=0.25, traced=True),
+            options={"state_dtype": "int8"}, tolerance=0.25, **_OURS),
         Row("fusedopt-short", "fusedopt, bfloat16 weights, 8-bit state", FusedoptShort,
             ("ml_dtypes",), dtypes=("float32",),
             options={"state_dtype": "int8", "master_bits": 24}, tolerance=0.25, temporaries=2,
-            traced=True),
+            **_OURS),
         Row("numpy", "NumPy, in place", InPlace, temporaries=1, traced=True),
         Row("reference", "fusedopt.reference", Fusedopt, options={"plain": True}, temporaries=4,
-            traced=True, **_10_NS),
+            **_OURS, **_10_NS),
         Row("numba", "Numba, parallel loop", Numba, ("numba",), process="numba"),
         Row("torch-single", "torch, single tensor", Torch, ("torch",),
             options={"foreach": False, "fused": False}, temporaries=2, **_3_NS),

@@ -80,7 +80,7 @@ class Row:
     options: Mapping[str, Any] = field(default_factory=dict)
     process: str = "shared"
     env: Mapping[str, str] = field(default_factory=dict)
-    optimizers: tuple[str, ...] = ("adam", "adamw", "sgd")
+    optimizers: tuple[str, ...] = ("adam", "adamw", "sgd")  # those that peers have; ours have all
     dtypes: tuple[str, ...] = ("float32", "float64")
     temporaries: float = 0
     tolerance: float = 0.01

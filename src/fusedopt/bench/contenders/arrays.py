@@ -122,7 +122,8 @@ class InPlace(WithStates):
     def __init__(self, problem: Problem, params: list[Array]) -> None:
         super().__init__(problem, params)
         self.scratch = [np.empty_like(p) for p in params]
-        self.step = self.sgd if problem.optimizer == "sgd" else self.adam  # type: ignore[method-assign]
+        steps = {"adam": self.adam, "adamw": self.adam, "sgd": self.sgd}
+        self.step = steps[problem.optimizer]  # type: ignore[method-assign]
 
     def step(self) -> object:  # replaced in __init__
         raise NotImplementedError
@@ -180,7 +181,7 @@ def _numba_kernels() -> dict[str, Callable[..., None]]:
             b[i] = momentum * b[i] + g[i]
             p[i] = p[i] - rate * b[i]
 
-    return {"adam": jit(adam), "sgd": jit(sgd)}
+    return {"adam": jit(adam), "adamw": jit(adam), "sgd": jit(sgd)}
 
 
 class Numba(WithStates):
@@ -191,7 +192,7 @@ class Numba(WithStates):
         import numba
 
         numba.set_num_threads(problem.threads)
-        self.kernel = _numba_kernels()["sgd" if problem.optimizer == "sgd" else "adam"]
+        self.kernel = _numba_kernels()[problem.optimizer]
 
     def load(self, grads: list[Array]) -> None:
         columns = (self._params, grads, *self.states)
@@ -223,10 +224,11 @@ class ScikitLearn(OnArrays):
         from sklearn.neural_network import _stochastic_optimizers as module
 
         o = problem.options
-        if problem.optimizer == "sgd":
-            self.optimizer = module.SGDOptimizer(params, o["lr"], "constant", o["momentum"], False)
-        else:
-            self.optimizer = module.AdamOptimizer(params, o["lr"], *o["betas"], o["eps"])
+        makes = {
+            "sgd": lambda: module.SGDOptimizer(params, o["lr"], "constant", o["momentum"], False),
+            "adam": lambda: module.AdamOptimizer(params, o["lr"], *o["betas"], o["eps"]),
+        }
+        self.optimizer = makes[problem.optimizer]()
 
     def step(self) -> None:
         self.optimizer.update_params(self._params, self.grads)

@@ -21,14 +21,14 @@ class Optax(Contender):
 
         jax.config.update("jax_enable_x64", problem.dtype == "float64")
         o = problem.options
-        if problem.optimizer == "sgd":
-            transform = optax.sgd(o["lr"], momentum=o["momentum"])
-        elif problem.optimizer == "adam":
-            transform = optax.adam(o["lr"], *o["betas"], eps=o["eps"])
-        else:
-            transform = optax.adamw(
+        makes = {
+            "sgd": lambda: optax.sgd(o["lr"], momentum=o["momentum"]),
+            "adam": lambda: optax.adam(o["lr"], *o["betas"], eps=o["eps"]),
+            "adamw": lambda: optax.adamw(
                 o["lr"], *o["betas"], eps=o["eps"], weight_decay=o["weight_decay"]
-            )
+            ),
+        }
+        transform = makes[problem.optimizer]()
 
         def step(params: Any, state: Any, grads: Any) -> Any:
             updates, state = transform.update(grads, state, params)
@@ -68,13 +68,12 @@ class Keras(Contender):
 
         self.problem, self.backend = problem, keras.backend.backend()
         o = problem.options
-        options = {"learning_rate": o["lr"]}
-        if problem.optimizer == "sgd":
-            options |= {"momentum": o["momentum"]}
-        else:
-            options |= {"beta_1": o["betas"][0], "beta_2": o["betas"][1], "epsilon": o["eps"]}
+        names = {"lr": "learning_rate", "eps": "epsilon", "momentum": "momentum"}
         if problem.optimizer == "adamw":
-            options |= {"weight_decay": o["weight_decay"]}
+            names["weight_decay"] = "weight_decay"
+        options = {theirs: o[ours] for ours, theirs in names.items() if ours in o}
+        if "betas" in o:
+            options |= {"beta_1": o["betas"][0], "beta_2": o["betas"][1]}
         if self.backend == "jax":
             import jax
 
