@@ -292,6 +292,7 @@ def test_stats_are_what_they_say():
 def test_stats_of_leaves_with_a_gradient_only():
     _, grads, opt = problem()
     stats = opt.step({"a": None, "b": grads["b"]}, stats=True).stats
+    assert "params['a']" not in stats and list(stats) == ["params['b']['c']"]
     with pytest.raises(KeyError, match=r"params\['a'\]: no such leaf .* known: params\['b'\]"):
         stats["params['a']"]
     assert stats.names == ("params['b']['c']",)
@@ -317,6 +318,8 @@ def test_ema_and_swap():
         for call in (opt.step, opt.load_state_dict, opt.add_param_group):
             with pytest.raises(RuntimeError, match="leave the block of swap_ema first"):
                 call(grads)
+        with pytest.raises(RuntimeError, match="leave the block of swap_ema first"):
+            opt.master_params()
         raise KeyError
     assert (params["a"] == now).all()
     opt.step(grads)
@@ -441,6 +444,35 @@ def test_accumulator_whose_buffers_were_written():
         assert repr((result.grad_norm, result.skipped)) == repr(wanted)
 
 
+@pytest.mark.parametrize("per_tensor", [False, True])
+def test_accumulator_of_another_order(per_tensor):
+    """Its sums are those of its leaves, whatever their order; never of others."""
+
+    def run(make):
+        p = {"a": np.zeros(4, np.float32), "b": np.zeros(4, np.float32)}
+        grads = {"a": np.full(4, 100, np.float32), "b": np.full(4, 0.1, np.float32)}
+        result = fusedopt.SGD(p, lr=1.0).step(
+            make(grads), max_grad_norm=1.0, per_tensor=per_tensor, stats=True
+        )
+        return tree_bytes([p, list(result)])
+
+    def accumulated(grads):
+        sums = fusedopt.GradAccumulator({k: np.zeros(4, np.float32) for k in ("b", "a")})
+        sums.add(grads)
+        return sums
+
+    assert run(accumulated) == run(lambda grads: grads)
+
+
+def test_accumulator_of_fewer_leaves():
+    """A leaf of it that got nothing may stand for a whole part of the parameters."""
+    tree = [[np.zeros(4, np.float32) for _ in range(1000)], np.zeros(4, np.float32)]
+    sums = fusedopt.GradAccumulator([np.zeros(4, np.float32), np.zeros(4, np.float32)])
+    sums.add([None, np.full(4, 3, np.float32)])
+    assert fusedopt.SGD(tree, lr=1.0).step(sums, max_grad_norm=1.0).grad_norm == 6
+    np.testing.assert_allclose(tree[1], -0.5, rtol=1e-6)
+
+
 def test_accumulator_between_threads():
     """Whoever comes second is refused, and no gradient is lost."""
     p, g = np.zeros(300_000, np.float32), np.ones(300_000, np.float32)
@@ -502,6 +534,13 @@ WRONG = [
     ({"clip_value": 0.0}, ValueError, "clip_value: must be > 0"),
     ({"nonfinite": "ignore"}, ValueError, "nonfinite: expected 'propagate' or 'skip' or 'raise'"),
     ({"stats": 1}, TypeError, "stats"),
+    ({"stats": None}, TypeError, "stats: expected True or False"),
+    ({"zero_grads": 0}, TypeError, "zero_grads: expected True or False"),
+    ({"grad_scale": True}, TypeError, "grad_scale: expected a number"),
+    ({"grad_scale": np.ones(2)}, TypeError, "grad_scale: expected a number"),
+    ({"max_grad_norm": np.full(2, np.inf)}, TypeError, "max_grad_norm: expected a number"),
+    ({"norm_type": np.ones(2)}, ValueError, "norm_type: expected 2 or inf"),
+    ({"nonfinite": np.array(["skip", "raise"])}, ValueError, "nonfinite: expected 'propagate'"),
     ({"zero_grads": "yes"}, TypeError, "zero_grads"),
     ({"copy_out": {"a": None}}, ValueError, "copy_out: no 'b'"),
 ]

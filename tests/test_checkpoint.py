@@ -144,7 +144,11 @@ def test_foreign(tmp_path, suffix, kind):
 def test_foreign_npz(tmp_path):
     path = tmp_path / "foreign.npz"
     np.savez(path, x=np.ones(3))
-    with pytest.raises(ValueError, match="not a checkpoint of fusedopt"):
+    with pytest.raises(ValueError, match="not a checkpoint of fusedopt.*no metadata of fusedopt"):
+        make().load(path)
+    with open(path, "wb") as file:
+        np.save(file, np.ones(3))
+    with pytest.raises(ValueError, match="not a checkpoint of fusedopt.*one array, no archive"):
         make().load(path)
     np.savez(path, fusedopt=np.array([{"a": 1}], object))  # would need unpickling
     with pytest.raises(ValueError, match="not a checkpoint of fusedopt"):
@@ -206,6 +210,7 @@ def test_file_mode_follows_umask(tmp_path):
     finally:
         os.umask(before)
     assert path.stat().st_mode & 0o777 == 0o640
+    assert os.umask(before) == before
     path.chmod(0o600)
     make().save(path)
     assert path.stat().st_mode & 0o777 == 0o600
@@ -332,6 +337,30 @@ def test_options_switched_off(tmp_path, cls, made, then, suffix):
     opt.save(path)
     with pytest.raises(ValueError, match="need other state than this optimizer has: m"):
         getattr(fusedopt, cls)(params).load(path)
+
+
+@pytest.mark.parametrize(("cls", "made", "then"), SWITCHED_OFF[:1], ids=str)
+def test_options_that_were_never_on(tmp_path, cls, made, then):
+    """State that the file has not, and that its options do not use, is zero."""
+    path = tmp_path / "x.npz"
+    getattr(fusedopt, cls)([np.ones(4)]).save(path)
+    opt = getattr(fusedopt, cls)([np.ones(4)], **made)
+    opt.step([np.ones(4)])
+    opt.load(path)
+    assert opt.param_groups[0]["momentum"] == 0
+    assert not opt.state["params[0]"]["momentum_buffer"].any()
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("name", ["a" * 70_000, "a\0b", "\ud800"], ids=["long", "nul", "surrogate"])
+def test_names_that_no_file_can_hold(tmp_path, name, suffix):
+    class Key(str):
+        __repr__ = str.__str__
+
+    opt = fusedopt.Adam({Key(name): np.ones(2)})
+    with pytest.raises(ValueError, match="cannot name an array in a file; use other dict keys"):
+        opt.save(tmp_path / f"x{suffix}")
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("value", [np.nan, -1.0, "fast", None])
@@ -556,6 +585,8 @@ def test_leftovers_of_killed_saves(tmp_path, suffix, monkeypatch):
     opt.save(path)
     left = set(os.listdir(tmp_path)) - {path.name, ready.name, other.name}
     assert len(left) == 1
+    empty = tmp_path / f".x{suffix}.0123456789abcdef.tmp"  # of one that was killed at once
+    empty.touch()
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     opt.save(path)

@@ -1,6 +1,7 @@
 """Bad input: a clear error that names the leaf, before the first write."""
 
 import threading
+from collections import OrderedDict
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -476,6 +477,14 @@ BAD_GROUPS = {
     ),
     "missing": (
         lambda opt: opt.param_groups[0].pop("lr"), ValueError, r"param_groups\[0\]: has no 'lr'"),
+    "no dict": (
+        lambda opt: opt.param_groups.__setitem__(0, None), TypeError,
+        r"param_groups\[0\]: expected a dict, got NoneType",
+    ),
+    "no list": (
+        lambda opt: setattr(opt, "param_groups", None), TypeError,
+        "param_groups: expected a list, got NoneType",
+    ),
     "no params": (
         lambda opt: opt.param_groups[0].pop("params"), ValueError, r"\['params'\]: was replaced"),
     "array": (
@@ -490,9 +499,13 @@ def test_groups_changed_badly(module, kind):
     p = ones(2)
     opt = module.SGD(p, lr=1.0)
     change(opt)
-    for _ in range(2):
+    saved = module.SGD(ones(2), lr=0.5).state_dict()
+    for call in (lambda: opt.step(ones(2)), lambda: opt.step(ones(2), stats=True)):
         with pytest.raises(error, match=message):
-            opt.step(ones(2))
+            call()
+    if kind in ("append", "clear", "no dict", "no list"):
+        with pytest.raises(error, match=message):
+            opt.load_state_dict(saved)
     assert (p == 1).all()
     assert opt.state_dict()["param_groups"][0]["lr"] == 1.0  # what an emergency save has
 
@@ -517,6 +530,23 @@ def test_options_changed_in_place_are_seen(module):
             assert q.tobytes() == r.tobytes()
 
 
+def test_groups_that_are_kinds_of_dicts(tmp_path):
+    """A load into them is whole, too."""
+    arrays = [ones(2), ones(2)]
+    groups = [OrderedDict(params=a, lr=0.1) for a in arrays]
+    opt, other = fusedopt.SGD(groups), fusedopt.SGD([{"params": a.copy()} for a in arrays], lr=0.5)
+    opt.param_groups[1] = OrderedDict(opt.param_groups[1])
+    opt.step([ones(2), ones(2)])
+    opt.load_state_dict(other.state_dict())
+    assert [group["lr"] for group in opt.param_groups] == [0.5, 0.5]
+
+
+def test_a_group_that_is_in_no_list():
+    with pytest.raises(TypeError, match=r"params: a group, which must be in a list: \[\{'params'"):
+        fusedopt.SGD({"params": ones(2), "lr": 0.1})
+    fusedopt.SGD({"params": ones(2)})  # an array of that name
+
+
 def test_the_base_class():
     with pytest.raises(TypeError, match="Optimizer is the base class; make an Adam"):
         fusedopt.Optimizer(ones(2))
@@ -536,5 +566,7 @@ def test_functional_state_that_is_none(name):
     with pytest.raises(ValueError, match=r"s\[0\]: is None; these options need it"):
         NO_STATE[name](p, g, [None, None])
     assert all((a == 1).all() for a in p)
+    with pytest.raises(TypeError, match="lr: expected a number, that of this step"):
+        functional.sgd(p, g, step=1, lr=lambda step: 0.1)
     NO_STATE[name](p, [None, None], [None, None])  # as of tensors that are frozen
     assert all((a == 1).all() for a in p)

@@ -40,11 +40,11 @@ opt.load_state_dict(dicts[0])
 folder = tempfile.TemporaryDirectory()
 path = Path(folder.name, "run.npz")
 opt, other = (fusedopt.Adam({f"k{i}": np.zeros(2000, np.float32) for i in range(20)}) for _ in "12")
-opt.save(path)
+os.umask(0o022)
 """,
-        "opt.save(path)",
-        "other.load(path)",
-        "opt.save(path); assert os.listdir(folder.name) == ['run.npz']",
+        "opt.save(path); os.unlink(path); opt.save(path)",
+        "assert os.umask(0o022) == 0o022; opt.save(path); other.load(path)",
+        "assert os.listdir(folder.name) == ['run.npz']",
     ),
     "swap_ema": (
         """

@@ -184,6 +184,7 @@ def test_scaler_follows_torchs_rules():
     ("options", "error"),
     [
         ({"init_scale": 0}, ValueError),
+        ({"init_scale": 1e-310}, ValueError),
         ({"growth_factor": 1.0}, ValueError),
         ({"backoff_factor": 1.0}, ValueError),
         ({"growth_interval": 0.5}, TypeError),
@@ -194,6 +195,9 @@ def test_wrong_scaler(options, error):
         fusedopt.GradScaler(**options)
     with pytest.raises(ValueError, match="no 'scale'"):
         fusedopt.GradScaler().load_state_dict({})
+    for bad in (None, [], dict.fromkeys(fusedopt.GradScaler().state_dict(), "x")):
+        with pytest.raises(ValueError, match="^state dict: "):
+            fusedopt.GradScaler().load_state_dict(bad)
 
 
 def test_scaler_of_two_optimizers():
@@ -211,6 +215,15 @@ def test_scaler_of_two_optimizers():
         with pytest.raises(RuntimeError, match="no optimizer has stepped since"):
             scaler.update()
     assert (a == 0).all() and (b == -2).all() and scaler.scale == 1.0
+
+
+def test_scaler_steps_with_what_it_can():
+    scaler, opt = fusedopt.GradScaler(), fusedopt.SGD(np.ones(3), lr=1.0)
+    with pytest.raises(TypeError, match="optimizer: expected one, got ndarray"):
+        scaler.step(np.ones(3), opt)
+    scaler.scale = 0.0
+    with pytest.raises(ValueError, match="scale: must be > 0"):
+        scaler.step(opt, np.ones(3))
 
 
 def test_scale_stays_a_number():

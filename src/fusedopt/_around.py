@@ -7,7 +7,7 @@ formulas that both need, and the table that statistics come in.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -84,7 +84,9 @@ def around(
     TypeError, ValueError
         Naming the option.
     """
-    if norm_type != 2 and norm_type not in (math.inf, "inf"):
+    if not isinstance(norm_type, (int, float, str, np.number)) or (
+        norm_type != 2 and norm_type not in (math.inf, "inf")
+    ):
         raise ValueError(f"norm_type: expected 2 or inf, got {norm_type!r}")
     how = Around(
         _check.number("grad_scale", grad_scale),
@@ -152,6 +154,14 @@ class StepStats:
             raise KeyError(f"{name}: no such leaf with a gradient; known: {known}")
         i = self.names.index(name)
         return {column: getattr(self, column)[i].item() for column in self.COLUMNS}
+
+    def __contains__(self, name: object) -> bool:
+        """Whether a leaf of that name had a gradient."""
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names."""
+        return iter(self.names)
 
     def __len__(self) -> int:
         """Return the number of leaves."""

@@ -31,7 +31,7 @@ cdef extern from *:
 
 import numpy
 
-from fusedopt import _around, _check, _core, formats as _formats
+from fusedopt import _check, _core, formats as _formats
 from fusedopt.formats import Stored
 
 cdef object ndarray = numpy.ndarray
@@ -423,7 +423,7 @@ cdef class ArrayList:
         cdef fo_status status
         cdef double scale = around.grad_scale, factor = 1, least = 1
         cdef fo_stats total
-        if source is not None and source.kept != NULL:
+        if source is not None and source.knows(grads):
             for i in range(self.n):
                 if grads[i] is not None:
                     self.sums.stats[i] = source.kept[i]
@@ -639,6 +639,16 @@ cdef class ArrayList:
         self.kept = NULL
         self.release()
 
+    cdef bint knows(self, list grads) noexcept:
+        """Whether the sums of these gradients are kept: they are the leaves, in the same order."""
+        cdef ptrdiff_t i
+        if self.kept == NULL or self.n != len(grads):
+            return False
+        for i in range(self.n):
+            if grads[i] is not None and grads[i] is not self.params[i]:
+                return False
+        return True
+
     cdef void forget(self) noexcept:
         """Start anew, on leaves that are zero."""
         cdef ptrdiff_t i
@@ -685,7 +695,7 @@ cdef class ArrayList:
         count, steps
             See `set_steps`.
         groups, options : list of dict
-            Each of the first is updated by its neighbour in the second, which has no other keys.
+            Each of the first, checked to be dicts, is updated by its neighbour in the second.
         """
         cdef ptrdiff_t i, n = len(pairs)
         cdef Py_buffer *views = <Py_buffer *>grow(NULL, 2 * n, sizeof(Py_buffer))
@@ -698,7 +708,7 @@ cdef class ArrayList:
             for i in range(n):
                 self.export_pair(pairs[i][0], pairs[i][1], &views[2 * i], &views[2 * i + 1])
             for i in range(len(groups)):
-                (<dict?>groups[i]).update(<dict?>options[i])
+                dict.update(groups[i], options[i])
             for i in range(n):
                 memmove(views[2 * i].buf, views[2 * i + 1].buf, views[2 * i].len)
             self.count = count
@@ -744,7 +754,7 @@ cdef class Swap:
     cdef char **kept      # of each parameter that was exchanged, its bytes; NULL outside a block
     cdef bint active
 
-    def __cinit__(self, ArrayList leaves, show):
+    def __cinit__(self, ArrayList leaves not None, show):
         self.leaves, self.show = leaves, show
 
     def __enter__(self):

@@ -257,7 +257,7 @@ def positive(name: str, value: Any) -> float:
 
 def limit(name: str, value: Any) -> float:
     """Return `value` as a float > 0, or infinity: no limit."""
-    if isinstance(value, (float, np.floating, np.ndarray)) and np.all(value == math.inf):
+    if isinstance(value, (float, np.floating)) and value == math.inf:
         return math.inf
     return positive(name, value)
 

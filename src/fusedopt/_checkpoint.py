@@ -19,6 +19,7 @@ import stat
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import IO, Any
@@ -105,11 +106,15 @@ def write(path: StrPath, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -
     Raises
     ------
     ValueError
-        If the name ends in neither .npz nor .safetensors.
+        If the name ends in neither .npz nor .safetensors, or an array has a name that no file can
+        hold.
     OSError
         Naming the file, if it cannot be written; what was there before is still there.
     """
     target = _known(path)
+    for name in arrays:
+        if "\0" in name or len(name.encode(errors="replace")) > 2**15 or not _is_text(name):
+            raise ValueError(f"{name[:60]!r}: cannot name an array in a file; use other dict keys")
     arrays, small = _join(arrays)
     text = json.dumps({"version": _VERSION, "small": small, **meta})
     try:
@@ -119,9 +124,18 @@ def write(path: StrPath, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -
         raise OSError(exc.errno, exc.strerror, str(target)) from exc
 
 
+def _is_text(name: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
+class _Archive(zipfile.ZipFile):
+    # in C, where no signal's exception can come and be lost
+    __del__ = object.__hash__  # type: ignore[assignment]
+
+
 def _write_npz(file: IO[bytes], arrays: Mapping[str, Array], text: str) -> None:
     """Write what numpy.savez does, which would hide Ctrl-C behind an error of its archive's."""
-    archive = zipfile.ZipFile(file, "w")
+    archive = _Archive(file, "w")
     try:
         for name, array in {_META: np.array(text), **arrays}.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
@@ -214,7 +228,15 @@ def read(path: StrPath) -> tuple[dict[str, Array], dict[str, Any]]:
 
 
 def _read_npz(path: Path) -> tuple[dict[str, Array], str]:
-    with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+    with open(path, "rb") as raw:
+        loaded = np.load(raw, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise ValueError("one array, no archive")
+        return _read_archive(raw, loaded)
+
+
+def _read_archive(raw: IO[bytes], loaded: Any) -> tuple[dict[str, Array], str]:
+    with loaded as file:
         size = os.fstat(raw.fileno()).st_size
         # what savez writes is not compressed: so a small file cannot fill the memory
         if sum(member.file_size for member in file.zip.infolist()) > size:
@@ -222,6 +244,8 @@ def _read_npz(path: Path) -> tuple[dict[str, Array], str]:
         arrays = {name: file[name] for name in file.files}
     if not all(isinstance(a, np.ndarray) for a in arrays.values()):  # NumPy's answer is bytes
         raise ValueError("a member is not an array")
+    if _META not in arrays:
+        raise ValueError("no metadata of fusedopt in it")
     return arrays, str(arrays.pop(_META)[()])
 
 
@@ -264,14 +288,13 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
     target = Path(os.path.realpath(path))
     mode = _mode(target)
     _remove_leftovers(target)
-    temporary = target.with_name(f".{target.name}.{os.urandom(8).hex()}{_TEMPORARY}")
-    try:  # the name first: from here on whatever fails leaves nothing behind
-        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-            with suppress(OSError):  # a file system without locks
-                _lock(file)
+    temporary, file = _create(target, mode)
+    try:
+        with file:
             yield file
             file.flush()
-            temporary.chmod(mode)
+            if mode is not None:
+                temporary.chmod(mode)
             os.fsync(file.fileno())
             if os.name == "nt":  # which renames no open file
                 file.close()
@@ -282,23 +305,37 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
     _sync(target.parent)
 
 
-def _mode(target: Path) -> int:
-    """Return the permissions that a file shall have; OSError if it must not be replaced."""
+def _create(target: Path, mode: int | None) -> tuple[Path, IO[bytes]]:
+    """Return a temporary file beside a target, locked: where no process has the lock it is left."""
+    # a new file's permissions are the system's affair; those of an old one are copied in the end
+    create = partial(os.open, mode=0o666 if mode is None else 0o600)
+    while True:
+        temporary = target.with_name(f".{target.name}.{os.urandom(8).hex()}{_TEMPORARY}")
+        try:
+            file = open(temporary, "xb", opener=create)
+            if fcntl is not None:
+                with suppress(OSError):  # a file system without locks
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                if os.fstat(file.fileno()).st_nlink == 0:  # was taken for a leftover before that
+                    file.close()
+                    continue
+            return temporary, file
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _mode(target: Path) -> int | None:
+    """Return a file's permissions, None if there is none; OSError if it must not be replaced."""
     try:
         mode = target.stat().st_mode
     except FileNotFoundError:
-        return 0o666 & ~_umask()
+        return None
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "not a regular file")
     if not (mode & 0o222 and os.access(target, os.W_OK)):
         raise PermissionError(errno.EACCES, "a read-only file: remove it, or save elsewhere")
     return stat.S_IMODE(mode)
-
-
-def _lock(file: IO[bytes]) -> None:
-    """Lock a file until it is closed; OSError if another process has it."""
-    if fcntl is not None:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _remove_leftovers(target: Path) -> None:
@@ -308,17 +345,9 @@ def _remove_leftovers(target: Path) -> None:
     ours = re.compile(re.escape(f".{target.name}.") + "[0-9a-f]{16}" + re.escape(_TEMPORARY))
     with suppress(OSError):
         for path in [path for path in target.parent.iterdir() if ours.fullmatch(path.name)]:
-            # OSError: another process writes to it; one that is empty may not be locked yet
             with suppress(OSError), open(path, "rb") as file:
-                if os.fstat(file.fileno()).st_size > 0:
-                    _lock(file)
-                    path.unlink()
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError: somebody writes to it
+                path.unlink()
 
 
 def _sync(folder: Path) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fusedopt import _check, _storage
 from fusedopt._check import Array
+from fusedopt.formats import Stored
 from fusedopt.rule import Options
 
 if TYPE_CHECKING:
@@ -30,7 +33,7 @@ def _states(
     """Return the step counts, and each array with what it shall hold.
 
     `options` are those of the groups from now on. State that they do not use, as of momentum that
-    was switched off, is ignored where the optimizer has none.
+    was switched off, is ignored where the optimizer has none, and zero where the dict has none.
     """
     ours = optimizer.state
     if state.keys() != ours.keys():
@@ -48,11 +51,7 @@ def _states(
     steps, pairs = [], []
     for leaf, (name, arrays) in enumerate(ours.items()):
         given = state[name]
-        if (
-            not isinstance(given, Mapping)
-            or arrays.keys() - given.keys()
-            or given.keys() - arrays.keys() - unused[leaf]
-        ):
+        if not isinstance(given, Mapping) or (given.keys() ^ arrays.keys()) - unused[leaf]:
             raise ValueError(
                 f"state dict: {name} should have {', '.join(arrays)}; "
                 "make the optimizer with the options that the state was made with"
@@ -60,7 +59,10 @@ def _states(
         step = _check.steps(f"state dict: {name}.step", given["step"])
         steps.append(step)
         for key, array in arrays.items():
-            if key != "step":
+            if key not in given:  # as if it had never been used
+                parts = array.parts() if isinstance(array, Stored) else [array]
+                pairs += [(part, np.zeros_like(part)) for part in parts]
+            elif key != "step":
                 where, place = f"state dict: {name}.{key}", (leaf, step, slots.get(key, 0))
                 pairs += _storage.pairs(where, array, given[key], convert, place)
     return steps, pairs

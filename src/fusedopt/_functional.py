@@ -76,6 +76,8 @@ def function(cls: type[Optimizer], engine: _Engine | None = None) -> Step:
             if state.needs in flags
         }
         checked = rule.check(rule.defaults | derived | options)
+        if callable(checked["lr"]):
+            raise TypeError("lr: expected a number, that of this step; schedules are for classes")
         _check_lists(rule, params, grads, given, checked)
         take(rule, {"params": params, "grads": grads, **given}, step, checked)
 

@@ -62,7 +62,10 @@ def refuse_change(name: str, container: Any, before: Any) -> NoReturn:
             )
         raise ValueError(f"{inner}: was removed; make another optimizer, of what is left")
     added = ", ".join(inner for inner in now if inner not in was)
-    raise ValueError(f"{added}: was added after this optimizer was made; use add_param_group")
+    raise ValueError(
+        f"{added}: was added after this optimizer was made; take it out of there again and give it "
+        "to add_param_group"
+    )
 
 
 def is_groups(params: Any) -> bool:

@@ -93,6 +93,8 @@ class Optimizer:
         self._work = _arrays.ArrayList(self.rule.name, self.rule.state_names)
         self._groups: list[_groups.Group] = []
         self._bare = not _tree.is_groups(params)
+        if isinstance(params, dict) and "params" in params and params.keys() & self.rule.checks:
+            raise TypeError("params: a group, which must be in a list: [{'params': ..., ...}]")
         for group in [{"params": params}] if self._bare else params:
             self.add_param_group(group)
         if not len(self._work):
@@ -123,8 +125,7 @@ class Optimizer:
 
     def _add_param_group(self, group: Mapping[str, Any]) -> None:
         number = len(self._groups)
-        if number != len(self.param_groups):
-            self._refuse_groups()
+        self._check_groups()
         where = "" if self._bare and number == 0 else f"params[{number}]"
         if not isinstance(group, Mapping) or "params" not in group:
             raise TypeError(f"{where}: expected a dict with 'params', got {type(group).__name__}")
@@ -156,11 +157,19 @@ class Optimizer:
             else:
                 self.param_groups.pop()
 
-    def _refuse_groups(self) -> NoReturn:
-        raise ValueError(
-            f"param_groups: has {len(self.param_groups)} entries for {len(self._groups)} groups of "
-            "this optimizer; use add_param_group"
-        )
+    def _check_groups(self) -> None:
+        """Raise if `param_groups` is no list with a dict for each group."""
+        given = self.param_groups
+        if type(given) is not list:
+            raise TypeError(f"param_groups: expected a list, got {type(given).__name__}")
+        if len(given) != len(self._groups):
+            raise ValueError(
+                f"param_groups: has {len(given)} entries for {len(self._groups)} groups of "
+                "this optimizer; use add_param_group"
+            )
+        for i, group in enumerate(given):
+            if not isinstance(group, dict):
+                raise TypeError(f"param_groups[{i}]: expected a dict, got {type(group).__name__}")
 
     @property
     def state(self) -> dict[str, dict[str, Any]]:
@@ -185,11 +194,17 @@ class Optimizer:
 
         Of a bfloat16 parameter this is the longer number that it shows the upper half of; copies,
         but for arrays that are float32 or float64 themselves.
+
+        Raises
+        ------
+        RuntimeError
+            Within a block of `swap_ema`, and if another thread is inside a call.
         """
-        return {
-            name: stored.decode() if isinstance(stored, Stored) else stored
-            for name, stored in zip(self._work.names, self._work.stored, strict=True)
-        }
+        with self._work:
+            return {
+                name: stored.decode() if isinstance(stored, Stored) else stored
+                for name, stored in zip(self._work.names, self._work.stored, strict=True)
+            }
 
     def memory(self, grad_itemsize: int | None = None) -> dict[str, dict[str, float]]:
         """Return bytes per parameter, by part: what is resident, and what a step moves.
@@ -278,7 +293,8 @@ class Optimizer:
         copy_out : nesting of arrays, optional
             Nested as `params`: float16, bfloat16 (or float32, or float64 of float64 parameters)
             arrays that get the parameters after the step, rounded to nearest; also those without a
-            gradient, and those of a skipped step. None leaves out.
+            gradient, and those of a skipped step. What is rounded is what the step has computed,
+            before the parameter itself is rounded to its own format. None leaves out.
 
         Returns
         -------
@@ -299,8 +315,10 @@ class Optimizer:
         accumulator = grads._work if isinstance(grads, GradAccumulator) else None
         if (
             max_grad_norm is None and clip_value is None and copy_out is None
-            and grad_scale == 1 and norm_type == 2 and nonfinite == "propagate"
-            and not (per_tensor or stats or zero_grads) and accumulator is None
+            and type(grad_scale) is float and grad_scale == 1
+            and type(norm_type) is float and norm_type == 2
+            and type(nonfinite) is str and nonfinite == "propagate"
+            and per_tensor is stats is zero_grads is False and accumulator is None
         ):  # fmt: skip
             return StepResult(
                 *self._work.step(self._prepare, grads, self.rule.hyper, threads, plain)
@@ -313,7 +331,7 @@ class Optimizer:
             clip_value=clip_value,
             nonfinite=nonfinite,
             stats=stats,
-            zero_grads=zero_grads or accumulator is not None,
+            zero_grads=zero_grads if accumulator is None else True,
             copy_out=None if copy_out is None else self._flatten(copy_out, "copy_out"),
             knows_norm=accumulator is not None,
         )
@@ -334,8 +352,7 @@ class Optimizer:
         if isinstance(grads, GradAccumulator):
             grads = grads._sums()
         flat = self._flatten(grads, "grads")
-        if len(self.param_groups) != len(self._groups):
-            self._refuse_groups()
+        self._check_groups()
         number = self._work.count + 1
         for i, group in enumerate(self._groups):
             changed = _arrays.find_changed(group.nodes)
@@ -461,7 +478,10 @@ class Optimizer:
         names = self._work.names
         groups = []
         for i, group in enumerate(self._groups):
-            given = self.param_groups[i] if i < len(self.param_groups) else {}
+            try:
+                given = dict(self.param_groups[i])
+            except (TypeError, ValueError, IndexError, KeyError):  # no step would take them
+                given = {}
             mine = names[group.leaves.start : group.leaves.stop]
             groups.append({"params": mine} | self._options_now(group, given))
         return {
@@ -512,6 +532,7 @@ class Optimizer:
                 f"state dict: of {theirs}, and this optimizer is {self._class_name()}; "
                 f"load it into {theirs}, as another rule reads another meaning into the same state"
             )
+        self._check_groups()
         step = _check.steps("state dict: step", step)
         pairs, steps, options = _fitting.fit(self, state, groups, convert)
         self._work.restore(pairs, step, steps, self.param_groups, options)

@@ -61,7 +61,7 @@ class GradScaler:
         growth_interval: int = 2000,
     ) -> None:
         """See the class."""
-        self.scale = _check.positive("init_scale", init_scale)
+        self.scale = _scale("init_scale", init_scale)
         self.growth_factor = _check.number("growth_factor", growth_factor)
         self.backoff_factor = _check.positive("backoff_factor", backoff_factor)
         self.growth_interval = _check.count("growth_interval", growth_interval, least=1)
@@ -91,12 +91,17 @@ class GradScaler:
 
         Raises
         ------
+        TypeError, ValueError
+            As for `Optimizer.step`.
         RuntimeError
             If this optimizer has stepped since the last `update`.
         """
+        if not hasattr(optimizer, "step"):
+            raise TypeError(f"optimizer: expected one, got {type(optimizer).__name__}")
+        scale = _scale("scale", self.scale)
         if any(optimizer is other for other, _ in self._stepped):
             raise RuntimeError("step: this optimizer has stepped already; call update() in between")
-        result = optimizer.step(grads, grad_scale=1 / self.scale, nonfinite="skip", **options)
+        result = optimizer.step(grads, grad_scale=1 / scale, nonfinite="skip", **options)
         self._stepped.append((optimizer, result.skipped))
         return result
 
@@ -137,4 +142,13 @@ class GradScaler:
             good = _check.count("_growth_tracker", state_dict["_growth_tracker"])
         except KeyError as exc:
             raise ValueError(f"state dict: no {exc}") from exc
+        except (TypeError, ValueError) as exc:
+            raise ValueError(f"state dict: {exc}") from exc
         self.__dict__.update(loaded.__dict__, _good=good)
+
+
+def _scale(name: str, value: Any) -> float:
+    scale = _check.positive(name, value)
+    if not math.isfinite(1 / scale):
+        raise ValueError(f"{name}: {scale} is too small to be taken off gradients")
+    return scale
