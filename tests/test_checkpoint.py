@@ -272,7 +272,7 @@ def unusual(value):
     if isinstance(value, bool):
         return [np.bool_(value)]
     if isinstance(value, int):
-        return [np.int64(value), np.array(value)]
+        return [np.int64(value)]
     if isinstance(value, float):
         whole = [int(value)] if value == int(value) else []
         return [np.float32(value), np.float64(value), np.array(value), *whole]

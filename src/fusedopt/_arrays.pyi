@@ -14,7 +14,8 @@ _Outcome: TypeAlias = tuple[bool, float | None, float, tuple[Sequence[int], NDAr
 # the gradient of each leaf, the options of each group
 _Prepared: TypeAlias = tuple[list[NDArray[Any] | None], list[dict[str, Any]]]
 
-def find_changed(nodes: list[tuple[str, Any, Any]]) -> int: ...
+def are_settled(param_groups: Any, groups: list[Any]) -> bool: ...
+def find_none(values: Sequence[Any], grads: Sequence[Any]) -> int: ...
 
 @final
 class ArrayList:

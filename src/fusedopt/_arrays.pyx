@@ -85,20 +85,13 @@ cdef bint same_layout(const Py_buffer *a, const Py_buffer *b) noexcept:
     return True
 
 
-cdef bint has_same(object container, object before) except -1:
-    """Whether a list or dict has the same objects in it as `before`, of the same type."""
-    cdef Py_ssize_t i, at = 0, other = 0
+cdef bint has_same_items(dict container, dict before) except -1:
+    """Whether a dict has the same objects under the same keys as before."""
+    cdef Py_ssize_t at = 0, other = 0
     cdef PyObject *key
     cdef PyObject *value
     cdef PyObject *other_key
     cdef PyObject *now
-    if isinstance(before, list):
-        if PyList_Size(container) != PyList_Size(before):
-            return False
-        for i in range(PyList_Size(before)):
-            if PyList_GetItem(container, i) != PyList_GetItem(before, i):
-                return False
-        return True
     if PyDict_Size(container) != PyDict_Size(before):
         return False
     while PyDict_Next(before, &at, &key, &value):
@@ -110,11 +103,51 @@ cdef bint has_same(object container, object before) except -1:
     return True
 
 
-def find_changed(list nodes):
-    """Index of the first of `_tree.nodes` that has other objects in it than it had; -1 if none."""
+cdef bint has_same_values(object container, list before) except -1:
+    """Whether a list or dict has the same objects in it as before, in the same order."""
+    cdef Py_ssize_t i = 0, at = 0
+    cdef PyObject *key
+    cdef PyObject *value
+    if isinstance(container, list):
+        if PyList_Size(container) != PyList_Size(before):
+            return False
+        for i in range(PyList_Size(before)):
+            if PyList_GetItem(container, i) != PyList_GetItem(before, i):
+                return False
+        return True
+    if PyDict_Size(container) != PyList_Size(before):
+        return False
+    while PyDict_Next(container, &at, &key, &value):
+        if value != PyList_GetItem(before, i):
+            return False
+        i += 1
+    return True
+
+
+def are_settled(param_groups, list groups):
+    """Whether nothing of an optimizer's groups, `_groups.Group`, need be looked at for a step."""
     cdef Py_ssize_t i
-    for i in range(len(nodes)):
-        if not has_same((<tuple?>nodes[i])[1], (<tuple>nodes[i])[2]):
+    if type(param_groups) is not list or len(<list>param_groups) != len(groups):
+        return False
+    for i in range(len(groups)):
+        group, given = groups[i], (<list>param_groups)[i]
+        seen = group.seen
+        if seen is None or type(given) is not dict or len(<dict>given) != len(<dict>seen):
+            return False
+        if not has_same_items(<dict>given, <dict>seen):
+            return False
+        for node in <list?>group.nodes:
+            if not has_same_values((<tuple?>node)[1], (<tuple>node)[2]):
+                return False
+    return True
+
+
+def find_none(values, grads):
+    """Index of the first of some states that is None where the gradient is not; -1 if none."""
+    cdef Py_ssize_t i = -1
+    for value in values:
+        i += 1
+        if value is None and grads[i] is not None:
             return i
     return -1
 

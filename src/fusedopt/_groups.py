@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from fusedopt import _tree
@@ -30,28 +30,25 @@ class Group:
         As last checked, with `lr` as a number.
     seen : dict or None
         The dict in `param_groups` as it was then; None if a value may change in place, so that it
-        must be checked again in each step.
+        must be looked at in each step.
+    schedule : callable(step) -> float, or None
+        What `lr` is, where it is no number.
     """
 
     tree: Any
     read: _tree.Reader
     nodes: list[_tree.Node]
     leaves: range
-    options: Options
-    seen: Options | None
-
-    def is_unchanged(self, given: Mapping[str, Any]) -> bool:
-        """Whether a dict of `param_groups` is as it was when last checked."""
-        try:
-            return given == self.seen
-        except ValueError:  # an array has come, which compares element by element
-            return False
+    options: Options = field(default_factory=dict)
+    seen: Options | None = None
+    schedule: Callable[[int], Any] | None = None
 
     def note(self, given: Mapping[str, Any], options: Options) -> None:
         """Take over checked `options`, made of `given`."""
-        self.options = options
         values = [value for name, value in given.items() if name != "params"]
         self.seen = dict(given) if all(map(_is_constant, values)) else None
+        self.options, lr = options, options["lr"]
+        self.schedule = lr if callable(lr) else None
 
 
 def _is_constant(value: Any) -> bool:

@@ -6,11 +6,11 @@ A leaf's name is the expression that leads to it: ``params['dense1']['W']``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 DEEPEST = 100  # containers in containers; more are taken for a cycle
 
-Node = tuple[str, Any, Any]
+Node = tuple[str, Any, list[Any], list[str]]
 
 
 def _children(name: str, tree: Any) -> Iterator[tuple[str, Any]] | None:
@@ -44,28 +44,30 @@ def leaves(name: str, tree: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
 
 
 def nodes(name: str, tree: Any) -> Iterator[Node]:
-    """Yield the lists and dicts of a tree: name, container, a copy that shows what is in it now."""
+    """Yield the lists and dicts of a tree: name, container, what is in it now, and the names."""
+    inside = dict(_children(name, tree) or ())
     if isinstance(tree, (dict, list)):
-        yield name, tree, dict(tree) if isinstance(tree, dict) else list(tree)
-    for inner, node in _children(name, tree) or ():
+        yield name, tree, list(inside.values()), list(inside)
+    for inner, node in inside.items():
         yield from nodes(inner, node)
 
 
-def refuse_change(name: str, container: Any, before: Any) -> NoReturn:
-    """Raise ValueError for a container that has other objects in it than `before`."""
-    was, now = (dict(_children(name, tree) or ()) for tree in (before, container))
-    for inner in [inner for inner in was if was[inner] is not now.get(inner)]:
-        if inner in now:
+def refuse_change(name: str, container: Any, values: list[Any], names: list[str]) -> None:
+    """Raise ValueError for a container that has other objects in it than it had."""
+    now = dict(_children(name, container) or ())
+    for inner, value in zip(names, values, strict=True):
+        if inner not in now:
+            raise ValueError(f"{inner}: was removed; make another optimizer, of what is left")
+        if now.pop(inner) is not value:
             raise ValueError(
                 f"{inner}: is another object than when this optimizer was made, which steps would "
                 f"not reach; write into the array, {inner}[...] = value, or make another optimizer"
             )
-        raise ValueError(f"{inner}: was removed; make another optimizer, of what is left")
-    added = ", ".join(inner for inner in now if inner not in was)
-    raise ValueError(
-        f"{added}: was added after this optimizer was made; take it out of there again and give it "
-        "to add_param_group"
-    )
+    if now:
+        raise ValueError(
+            f"{', '.join(now)}: was added after this optimizer was made; take it out of there and "
+            "give it to add_param_group"
+        )
 
 
 def is_groups(params: Any) -> bool:

@@ -146,7 +146,8 @@ class Optimizer:
         stored, states = _storage.allocate(names, params, self.rule, options)
         shown, old = {"params": tree, **options}, len(self._work)
         leaves, nodes = range(old, old + len(names)), list(_tree.nodes(root, tree))
-        made = _groups.Group(tree, _tree.reader(tree), nodes, leaves, options, dict(shown))
+        made = _groups.Group(tree, _tree.reader(tree), nodes, leaves)
+        made.note(shown, options)
         known, threads = [*self._groups, made], _threads.of(self._threads)
         self.param_groups.append(shown)
         try:
@@ -352,13 +353,17 @@ class Optimizer:
         if isinstance(grads, GradAccumulator):
             grads = grads._sums()
         flat = self._flatten(grads, "grads")
-        self._check_groups()
-        number = self._work.count + 1
-        for i, group in enumerate(self._groups):
-            changed = _arrays.find_changed(group.nodes)
-            if changed >= 0:
-                _tree.refuse_change(*group.nodes[changed])
-            self._read_options(i, group, number)
+        if not _arrays.are_settled(self.param_groups, self._groups):
+            self._check_groups()
+            for i, group in enumerate(self._groups):
+                for node in group.nodes:
+                    _tree.refuse_change(*node)
+                self._read_options(i, group)
+        for group in self._groups:
+            if group.schedule is not None:
+                step = self._work.count + 1
+                rate = self.rule.checks["lr"](f"lr({step})", group.schedule(step))
+                group.options = group.options | {"lr": rate}
         return flat, [group.options for group in self._groups]
 
     def _flatten(self, tree: Any, name: str) -> list[Array | None]:
@@ -374,31 +379,29 @@ class Optimizer:
             group.read(f"{name}[{i}]", tree[i], flat)
         return flat
 
-    def _read_options(self, i: int, group: _groups.Group, step: int) -> None:
-        """Take the options of group `i` as they are now; check what was changed since."""
+    def _read_options(self, i: int, group: _groups.Group) -> None:
+        """Take the options of group `i` as they are now, checked."""
         given = self.param_groups[i]
         if given.get("params") is not group.tree:
             raise ValueError(f"param_groups[{i}]['params']: was replaced; use add_param_group")
-        if not group.is_unchanged(given):
-            where = f"param_groups[{i}]"
-            _groups.refuse_unknown(where, given, self.rule.checks)
-            missing = [name for name in self.rule.checks if name not in given]
-            if missing:
-                raise ValueError(f"{where}: has no {missing[0]!r}, an option that steps need")
-            options = self.rule.check(given, f"{where}.")
-            _storage.refuse_change(f"{where}.", group.options, options)
-            lacking = self._lacking_state(group, options)
-            if lacking is not None:
-                raise ValueError(
-                    f"{where}: these options need {lacking}, which was not allocated; "
-                    "set them when the optimizer is made"
-                )
+        where = f"param_groups[{i}]"
+        _groups.refuse_unknown(where, given, self.rule.checks)
+        missing = [name for name in self.rule.checks if name not in given]
+        if missing:
+            raise ValueError(f"{where}: has no {missing[0]!r}, an option that steps need")
+        options = self.rule.check(given, f"{where}.")
+        _storage.refuse_change(f"{where}.", group.options, options)
+        lacking = self._lacking_state(group, options)
+        if lacking is not None:
+            raise ValueError(
+                f"{where}: these options need {lacking}, which was not allocated; "
+                "set them when the optimizer is made"
+            )
+        used = self.rule.uses(options)
+        if used != self.rule.uses(group.options):
             for leaf in group.leaves:
-                self._work.use_states(leaf, self.rule.uses(options))
-            group.note(given, options)
-        if callable(given["lr"]):
-            rate = self.rule.checks["lr"](f"lr({step})", given["lr"](step))
-            group.options = group.options | {"lr": rate}
+                self._work.use_states(leaf, used)
+        group.note(given, options)
 
     def _lacking_state(self, group: _groups.Group, options: Options) -> str | None:
         """Return the name of a state array that these options use and that a leaf has not."""

@@ -96,7 +96,7 @@ class Rule:
         In the order of the signature.
     states : tuple of State
         Optional ones last.
-    constants : callable(step, **options) -> dict
+    constants : callable(step, options) -> dict
         The scalars of the C rule in a step, from 1, by name, in double.
     demand : callable(where, options), optional
         Raises ValueError for options, each of them right, that do not go together.
@@ -105,7 +105,7 @@ class Rule:
     name: str
     options: tuple[Option, ...]
     states: tuple[State, ...]
-    constants: Callable[..., dict[str, float]]
+    constants: Callable[[int, Options], dict[str, float]]
     demand: Callable[[str, Options], None] | None = None
 
     @cached_property
@@ -129,8 +129,10 @@ class Rule:
         return (*self.state_names, "ema")
 
     @cached_property
-    def _terms(self) -> tuple[tuple[str, str], ...]:
-        return tuple((option.term, option.name) for option in self.options if option.term)
+    def _terms(self) -> tuple[str, str]:
+        """The options that weigh L1 and L2; empty where there is none."""
+        names = {option.term: option.name for option in self.options}
+        return names.get("l1", ""), names.get("l2", "")
 
     def check(self, options: Options, where: str = "") -> Options:
         """Return the options, each of them checked; `where` begins the messages."""
@@ -160,18 +162,16 @@ class Rule:
         grad_scale : float
             Multiplies the gradient.
         """
-        values = self.constants(step, **options)
+        values = self.constants(step, options)
         values["grad_scale"] = -grad_scale if options.get("maximize") else grad_scale
-        values["l1"] = values["l2"] = 0.0
-        for term, name in self._terms:
-            values[term] = options.get(name, 0.0)
+        l1, l2 = self._terms
+        values["l1"] = options.get(l1, 0.0)
+        values["l2"] = options.get(l2, 0.0)
         decay = options.get("ema")
-        values["ema_weight"] = (
-            0.0 if decay is None else ema_weight(step, decay, options.get("ema_warmup", False))
-        )
+        if decay is None:
+            values["ema_weight"] = 0.0
+        else:
+            if options.get("ema_warmup"):
+                decay = min(decay, (1 + step) / (10 + step))
+            values["ema_weight"] = 1 - decay
         return values
-
-
-def ema_weight(step: int, decay: float, warmup: bool) -> float:
-    """Return the weight with which the parameter enters its average in a step, from 1."""
-    return 1 - (min(decay, (1 + step) / (10 + step)) if warmup else decay)

@@ -8,21 +8,19 @@ from typing import Any, Unpack
 from fusedopt import _check
 from fusedopt._functional import function
 from fusedopt.optimizer import Optimizer
-from fusedopt.rule import L1, MAXIMIZE, Common, Option, Rule, State
+from fusedopt.rule import L1, MAXIMIZE, Common, Option, Options, Rule, State
 
 
-def _constants(
-    step: int, lr: float, betas: tuple[float, float], eps: float, keep: float = 1.0, **_: Any
-) -> dict[str, float]:
-    beta1, beta2 = betas
+def _constants(step: int, o: Options) -> dict[str, float]:
+    beta1, beta2 = o["betas"]
     return {
-        "keep": keep,
+        "keep": 1.0,
         "w1": 1 - beta1,
         "beta2": beta2,
         "w2": 1 - beta2,
         "root": sqrt(1 - beta2**step),
-        "eps": eps,
-        "step_size": lr / (1 - beta1**step),
+        "eps": o["eps"],
+        "step_size": o["lr"] / (1 - beta1**step),
     }
 
 
@@ -53,9 +51,7 @@ ADAMW = Rule(
     name="adam",
     options=(*_OPTIONS, Option("weight_decay", 1e-2, _check.nonnegative), _AMSGRAD, MAXIMIZE),
     states=_STATES,
-    constants=lambda step, lr, weight_decay, **others: _constants(
-        step, lr, keep=1 - lr * weight_decay, **others
-    ),
+    constants=lambda step, o: _constants(step, o) | {"keep": 1 - o["lr"] * o["weight_decay"]},
 )
 
 

@@ -8,27 +8,20 @@ from typing import Any, Unpack
 from fusedopt import _check
 from fusedopt._functional import function
 from fusedopt.optimizer import Optimizer
-from fusedopt.rule import MAXIMIZE, Common, Option, Rule, State
+from fusedopt.rule import MAXIMIZE, Common, Option, Options, Rule, State
 
 
-def _constants(
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    **_: Any,
-) -> dict[str, float]:
-    beta1, beta2 = betas
+def _constants(step: int, o: Options) -> dict[str, float]:
+    beta1, beta2 = o["betas"]
     return {
-        "lr": lr,
+        "lr": o["lr"],
         "w1": 1 - beta1,
         "beta2": beta2,
         "w2": 1 - beta2,
         "unbias": 1 / (1 - beta1**step),
         "root": sqrt(1 - beta2**step),
-        "eps": eps,
-        "weight_decay": weight_decay,
+        "eps": o["eps"],
+        "weight_decay": o["weight_decay"],
     }
 
 

@@ -20,12 +20,12 @@ RULE = Rule(
         MAXIMIZE,
     ),
     states=(State("momentum_buffer"),),
-    constants=lambda step, lr, momentum, weight_decay, trust_coefficient, eps, **_: {
-        "lr": lr,
-        "momentum": momentum,
-        "weight_decay": weight_decay,
-        "trust": trust_coefficient,
-        "eps": eps,
+    constants=lambda step, o: {
+        "lr": o["lr"],
+        "momentum": o["momentum"],
+        "weight_decay": o["weight_decay"],
+        "trust": o["trust_coefficient"],
+        "eps": o["eps"],
     },
 )
 

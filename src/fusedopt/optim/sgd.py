@@ -27,11 +27,11 @@ RULE = Rule(
         MAXIMIZE,
     ),
     states=(State("momentum_buffer", needs="momentum"),),
-    constants=lambda step, lr, momentum, dampening, nesterov, **_: {
-        "lr": lr,
-        "momentum": momentum,
-        "w": 1 - dampening,
-        "nesterov": float(nesterov),
+    constants=lambda step, o: {
+        "lr": o["lr"],
+        "momentum": o["momentum"],
+        "w": 1 - o["dampening"],
+        "nesterov": float(o["nesterov"]),
         "first": float(step == 1),
     },
     demand=_demand,

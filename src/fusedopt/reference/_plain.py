@@ -10,7 +10,7 @@ import numpy as np
 from fusedopt import _check, formats
 from fusedopt._around import Around, GradSums
 from fusedopt._check import Array
-from fusedopt._functional import Step, columns, function
+from fusedopt._functional import Step, function
 from fusedopt._ieee import ieee
 from fusedopt.formats import BLOCK, Stored, flat
 from fusedopt.optimizer import Optimizer
@@ -215,9 +215,8 @@ def reference(fast: type[Optimizer], update: Callable[..., None]) -> tuple[type[
         The formula, in place, in the order of roundings; states that are not in use are None.
     """
 
-    def take(rule: Rule, lists: Any, step: int, options: Options) -> None:
-        states = columns(rule, lists, options)
-        rows = zip(lists["params"], lists["grads"], *states, strict=True)
+    def take(rule: Rule, params: Any, grads: Any, states: Any, step: int, options: Options) -> None:
+        rows = zip(params, grads, *states, strict=True)
         for number, (param, grad, *its) in enumerate(rows):
             if grad is not None:
                 leaf(rule, update, param, grad, its, number=number, step=step, options=options)
