@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fusedopt import _tree
-from fusedopt.rule import Check, Options
+from fusedopt.rule import Check, Options, Rule
 
 _IMMUTABLE = (int, float, bool, str, type(None))
 
@@ -26,6 +26,8 @@ class Group:
         The containers in `tree`, see `_tree.nodes`.
     leaves : range
         Numbers of its leaves.
+    kept : tuple of bool
+        Whether each state of the rule has arrays.
     options : dict
         As last checked, with `lr` as a number.
     seen : dict or None
@@ -39,6 +41,7 @@ class Group:
     read: _tree.Reader
     nodes: list[_tree.Node]
     leaves: range
+    kept: tuple[bool, ...]
     options: Options = field(default_factory=dict)
     seen: Options | None = None
     schedule: Callable[[int], Any] | None = None
@@ -49,6 +52,22 @@ class Group:
         self.seen = dict(given) if all(map(_is_constant, values)) else None
         self.options, lr = options, options["lr"]
         self.schedule = lr if callable(lr) else None
+
+    def lacks(self, rule: Rule, options: Options) -> str | None:
+        """Return the name of a state that these options use and that was not allocated."""
+        rows = zip(rule.state_names, rule.uses(options), self.kept, strict=True)
+        return next((name for name, use, kept in rows if use and not kept), None)
+
+    def valid(self, rule: Rule, given: Mapping[str, Any]) -> Options:
+        """Return the options; in the place of one that no step takes, the last step's."""
+        options = {}
+        for name, check in rule.checks.items():
+            try:
+                value = given[name]
+                options[name] = value if name == "lr" and callable(value) else check(name, value)
+            except (KeyError, TypeError, ValueError):
+                options[name] = self.options[name]
+        return options
 
 
 def _is_constant(value: Any) -> bool:

@@ -146,7 +146,7 @@ class Optimizer:
         stored, states = _storage.allocate(names, params, self.rule, options)
         shown, old = {"params": tree, **options}, len(self._work)
         leaves, nodes = range(old, old + len(names)), list(_tree.nodes(root, tree))
-        made = _groups.Group(tree, _tree.reader(tree), nodes, leaves)
+        made = _groups.Group(tree, _tree.reader(tree), nodes, leaves, self.rule.uses(options))
         made.note(shown, options)
         known, threads = [*self._groups, made], _threads.of(self._threads)
         self.param_groups.append(shown)
@@ -391,7 +391,7 @@ class Optimizer:
             raise ValueError(f"{where}: has no {missing[0]!r}, an option that steps need")
         options = self.rule.check(given, f"{where}.")
         _storage.refuse_change(f"{where}.", group.options, options)
-        lacking = self._lacking_state(group, options)
+        lacking = group.lacks(self.rule, options)
         if lacking is not None:
             raise ValueError(
                 f"{where}: these options need {lacking}, which was not allocated; "
@@ -402,26 +402,6 @@ class Optimizer:
             for leaf in group.leaves:
                 self._work.use_states(leaf, used)
         group.note(given, options)
-
-    def _lacking_state(self, group: _groups.Group, options: Options) -> str | None:
-        """Return the name of a state array that these options use and that a leaf has not."""
-        states = self._work.states[group.leaves.start : group.leaves.stop]
-        used = zip(self.rule.states, self.rule.uses(options), strict=True)
-        for k, (state, use) in enumerate(used):
-            if use and any(arrays[k] is None for arrays in states):
-                return state.name
-        return None
-
-    def _options_now(self, group: _groups.Group, given: Mapping[str, Any]) -> Options:
-        """Return a group's options; in the place of one that no step takes, the last step's."""
-        options = {}
-        for name, check in self.rule.checks.items():
-            try:
-                value = given[name]
-                options[name] = value if name == "lr" and callable(value) else check(name, value)
-            except (KeyError, TypeError, ValueError):
-                options[name] = group.options[name]
-        return options
 
     # -------------------------------------------------------------- averages
 
@@ -486,7 +466,7 @@ class Optimizer:
             except (TypeError, ValueError, IndexError, KeyError):  # no step would take them
                 given = {}
             mine = names[group.leaves.start : group.leaves.stop]
-            groups.append({"params": mine} | self._options_now(group, given))
+            groups.append({"params": mine} | group.valid(self.rule, given))
         return {
             "optimizer": self._class_name(),
             "step": self._work.count,
@@ -525,8 +505,11 @@ class Optimizer:
 
     def _load_state_dict(self, state_dict: Mapping[str, Any], convert: bool) -> None:
         try:
-            step, state = state_dict["step"], dict(state_dict["state"])
-            groups = list(state_dict["param_groups"])
+            step = state_dict["step"]
+            given = {
+                "state": dict(state_dict["state"]),
+                "param_groups": list(state_dict["param_groups"]),
+            }
         except (KeyError, TypeError, ValueError, IndexError) as exc:
             raise ValueError("state dict: expected 'step', 'state' and 'param_groups'") from exc
         theirs = state_dict.get("optimizer", self._class_name())
@@ -537,7 +520,13 @@ class Optimizer:
             )
         self._check_groups()
         step = _check.steps("state dict: step", step)
-        pairs, steps, options = _fitting.fit(self, state, groups, convert)
+        now = [
+            group.valid(self.rule, shown)
+            for group, shown in zip(self._groups, self.param_groups, strict=True)
+        ]
+        pairs, steps, options = _fitting.fit(
+            self.rule, self._groups, now, self.state, given, convert
+        )
         self._work.restore(pairs, step, steps, self.param_groups, options)
 
     def save(self, path: str | os.PathLike[str]) -> None:

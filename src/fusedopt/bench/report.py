@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from fusedopt.bench import stats
 from fusedopt.bench.contenders import LIMIT, OURS
@@ -280,14 +279,3 @@ def page(recording: Recording, pictures: Sequence[str]) -> str:
             left = [f"* left out: {line}" for line in grouped(entry.left_out, titles)]
             lines += ["", *left] * bool(left)
     return "\n".join(lines) + "\n"
-
-
-def write(recording: Recording, folder: Path) -> list[str]:
-    """Write a recording's JSON, page and pictures into a folder; return the files' names."""
-    from fusedopt.bench import plots
-
-    folder.mkdir(parents=True, exist_ok=True)
-    recording.save(folder / "results.json")
-    pictures = [name for name in PICTURES if plots.save(recording, folder / f"{name}.png", name)]
-    (folder / "README.md").write_text(page(recording, pictures), encoding="utf-8")
-    return ["results.json", *(f"{name}.png" for name in pictures), "README.md"]

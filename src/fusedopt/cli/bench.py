@@ -236,5 +236,16 @@ def tell(recording: Recording, options: argparse.Namespace) -> None:
         drawn = plots.save(recording, options.plot)
         print(f"plot: {options.plot}" if drawn else "plot: nothing to draw in these cases")
     if options.report is not None:
-        names = report.write(recording, options.report)
+        names = write_report(recording, options.report)
         print(f"report: {', '.join(names)} in {options.report}")
+
+
+def write_report(recording: Recording, folder: Path) -> list[str]:
+    """Write a recording's JSON, page and pictures into a folder; return the files' names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    recording.save(folder / "results.json")
+    pictures = [
+        name for name in report.PICTURES if plots.save(recording, folder / f"{name}.png", name)
+    ]
+    (folder / "README.md").write_text(report.page(recording, pictures), encoding="utf-8")
+    return ["results.json", *(f"{name}.png" for name in pictures), "README.md"]
