@@ -60,6 +60,10 @@ def _lamb(name: str, **options: Any) -> Case:
     return Case("lamb", name, "lamb", "LAMB", ("exp_avg", "exp_avg_sq"), options)
 
 
+def _lion(name: str, **options: Any) -> Case:
+    return Case("lion", name, "lion", "Lion", ("exp_avg",), options)
+
+
 def _lars(name: str, **options: Any) -> Case:
     return Case("lars", name, "lars", "LARS", ("momentum_buffer",), options)
 
@@ -80,6 +84,8 @@ CASES = [
     _sgd("momentum", lr=0.1, momentum=0.9),
     _sgd("momentum-damped", lr=0.1, momentum=0.9, dampening=0.3, weight_decay=0.1),
     _sgd("nesterov", lr=0.1, momentum=0.8, nesterov=True, l1=0.01, maximize=True),
+    _lion("lion"),
+    _lion("lion-all", lr=0.1, betas=(0.5, 0.0), weight_decay=0.3, maximize=True),
     _lamb("lamb", lr=0.01),
     _lamb("lamb-all", lr=0.3, betas=(0.5, 0.75), eps=1e-3, weight_decay=0.0, maximize=True),
     _lars("lars"),

@@ -1,4 +1,4 @@
-"""Agreement with torch.optim over 100 steps, within stated bounds."""
+"""Agreement with torch.optim, and with who made a rule known, over 100 steps, within bounds."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,17 @@ ROWS = [
     ("SGD", {"lr": 0.01, "momentum": 0.9}),
     ("SGD", {"lr": 0.01, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}),
     ("SGD", {"lr": 0.01, "momentum": 0.9, "nesterov": True}),
+    ("Lion", {}),
+    ("Lion", {"lr": 0.01, "betas": (0.5, 0.9), "weight_decay": 0.1}),
 ]
+PACKAGES = {"Lion": "lion_pytorch"}  # where it is not torch.optim
+
+
+def peer_of(name, tensors, options):
+    if name in PACKAGES:
+        package = pytest.importorskip(PACKAGES[name], reason="compares with it: extra `peers`")
+        return getattr(package, name)(tensors, **options)
+    return getattr(torch.optim, name)(tensors, **options, foreach=False, fused=False)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=lambda d: d.__name__)
@@ -37,7 +47,7 @@ def test_agrees(name, options, dtype):
     ours = [p.copy() for p in start]
     theirs = [torch.tensor(p, requires_grad=True) for p in start]
     opt = getattr(fusedopt, name)(ours, **options)
-    peer = getattr(torch.optim, name)(theirs, **options, foreach=False, fused=False)
+    peer = peer_of(name, theirs, options)
     path = [np.zeros_like(p) for p in start]
     for _ in range(STEPS):
         grads = [rng.standard_normal(p.shape).astype(dtype) for p in start]

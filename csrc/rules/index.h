@@ -14,6 +14,7 @@
 #include "adam.h"
 #include "lamb.h"
 #include "lars.h"
+#include "lion.h"
 #include "sgd.h"
 
 #undef FO_RULES
@@ -21,4 +22,5 @@
     X(adam, ADAM_SCALARS, 3, 2, PLAIN)                                                             \
     X(sgd, SGD_SCALARS, 1, 0, PLAIN)                                                               \
     X(lamb, LAMB_SCALARS, 2, 2, LAYERWISE)                                                         \
-    X(lars, LARS_SCALARS, 1, 1, LAYERWISE)
+    X(lars, LARS_SCALARS, 1, 1, LAYERWISE)                                                         \
+    X(lion, LION_SCALARS, 1, 1, PLAIN)

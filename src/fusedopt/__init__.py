@@ -31,6 +31,7 @@ from fusedopt.accumulate import GradAccumulator  # noqa: E402
 from fusedopt.optim.adam import Adam, AdamW  # noqa: E402
 from fusedopt.optim.lamb import LAMB  # noqa: E402
 from fusedopt.optim.lars import LARS  # noqa: E402
+from fusedopt.optim.lion import Lion  # noqa: E402
 from fusedopt.optim.sgd import SGD  # noqa: E402
 from fusedopt.optimizer import Optimizer  # noqa: E402
 from fusedopt.scaler import GradScaler  # noqa: E402
@@ -45,6 +46,7 @@ __all__ = [
     "AdamW",
     "GradAccumulator",
     "GradScaler",
+    "Lion",
     "Optimizer",
     "StepResult",
     "StepStats",

@@ -6,6 +6,9 @@ Functions and classes have the names and signatures of `fusedopt.functional` and
 from fusedopt.reference.adam import Adam, AdamW, adam, adamw
 from fusedopt.reference.lamb import LAMB, lamb
 from fusedopt.reference.lars import LARS, lars
+from fusedopt.reference.lion import Lion, lion
 from fusedopt.reference.sgd import SGD, sgd
 
-__all__ = ["LAMB", "LARS", "SGD", "Adam", "AdamW", "adam", "adamw", "lamb", "lars", "sgd"]
+__all__ = [
+    "LAMB", "LARS", "SGD", "Adam", "AdamW", "Lion", "adam", "adamw", "lamb", "lars", "lion", "sgd",
+]  # fmt: skip
