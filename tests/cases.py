@@ -64,6 +64,12 @@ def _lion(name: str, **options: Any) -> Case:
     return Case("lion", name, "lion", "Lion", ("exp_avg",), options)
 
 
+def _rmsprop(name: str, centered: bool = False, **options: Any) -> Case:
+    states = ("square_avg",) + ("momentum_buffer",) * ("momentum" in options)
+    states += ("grad_avg",) * centered
+    return Case("rmsprop", name, "rmsprop", "RMSprop", states, options, {"centered": centered})
+
+
 def _lars(name: str, **options: Any) -> Case:
     return Case("lars", name, "lars", "LARS", ("momentum_buffer",), options)
 
@@ -86,6 +92,10 @@ CASES = [
     _sgd("nesterov", lr=0.1, momentum=0.8, nesterov=True, l1=0.01, maximize=True),
     _lion("lion"),
     _lion("lion-all", lr=0.1, betas=(0.5, 0.0), weight_decay=0.3, maximize=True),
+    _rmsprop("rmsprop"),
+    _rmsprop("rmsprop-momentum", lr=0.3, alpha=0.5, eps=1e-3, momentum=0.8, weight_decay=0.1),
+    _rmsprop("rmsprop-centered", centered=True, maximize=True),
+    _rmsprop("rmsprop-all", centered=True, momentum=0.5, alpha=0.9, weight_decay=0.01),
     _lamb("lamb", lr=0.01),
     _lamb("lamb-all", lr=0.3, betas=(0.5, 0.75), eps=1e-3, weight_decay=0.0, maximize=True),
     _lars("lars"),

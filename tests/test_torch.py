@@ -26,6 +26,10 @@ ROWS = [
     ("SGD", {"lr": 0.01, "momentum": 0.9}),
     ("SGD", {"lr": 0.01, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}),
     ("SGD", {"lr": 0.01, "momentum": 0.9, "nesterov": True}),
+    ("RMSprop", {}),
+    ("RMSprop", {"lr": 0.1, "alpha": 0.9, "momentum": 0.9, "weight_decay": 0.1}),
+    ("RMSprop", {"centered": True, "maximize": True}),
+    ("RMSprop", {"centered": True, "momentum": 0.5, "eps": 1e-3}),
     ("Lion", {}),
     ("Lion", {"lr": 0.01, "betas": (0.5, 0.9), "weight_decay": 0.1}),
 ]
@@ -36,7 +40,8 @@ def peer_of(name, tensors, options):
     if name in PACKAGES:
         package = pytest.importorskip(PACKAGES[name], reason="compares with it: extra `peers`")
         return getattr(package, name)(tensors, **options)
-    return getattr(torch.optim, name)(tensors, **options, foreach=False, fused=False)
+    fused = {} if name == "RMSprop" else {"fused": False}
+    return getattr(torch.optim, name)(tensors, **options, foreach=False, **fused)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=lambda d: d.__name__)

@@ -15,6 +15,7 @@
 #include "lamb.h"
 #include "lars.h"
 #include "lion.h"
+#include "rmsprop.h"
 #include "sgd.h"
 
 #undef FO_RULES
@@ -23,4 +24,5 @@
     X(sgd, SGD_SCALARS, 1, 0, PLAIN)                                                               \
     X(lamb, LAMB_SCALARS, 2, 2, LAYERWISE)                                                         \
     X(lars, LARS_SCALARS, 1, 1, LAYERWISE)                                                         \
-    X(lion, LION_SCALARS, 1, 1, PLAIN)
+    X(lion, LION_SCALARS, 1, 1, PLAIN)                                                             \
+    X(rmsprop, RMSPROP_SCALARS, 3, 1, PLAIN)

@@ -32,6 +32,7 @@ from fusedopt.optim.adam import Adam, AdamW  # noqa: E402
 from fusedopt.optim.lamb import LAMB  # noqa: E402
 from fusedopt.optim.lars import LARS  # noqa: E402
 from fusedopt.optim.lion import Lion  # noqa: E402
+from fusedopt.optim.rmsprop import RMSprop  # noqa: E402
 from fusedopt.optim.sgd import SGD  # noqa: E402
 from fusedopt.optimizer import Optimizer  # noqa: E402
 from fusedopt.scaler import GradScaler  # noqa: E402
@@ -48,6 +49,7 @@ __all__ = [
     "GradScaler",
     "Lion",
     "Optimizer",
+    "RMSprop",
     "StepResult",
     "StepStats",
     "__version__",

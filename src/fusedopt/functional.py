@@ -4,6 +4,7 @@ from fusedopt.optim.adam import adam, adamw
 from fusedopt.optim.lamb import lamb
 from fusedopt.optim.lars import lars
 from fusedopt.optim.lion import lion
+from fusedopt.optim.rmsprop import rmsprop
 from fusedopt.optim.sgd import sgd
 
-__all__ = ["adam", "adamw", "lamb", "lars", "lion", "sgd"]
+__all__ = ["adam", "adamw", "lamb", "lars", "lion", "rmsprop", "sgd"]

@@ -49,6 +49,7 @@ OPTIMIZERS = {
     "lamb": Choice("LAMB", 5e-3),
     "lars": Choice("LARS", 3.0),
     "lion": Choice("Lion", 5e-4),
+    "rmsprop": Choice("RMSprop", 1e-3),
     "sgd": Choice("SGD", 5e-2, options={"momentum": 0.9}),
     "gd": Choice("SGD", 1e-1, "constant", 200, whole=True),
 }

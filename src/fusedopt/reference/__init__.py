@@ -7,8 +7,10 @@ from fusedopt.reference.adam import Adam, AdamW, adam, adamw
 from fusedopt.reference.lamb import LAMB, lamb
 from fusedopt.reference.lars import LARS, lars
 from fusedopt.reference.lion import Lion, lion
+from fusedopt.reference.rmsprop import RMSprop, rmsprop
 from fusedopt.reference.sgd import SGD, sgd
 
 __all__ = [
-    "LAMB", "LARS", "SGD", "Adam", "AdamW", "Lion", "adam", "adamw", "lamb", "lars", "lion", "sgd",
+    "LAMB", "LARS", "SGD", "Adam", "AdamW", "Lion", "RMSprop",
+    "adam", "adamw", "lamb", "lars", "lion", "rmsprop", "sgd",
 ]  # fmt: skip
