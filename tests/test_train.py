@@ -142,7 +142,7 @@ FAULTS = {
     "lr": (lambda d: ["--lr", "-1"], "lr: must be >= 0"),
     "epochs": (lambda d: ["--epochs", "0"], "--epochs: must be >= 1"),
     "batch": (lambda d: ["--batch-size", "0"], "--batch-size: must be >= 1"),
-    "momentum": (lambda d: ["--momentum", "0.9"], "--momentum: goes with --optimizer lars, sgd"),
+    "momentum": (lambda d: ["--momentum", "0.9"], "--momentum: goes with --optimizer lars, .*sgd"),
     "l1": (
         lambda d: ["--optimizer", "adamw", "--l1", "0.1"],
         "--l1: goes with --optimizer adam, sgd, gd",
