@@ -8,7 +8,7 @@ import signal
 
 import numpy as np
 import pytest
-from torch_cases import fo, leaf, since, torch
+from torch_cases import fo, leaf, numbers, since, torch
 
 import fusedopt
 
@@ -261,6 +261,34 @@ def test_average_begins_with_a_checkpoint_of_torch():
         fo.SGD([leaf(2)], ema=0.5).ema_params()
 
 
+@pytest.mark.parametrize("ema", [{}, {"ema": 0.9}, {"ema": 0.9, "ema_warmup": True}], ids=str)
+@pytest.mark.parametrize("state_dtype", [None, "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("how", ["later", "lost"])
+def test_a_new_momentum_buffer_begins_as_the_gradient(how, dtype, state_dtype, ema):
+    """As in torch, whatever was counted till then; in one of two parameters, or in both."""
+    late = {"momentum": 0.9, "dampening": 0.5, "nesterov": False}
+    params = [leaf(100, dtype=dtype), leaf(100, seed=1, dtype=dtype)]
+    first = {} if how == "later" else late
+    opt = fo.SGD(params, lr=0.1, **first, **ema, state_dtype=state_dtype, min_8bit_size=1)
+    opt.step()
+    opt.step()
+    opt.param_groups[0].update(late)
+    if how == "lost":
+        for key in [key for key in opt.state[params[1]] if key.startswith("momentum")]:
+            del opt.state[params[1]][key]
+    before = numbers(opt, params[0], "momentum_buffer").clone() if how == "lost" else None
+    opt.step()
+    for p in params if how == "later" else params[1:]:
+        found = numbers(opt, p, "momentum_buffer")
+        torch.testing.assert_close(found, p.grad.float(), rtol=0.13, atol=0.02)
+        if state_dtype is None:
+            assert torch.equal(found, p.grad.float())
+    if before is not None and state_dtype is None:
+        expected = 0.9 * before + 0.5 * params[0].grad.float()
+        torch.testing.assert_close(numbers(opt, params[0], "momentum_buffer"), expected)
+
+
 @since("2.6")  # named parameters
 def test_stats_and_history():
     opt = fo.AdamW([("w", leaf(40, 3)), ("b", leaf(3))], stats=True, max_grad_norm=1.0)
@@ -467,10 +495,63 @@ def test_averages_that_do_not_fit():
     assert same(params, kept)
 
 
+WITHIN = {
+    "step": lambda opt: opt.step(),
+    "a step with a closure": lambda opt: opt.step(lambda: pytest.fail("called")),
+    "load_state_dict": lambda opt: opt.load_state_dict(opt.state_dict()),
+    "add_param_group": lambda opt: opt.add_param_group({"params": [leaf(2)]}),
+    "swap_ema": lambda opt: opt.swap_ema().__enter__(),
+}
+
+
+@pytest.mark.parametrize("act", WITHIN.values(), ids=WITHIN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_needs_the_parameters_is_refused_within(dtype, act):
+    """A step from averages would leave the residual bits of the parameters wrong, for one."""
+    p, peer = leaf(1000, dtype=dtype), leaf(1000, dtype=dtype)
+    opts = [fo.AdamW([x], lr=0.01, ema=0.9) for x in (p, peer)]
+    for opt in opts:
+        opt.step()
+        opt.step()
+    with opts[0].swap_ema():
+        with pytest.raises(RuntimeError, match="leave the block of swap_ema first"):
+            act(opts[0])
+        assert len(opts[0].param_groups) == 1
+    for opt in opts:
+        opt.step()
+    assert torch.equal(p, peer)
+    for key, value in opts[1].state[peer].items():
+        assert torch.equal(opts[0].state[p][key], value), key
+
+
+CHANGES = {
+    "fewer": lambda p: torch.zeros(1),
+    "more": lambda p: torch.zeros(5, *p.shape),  # into which copy_ would go, repeated
+    "as many": lambda p: torch.zeros(1, p.numel()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_one_shape_changed_within(which, change):
+    """The others are back, and the exception names the one that is not."""
+    params, opt, kept = averaged((3,), (4,), (6,))
+    with pytest.raises(RuntimeError, match=rf"\['params'\]\[{which}\]: cannot take back"):
+        with opt.swap_ema():
+            params[which].data = change(params[which])
+    for i in {0, 1, 2} - {which}:
+        assert torch.equal(params[i], kept[i])
+    assert torch.is_grad_enabled()
+    params[which].data = kept[which].clone()
+    with opt.swap_ema():
+        assert same(params, list(opt.ema_params().values()))
+    assert same(params, kept)
+
+
 def test_one_context_is_entered_once_at_a_time():
     params, opt, kept = averaged((3,))
     context = opt.swap_ema()
-    with context, opt.swap_ema():
+    with context:
         with pytest.raises(RuntimeError, match="entered already"), context:
             pass
         assert same(params, list(opt.ema_params().values()))

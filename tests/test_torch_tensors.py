@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import sys
 import threading
 import weakref
 
@@ -496,8 +497,43 @@ def test_a_signal_in_the_first_step(options, monkeypatch):
         written = [not torch.equal(a, b) for a, b in zip(before, [p, q], strict=True)]
         assert written in ([True] * 2, [False] * 2)
         assert len(opt.state) == sum(written) and all(opt.state.values())
+        assert torch.is_grad_enabled()
         outcomes.add((written[0], len(calls) >= when))
     assert outcomes == {(False, True), (True, True), (True, False)}
+
+
+@pytest.mark.parametrize("options", [{}, {"ema": 0.9}, {"state_dtype": "int8", "min_8bit_size": 1}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("outside", [torch.enable_grad, torch.no_grad])
+def test_autograd_after_a_first_step_that_was_interrupted(outside, dtype, options):
+    """In each line of Python code in which the state is made."""
+    when, lines = 0, [0]
+
+    def trace(frame, event, arg):
+        lines[0] += event == "line"
+        if event == "line" and lines[0] == when:
+            raise KeyboardInterrupt
+        return trace
+
+    with outside():
+        mode = torch.is_grad_enabled()
+        while True:
+            when, lines[0] = when + 1, 0
+            opt = fo.AdamW([leaf(70, dtype=dtype), leaf(3, dtype=dtype)], **options)
+            before = sys.gettrace()
+            sys.settrace(trace)
+            try:
+                opt.step()
+            except KeyboardInterrupt:
+                pass
+            else:
+                break
+            finally:
+                sys.settrace(before)
+                now = torch.is_grad_enabled()
+                torch.set_grad_enabled(mode)
+            assert now == mode, when
+    assert when > 50
 
 
 def test_devices_other_than_the_cpu():

@@ -134,6 +134,19 @@ cdef class Copier:
         self.copy, self.plainly = torch.Tensor.copy_, torch._C.DisableTorchFunction
         self.set_grad, self.is_grad = torch._C._set_grad_enabled, torch.is_grad_enabled
 
+    def call(self, bint grad, function, *args):
+        """Call a function with autograd on or off; it is as before however the call ends.
+
+        (A signal's exception in the `__exit__` of torch.no_grad, which is Python code, leaves it
+        off.)
+        """
+        before = self.is_grad()
+        self.set_grad(grad)
+        try:
+            return function(*args)
+        finally:
+            self.set_grad(before)
+
     cdef int run(self, list targets, list sources) except -1:
         cdef Py_ssize_t i
         if not targets:
@@ -148,39 +161,50 @@ cdef class Copier:
                 self.set_grad(grad)
         return 0
 
+    cdef int put_back(self, target, source) except -1:
+        """Copy a tensor into one that had its shape."""
+        with self.plainly():
+            if target.shape != source.shape:  # copy_ would repeat the values
+                raise ValueError(f"its shape was {tuple(source.shape)}, now {tuple(target.shape)}")
+            self.set_grad(False)
+            self.copy(target, source)
+        return 0
+
 
 cdef class Swap:
     """A context in which tensors hold other values; they are themselves again however it ends.
 
     In C, as between the bytecodes of a Python `__exit__` a signal could raise an exception. (So it
-    can in that of torch.no_grad, used by `prepare` or `settle`; autograd is left as it was found.)
+    can in that of torch.no_grad, used by the owner; autograd is left as it was found.)
 
     Parameters
     ----------
     copier : Copier
-    prepare : callable() -> (targets, sources, kept)
-        Lists of tensors: those to exchange, what they shall hold, and copies of what they do hold.
-    settle : callable()
-        Called after each exchange, to forget what was computed from the former values. May be
-        called again.
+    owner : optimizer
+        Its ``_is_swapped`` says whether such a context is entered; asked to
+        ``_prepare_swap() -> (targets, sources, kept, names)``: lists of tensors, those to exchange,
+        what they shall hold, copies of what they do hold, and what to call them; and to
+        ``_forget_weights()`` after each exchange, maybe more than once.
     """
     cdef Copier copier
-    cdef object prepare, settle
-    cdef list targets, kept
+    cdef object owner
+    cdef list targets, kept, names
 
-    def __cinit__(self, Copier copier not None, prepare, settle):
-        self.copier, self.prepare, self.settle = copier, prepare, settle
+    def __cinit__(self, Copier copier not None, owner):
+        self.copier, self.owner = copier, owner
 
     def __enter__(self):
         if self.kept is not None:
             raise RuntimeError("this context is entered already; make another")
+        refuse_within_swap(self.owner)
         grad = self.copier.is_grad()
         try:
-            targets, sources, kept = self.prepare()
-            self.targets, self.kept = targets, kept
+            targets, sources, kept, names = self.owner._prepare_swap()
+            self.targets, self.kept, self.names = targets, kept, names
+            self.owner._is_swapped = True
             try:
                 self.copier.run(targets, sources)
-                self.settle()
+                self.owner._forget_weights()
             except BaseException:
                 self.restore()
                 raise
@@ -193,19 +217,41 @@ cdef class Swap:
             raise fault
 
     cdef object restore(self):
-        """Return the exception of a signal that came meanwhile, or None."""
+        """Return the exception of a signal that came meanwhile, or of what is not back, or None."""
         cdef int _
+        cdef Py_ssize_t i
         fault, grad = None, self.copier.is_grad()
+        for i in range(len(self.targets)):
+            for _ in range(3):
+                try:
+                    self.copier.put_back(self.targets[i], self.kept[i])
+                    break
+                except BaseException as exc:
+                    last = exc
+            else:
+                fault = RuntimeError(
+                    f"{self.names[i]}: cannot take back the values that it had before swap_ema: "
+                    f"{last}")
+                fault.__cause__ = last
         for _ in range(3):
             try:
-                self.copier.run(self.targets, self.kept)
-                self.settle()
+                self.owner._forget_weights()
                 break
             except BaseException as exc:
-                fault = exc
+                fault = fault or exc
         self.copier.set_grad(grad)
-        self.targets = self.kept = None
+        self.targets = self.kept = self.names = None
+        self.owner._is_swapped = False
         return fault
+
+
+def refuse_within_swap(owner):
+    """Raise RuntimeError if the averages of an optimizer are in the place of its parameters."""
+    if owner._is_swapped:
+        raise RuntimeError(
+            "the averages are in the place of the parameters: leave the block of swap_ema first, "
+            "which puts the parameters back"
+        )
 
 
 cdef class TensorList:
@@ -254,7 +300,8 @@ cdef class TensorList:
     cdef void *last_address   # where the leaf's parameter was in the last step
     cdef list targets, copies  # tensors, and what was stepped in the place of each
     cdef list made            # (parameter, its new state)
-    cdef dict seen            # (group, step) -> index of its constants
+    cdef bint rule_counts     # whether the rule asks for the number of the step
+    cdef dict seen            # (group, step, count) -> index of its constants
 
     def __cinit__(self, str rule, tuple kinds, is_plain, is_neg, exchange, export,
                   Copier copier not None):
@@ -320,9 +367,12 @@ cdef class TensorList:
                 "use one optimizer for each thread, or a lock"
             )
         before = fo_enter_ieee()
+        grad = self.copier.is_grad()
         try:
+            self.copier.set_grad(False)
             self.n = self.n_arrays = self.hypers.n = self.at = 0
             self.number = -1
+            self.rule_counts = owner._counts
             self.before = self.written or []
             self.capsules, self.written, self.seen = [], [], {}
             self.targets, self.copies, self.made = [], [], []
@@ -345,6 +395,7 @@ cdef class TensorList:
             for i in range(self.n):
                 let_go(&self.more[i], 0)
             self.capsules = self.targets = self.copies = self.made = None
+            self.copier.set_grad(grad)
             fo_leave_ieee(before)
             self.claim.release()
 
@@ -409,7 +460,7 @@ cdef class TensorList:
 
     cdef int gather(self, owner, ptrdiff_t group, tuple plan, bint counted, state) except -1:
         """Add the leaves of a group that have a gradient."""
-        cdef ptrdiff_t i = -1, step, count, last = -1, index = -1
+        cdef ptrdiff_t i = -1, step, count, last = -1, last_count = -1, index = -1
         cdef More *more
         cdef list params
         cdef tuple names, codes, extras
@@ -425,23 +476,25 @@ cdef class TensorList:
             more = self.new_leaf(group, i)
             hold(more, param)
             hold(more, grad)
-            step = 2
+            step = 2  # of a rule that does not count: its first, or another
             if not self.read_state(more, own, names, codes, extras, counted):
                 let_go(more, 2)
-                made = owner._make_state(group, i, param, own)
+                made, begins = owner._make_state(group, i, param, own)
                 self.made.append((param, made))
                 own = {**own, **made} if own else made
-                step = 1
+                step = 1 if begins else 2
                 if not self.read_state(more, own, names, codes, extras, counted):
                     raise SystemError("fusedopt: incomplete state; please report")
             self.fill(owner, more, names, codes)
             count = 1 + self.read_count(owner, more) if more.count != NULL else step
             if more.noisy:
                 self.leaves[self.n - 1].key = noise_key(seed, self.number, count)
-            if counted:
+            if self.rule_counts:
                 step = count
-            if step != last:
-                index, last = self.hyper(owner, group, step), step
+            if not counted:
+                count = 0
+            if step != last or count != last_count:
+                index, last, last_count = self.hyper(owner, group, step, count), step, count
             self.leaves[self.n - 1].hyper = index
         return 0
 
@@ -726,12 +779,13 @@ cdef class TensorList:
         self.capsules.append(capsule)
         return True
 
-    cdef ptrdiff_t hyper(self, owner, ptrdiff_t group, ptrdiff_t step) except -1:
-        """Index of the constants of a group at a step; computed once per step of the list."""
-        index = self.seen.get((group, step))
+    cdef ptrdiff_t hyper(self, owner, ptrdiff_t group, ptrdiff_t step,
+                         ptrdiff_t count) except -1:
+        """Index of the constants of a group at a step, computed once: see `_constants`."""
+        index = self.seen.get((group, step, count))
         if index is None:
-            index = self.seen[(group, step)] = add_constants(
-                &self.hypers, self.scalar_names, owner._constants(group, step))
+            index = self.seen[(group, step, count)] = add_constants(
+                &self.hypers, self.scalar_names, owner._constants(group, step, count))
         return index
 
     # -------------------------------------------------------------- overlap

@@ -28,13 +28,13 @@ def stored(
     Raises
     ------
     TypeError, ValueError
-        If its shape does not fit, or if codes are none or lack their blocks.
+        If its shape does not fit, or if codes are none or lack their blocks, or are not alone.
     """
     coded = saved.get(name) is None
+    if not coded and saved.get(name + CODES) is not None:
+        raise ValueError(f"{where}: {both(name)}")
     key, form = name + CODES if coded else name, "uint8" if square else "int8"
-    value = saved[key]
-    same_shape(f"{where}.{key}", value, param)
-    value = value.to(param.device)
+    value = saved_tensor(f"{where}.{key}", saved[key], param, (*DTYPES, torch.uint8))
     if coded and value.dtype != torch.uint8:
         raise TypeError(
             f"{where}.{key}: {value.dtype}, but codes are torch.uint8; torch.optim casts what it "
@@ -61,6 +61,21 @@ def stored(
     codes, blocks = new_codes(param)
     Stored(form, codes.numpy(), blocks.numpy()).encode(value.float().contiguous().numpy())
     return {name + CODES: codes, name + BLOCKS: blocks}
+
+
+def saved_tensor(where: str, value: Any, param: Any, known: tuple[Any, ...]) -> Any:
+    """Return a saved tensor beside its parameter, if it is of its shape and a known dtype."""
+    same_shape(where, value, param)
+    if value.device.type != "meta":
+        value = value.to(param.device)
+    local(where, value, known)
+    value = value.detach() if value.requires_grad else value
+    return value.resolve_neg()
+
+
+def both(name: str) -> str:
+    """Return the fault of state that is there twice."""
+    return f"its state has {name} and {name}{CODES}, of which one can be true; delete the other"
 
 
 def same_shape(where: str, tensor: Any, param: Any) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 try:
@@ -34,13 +34,14 @@ from fusedopt._around import LEAF, NOTHING, Around, StepResult, StepStats
 from fusedopt._ieee import ieee
 from fusedopt.optim import adam as _adam
 from fusedopt.optim import sgd as _sgd
-from fusedopt.rule import COMMON, Rule
+from fusedopt.rule import COMMON, Rule, ema_weight
 
 __all__ = ["SGD", "Adam", "AdamW"]
 
 _OF_NO_GROUP = ("max_grad_norm", "stats")  # options in `defaults` only
 _COMMON = {option.name: option for option in COMMON}
 _PLAIN = frozenset({float, int, bool, str, list, type(None)})
+_ENDS = ("", _plain.CODES, _plain.BLOCKS)
 _RESIDUALS = {32: torch.int16, 24: torch.int8}  # by master_bits of a bfloat16 parameter
 
 
@@ -61,6 +62,7 @@ class _Fused:
 
     _storage_options: Mapping[str, Any] = {}
     _threads: int | None = None
+    _is_swapped = False  # whether the averages are in the place of the parameters: see swap_ema
     defaults: Any  # torch's
     param_groups: Any
     state: Any
@@ -130,12 +132,13 @@ class _Fused:
         TypeError, ValueError
             Naming the parameter; no parameter, state or step count has changed.
         RuntimeError
-            If another thread is inside `step` of the same optimizer; nothing has been written.
+            If another thread is inside `step` of the same optimizer, or within `swap_ema`; nothing
+            has been written.
         """
+        _tensors.refuse_within_swap(self)
         loss = None
         if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+            loss = _copier.call(True, closure)
         found_inf = getattr(self, "found_inf", None)  # set by GradScaler, and so is grad_scale
         if found_inf is not None and found_inf.item() != 0:
             return loss
@@ -182,7 +185,7 @@ class _Fused:
         ValueError
             If no group has `ema`, or no step was taken.
         """
-        averages = {p: own["ema"] for p, own in self.state.items() if "ema" in own}
+        averages = {p: own["ema"] for p, own in self.state.items() if own.get("ema") is not None}
         if not averages and not any(group.get("ema") is not None for group in self.param_groups):
             raise ValueError("there is no average: make the optimizer with ema=0.999 or the like")
         if not averages:
@@ -193,34 +196,39 @@ class _Fused:
         """Put the averages in the place of the parameters for a ``with`` block.
 
         The parameters, which are back when it ends, however it ends, are kept in a copy meanwhile.
-        What is written to them within is lost; a step within is one from the averages. Weights
-        that FSDP2 gathered, and casts that autocast keeps, are dropped when it begins and ends.
+        What is written to them within is lost. Weights that FSDP2 gathered, and casts that
+        autocast keeps, are dropped when it begins and ends.
 
         Raises
         ------
         ValueError
             If no group has `ema`, or no step was taken.
+        RuntimeError
+            Within: by `step`, `load_state_dict`, `add_param_group` and another `swap_ema`, which
+            need the parameters. At the end: naming a parameter whose shape was changed; the others
+            are back.
         """
-        return _tensors.Swap(_copier, self._prepare_swap, self._forget_weights)
+        return _tensors.Swap(_copier, self)
 
-    def _prepare_swap(self) -> tuple[list[Any], list[Any], list[Any]]:
-        """Return the parameters that have an average, the averages, and copies: plain tensors."""
+    def _prepare_swap(self) -> tuple[list[Any], list[Any], list[Any], list[str]]:
+        """Return the parameters that have an average, the averages, copies, and names."""
         known = _plain.STATE_DTYPES
-        names = {
+        places = {
             param: self._name(number, i)
             for number, group in enumerate(self.param_groups)
             for i, param in enumerate(group["params"])
         }
-        params, averages = [], []
+        params, averages, names = [], [], []
         for param, average in self.ema_params().items():
-            name = names.get(param, "a parameter of no group")
+            name = places.get(param, "a parameter of no group")
             local = _plain.local(name, param.detach())
             params.append(param if _plain.is_plain(type(param)) else local)
             averages.append(_plain.local(f"{name}.ema", average.detach(), known))
+            names.append(name)
             _plain.same_shape(f"{name}.ema", averages[-1], local)
             if _plain.repeats(local):
                 raise ValueError(f"{name}: elements share memory (expanded?)")
-        return params, averages, [param.detach().clone() for param in params]
+        return params, averages, [param.detach().clone() for param in params], names
 
     def _forget_weights(self) -> None:
         """Drop copies of the parameters that engines have made to compute with."""
@@ -230,6 +238,7 @@ class _Fused:
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with options of their own, as in torch."""
+        _tensors.refuse_within_swap(self)
         where = f"param_groups[{len(self.param_groups)}]"
         _refuse_options(where, {**self.defaults, **param_group})
         for name, value in _own_options(param_group, f"{where}: ").items():
@@ -256,40 +265,62 @@ class _Fused:
         Raises
         ------
         TypeError, ValueError
-            As torch does; and naming state that does not fit. The optimizer is as it was.
+            As torch does; and naming state that does not fit, or that no step could take.
+        RuntimeError
+            Within `swap_ema`.
+
+        Notes
+        -----
+        If it raises anything (a signal's exception too), the optimizer is as it was.
         """
-        loaded: dict[Any, dict[str, Any]] = {}
-        kept = [{k: v for k, v in g.items() if k in _COMMON} for g in self.param_groups]
+        _tensors.refuse_within_swap(self)
         hooks: Any = self
-        last = hooks.register_load_state_dict_pre_hook(
-            lambda _, final: loaded.update(self._converted(final))
-        )
-        first = hooks.register_load_state_dict_post_hook(
-            lambda _: self._restore(loaded, kept), prepend=True
-        )
-        try:
-            super().load_state_dict(state_dict)  # type: ignore[misc]
-        finally:
-            last.remove()
-            first.remove()
+        state_dict = state_dict.copy()
+        for hook in hooks._optimizer_load_state_dict_pre_hooks.values():
+            result = hook(self, state_dict)
+            state_dict = state_dict if result is None else result
+        state, param_groups = _copier.call(False, self._loaded, state_dict)
+        self.__dict__.update(state=state, param_groups=param_groups)  # both: it is one call in C
+        for hook in hooks._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
 
-    def _converted(self, final: Mapping[str, Any]) -> dict[Any, dict[str, Any]]:
-        """Return by parameter what of a saved state is kept in formats of our own."""
-        converted = {}
-        for i, (group, saved) in enumerate(
-            zip(self.param_groups, final["param_groups"], strict=False)  # torch compares lengths
-        ):
-            pairs = zip(group["params"], saved["params"], strict=False)
-            for k, (param, number) in enumerate(pairs):
-                if entries := final["state"].get(number):
-                    converted[param] = self._converted_leaf(i, k, param, entries)
-        return converted
+    def _loaded(self, saved: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Return state and groups as they will be; torch makes the groups, in a twin of this."""
+        none: dict[Any, Any] = {}
+        twin: Any = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin._optimizer_load_state_dict_pre_hooks = none
+        twin._optimizer_load_state_dict_post_hooks = none
+        super(_Fused, twin).load_state_dict({**saved, "state": {}})
+        places = {}
+        for g, group in enumerate(twin.param_groups):
+            for name in _COMMON:
+                group.pop(name, None)
+            group.update({k: v for k, v in self.param_groups[g].items() if k in _COMMON})
+            numbers = saved["param_groups"][g]["params"]
+            places.update({n: (g, i) for i, n in enumerate(numbers)})
+        for number, own in saved["state"].items():
+            if number not in places:  # as torch does
+                twin.state[number] = own
+                continue
+            g, i = places[number]
+            param = twin.param_groups[g]["params"][i]
+            twin.state[param] = twin._loaded_leaf(g, i, param, own)
+        return twin.state, twin.param_groups
 
-    @torch.no_grad()
-    def _converted_leaf(
+    def _loaded_leaf(
         self, group: int, i: int, param: Any, saved: Mapping[str, Any]
     ) -> dict[str, Any]:
+        """Return saved state of a parameter in our formats; what is not of our own as it is."""
         name, own = self._name(group, i), {}
+        if not isinstance(saved, Mapping):
+            raise TypeError(f"{name}: its state is a {type(saved).__name__}; expected a dict")
+        step = saved.get("step")
+        if step is not None:
+            if isinstance(step, (int, float)):  # as torch once kept it
+                step = torch.tensor(float(step), device="cpu", dtype=_count_dtype())
+            self._count(group, i, step)
+            own["step"] = step.to(param.device)
         for state in self._rule.states:
             if _has(saved, state.name):
                 dtype = self._state_dtype(group, param)
@@ -298,25 +329,29 @@ class _Fused:
             own.update(_plain.stored(name, param, "ema", False, saved, _wide(param)))
         residual = saved.get("residual")
         if residual is not None:
-            _plain.same_shape(f"{name}.residual", residual, param)
+            known = (*_plain.DTYPES, *_RESIDUALS.values())
+            residual = _plain.saved_tensor(f"{name}.residual", residual, param, known)
             if residual.dtype == _RESIDUALS.get(_bits(self.param_groups[group])):
-                own["residual"] = residual.to(param.device)
+                own["residual"] = residual
+        ours = {"step", "ema", "residual"}
+        ours.update(s + end for s in self._rule.state_names for end in _ENDS)
+        own.update({key: value for key, value in saved.items() if key not in ours})
+        options = {**self._rule.defaults, **self.param_groups[group]}
+        self._missing(name, own, self._columns(self._rule.uses(options), False)[0], bool(saved))
         return own
 
-    def _restore(self, loaded: dict[Any, dict[str, Any]], kept: list[dict[str, Any]]) -> None:
-        """Put the loaded state, as it was before torch cast it, into our formats."""
-        for group, own in zip(self.param_groups, kept, strict=True):
-            for name in _COMMON:
-                group.pop(name, None)
-            group.update(own)
-        ends = ("", _plain.CODES, _plain.BLOCKS)
-        foreign = [name + end for name in self._rule.state_names for end in ends]
-        for param, converted in loaded.items():
-            own = self.state[param]
-            for name in (*foreign, "residual"):
-                if isinstance(own.get(name), torch.Tensor):
-                    del own[name]
-            own.update(converted)
+    def _missing(
+        self, name: str, own: Mapping[str, Any], states: Sequence[str], begun: bool
+    ) -> list[str]:
+        """Return which state arrays are to be made; refuse state that is there in part."""
+        missing = [state for state in states if not _has(own, state)]
+        absent = [state for state in missing if state != "ema"]  # which may begin at any time
+        if self._counts and begun and (own.get("step") is None or absent):
+            raise ValueError(
+                f"{name}: its state has no {', '.join(absent) or 'step'}, which these options "
+                "need; set them when the optimizer is made, or load a checkpoint that has it"
+            )
+        return missing
 
     # -------------------------------------------------------------- asked by TensorList.step
 
@@ -324,13 +359,20 @@ class _Fused:
         names = self.param_groups[group].get("param_names")
         return f"param_groups[{group}]['params'][{i}]" + (f" ({names[i]})" if names else "")
 
-    def _constants(self, group: int, step: int) -> dict[str, float]:
-        """Return the constants of a step by name, with all that scales the gradient."""
+    def _constants(self, group: int, step: int, count: int) -> dict[str, float]:
+        """Return the constants of a step by name, with all that scales the gradient.
+
+        `count` is the number of the step, 0 if nobody counts; `step` is what the rule makes of it:
+        SGD has a first step with each new buffer, as in torch.
+        """
         options = self._numbers(self.param_groups[group])
         scale = getattr(self, "grad_scale", None)
-        return self._rule_of(options).hyper(
-            step, options, grad_scale=1.0 if scale is None else 1.0 / scale.item()
-        )
+        grad_scale = 1.0 if scale is None else 1.0 / scale.item()
+        values = self._rule_of(options).hyper(step, options, grad_scale=grad_scale)
+        decay = options.get("ema")
+        if decay is not None and count != step:
+            values["ema_weight"] = ema_weight(count, decay, options.get("ema_warmup", False))
+        return values
 
     def _rule_of(self, options: Mapping[str, Any]) -> Rule:
         return self._rule
@@ -384,27 +426,23 @@ class _Fused:
             return torch.uint8
         return torch.float32
 
-    @torch.no_grad()
-    def _make_state(self, group: int, i: int, param: Any, own: dict[str, Any] | None) -> Any:
-        """Return new state for a parameter; the list adds it to `state` after the step."""
+    def _make_state(
+        self, group: int, i: int, param: Any, own: dict[str, Any] | None
+    ) -> tuple[dict[str, Any], bool]:
+        """Return new state for a parameter, and whether more is new than the average.
+
+        The list adds it to `state` after the step.
+        """
         name = self._name(group, i)
         local = _plain.local(name, param)
         names = self._plan(group, self.param_groups[group])[1]
-        missing = [state for state in names if not own or not _has(own, state)]
-        known = [state for state in names if state != "ema"]  # an average may begin at any time
-        absent = [state for state in missing if state != "ema"]
-        if self._counts and own and ("step" not in own or len(absent) not in (0, len(known))):
-            raise ValueError(
-                f"{name}: its state has no {', '.join(missing) or 'step'}, which these options "
-                "need; set them when the optimizer is made"
-            )
+        missing = self._missing(name, own or {}, names, bool(own))
         dtype = self._state_dtype(group, param)
         if dtype == torch.uint8 and local is not param and hasattr(type(param), "to_local"):
             raise TypeError(f"{name}: is a shard; 8-bit state is for whole tensors only")
-        made = {}
+        made: dict[str, Any] = {}
         if self._is_counted() and not (own and "step" in own):
-            begun = bool(own) and len(absent) < len(known)  # SGD, whose steps nobody counted
-            made["step"] = _new_count(float(begun))
+            made["step"] = _new_count()
         for state in missing:
             if state == "ema":
                 made[state] = param.detach().to(_wide(param), copy=True)
@@ -415,13 +453,15 @@ class _Fused:
             made[state] = torch.zeros_like(
                 param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
             )
-        return made
+        return made, bool(set(missing) - {"ema"})
 
     def _count(self, group: int, i: int, step: Any) -> int:
         """Return the number of steps from a tensor that is not plain, or no such number."""
         name = f"{self._name(group, i)}.step"
         if not isinstance(step, torch.Tensor) or step.numel() != 1:
             raise TypeError(f"{name}: expected a tensor of one element")
+        if step.device.type == "meta":
+            raise TypeError(f"{name}: is on device meta, without a value")
         taken = step.item()
         if isinstance(taken, complex) or not (0 <= taken < 2**62 and taken == int(taken)):
             raise ValueError(
@@ -430,7 +470,6 @@ class _Fused:
             )
         return int(taken)
 
-    @torch.no_grad()
     def _stand_in(
         self,
         group: int,
@@ -452,7 +491,7 @@ class _Fused:
         )
         rounded |= any(state.dtype in (torch.bfloat16, torch.uint8) for state in tensors[2:])
         if rounded and not is_counted:  # by chance, which is keyed by the step
-            made["step"] = _new_count(0.0)
+            made["step"] = _new_count()
         if tensors[0].dtype == torch.bfloat16 and residual is not None and extras[0] is None:
             extras[0] = torch.zeros_like(tensors[0], dtype=residual, requires_grad=False)
             made["residual"] = extras[0]
@@ -508,10 +547,14 @@ def _wide(param: Any) -> Any:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
-def _new_count(steps: float) -> Any:
-    """Return a count of steps where torch keeps it, in torch's dtype: beside no parameter."""
-    wide = torch.get_default_dtype() == torch.float64
-    return torch.tensor(steps, dtype=torch.float64 if wide else torch.float32, device="cpu")
+def _new_count() -> Any:
+    """Return a count of steps where torch keeps it: beside no parameter."""
+    return torch.tensor(0.0, dtype=_count_dtype(), device="cpu")
+
+
+def _count_dtype() -> Any:
+    """Return torch's dtype for it."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 
 def _bits(group: Mapping[str, Any]) -> int:
