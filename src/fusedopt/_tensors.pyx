@@ -36,8 +36,9 @@ cdef extern from "Python.h":
 
 
 cdef enum:
-    EMA = 4    # slot of a leaf's average
-    SLOTS = 5  # of what a step writes of a leaf: parameter, FO_MAX_STATES states, average
+    EMA = 4      # slot of a leaf's average
+    EXTRA = 5    # slots of what belongs to the codes of the parameter and of each state array
+    SLOTS = 10   # of what a step writes of a leaf: parameter, FO_MAX_STATES states, average, extras
 
 
 cdef struct More:
@@ -51,9 +52,16 @@ cdef struct More:
     unsigned int elsewhere  # bit k: tensor k lies in another memory order; 8 + k: its extra does
     ptrdiff_t bytes[8]     # of each tensor
     PyObject *count        # the tensor that counts its steps, held too, or NULL
+    int n_extras           # of the written arrays, how many have one that C takes
     void *counter          # where that is, or NULL if torch shall count
     int counter_format
     int ema                # which of the tensors is the average, or 0
+
+
+cdef struct Asked:
+    # state, its extras and the count of a leaf in the last step, if their sign is plus
+    PyObject *tensors[17]
+    void *addresses[17]
 
 
 cdef enum:
@@ -82,6 +90,13 @@ cdef bint choose_order(const More *more, const DLTensor *param, int64_t *strides
         strides[k] = size
         size *= max(param.shape[k], 1)
     return True
+
+
+cdef inline int slot_of(const More *more, int k) noexcept:
+    """The slot of a tensor (k) or of its extra (8 + k)."""
+    if k >= 8:
+        return EXTRA + (k - 8 and k - 9)
+    return EMA if more.ema and k == more.ema else k and k - 1
 
 
 cdef inline void hold(More *more, tensor) noexcept:
@@ -284,21 +299,26 @@ cdef class TensorList:
     cdef PyCFunction is_neg   # called per leaf: as a C function it takes a third of the time
     cdef fo_leaf *leaves
     cdef More *more
+    cdef Asked *asked
+    cdef void *places[17]     # of those that `is_known` does not know
     cdef Hypers hypers
     cdef Spans spans          # of all arrays that the step writes
+    cdef Spans others         # of the tensors that copies are written back to
+    cdef list apart           # such tensors, and their neighbours, that were found to be apart
     cdef ptrdiff_t n, room, n_arrays
+    cdef ptrdiff_t n_done     # leaves of the last step; 0 if it raised
+    cdef ptrdiff_t n_asked    # the same, of the step before
     cdef tuple squares        # of the group: whether each state array holds squares
     cdef int bits             # of the group: of master weights
     cdef bint averages        # of the group: whether the last state array is an average
     cdef Sums sums            # of the leaves, where a step measures
     cdef ptrdiff_t number     # of the parameter, in all groups
     cdef Py_ssize_t at        # of the entry of the state that is tried first
-    cdef list before          # parameters that the last step wrote
     # of one step
     cdef list capsules        # what must live until the step is over
     cdef list written         # parameters
-    cdef void *last_address   # where the leaf's parameter was in the last step
     cdef list targets, copies  # tensors, and what was stepped in the place of each
+    cdef list labels           # of the former: names, or (leaf, slot)
     cdef list made            # (parameter, its new state)
     cdef bint rule_counts     # whether the rule asks for the number of the step
     cdef dict seen            # (group, step, count) -> index of its constants
@@ -323,8 +343,10 @@ cdef class TensorList:
     def __dealloc__(self):
         free(self.leaves)
         free(self.more)
+        free(self.asked)
         free(self.hypers.of)
         free(self.spans.of)
+        free(self.others.of)
         free(self.sums.stats)
         free(self.sums.tiles)
 
@@ -372,10 +394,10 @@ cdef class TensorList:
             self.copier.set_grad(False)
             self.n = self.n_arrays = self.hypers.n = self.at = 0
             self.number = -1
+            self.n_asked, self.n_done = self.n_done, 0
             self.rule_counts = owner._counts
-            self.before = self.written or []
             self.capsules, self.written, self.seen = [], [], {}
-            self.targets, self.copies, self.made = [], [], []
+            self.targets, self.copies, self.labels, self.made = [], [], [], []
             for number, plan in enumerate(groups):
                 self.gather(owner, number, plan, counted, state)
             self.refuse_overlap(owner)
@@ -387,6 +409,7 @@ cdef class TensorList:
                 status = run_step(
                     self.rule, self.leaves, self.n, self.hypers.of, self.hypers.n, &how, threads)
             check(status)
+            self.n_done = self.n
             self.finish(owner, state)
             if around is not None:
                 outcome = (*outcome, self.measured(owner) if around.measure else None)
@@ -394,7 +417,7 @@ cdef class TensorList:
         finally:
             for i in range(self.n):
                 let_go(&self.more[i], 0)
-            self.capsules = self.targets = self.copies = self.made = None
+            self.capsules = self.targets = self.copies = self.labels = self.made = None
             self.copier.set_grad(grad)
             fo_leave_ieee(before)
             self.claim.release()
@@ -553,13 +576,15 @@ cdef class TensorList:
         if self.n == self.room:
             self.leaves = <fo_leaf *>grow(self.leaves, room, sizeof(fo_leaf))
             self.more = <More *>grow(self.more, room, sizeof(More))
+            self.asked = <Asked *>grow(self.asked, room, sizeof(Asked))
             self.room = room
-        self.last_address = self.leaves[self.n].param.data
         memset(&self.leaves[self.n], 0, sizeof(fo_leaf))
         self.leaves[self.n].grad_scale = 1
         more = &self.more[self.n]
         memset(more, 0, sizeof(More))
         more.group, more.i = group, i
+        if self.n >= self.n_asked:
+            memset(&self.asked[self.n], 0, sizeof(Asked))
         self.n += 1
         return more
 
@@ -571,7 +596,9 @@ cdef class TensorList:
         cdef void *at
         count = <object>more.count
         if self.resolve(count, &t) and size_of(&t) == 1 and (
-                dtype_of(&t) == FO_F32 or dtype_of(&t) == FO_F64):
+                dtype_of(&t) == FO_F32 or dtype_of(&t) == FO_F64) and (
+                self.is_known(16, more.count, <char *>t.data + t.byte_offset)
+                or (self.is_positive(16, more.count) and self.resolve(count, &t))):
             at, format = <char *>t.data + t.byte_offset, dtype_of(&t)
             taken = (<float *>at)[0] if format == FO_F32 else (<double *>at)[0]
             if 0 <= taken < MAX_COUNT and taken == <double><ptrdiff_t>taken:
@@ -595,9 +622,10 @@ cdef class TensorList:
                 [codes[k] if more.coded >> (k + 2) & 1 else names[k] for k in range(len(names))])
             tensors, extras, back, made = owner._stand_in(
                 more.group, more.i, names, tensors, extras, more.count != NULL)
-            for tensor, copy in back:
+            for tensor, copy, name in back:
                 self.targets.append(tensor)
                 self.copies.append(copy)
+                self.labels.append(name)
             if made:
                 self.made.append((param, made))
                 if "step" in made:
@@ -615,7 +643,7 @@ cdef class TensorList:
             raise SystemError("fusedopt: a stand-in does not fit; please report")
         self.written.append(param)
         if self.leaves[self.n - 1].n > 0:
-            self.n_arrays += more.held - 1
+            self.n_arrays += more.held - 1 + more.n_extras
         return 0
 
     cdef int lay(self, owner, More *more) except -1:
@@ -635,11 +663,32 @@ cdef class TensorList:
                 if k != 1:
                     self.targets.append(tensor)
                     self.copies.append(copy)
+                    self.labels.append((self.n - 1, slot_of(more, k)))
                 exchange(held, copy)
         return 0
 
     cdef int take(self, More *more) except -1:
         """Point the last leaf at [parameter, gradient, *state], if they are as C wants.
+
+        DLPack does not tell the sign of a tensor. Parameters and gradients, which others exchange,
+        are asked for theirs each time; state where it is another tensor, or in another place.
+        """
+        cdef int k, result
+        cdef unsigned int strange = 0
+        for k in range(2):
+            if not self.is_plain(<object>more.tensors[k]) or self.has_sign(more.tensors[k]):
+                return NOT_PLAIN
+        result = self.point(more, &strange)
+        if result == NOT_PLAIN or not strange:
+            return result
+        for k in range(16):
+            if strange >> k & 1 and not self.is_positive(
+                    k, more.tensors[k] if k < 8 else more.extras[k - 8]):
+                return NOT_PLAIN
+        return self.point(more, &strange)  # again, as to ask lets other threads in
+
+    cdef int point(self, More *more, unsigned int *strange) except -1:
+        """Do so, but for the signs; note which tensors must be asked.
 
         All are resolved in one go, in which no Python code runs: the first one's shape is still
         the one that the others are compared with.
@@ -650,15 +699,8 @@ cdef class TensorList:
         cdef int k, format
         cdef fo_array *array
         more.elsewhere = 0
-        for k in range(2):
-            if not self.is_plain(<object>more.tensors[k]):
-                return NOT_PLAIN
-        # DLPack does not tell the sign; that of a parameter in its old place has been asked before
-        if self.has_sign(more.tensors[1]) or not self.resolve(<object>more.tensors[0], &param):
-            return NOT_PLAIN
-        if not self.is_known(more.tensors[0], <char *>param.data + param.byte_offset) and (
-                self.has_sign(more.tensors[0])  # lets other threads in, so:
-                or not self.resolve(<object>more.tensors[0], &param)):
+        more.n_extras = 0
+        if not self.resolve(<object>more.tensors[0], &param):
             return NOT_PLAIN
         other = param
         if more.coded or not is_dense(&param):
@@ -688,9 +730,15 @@ cdef class TensorList:
                 return NOT_PLAIN
             array.data = <char *>other.data + other.byte_offset
             array.format = <fo_format>format
+            if k > 1 and not self.is_known(k, more.tensors[k], array.data):
+                strange[0] |= 1 << k
             more.bytes[k] = leaf.n * (other.dtype.bits // 8)
-            if format >= FO_BF16_LOW16 and not self.take_extra(more, k, array, &param):
-                return NOT_PLAIN
+            if format >= FO_BF16_LOW16:
+                if not self.take_extra(more, k, array, &param):
+                    return NOT_PLAIN
+                more.n_extras += 1
+                if not self.is_known(8 + k, more.extras[k], array.extra):
+                    strange[0] |= 1 << (8 + k)
             if k != 1 and is_stochastic(format):
                 more.noisy = True
                 if more.count == NULL:
@@ -743,10 +791,22 @@ cdef class TensorList:
             known = self.types[kind] = bool(self.is_plain_type(kind))
         return known
 
-    cdef bint is_known(self, PyObject *param, void *address) noexcept:
-        """Whether the last leaf's parameter is that of the last step, in the same place."""
-        return (self.n <= len(self.before) and <PyObject *>self.before[self.n - 1] == param
-                and address == self.last_address)
+    cdef inline bint is_known(self, int k, PyObject *tensor, void *address) noexcept:
+        """Whether a tensor of the last leaf has been asked for its sign, in the same place."""
+        cdef Asked *asked = &self.asked[self.n - 1]
+        if asked.tensors[k] == tensor and asked.addresses[k] == address:
+            return True
+        self.places[k] = address
+        asked.tensors[k] = NULL
+        return False
+
+    cdef bint is_positive(self, int k, PyObject *tensor) except -1:
+        """Ask a tensor that is not known; from now on it is."""
+        cdef Asked *asked = &self.asked[self.n - 1]
+        if self.has_sign(tensor):
+            return False
+        asked.tensors[k], asked.addresses[k] = tensor, self.places[k]
+        return True
 
     cdef bint has_sign(self, PyObject *tensor) except -1:
         """Whether the values are those in memory times -1, as of the imaginary part of a conj()."""
@@ -805,7 +865,80 @@ cdef class TensorList:
             found = alias(&self.spans, low, low + self.more[i].bytes[1])
             if found >= 0:
                 _check.alias(self.name(owner, i) + ".grad", self.span_name(owner, found))
+        if self.targets:
+            self.refuse_shared(owner)
         return 0
+
+    cdef int refuse_shared(self, owner) except -1:
+        """The same for tensors that were stepped on copies, which are written back.
+
+        They may have gaps, in which others lie: where their ranges of memory have a byte in common,
+        `_torch_plain.shared` looks at each element, once for the same tensors in the same place.
+        """
+        cdef DLTensor t
+        cdef ptrdiff_t i, n = len(self.targets)
+        cdef int k
+        cdef int64_t size
+        cdef uintptr_t low, high, first = <uintptr_t>-1, last = 0
+        cdef bint suspect = False
+        cdef Spans *others = &self.others
+        if others.room < n:
+            others.of = <Span *>grow(others.of, n, sizeof(Span))
+            others.room = n
+        others.n = 0
+        members, names = [], []
+        for i in range(n):
+            if not self.resolve(self.targets[i], &t):
+                raise SystemError("fusedopt: a tensor changed meanwhile; please report")
+            if size_of(&t) == 0:
+                continue
+            size = t.dtype.bits // 8
+            low = high = <uintptr_t>t.data + t.byte_offset
+            high += size
+            for k in range(t.ndim):
+                high += (t.shape[k] - 1) * t.strides[k] * size
+            first, last = min(first, low), max(last, high)
+            others.of[others.n] = Span(low=low, high=high, leaf=i, slot=0)
+            others.n += 1
+            suspect |= alias(&self.spans, low, high) >= 0
+            members.append((
+                low, tuple([t.shape[k] for k in range(t.ndim)]),
+                tuple([t.strides[k] * size for k in range(t.ndim)]), size))
+            names.append(self.labels[i])
+        suspect |= overlap(others) > 0
+        for i in range(self.n):
+            low = <uintptr_t>self.leaves[i].grad.data
+            suspect |= alias(others, low, low + self.more[i].bytes[1]) >= 0
+        if not suspect:
+            return 0
+        for i in range(self.spans.n):
+            low, high = self.spans.of[i].low, self.spans.of[i].high
+            if low < last and first < high:
+                members.append((low, (high - low,), (1,), 1))
+                names.append((self.spans.of[i].leaf, self.spans.of[i].slot))
+        n = len(members)
+        for i in range(self.n):
+            low = <uintptr_t>self.leaves[i].grad.data
+            high = low + self.more[i].bytes[1]
+            if low < last and first < high:
+                members.append((low, (high - low,), (1,), 1))
+                names.append((i, -1))
+        if members == self.apart:
+            return 0
+        self.apart = None
+        pair = owner._shared(members, n)
+        if pair is None:
+            self.apart = members
+            return 0
+        a, b = [
+            label if isinstance(label, str)
+            else self.name(owner, label[0]) + ".grad" if label[1] < 0
+            else self.slot_name(owner, label[0], label[1])
+            for label in (names[pair[0]], names[pair[1]])
+        ]
+        if pair[1] >= n:
+            _check.alias(b, a)
+        _check.overlap(min(a, b), max(a, b))
 
     cdef bint refresh(self) noexcept nogil:
         """Give the spans of the last step the addresses of this one; False if they do not fit."""
@@ -834,9 +967,17 @@ cdef class TensorList:
     cdef bint locate(self, ptrdiff_t leaf, int slot, Span *span) noexcept nogil:
         cdef fo_leaf *own = &self.leaves[leaf]
         cdef More *more = &self.more[leaf]
+        cdef fo_array *array
         if slot == EMA:
             span.low = <uintptr_t>own.ema.data
             span.high = span.low + (more.bytes[more.ema] if more.ema else 0)
+        elif slot >= EXTRA:
+            array = &own.param if slot == EXTRA else &own.state[slot - EXTRA - 1]
+            span.low = <uintptr_t>array.extra
+            span.high = span.low + (
+                (own.n + FO_BLOCK - 1) // FO_BLOCK
+                if array.format == FO_S8 or array.format == FO_U8
+                else 2 * own.n if array.format == FO_BF16_LOW16 else own.n)
         else:
             span.low = <uintptr_t>(own.param.data if slot == 0 else own.state[slot - 1].data)
             span.high = span.low + more.bytes[slot and slot + 1]
@@ -847,8 +988,16 @@ cdef class TensorList:
         return owner._name(self.more[leaf].group, self.more[leaf].i)
 
     cdef str span_name(self, owner, ptrdiff_t i):
-        cdef int slot = self.spans.of[i].slot
-        name = self.name(owner, self.spans.of[i].leaf)
+        return self.slot_name(owner, self.spans.of[i].leaf, self.spans.of[i].slot)
+
+    cdef str slot_name(self, owner, ptrdiff_t leaf, int slot):
+        name = self.name(owner, leaf)
+        if slot == 0:
+            return name
         if slot == EMA:
             return f"{name}.ema"
-        return name if slot == 0 else f"{name}.{owner._rule.state_names[slot - 1]}"
+        if slot == EXTRA:
+            return f"{name}.residual"
+        if slot > EXTRA:
+            return f"{name}.{owner._rule.state_names[slot - EXTRA - 1]}_blocks"
+        return f"{name}.{owner._rule.state_names[slot - 1]}"

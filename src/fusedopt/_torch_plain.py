@@ -9,7 +9,9 @@ import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.lib.stride_tricks import as_strided
 
 from fusedopt.formats import BLOCK, Stored
 
@@ -158,12 +160,12 @@ def repeats(tensor: Any) -> bool:
 
 def stand_ins(
     where: list[str], tensors: list[Any], extras: list[Any], residual: Any
-) -> tuple[list[Any], list[Any], list[tuple[Any, Any]]]:
+) -> tuple[list[Any], list[Any], list[tuple[Any, Any, str]]]:
     """Return for [parameter, gradient, *state] plain tensors of one shape, in any memory order.
 
     Those that are so already, or hold such a one, stand for themselves; of the others a copy does.
     Also returns, alike, what belongs to their codes (`extras`; of the parameter, residual bits of
-    dtype `residual`), and what to write back, as (tensor, its copy).
+    dtype `residual`), and what to write back, as (tensor, its copy, name).
 
     Raises
     ------
@@ -189,7 +191,7 @@ def stand_ins(
             return tensor
         copy = tensor.resolve_neg()
         if written:
-            back.append((tensor, copy))
+            back.append((tensor, copy, name))
         return copy
 
     plain = [fit(name, t, k != 1) for k, (name, t) in enumerate(zip(where, own, strict=True))]
@@ -210,10 +212,60 @@ def stand_ins(
         blocks = extras[k] if extras[k] is None else local(name, extras[k], (torch.uint8,))
         if blocks is None or blocks.shape != (count_blocks(param),):
             raise ValueError(f"{where[k]}: 8-bit codes need {name}, one byte for {BLOCK} codes")
-        extras[k] = blocks.contiguous()
+        if repeats(blocks):
+            raise ValueError(f"{name}: elements share memory (expanded?); pass a contiguous copy")
+        extras[k] = blocks.resolve_neg().contiguous()
         if extras[k] is not blocks:
-            back.append((blocks, extras[k]))
+            back.append((blocks, extras[k], name))
     return plain, extras, back
+
+
+def shared(members: list[tuple[Any, ...]], n_written: int) -> tuple[int, int] | None:
+    """Return two arrays that share a byte, the first of them written, or None.
+
+    Each is given by its address, shape, strides in bytes and bytes of an element; those that are
+    only read come last.
+    """
+    reach = [
+        low + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + size
+        for low, shape, strides, size in members
+    ]
+    cluster: list[int] = []
+    end = 0
+    for i in sorted(range(len(members)), key=lambda i: members[i][0]):
+        if cluster and members[i][0] >= end:
+            if (pair := _shared(members, n_written, sorted(cluster), end)) is not None:
+                return pair
+            cluster = []
+        cluster.append(i)
+        end = max(end, reach[i])
+    return _shared(members, n_written, sorted(cluster), end)
+
+
+def _shared(
+    members: list[tuple[Any, ...]], n_written: int, cluster: list[int], end: int
+) -> tuple[int, int] | None:
+    """Do so for some that lie close together, below an address, by a mark for each byte."""
+    if len(cluster) < 2:
+        return None
+    base = min(members[i][0] for i in cluster)
+    marks = np.zeros(end - base, bool)
+
+    def of(i: int) -> Any:
+        low, shape, strides, size = members[i]
+        axes = [axis for axis in zip(shape, strides, strict=True) if axis[0] != 1] + [(size, 1)]
+        return as_strided(marks[low - base :], *zip(*axes, strict=True))
+
+    for i in cluster:
+        if of(i).any():
+            for k in cluster:
+                marks[:] = False
+                of(k)[...] = True
+                if of(i).any():
+                    return k, i
+        if i < n_written:
+            of(i)[...] = True
+    return None
 
 
 def gathered(params: Collection[Any]) -> list[Any]:

@@ -478,7 +478,7 @@ class _Fused:
         tensors: list[Any],
         extras: list[Any],
         is_counted: bool,
-    ) -> tuple[list[Any], list[Any], list[tuple[Any, Any]], dict[str, Any]]:
+    ) -> tuple[list[Any], list[Any], list[tuple[Any, Any, str]], dict[str, Any]]:
         """Return what C can work on for [parameter, gradient, *state]: see `stand_ins`.
 
         Also returns state that a 16-bit parameter needs and that was not there.
@@ -497,6 +497,8 @@ class _Fused:
             made["residual"] = extras[0]
         where = [name, f"{name}.grad", *(f"{name}.{state}" for state in names)]
         return *_plain.stand_ins(where, tensors, extras, residual), made
+
+    _shared = staticmethod(_plain.shared)
 
     @staticmethod
     def _copy(tensor: Any, strides: tuple[int, ...]) -> Any:
