@@ -45,17 +45,18 @@ cdef struct More:
     # what the binding knows of a leaf beside fo_leaf
     ptrdiff_t group, i     # its place in the optimizer
     bint noisy             # whether a store rounds by chance
-    int held               # how many tensors are held until the step is over:
-    PyObject *tensors[8]   # parameter, gradient, state, average
+    int held               # how many tensors are held until the step is over
     PyObject *extras[8]    # what belongs to the codes of each: residual bits, block exponents
     unsigned int coded     # bit k: tensor k is 8-bit codes, by its name in the state
     unsigned int elsewhere  # bit k: tensor k lies in another memory order; 8 + k: its extra does
-    ptrdiff_t bytes[8]     # of each tensor
     PyObject *count        # the tensor that counts its steps, held too, or NULL
     int n_extras           # of the written arrays, how many have one that C takes
     void *counter          # where that is, or NULL if torch shall count
     int counter_format
     int ema                # which of the tensors is the average, or 0
+    # of those that are held, the others are undefined:
+    PyObject *tensors[8]   # parameter, gradient, state, average
+    ptrdiff_t bytes[8]     # of each tensor
 
 
 cdef struct Asked:
@@ -357,7 +358,7 @@ cdef class TensorList:
         ----------
         owner : optimizer
             Asked, where needed, to ``_make_state``, ``_stand_in``, ``_copy``, ``_count``,
-            ``_constants`` and ``_name``: see `fusedopt.torch`.
+            ``_refuse_both``, ``_shared``, ``_constants`` and ``_name``: see `fusedopt.torch`.
         groups : list of tuple
             Of each group: its parameters, a list; of the state arrays that its options use the
             names, those in 8-bit codes, those of what belongs to the codes, and whether each
@@ -500,13 +501,13 @@ cdef class TensorList:
             hold(more, param)
             hold(more, grad)
             step = 2  # of a rule that does not count: its first, or another
-            if not self.read_state(more, own, names, codes, extras, counted):
+            if not self.read_state(owner, more, own, names, codes, extras, counted):
                 let_go(more, 2)
                 made, begins = owner._make_state(group, i, param, own)
                 self.made.append((param, made))
                 own = {**own, **made} if own else made
                 step = 1 if begins else 2
-                if not self.read_state(more, own, names, codes, extras, counted):
+                if not self.read_state(owner, more, own, names, codes, extras, counted):
                     raise SystemError("fusedopt: incomplete state; please report")
             self.fill(owner, more, names, codes)
             count = 1 + self.read_count(owner, more) if more.count != NULL else step
@@ -535,7 +536,7 @@ cdef class TensorList:
             return <object>value
         return state.get(param)
 
-    cdef bint read_state(self, More *more, own, tuple names, tuple codes, tuple extras,
+    cdef bint read_state(self, owner, More *more, own, tuple names, tuple codes, tuple extras,
                          bint counted) except -1:
         """Hold the tensor that counts steps, and the state arrays in use; False if one is missing.
         """
@@ -555,16 +556,21 @@ cdef class TensorList:
                 return False
         for i in range(len(names)):
             value = entry(own, names[i], &at)
-            if value == NULL and codes[i] is not None:
+            if (value == NULL or <object>value is None) and codes[i] is not None:
                 value = entry(own, codes[i], &at)
                 more.coded |= 1 << more.held
             if value == NULL or <object>value is None:
                 return False
             hold(more, <object>value)
         if PyDict_Size(own) > len(names) + counted:
+            for i in range(len(names)):
+                if codes[i] is not None and not more.coded >> (i + 2) & 1:
+                    value = entry(own, codes[i], &at)
+                    if value != NULL and <object>value is not None:
+                        owner._refuse_both(more.group, more.i, names[i])
             for name in extras:  # of the parameter, then of each state array
                 value = entry(own, name, &at)
-                if value != NULL:
+                if value != NULL and <object>value is not None:
                     Py_INCREF(<object>value)
                     more.extras[k] = value
                 k += 1 + (k == 0)
@@ -581,7 +587,7 @@ cdef class TensorList:
         memset(&self.leaves[self.n], 0, sizeof(fo_leaf))
         self.leaves[self.n].grad_scale = 1
         more = &self.more[self.n]
-        memset(more, 0, sizeof(More))
+        memset(more, 0, <char *>&more.tensors - <char *>more)
         more.group, more.i = group, i
         if self.n >= self.n_asked:
             memset(&self.asked[self.n], 0, sizeof(Asked))
@@ -613,6 +619,7 @@ cdef class TensorList:
         param = <object>more.tensors[0]
         result = self.take(more)
         if result == NOT_PLAIN:
+            memset(&self.asked[self.n - 1], 0, sizeof(Asked))
             tensors, extras = [], [None] * more.held
             for k in range(more.held):
                 tensors.append(<object>more.tensors[k])
@@ -635,10 +642,10 @@ cdef class TensorList:
                 exchange(&more.tensors[k], tensors[k])
                 if extras[k] is not None:
                     exchange(&more.extras[k], extras[k])
-            result = self.take(more)
+            result = self.point(more, NULL)
         if result == ELSEWHERE:
             self.lay(owner, more)
-            result = self.take(more)
+            result = self.point(more, NULL)
         if result != FITS:
             raise SystemError("fusedopt: a stand-in does not fit; please report")
         self.written.append(param)
@@ -685,10 +692,10 @@ cdef class TensorList:
             if strange >> k & 1 and not self.is_positive(
                     k, more.tensors[k] if k < 8 else more.extras[k - 8]):
                 return NOT_PLAIN
-        return self.point(more, &strange)  # again, as to ask lets other threads in
+        return self.point(more, NULL)  # again, as to ask lets other threads in
 
     cdef int point(self, More *more, unsigned int *strange) except -1:
-        """Do so, but for the signs; note which tensors must be asked.
+        """Do so, but for the signs; note which tensors must be asked, unless NULL.
 
         All are resolved in one go, in which no Python code runs: the first one's shape is still
         the one that the others are compared with.
@@ -730,14 +737,14 @@ cdef class TensorList:
                 return NOT_PLAIN
             array.data = <char *>other.data + other.byte_offset
             array.format = <fo_format>format
-            if k > 1 and not self.is_known(k, more.tensors[k], array.data):
+            if strange != NULL and k > 1 and not self.is_known(k, more.tensors[k], array.data):
                 strange[0] |= 1 << k
             more.bytes[k] = leaf.n * (other.dtype.bits // 8)
             if format >= FO_BF16_LOW16:
                 if not self.take_extra(more, k, array, &param):
                     return NOT_PLAIN
                 more.n_extras += 1
-                if not self.is_known(8 + k, more.extras[k], array.extra):
+                if strange != NULL and not self.is_known(8 + k, more.extras[k], array.extra):
                     strange[0] |= 1 << (8 + k)
             if k != 1 and is_stochastic(format):
                 more.noisy = True

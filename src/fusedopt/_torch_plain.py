@@ -254,7 +254,8 @@ def _shared(
     def of(i: int) -> Any:
         low, shape, strides, size = members[i]
         axes = [axis for axis in zip(shape, strides, strict=True) if axis[0] != 1] + [(size, 1)]
-        return as_strided(marks[low - base :], *zip(*axes, strict=True))
+        shape, strides = zip(*axes, strict=True)
+        return as_strided(marks[low - base :], shape, strides)
 
     for i in cluster:
         if of(i).any():

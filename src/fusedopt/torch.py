@@ -19,7 +19,9 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, ClassVar, NoReturn
 
 try:
     import torch
@@ -40,12 +42,41 @@ __all__ = ["SGD", "Adam", "AdamW"]
 
 _OF_NO_GROUP = ("max_grad_norm", "stats")  # options in `defaults` only
 _COMMON = {option.name: option for option in COMMON}
-_PLAIN = frozenset({float, int, bool, str, list, type(None)})
+_CONSTANT = frozenset({float, int, bool, str, type(None)})  # types of values that stay as they are
 _ENDS = ("", _plain.CODES, _plain.BLOCKS)
 _RESIDUALS = {32: torch.int16, 24: torch.int8}  # by master_bits of a bfloat16 parameter
 
 
 _copier = _tensors.Copier()
+
+
+@dataclass(slots=True)
+class _Group:
+    """One of `param_groups`, as last checked.
+
+    Attributes
+    ----------
+    options : dict
+        Its options; numbers in the place of tensors.
+    plan : tuple
+        Of `TensorList.step`, without the parameters.
+    seen : dict or None
+        The dict as it was then; None if a value may change in place.
+    """
+
+    options: dict[str, Any]
+    plan: tuple[Any, ...]
+    seen: dict[str, Any] | None
+
+    def is_of(self, group: Mapping[str, Any]) -> bool:
+        """Whether no option has changed since."""
+        seen = self.seen
+        if seen is None or len(seen) != len(group):
+            return False
+        for name, value in group.items():
+            if seen.get(name, _Group) is not value and name != "params":
+                return False
+        return True
 
 
 class _Fused:
@@ -58,10 +89,12 @@ class _Fused:
     _rule: ClassVar[Rule]
     _counts: ClassVar[bool]  # whether the state of a leaf has its number of steps
     _leaves: _tensors.TensorList | None = None
-    last_step = StepResult(0, 0)  # what the last step measured, with max_grad_norm or stats
+    # what the last step measured, with max_grad_norm or stats; that GradScaler had it skipped
+    last_step = StepResult(0, 0)
 
     _storage_options: Mapping[str, Any] = {}
     _threads: int | None = None
+    _groups: dict[int, _Group]  # by number
     _is_swapped = False  # whether the averages are in the place of the parameters: see swap_ema
     defaults: Any  # torch's
     param_groups: Any
@@ -141,9 +174,11 @@ class _Fused:
             loss = _copier.call(True, closure)
         found_inf = getattr(self, "found_inf", None)  # set by GradScaler, and so is grad_scale
         if found_inf is not None and found_inf.item() != 0:
+            if self._measures():
+                self.last_step = StepResult(self.last_step.step, 0, skipped=True)
             return loss
         if self._leaves is None:
-            self._leaves = _new_list(self._rule.name)
+            self._leaves, self._groups = _new_list(self._rule.name), {}
         groups = [self._plan(i, group) for i, group in enumerate(self.param_groups)]
         around = self._around()
         written, outcome = self._leaves.step(
@@ -161,12 +196,15 @@ class _Fused:
             )
         return loss
 
+    def _measures(self) -> bool:
+        return self.defaults.get("max_grad_norm") is not None or self.defaults.get("stats", False)
+
     @ieee
     def _around(self) -> Any:
         """Return what the step shall do around the rule, or None."""
-        limit, stats = self.defaults.get("max_grad_norm"), self.defaults.get("stats", False)
-        if limit is None and not stats:
+        if not self._measures():
             return None
+        limit, stats = self.defaults.get("max_grad_norm"), self.defaults.get("stats", False)
         scale = getattr(self, "grad_scale", None)
         return Around(
             grad_scale=1.0 if scale is None else 1 / scale.item(),
@@ -240,6 +278,7 @@ class _Fused:
         """Add parameters with options of their own, as in torch."""
         _tensors.refuse_within_swap(self)
         where = f"param_groups[{len(self.param_groups)}]"
+        _refuse_of_no_group(where, param_group)
         _refuse_options(where, {**self.defaults, **param_group})
         for name, value in _own_options(param_group, f"{where}: ").items():
             param_group[name] = value
@@ -291,7 +330,7 @@ class _Fused:
         twin.__dict__.update(self.__dict__)
         twin._optimizer_load_state_dict_pre_hooks = none
         twin._optimizer_load_state_dict_post_hooks = none
-        super(_Fused, twin).load_state_dict({**saved, "state": {}})
+        super(_Fused, twin).load_state_dict({**saved, "state": {}})  # type: ignore[misc]
         places = {}
         for g, group in enumerate(twin.param_groups):
             for name in _COMMON:
@@ -365,7 +404,7 @@ class _Fused:
         `count` is the number of the step, 0 if nobody counts; `step` is what the rule makes of it:
         SGD has a first step with each new buffer, as in torch.
         """
-        options = self._numbers(self.param_groups[group])
+        options = self._groups[group].options
         scale = getattr(self, "grad_scale", None)
         grad_scale = 1.0 if scale is None else 1.0 / scale.item()
         values = self._rule_of(options).hyper(step, options, grad_scale=grad_scale)
@@ -377,27 +416,37 @@ class _Fused:
     def _rule_of(self, options: Mapping[str, Any]) -> Rule:
         return self._rule
 
-    @staticmethod
-    def _numbers(group: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a group's options with numbers in the place of tensors of one element."""
-        options = dict(group)
-        for name, value in group.items():
-            if type(value) in _PLAIN:
-                continue
-            if name == "betas":
-                options[name] = tuple(map(float, value))
-            elif isinstance(value, torch.Tensor):
-                options[name] = value.item()
-        return options
-
     def _plan(self, i: int, group: Mapping[str, Any]) -> tuple[Any, ...]:
         """Return what the list must know of a group: see `TensorList.step`."""
-        _refuse_options(f"param_groups[{i}]", group)
-        averages = group.get("ema") is not None
-        columns = self._columns(self._rule.uses(group), averages)
+        known = self._groups.get(i)
+        if known is None or not known.is_of(group):
+            known = self._groups[i] = self._checked(f"param_groups[{i}]", group)
         params = group["params"]
-        params = params if type(params) is list else list(params)
-        return params, *columns, _bits(group), group.get("seed", 0), averages
+        return (params if type(params) is list else list(params), *known.plan)
+
+    def _checked(self, where: str, group: Mapping[str, Any]) -> _Group:
+        """Return a group with its options checked, as anybody may write into it."""
+        rule = [option for option in self._rule.options if option.name in self.defaults]
+        names = ["params", *(option.name for option in rule)]
+        if missing := [name for name in names if name not in group]:
+            raise ValueError(f"{where}: has no {', '.join(missing)}")
+        _refuse_options(where, group)
+        _refuse_of_no_group(where, group)
+        options = {name: value for name, value in group.items() if name != "params"}
+        options |= _own_options(group, f"{where}.")
+        for option in rule:
+            name, value = option.name, group[option.name]
+            if isinstance(option.default, tuple):
+                options[name] = _pair(f"{where}.{name}", value)
+            elif not isinstance(option.default, bool):
+                options[name] = _number(f"{where}.{name}", value)
+        averages = options.get("ema") is not None
+        columns = self._columns(self._rule.uses(options), averages)
+        return _Group(
+            options,
+            (*columns, _bits(options), options.get("seed", 0), averages),
+            dict(group) if all(map(_is_constant, group.items())) else None,
+        )
 
     @classmethod
     @functools.cache
@@ -435,7 +484,7 @@ class _Fused:
         """
         name = self._name(group, i)
         local = _plain.local(name, param)
-        names = self._plan(group, self.param_groups[group])[1]
+        names = self._groups[group].plan[0]
         missing = self._missing(name, own or {}, names, bool(own))
         dtype = self._state_dtype(group, param)
         if dtype == torch.uint8 and local is not param and hasattr(type(param), "to_local"):
@@ -498,6 +547,9 @@ class _Fused:
         where = [name, f"{name}.grad", *(f"{name}.{state}" for state in names)]
         return *_plain.stand_ins(where, tensors, extras, residual), made
 
+    def _refuse_both(self, group: int, i: int, state: str) -> NoReturn:
+        raise ValueError(f"{self._name(group, i)}: {_plain.both(state)}")
+
     _shared = staticmethod(_plain.shared)
 
     @staticmethod
@@ -532,6 +584,14 @@ def _refuse_options(where: str, group: Mapping[str, Any]) -> None:
             )
 
 
+def _refuse_of_no_group(where: str, group: Mapping[str, Any]) -> None:
+    for name in _OF_NO_GROUP:
+        if name in group:
+            raise ValueError(
+                f"{where}.{name}: is of the optimizer, not of a group: {name}=... beside lr"
+            )
+
+
 def _own_options(options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """Return those of our own options that are given, checked."""
     return {
@@ -543,6 +603,31 @@ def _own_options(options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
 
 def _has(own: Mapping[str, Any], state: str) -> bool:
     return own.get(state) is not None or own.get(state + _plain.CODES) is not None
+
+
+def _is_constant(item: tuple[str, Any]) -> bool:
+    name, value = item
+    if type(value) is tuple:
+        return all(type(x) in _CONSTANT for x in value)
+    return type(value) in _CONSTANT or name in ("params", "param_names")
+
+
+def _number(where: str, value: Any) -> float:
+    """Return an option of torch's as a number; which numbers are right, torch says."""
+    if type(value) is float:
+        return value
+    result = value
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and value.device.type != "meta":
+        result = value.item()
+    if not isinstance(result, Real):
+        raise TypeError(f"{where}: expected a number, got {value!r}")
+    return float(result)
+
+
+def _pair(where: str, value: Any) -> tuple[float, ...]:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{where}: expected two numbers, got {value!r}")
+    return tuple(_number(f"{where}[{i}]", x) for i, x in enumerate(value))
 
 
 def _wide(param: Any) -> Any:
@@ -595,7 +680,8 @@ class Adam(_FusedAdam, torch.optim.Adam):
         Accepted and without effect.
     fused : bool, optional
         As in torch, GradScaler leaves its scale to the step where True, which takes it off on the
-        fly, so that ``.grad`` stays scaled. No other effect.
+        fly. Unlike torch's, which writes to ``.grad`` what it took the scale off, the step leaves
+        ``.grad`` scaled. No other effect.
     capturable, differentiable : bool, default False
         Refused where True.
     state_dtype : {None, "float32", "bfloat16", "int8"}, default None
@@ -615,7 +701,8 @@ class Adam(_FusedAdam, torch.optim.Adam):
     max_grad_norm : float > 0, optional
         Clip by the norm of all gradients, as ``torch.nn.utils.clip_grad_norm_``, in the pass; the
         gradients stay as they are. The norm is in ``last_step.grad_norm``; ``float("inf")`` asks
-        for it alone.
+        for it alone. After a step that GradScaler skipped, ``last_step.skipped`` is True. Of the
+        optimizer, as `stats` is, and not of a group.
     stats : bool, default False
         Measure every parameter in each step: ``last_step.stats``, see `fusedopt.StepStats`, as
         `fusedopt.monitor.History` records it.
