@@ -1,5 +1,6 @@
-"""A compiler that may change bits is refused: by csrc/flags.h here, by CMake in .ci/builds."""
+"""A compiler that may change bits is refused: by csrc/flags.h and by CMakeLists.txt."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -53,6 +54,34 @@ def test_harmless_flags(source):
     for flags in ("", "-O2 -g -fno-fast-math -fwrapv", "-ffast-math -fno-fast-math"):
         accepted, said = compile_with(source, flags)
         assert accepted, said
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs CMake")
+@pytest.mark.parametrize("kind", ["C_FLAGS", "C_FLAGS_RELEASE", "MODULE_LINKER_FLAGS"])
+@pytest.mark.parametrize("before", ["", "-g ", "-g\t", "-g\n", "-g\r\n", "-g;", '"', "'"])
+@pytest.mark.parametrize(
+    ("flag", "ok"),
+    [
+        ("-ffast-math", False),
+        ("-Ofast", False),
+        ("-mdaz-ftz", False),
+        ("-fdenormal-fp-math=preserve-sign,preserve-sign", False),
+        ("-fno-fast-math", True),
+        ("-ffast-mathematics", True),
+    ],
+)
+def test_cmake_looks_between_all_that_separates(flag, ok, before, kind, tmp_path):
+    """The lines of CMakeLists.txt that look for such flags, run alone."""
+    text = (SOURCES[0].parents[1] / "CMakeLists.txt").read_text()
+    lines = re.search(r"string\(CONCAT bad_flags.*?endforeach\(\)", text, re.DOTALL)
+    after = {'"': '"', "'": "'"}.get(before, before[2:])
+    value = f"{before}{flag}{after}{'-g' if after else ''}"
+    script = tmp_path / "flags.cmake"
+    setting = f"set(CMAKE_BUILD_TYPE Release)\nset(CMAKE_{kind} [==[{value}]==])\n"
+    script.write_bytes((setting + lines[0]).encode())
+    done = subprocess.run(["cmake", "-P", script], capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == ok, done.stderr
+    assert ok or "would change the bits of a step" in " ".join(done.stderr.split())
 
 
 def test_there_are_sources():

@@ -2,9 +2,10 @@
 
 import copy
 import itertools
+import sys
 
 import pytest
-from torch_cases import fo, leaf, torch
+from torch_cases import fo, leaf, numbers, torch
 
 import fusedopt
 from fusedopt.formats import Stored
@@ -125,16 +126,6 @@ def stepped(name="AdamW", state_dtype=None, shape=(500,), steps=3, **options):
     return p, opt
 
 
-def numbers(opt, p, name):
-    """The numbers of a state array, however it is kept."""
-    own = opt.state[p]
-    if name in own:
-        return own[name].float()
-    form = "uint8" if name.endswith("_sq") else "int8"
-    parts = (own[name + end].numpy() for end in ("_codes", "_blocks"))
-    return torch.from_numpy(Stored(form, *parts).decode())
-
-
 @pytest.mark.parametrize("shape", [(500,), (20, 30), ()], ids=str)
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
 @pytest.mark.parametrize(("before", "after"), [*itertools.product(FORMATS, FORMATS)])
@@ -184,10 +175,32 @@ def test_codes_under_the_names_of_torch_still_load():
         assert "exp_avg_codes" in other.state[r] and "exp_avg" not in other.state[r]
 
 
+CODES = torch.zeros(500, dtype=torch.uint8)
+SPARSE = torch.zeros(500).to_sparse()
+
+
 @pytest.mark.parametrize("state_dtype", FORMATS)
 @pytest.mark.parametrize(
     ("spoil", "match"),
     [
+        ({"step": None}, "its state has no step"),
+        ({"step": "a"}, "step: expected a tensor of one"),
+        ({"step": torch.tensor(float("nan"))}, "step: is nan"),
+        ({"step": torch.tensor(1.0, device="meta")}, "step: is on device meta"),
+        ({"exp_avg": None}, "its state has no exp_avg,"),
+        ({"exp_avg_sq": None}, "its state has no exp_avg_sq,"),
+        ({"exp_avg": None, "exp_avg_sq": None}, "its state has no exp_avg, exp_avg_sq,"),
+        ({"exp_avg_codes": CODES, "exp_avg_blocks": CODES[:8]}, "has exp_avg and exp_avg_codes"),
+        ({"exp_avg": SPARSE}, "exp_avg: is a sparse_coo tensor"),
+        ({"exp_avg_sq": torch.zeros(500, device="meta")}, "exp_avg_sq: is on device meta"),
+        (
+            {"exp_avg": torch.zeros(500, dtype=torch.complex64)},
+            "exp_avg: is of dtype.*complex",
+        ),
+        ({"exp_avg": torch.zeros(500, dtype=torch.int64)}, "exp_avg: is of dtype torch.int64"),
+        ({"ema": SPARSE}, "ema: is a sparse_coo tensor"),
+        ({"ema": torch.zeros(500, dtype=torch.complex64)}, "ema: is of dtype torch.complex64"),
+        ({"residual": SPARSE}, "residual: is a sparse_coo tensor"),
         ({"exp_avg": torch.zeros(7)}, r"exp_avg: shape \(7,\) does not fit"),
         ({"exp_avg": None, "exp_avg_codes": torch.zeros(500, dtype=torch.uint8)}, "exp_avg_blocks"),
         ({"exp_avg": None, "exp_avg_codes": torch.zeros(500)}, "exp_avg_codes: torch.float32, but"),
@@ -203,20 +216,140 @@ def test_codes_under_the_names_of_torch_still_load():
         ({"ema": torch.zeros(500, 2)}, r"ema: shape \(500, 2\) does not fit"),
         ({"residual": torch.zeros(5, dtype=torch.int16)}, r"residual: shape \(5,\) does not fit"),
     ],
-    ids=["shape", "no-blocks", "cast", "blocks-cast", "number", "ema", "residual"],
+    ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_what_does_not_fit_changes_nothing(spoil, match, state_dtype):
     p, opt = stepped("AdamW", state_dtype)
     _, source = stepped("AdamW", None)
     saved = copy.deepcopy(source.state_dict())
+    saved["param_groups"][0]["lr"] = 7.0
     saved["state"][0].update(spoil)
     before = {key: value.clone() for key, value in opt.state[p].items()}
+    objects, groups = [opt.state, opt.param_groups], copy.copy(opt.param_groups[0])
     with pytest.raises(
         (TypeError, ValueError), match=r"^param_groups\[0\]\['params'\]\[0\].*" + match
     ):
         opt.load_state_dict(saved)
     assert opt.state[p].keys() == before.keys()
     assert all(torch.equal(opt.state[p][key], value) for key, value in before.items())
+    assert objects[0] is opt.state and objects[1] is opt.param_groups
+    assert groups == opt.param_groups[0]
+
+
+@pytest.mark.parametrize("keep", ["without", "without a key"])
+@pytest.mark.parametrize("name", ["step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"])
+@pytest.mark.parametrize("module", [fo, torch.optim], ids=lambda m: m.__name__)
+def test_a_part_of_the_state_is_missing(module, name, keep):
+    """Of the second parameter; also of what torch.optim has saved."""
+    params = [leaf(5), leaf(6)]
+    source = module.AdamW(params, amsgrad=True)
+    source.step()
+    saved = copy.deepcopy(source.state_dict())
+    saved["state"][1].pop(name)
+    if keep == "without":
+        saved["state"][1][name] = None
+    opt = fo.AdamW(params)
+    with pytest.raises(ValueError, match=rf"\['params'\]\[1\]: its state has no {name},"):
+        opt.load_state_dict(saved)
+    assert not opt.state and not opt.param_groups[0]["amsgrad"]
+
+
+@pytest.mark.parametrize("entries", [{}, {"momentum_buffer": None}])
+def test_momentum_may_be_missing(entries):
+    """As in torch, which begins it anew."""
+    p, opt = stepped("SGD")
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"][0] = entries
+    opt.load_state_dict(saved)
+    opt.step()
+    assert torch.equal(opt.state[p]["momentum_buffer"], p.grad)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_steps_that_were_counted_in_a_number(name):
+    """As torch did before 1.12."""
+    p, opt = stepped(name, ema=0.5)
+    saved = copy.deepcopy(opt.state_dict())
+    saved["state"][0]["step"] = 3
+    opt.load_state_dict(saved)
+    opt.step()
+    assert opt.state[p]["step"] == 4
+
+
+def test_entries_of_others_stay_as_they_are():
+    p, opt = stepped("SGD")
+    opt.state[p]["mine"] = {"a": torch.ones(2, dtype=torch.float64)}
+    opt.state["of no parameter"] = 5
+    saved = copy.deepcopy(opt.state_dict())
+    opt.load_state_dict(saved)
+    assert opt.state[p]["mine"]["a"].dtype == torch.float64
+    assert opt.state["of no parameter"] == 5 and "momentum_buffer" in opt.state[p]
+
+
+def test_torchs_own_faults_change_nothing():
+    p, opt = stepped("SGD")
+    saved = copy.deepcopy(opt.state_dict())
+    before = opt.state, opt.param_groups
+    for groups in ([], [{**saved["param_groups"][0], "params": [0, 1]}]):
+        with pytest.raises(ValueError, match="parameter group"):
+            opt.load_state_dict({**saved, "param_groups": groups})
+    assert (opt.state, opt.param_groups) == before and p in opt.state
+
+
+@pytest.mark.parametrize("state_dtype", FORMATS)
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_a_load_is_interrupted_at_any_moment(name, state_dtype):
+    """In each line of Python code that runs within: all is loaded or nothing, and no hook stays."""
+    p, opt = stepped(name, state_dtype)
+    _, other = stepped(name, None, steps=5, ema=0.9)
+    saved = [copy.deepcopy(opt.state_dict()), copy.deepcopy(other.state_dict())]
+    saved[1]["param_groups"][0]["lr"] = 0.5
+
+    def look():
+        own = {key: value.clone() for key, value in opt.state[p].items()}
+        return opt.param_groups[0]["lr"], own
+
+    def alike(a, b):
+        return a[0] == b[0] and a[1].keys() == b[1].keys() and all(
+            torch.equal(a[1][key], b[1][key]) for key in a[1]
+        )  # fmt: skip
+
+    states = []
+    for one in saved[::-1]:
+        opt.load_state_dict(copy.deepcopy(one))
+        states.append(look())
+    outcomes, when, lines = set(), 0, [0]
+
+    def trace(frame, event, arg):
+        lines[0] += event == "line"
+        if event == "line" and lines[0] == when:
+            raise KeyboardInterrupt
+        return trace
+
+    while True:
+        when, lines[0] = when + 1, 0
+        opt.load_state_dict(copy.deepcopy(saved[0]))
+        loading = copy.deepcopy(saved[1])
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            opt.load_state_dict(loading)
+        except KeyboardInterrupt:
+            pass
+        else:
+            break
+        finally:
+            sys.settrace(before)
+        now = look()
+        outcomes.add(next(i for i, state in enumerate(states) if alike(now, state)))
+        assert torch.is_grad_enabled(), when
+        assert not opt._optimizer_load_state_dict_pre_hooks
+        assert not opt._optimizer_load_state_dict_post_hooks
+        if when > 40:
+            when += 6  # the later lines are much alike
+    assert outcomes >= {1} and when > 100
+    opt.load_state_dict(copy.deepcopy(saved[1]))
+    assert alike(look(), states[0])
 
 
 # ------------------------------------------------------------------ into torch.optim

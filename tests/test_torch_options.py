@@ -8,7 +8,7 @@ import signal
 
 import numpy as np
 import pytest
-from torch_cases import fo, leaf, since, torch
+from torch_cases import fo, leaf, numbers, since, torch
 
 import fusedopt
 
@@ -127,23 +127,57 @@ def test_state_of_torch_is_converted(state_dtype):
         ({"exp_avg_blocks": None}, ValueError, "exp_avg_codes: 8-bit codes need .*exp_avg_blocks"),
         ({"exp_avg_blocks": torch.zeros(4, dtype=torch.uint8)}, ValueError, "exp_avg_blocks"),
         ({"exp_avg_blocks": torch.zeros(5)}, TypeError, "exp_avg_blocks: is of dtype"),
-        ({"exp_avg": torch.zeros(300, dtype=torch.float64)}, TypeError, "float64 does not fit"),
-        ({"exp_avg": torch.zeros(300, dtype=torch.uint8)}, TypeError, "exp_avg: is of dtype"),
+        (
+            {"exp_avg_codes": None, "exp_avg": torch.zeros(300, dtype=torch.float64)},
+            TypeError,
+            "float64 does not fit",
+        ),
+        (
+            {"exp_avg_codes": None, "exp_avg": torch.zeros(300, dtype=torch.uint8)},
+            TypeError,
+            "exp_avg: is of dtype",
+        ),
+        ({"exp_avg": torch.zeros(300)}, ValueError, "has exp_avg and exp_avg_codes, of which one"),
+        ({"exp_avg_sq": torch.zeros(300)}, ValueError, "has exp_avg_sq and exp_avg_sq_codes"),
+        ({"step": None}, TypeError, "step: expected a tensor"),
         ({"exp_avg_codes": torch.zeros(300)}, TypeError, "exp_avg_codes: is of dtype"),
         ({"exp_avg_codes": torch.zeros(299, dtype=torch.uint8)}, ValueError, "does not fit"),
         ({"exp_avg_codes": None}, ValueError, "its state has no exp_avg"),
+        ({"exp_avg_codes": None, "exp_avg": None}, ValueError, "its state has no exp_avg,"),
+        ({"exp_avg_codes": None, "exp_avg_sq_codes": None}, ValueError, "no exp_avg, exp_avg_sq,"),
     ],
 )
 def test_state_that_fits_no_more(spoil, error, match):
     p = leaf(300)
     opt = fo.Adam([p], state_dtype="int8", min_8bit_size=1)
     opt.step()
-    before, codes = p.detach().clone(), opt.state[p]["exp_avg_sq_codes"].clone()
     opt.state[p].update(spoil)
+    before, own = p.detach().clone(), copy.deepcopy(opt.state[p])
     with pytest.raises(error, match=match):
         opt.step()
-    assert torch.equal(p, before) and opt.state[p]["step"] == 1
-    assert torch.equal(opt.state[p]["exp_avg_sq_codes"], codes)
+    assert torch.equal(p, before) and opt.state[p].keys() == own.keys()
+    for key, value in own.items():
+        assert opt.state[p][key] is value or torch.equal(opt.state[p][key], value), key
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "ema", "mine"])
+def test_none_is_as_nothing(name):
+    """Beside codes; and an average that is None begins anew."""
+    params = [leaf(300), leaf(300)]
+    opts = [fo.Adam([p], state_dtype="int8", min_8bit_size=1, ema=0.5) for p in params]
+    for p, opt in zip(params, opts, strict=True):
+        opt.step()
+        opt.state[p][name] = None
+        if opt is opts[1]:
+            del opt.state[p][name]
+    if name == "ema":
+        for opt in opts:
+            with pytest.raises(ValueError, match="there is no average yet"), opt.swap_ema():
+                pass
+    for opt in opts:
+        opt.step()
+    assert torch.equal(*params)
+    assert torch.equal(*[opt.ema_params()[p] for p, opt in zip(params, opts, strict=True)])
 
 
 def test_wrong_storage_options():
@@ -261,6 +295,34 @@ def test_average_begins_with_a_checkpoint_of_torch():
         fo.SGD([leaf(2)], ema=0.5).ema_params()
 
 
+@pytest.mark.parametrize("ema", [{}, {"ema": 0.9}, {"ema": 0.9, "ema_warmup": True}], ids=str)
+@pytest.mark.parametrize("state_dtype", [None, "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("how", ["later", "lost"])
+def test_a_new_momentum_buffer_begins_as_the_gradient(how, dtype, state_dtype, ema):
+    """As in torch, whatever was counted till then; in one of two parameters, or in both."""
+    late = {"momentum": 0.9, "dampening": 0.5, "nesterov": False}
+    params = [leaf(100, dtype=dtype), leaf(100, seed=1, dtype=dtype)]
+    first = {} if how == "later" else late
+    opt = fo.SGD(params, lr=0.1, **first, **ema, state_dtype=state_dtype, min_8bit_size=1)
+    opt.step()
+    opt.step()
+    opt.param_groups[0].update(late)
+    if how == "lost":
+        for key in [key for key in opt.state[params[1]] if key.startswith("momentum")]:
+            del opt.state[params[1]][key]
+    before = numbers(opt, params[0], "momentum_buffer").clone() if how == "lost" else None
+    opt.step()
+    for p in params if how == "later" else params[1:]:
+        found = numbers(opt, p, "momentum_buffer")
+        torch.testing.assert_close(found, p.grad.float(), rtol=0.13, atol=0.02)
+        if state_dtype is None:
+            assert torch.equal(found, p.grad.float())
+    if before is not None and state_dtype is None:
+        expected = 0.9 * before + 0.5 * params[0].grad.float()
+        torch.testing.assert_close(numbers(opt, params[0], "momentum_buffer"), expected)
+
+
 @since("2.6")  # named parameters
 def test_stats_and_history():
     opt = fo.AdamW([("w", leaf(40, 3)), ("b", leaf(3))], stats=True, max_grad_norm=1.0)
@@ -291,6 +353,141 @@ def test_stats_and_history():
 def test_wrong_options_of_our_own(options):
     with pytest.raises((ValueError, TypeError), match=next(iter(options))):
         fo.Adam([leaf(3)], **options)
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_grad_norm", 1.0), ("stats", True)])
+def test_options_of_no_group(name, value):
+    group = {"params": [leaf(3)], name: value}
+    with pytest.raises(ValueError, match=rf"^param_groups\[0\]\.{name}: is of the optimizer"):
+        fo.SGD([group], lr=0.1)
+    opt = fo.SGD([leaf(2)], lr=0.1, **{name: value})
+    with pytest.raises(ValueError, match=rf"^param_groups\[1\]\.{name}: is of the optimizer"):
+        opt.add_param_group(group)
+    assert len(opt.param_groups) == 1
+    opt.add_param_group({"params": [leaf(4)]})
+    opt.step()
+    opt.param_groups[1][name] = value
+    with pytest.raises(ValueError, match=rf"^param_groups\[1\]\.{name}: is of the optimizer"):
+        opt.step()
+
+
+TEXT, TWO = "0.1", torch.ones(2)
+EDITS = [
+    *(
+        (cls, name, wrong, TypeError, "expected a number, got")
+        for cls, names in (
+            ("Adam", ["lr", "eps", "weight_decay"]),
+            ("AdamW", ["lr", "eps", "weight_decay"]),
+            ("SGD", ["lr", "momentum", "dampening", "weight_decay"]),
+        )
+        for name in names
+        for wrong in (TEXT, None, 1j, TWO, torch.ones((), device="meta"), [0.1])
+    ),
+    *(("AdamW", "betas", wrong, TypeError, "") for wrong in (0.9, "ab", (0.9,), (0.9, None), TWO)),
+    *((cls, "ema", 2.0, ValueError, r"must be in \[0, 1\), got 2.0") for cls in ("Adam", "SGD")),
+    ("AdamW", "ema", "0.9", TypeError, "expected a number"),
+    ("AdamW", "state_dtype", "int4", ValueError, "expected None or"),
+    ("AdamW", "master_bits", 17, ValueError, "expected None or"),
+    ("AdamW", "min_8bit_size", -1, ValueError, "must be >= 0"),
+    ("AdamW", "seed", 0.5, TypeError, "expected a whole number"),
+    ("AdamW", "ema_warmup", "yes", TypeError, "expected True or False"),
+]
+
+
+@pytest.mark.parametrize("when", [0, 2])
+@pytest.mark.parametrize(("cls", "name", "value", "error", "match"), EDITS, ids=str)
+def test_options_edited_in_a_group(cls, name, value, error, match, when):
+    """Named, whenever it is; right again, the run goes on."""
+    params, twins = ([leaf(3), leaf(4, seed=1)] for _ in range(2))
+    groups = [[{"params": [p]} for p in both] for both in (params, twins)]
+    opt, peer = (getattr(fo, cls)(both, lr=0.1) for both in groups)
+    for _ in range(when):
+        opt.step()
+        peer.step()
+    before = opt.param_groups[1].get(name)
+    opt.param_groups[1][name] = value
+    for _ in range(2):
+        with pytest.raises(error, match=rf"^param_groups\[1\]\.{name}(\[\d\])?: .*{match}"):
+            opt.step()
+        assert same(params, twins)
+    opt.param_groups[1][name] = before
+    if name not in peer.param_groups[1]:
+        del opt.param_groups[1][name]
+    opt.step()
+    peer.step()
+    assert same(params, twins)
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [
+        *(("AdamW", name) for name in ("lr", "betas", "eps", "weight_decay", "amsgrad", "params")),
+        *(("SGD", name) for name in ("lr", "momentum", "dampening", "nesterov", "maximize")),
+    ],
+)
+def test_options_taken_out_of_a_group(cls, name):
+    p = leaf(3)
+    opt = getattr(fo, cls)([p], lr=0.1)
+    opt.step()
+    del opt.param_groups[0][name]
+    with pytest.raises(ValueError, match=rf"^param_groups\[0\]: has no {name}$"):
+        opt.step()
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("lr", [0.1, 0.2, 1, torch.tensor(0.3), np.float32(0.25), torch.tensor([0.5])]),
+        ("betas", [(0.5, 0.6), [0.7, 0.8], (torch.tensor(0.9), 0.95)]),
+        ("weight_decay", [0, 0.5, torch.tensor(0.25)]),
+        ("eps", [1e-3, 1e-2]),
+        ("maximize", [True, False]),
+        ("ema", [0.5, 0.75, 0.75]),
+    ],
+)
+def test_options_edited_take_effect(name, values):
+    """Also those that change in place, which are the same object."""
+    p, q = leaf(5), leaf(5)
+    opt = fo.AdamW([p], lr=0.1)
+    opt.step()
+    fo.AdamW([q], lr=0.1).step()
+    state = copy.deepcopy(opt.state_dict()["state"][0])
+    for value in [*values, "in place"]:
+        if value == "in place":
+            value = opt.param_groups[0][name]  # noqa: PLW2901
+            if isinstance(value, torch.Tensor):
+                value.mul_(0.5)
+            elif isinstance(value, list):
+                value[0] = 0.125
+        opt.param_groups[0][name] = value
+        opt.step()
+        fresh = fo.AdamW([q], lr=0.1, **({"ema": 0.5} if name == "ema" else {}))
+        saved = fresh.state_dict()
+        saved["state"] = {0: state}
+        fresh.load_state_dict(saved)
+        fresh.param_groups[0][name] = copy.deepcopy(value)
+        fresh.step()
+        assert torch.equal(p, q), value
+        state = copy.deepcopy(fresh.state_dict()["state"][0])
+    assert name != "ema" or torch.equal(opt.ema_params()[p], fresh.ema_params()[q])
+
+
+@pytest.mark.parametrize("options", [{"max_grad_norm": 1.0}, {"stats": True}, {}], ids=str)
+@pytest.mark.parametrize("name", ["Adam", "SGD"])
+def test_last_step_after_one_that_grad_scaler_skipped(name, options):
+    """With fused=True the step learns of it; else GradScaler does not call it."""
+    p = leaf(3)
+    opt = getattr(fo, name)([p], lr=0.1, fused=True, **options)
+    scaler, history = torch.amp.GradScaler("cpu", init_scale=4.0), fusedopt.monitor.History()
+    for value, expected in ((1.0, (1, 1, False)), (np.inf, (1, 0, True)), (2.0, (2, 1, False))):
+        scaler.scale(torch.zeros(()))
+        p.grad = torch.full((3,), value)
+        scaler.step(opt)
+        scaler.update()
+        assert opt.last_step[:3] == (expected if options else (0, 0, False))
+        if "stats" in options:
+            history.record(opt.last_step)
+    assert (history.steps, history.skipped) == (([1, 2], [1]) if "stats" in options else ([], []))
 
 
 def test_threads_of_its_own():
@@ -467,10 +664,63 @@ def test_averages_that_do_not_fit():
     assert same(params, kept)
 
 
+WITHIN = {
+    "step": lambda opt: opt.step(),
+    "a step with a closure": lambda opt: opt.step(lambda: pytest.fail("called")),
+    "load_state_dict": lambda opt: opt.load_state_dict(opt.state_dict()),
+    "add_param_group": lambda opt: opt.add_param_group({"params": [leaf(2)]}),
+    "swap_ema": lambda opt: opt.swap_ema().__enter__(),
+}
+
+
+@pytest.mark.parametrize("act", WITHIN.values(), ids=WITHIN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_needs_the_parameters_is_refused_within(dtype, act):
+    """A step from averages would leave the residual bits of the parameters wrong, for one."""
+    p, peer = leaf(1000, dtype=dtype), leaf(1000, dtype=dtype)
+    opts = [fo.AdamW([x], lr=0.01, ema=0.9) for x in (p, peer)]
+    for opt in opts:
+        opt.step()
+        opt.step()
+    with opts[0].swap_ema():
+        with pytest.raises(RuntimeError, match="leave the block of swap_ema first"):
+            act(opts[0])
+        assert len(opts[0].param_groups) == 1
+    for opt in opts:
+        opt.step()
+    assert torch.equal(p, peer)
+    for key, value in opts[1].state[peer].items():
+        assert torch.equal(opts[0].state[p][key], value), key
+
+
+CHANGES = {
+    "fewer": lambda p: torch.zeros(1),
+    "more": lambda p: torch.zeros(5, *p.shape),  # into which copy_ would go, repeated
+    "as many": lambda p: torch.zeros(1, p.numel()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_one_shape_changed_within(which, change):
+    """The others are back, and the exception names the one that is not."""
+    params, opt, kept = averaged((3,), (4,), (6,))
+    with pytest.raises(RuntimeError, match=rf"\['params'\]\[{which}\]: cannot take back"):
+        with opt.swap_ema():
+            params[which].data = change(params[which])
+    for i in {0, 1, 2} - {which}:
+        assert torch.equal(params[i], kept[i])
+    assert torch.is_grad_enabled()
+    params[which].data = kept[which].clone()
+    with opt.swap_ema():
+        assert same(params, list(opt.ema_params().values()))
+    assert same(params, kept)
+
+
 def test_one_context_is_entered_once_at_a_time():
     params, opt, kept = averaged((3,))
     context = opt.swap_ema()
-    with context, opt.swap_ema():
+    with context:
         with pytest.raises(RuntimeError, match="entered already"), context:
             pass
         assert same(params, list(opt.ema_params().values()))

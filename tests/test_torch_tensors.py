@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import sys
 import threading
 import weakref
 
@@ -43,9 +44,62 @@ def test_negative_bit(make, shape, role):
     torch.testing.assert_close(p.detach().resolve_neg(), q.detach().resolve_neg())
 
 
+NEGATIVES = {
+    "view": lambda x: torch._neg_view(-x),
+    "in place": lambda x: torch._neg_view(x.neg_()),  # of the same memory
+    "strided": lambda x: torch.complex(torch.zeros_like(x), -x).conj().imag,
+    "gaps": lambda x: torch._neg_view(strided(-x)),
+}
+ROLES = [
+    "param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "ema", "step", "residual",
+    "exp_avg_codes", "exp_avg_blocks", "exp_avg_sq_codes", "exp_avg_sq_blocks",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("storage", [{}, {"state_dtype": "int8", "min_8bit_size": 1}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("make", NEGATIVES)
+@pytest.mark.parametrize("role", ROLES)
+def test_the_sign_of_what_is_exchanged(role, make, dtype, storage):
+    """Tensors of a run become negative views of the same values, once and again."""
+    if make == "strided" and (dtype == torch.bfloat16 or role.endswith(("_codes", "_blocks"))):
+        pytest.skip("torch has no complex numbers of these")
+    if make == "gaps" and role == "step":
+        pytest.skip("of one element")
+    options = {"amsgrad": True, "ema": 0.9, "lr": 0.1} | storage
+    params = [[leaf(130, seed=i, dtype=dtype) for i in range(2)] for _ in range(2)]
+    opt, peer = (fo.AdamW(both, **options) for both in params)
+    found = 0
+    for step in range(6):
+        for both in params:
+            for i, p in enumerate(both):
+                p.grad = torch.randn(130, generator=torch.Generator().manual_seed(step)).to(dtype)
+                p.grad = p.grad * (i + 1)
+        for p in params[0] if step % 2 else params[0][1:]:
+            if role == "param":
+                p.data = NEGATIVES[make](p.detach().resolve_neg())
+            elif role == "grad":
+                p.grad = NEGATIVES[make](p.grad)
+            elif role in (own := opt.state.get(p, {})):
+                own[role] = NEGATIVES[make](own[role].resolve_neg())
+                assert own[role].is_neg()
+            found += role in own if role not in ("param", "grad") else p.is_neg() or p.grad.is_neg()
+        opt.step()
+        peer.step()
+        for p, q in zip(*params, strict=True):
+            assert torch.equal(p.detach().resolve_neg(), q.detach())
+            for key, value in peer.state[q].items():
+                assert torch.equal(opt.state[p][key].resolve_neg(), value), key
+    exists = {
+        "residual": dtype == torch.bfloat16, "codes": bool(storage), "blocks": bool(storage),
+        "avg": not storage, "sq": not storage,
+    }  # fmt: skip
+    assert found or not exists.get(role.split("_")[-1], True)
+
+
 def strided(x):
     """A parameter with gaps."""
-    return torch.empty(*x.shape[:-1], 2 * x.shape[-1])[..., ::2].copy_(x)
+    return x.new_empty(*x.shape[:-1], 2 * x.shape[-1])[..., ::2].copy_(x)
 
 
 LAYOUTS = {
@@ -422,6 +476,167 @@ def test_overlapping_parameters():
     assert not base.any()
 
 
+def test_columns_of_one_buffer():
+    """Their ranges of memory have bytes in common, but no element."""
+    for dtype in (torch.float32, torch.bfloat16):
+        base = torch.zeros(5, 12, dtype=dtype)
+        views = [base[:, :4], base[:, 4:7], base[:, 8:]]
+        views = [view.detach().requires_grad_() for view in views]
+        for view in views:
+            view.grad = torch.ones_like(view)
+        opt = fo.SGD(views, lr=0.5, momentum=0.5)
+        buffers = torch.zeros(5, 12)
+        for step in range(3):
+            opt.step()
+            for view, columns in zip(views, (slice(4), slice(4, 7), slice(8, 12)), strict=True):
+                if step == 0:
+                    buffers[:, columns] = opt.state[view]["momentum_buffer"]
+                opt.state[view]["momentum_buffer"] = buffers[:, columns]
+        assert (base == -0.5 * (1 + 1.5 + 1.75)).sum() == 55 and (base[:, 7] == 0).all()
+        assert (buffers == 1.75).sum() == 55
+
+
+OVERLAPS = {
+    "columns": lambda b: (b[:, :4], b[:, 3:]),
+    "column and row": lambda b: (b[:, 2], b[3]),
+    "row and column": lambda b: (b[3], b[:, 2]),
+    "odd and even rows, and a column": lambda b: (b[::2, 1:], b[1::2, 1:], b[:, 5:6]),
+    "a column within": lambda b: (b[:, :3], b[:, 4:], b[1:3, 2]),
+    "one byte": lambda b: (b.view(torch.int32)[:, :4].view(b.dtype), b.flatten()[3:4]),
+    "transposed": lambda b: (b[:, :4], b.t()[:4]),
+    "the same": lambda b: (b[:, :4], b[:, :4]),
+    "the whole": lambda b: (b[:, :4], b),
+}
+
+
+@pytest.mark.parametrize("role", ["param", "momentum_buffer", "ema", "both", "residual"])
+@pytest.mark.parametrize("views", OVERLAPS.values(), ids=OVERLAPS)
+@pytest.mark.parametrize("when", [0, 1])
+def test_overlaps_with_gaps(when, views, role):
+    """Of what was stepped on copies, or beside it: in the first step, or a later one."""
+    dtypes = {"param": torch.float32, "residual": torch.int16}
+    base = torch.zeros(6, 8, dtype=dtypes.get(role, torch.float32))
+    shared = [view.detach() for view in views(base)]
+    params = [
+        torch.nn.Parameter(
+            torch.zeros(x.shape, dtype=torch.bfloat16 if role == "residual" else torch.float32)
+        )
+        for x in shared
+    ]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt = fo.SGD(params, lr=0.5, momentum=0.5, ema=0.5)
+    for _ in range(when + (role != "param")):
+        opt.step()
+    for i, (p, x) in enumerate(zip(params, shared, strict=True)):
+        if role == "param" or (role == "both" and i == 0):
+            p.data = x
+        else:
+            opt.state[p]["momentum_buffer" if role == "both" else role] = x
+    before = [t.clone() for t in (*params, base, *(t for s in opt.state.values() for t in
+              s.values()))]  # fmt: skip
+    with pytest.raises(ValueError, match=r"param_groups.* share memory"):
+        opt.step()
+    after = [*params, base, *(t for s in opt.state.values() for t in s.values())]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_random_views_of_one_buffer(dtype):
+    """Refused exactly where two of them share an element."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(n):
+        return int(torch.randint(n, (), generator=generator))
+
+    outcomes = set()
+    for _ in range(150):
+        base = torch.zeros(60, dtype=dtype)
+        marks, views, apart = torch.zeros(60, dtype=torch.int64), [], True
+        for _ in range(3):
+            shape, steps, at = (1 + draw(3), 1 + draw(4)), (5 + draw(8), 1 + draw(2)), draw(28)
+            view = base.as_strided(shape, steps, at)
+            marks.as_strided(shape, steps, at).add_(1)
+            views.append(view.detach().requires_grad_())
+            views[-1].grad = torch.ones_like(view)
+            if _torch_plain.repeats(view):
+                break
+        else:
+            apart = int(marks.max()) == 1
+            opt = fo.SGD(views, lr=1.0, master_bits=16)
+            if apart:
+                opt.step()
+                assert torch.equal(base, -marks.to(dtype))
+            else:
+                with pytest.raises(ValueError, match="share memory"):
+                    opt.step()
+                assert not base.any()
+            outcomes.add(apart)
+    assert outcomes == {True, False}
+
+
+@pytest.mark.parametrize("layout", [lambda b: b[:, :4], lambda b: b.t()[:4]])
+def test_a_gradient_in_a_parameter_with_gaps(layout):
+    """Refused where it has an element of it; in the gaps it may lie."""
+    for at, ok in ((0, False), (5, True)):
+        base = torch.zeros(8, 8)
+        base[:, 5] = 1
+        p = layout(base).detach().requires_grad_()
+        p.grad = torch.ones(p.shape)
+        q = torch.nn.Parameter(torch.zeros(1))
+        q.grad = base[3, at : at + 1]
+        opt = fo.SGD([p, q], lr=0.5)
+        if ok:
+            opt.step()
+            assert (p == -0.5).all()
+        else:
+            with pytest.raises(ValueError, match=r"\[1\]\.grad: shares memory with .*\[0\]"):
+                opt.step()
+            assert not p.any() and not q.any()
+
+
+EXTRAS = {
+    "residual": (torch.bfloat16, {}, "residual"),
+    "residual of 24 bits": (torch.bfloat16, {"master_bits": 24}, "residual"),
+    "blocks": (torch.float32, {"state_dtype": "int8", "min_8bit_size": 1}, "exp_avg_blocks"),
+    "blocks of squares": (
+        torch.float32, {"state_dtype": "int8", "min_8bit_size": 1}, "exp_avg_sq_blocks"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("other", ["extra", "param", "state"])
+@pytest.mark.parametrize("gaps", [False, True])
+@pytest.mark.parametrize(("dtype", "options", "key"), EXTRAS.values(), ids=EXTRAS)
+def test_extras_overlap(dtype, options, key, gaps, other):
+    """Residual bits and block exponents are written, too."""
+    p, q = leaf(256, dtype=dtype), leaf(256, seed=1, dtype=dtype)
+    opt = fo.AdamW([p, q], **options)
+    opt.step()
+    opt.step()
+    if other == "extra":
+        memory = opt.state[q][key]
+    elif other == "param":
+        memory = q.detach().view(opt.state[p][key].dtype)
+    else:
+        memory = opt.state[q][next(k for k in opt.state[q] if k.startswith("exp_avg_sq"))]
+        memory = memory.view(opt.state[p][key].dtype)
+    n = opt.state[p][key].numel()
+    if gaps:  # of every other element, the first shared
+        wide = torch.zeros(2 * memory.numel(), dtype=memory.dtype)
+        if other == "extra":
+            opt.state[q][key] = memory = wide[: memory.numel()]
+        opt.state[p][key] = wide[::2][:n] if other == "extra" else memory[::2][:n]
+        if opt.state[p][key].numel() < n:
+            pytest.skip("does not fit")
+    else:
+        opt.state[p][key] = memory[:n]
+    before = [t.detach().clone() for t in (p, q)]
+    with pytest.raises(ValueError, match=rf"\['params'\]\[0\]\.{key}\b.*share memory"):
+        opt.step()
+    assert torch.equal(p, before[0]) and torch.equal(q, before[1])
+
+
 def test_neighbours_in_one_buffer():
     base = torch.zeros(10)
     views = [base[:5].requires_grad_(), base[5:].detach().requires_grad_()]
@@ -496,8 +711,43 @@ def test_a_signal_in_the_first_step(options, monkeypatch):
         written = [not torch.equal(a, b) for a, b in zip(before, [p, q], strict=True)]
         assert written in ([True] * 2, [False] * 2)
         assert len(opt.state) == sum(written) and all(opt.state.values())
+        assert torch.is_grad_enabled()
         outcomes.add((written[0], len(calls) >= when))
     assert outcomes == {(False, True), (True, True), (True, False)}
+
+
+@pytest.mark.parametrize("options", [{}, {"ema": 0.9}, {"state_dtype": "int8", "min_8bit_size": 1}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("outside", [torch.enable_grad, torch.no_grad])
+def test_autograd_after_a_first_step_that_was_interrupted(outside, dtype, options):
+    """In each line of Python code in which the state is made."""
+    when, lines = 0, [0]
+
+    def trace(frame, event, arg):
+        lines[0] += event == "line"
+        if event == "line" and lines[0] == when:
+            raise KeyboardInterrupt
+        return trace
+
+    with outside():
+        mode = torch.is_grad_enabled()
+        while True:
+            when, lines[0] = when + 1, 0
+            opt = fo.AdamW([leaf(70, dtype=dtype), leaf(3, dtype=dtype)], **options)
+            before = sys.gettrace()
+            sys.settrace(trace)
+            try:
+                opt.step()
+            except KeyboardInterrupt:
+                pass
+            else:
+                break
+            finally:
+                sys.settrace(before)
+                now = torch.is_grad_enabled()
+                torch.set_grad_enabled(mode)
+            assert now == mode, when
+    assert when > 50
 
 
 def test_devices_other_than_the_cpu():

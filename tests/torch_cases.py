@@ -5,6 +5,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="tests the PyTorch adapter: extra `torch`")
 
 import fusedopt.torch as fo  # noqa: E402 (needs torch)
+from fusedopt.formats import Stored  # noqa: E402
 
 
 def since(version):
@@ -51,3 +52,13 @@ def twins(make):
     """The same parameter twice, with an optimizer of ours and torch's: (p, opt, q, peer)."""
     p, q = make(), make()
     return p, fo.AdamW([p], lr=0.1), q, torch.optim.AdamW([q], lr=0.1, foreach=False)
+
+
+def numbers(opt, p, name):
+    """The numbers of a state array, however it is kept."""
+    own = opt.state[p]
+    if name in own:
+        return own[name].float()
+    form = "uint8" if name.endswith("_sq") else "int8"
+    parts = (own[name + end].numpy() for end in ("_codes", "_blocks"))
+    return torch.from_numpy(Stored(form, *parts).decode())

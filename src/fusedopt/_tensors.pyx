@@ -36,24 +36,33 @@ cdef extern from "Python.h":
 
 
 cdef enum:
-    EMA = 4    # slot of a leaf's average
-    SLOTS = 5  # of what a step writes of a leaf: parameter, FO_MAX_STATES states, average
+    EMA = 4      # slot of a leaf's average
+    EXTRA = 5    # slots of what belongs to the codes of the parameter and of each state array
+    SLOTS = 10   # of what a step writes of a leaf: parameter, FO_MAX_STATES states, average, extras
 
 
 cdef struct More:
     # what the binding knows of a leaf beside fo_leaf
     ptrdiff_t group, i     # its place in the optimizer
     bint noisy             # whether a store rounds by chance
-    int held               # how many tensors are held until the step is over:
-    PyObject *tensors[8]   # parameter, gradient, state, average
+    int held               # how many tensors are held until the step is over
     PyObject *extras[8]    # what belongs to the codes of each: residual bits, block exponents
     unsigned int coded     # bit k: tensor k is 8-bit codes, by its name in the state
     unsigned int elsewhere  # bit k: tensor k lies in another memory order; 8 + k: its extra does
-    ptrdiff_t bytes[8]     # of each tensor
     PyObject *count        # the tensor that counts its steps, held too, or NULL
+    int n_extras           # of the written arrays, how many have one that C takes
     void *counter          # where that is, or NULL if torch shall count
     int counter_format
     int ema                # which of the tensors is the average, or 0
+    # of those that are held, the others are undefined:
+    PyObject *tensors[8]   # parameter, gradient, state, average
+    ptrdiff_t bytes[8]     # of each tensor
+
+
+cdef struct Asked:
+    # state, its extras and the count of a leaf in the last step, if their sign is plus
+    PyObject *tensors[17]
+    void *addresses[17]
 
 
 cdef enum:
@@ -82,6 +91,13 @@ cdef bint choose_order(const More *more, const DLTensor *param, int64_t *strides
         strides[k] = size
         size *= max(param.shape[k], 1)
     return True
+
+
+cdef inline int slot_of(const More *more, int k) noexcept:
+    """The slot of a tensor (k) or of its extra (8 + k)."""
+    if k >= 8:
+        return EXTRA + (k - 8 and k - 9)
+    return EMA if more.ema and k == more.ema else k and k - 1
 
 
 cdef inline void hold(More *more, tensor) noexcept:
@@ -134,6 +150,19 @@ cdef class Copier:
         self.copy, self.plainly = torch.Tensor.copy_, torch._C.DisableTorchFunction
         self.set_grad, self.is_grad = torch._C._set_grad_enabled, torch.is_grad_enabled
 
+    def call(self, bint grad, function, *args):
+        """Call a function with autograd on or off; it is as before however the call ends.
+
+        (A signal's exception in the `__exit__` of torch.no_grad, which is Python code, leaves it
+        off.)
+        """
+        before = self.is_grad()
+        self.set_grad(grad)
+        try:
+            return function(*args)
+        finally:
+            self.set_grad(before)
+
     cdef int run(self, list targets, list sources) except -1:
         cdef Py_ssize_t i
         if not targets:
@@ -148,39 +177,50 @@ cdef class Copier:
                 self.set_grad(grad)
         return 0
 
+    cdef int put_back(self, target, source) except -1:
+        """Copy a tensor into one that had its shape."""
+        with self.plainly():
+            if target.shape != source.shape:  # copy_ would repeat the values
+                raise ValueError(f"its shape was {tuple(source.shape)}, now {tuple(target.shape)}")
+            self.set_grad(False)
+            self.copy(target, source)
+        return 0
+
 
 cdef class Swap:
     """A context in which tensors hold other values; they are themselves again however it ends.
 
     In C, as between the bytecodes of a Python `__exit__` a signal could raise an exception. (So it
-    can in that of torch.no_grad, used by `prepare` or `settle`; autograd is left as it was found.)
+    can in that of torch.no_grad, used by the owner; autograd is left as it was found.)
 
     Parameters
     ----------
     copier : Copier
-    prepare : callable() -> (targets, sources, kept)
-        Lists of tensors: those to exchange, what they shall hold, and copies of what they do hold.
-    settle : callable()
-        Called after each exchange, to forget what was computed from the former values. May be
-        called again.
+    owner : optimizer
+        Its ``_is_swapped`` says whether such a context is entered; asked to
+        ``_prepare_swap() -> (targets, sources, kept, names)``: lists of tensors, those to exchange,
+        what they shall hold, copies of what they do hold, and what to call them; and to
+        ``_forget_weights()`` after each exchange, maybe more than once.
     """
     cdef Copier copier
-    cdef object prepare, settle
-    cdef list targets, kept
+    cdef object owner
+    cdef list targets, kept, names
 
-    def __cinit__(self, Copier copier not None, prepare, settle):
-        self.copier, self.prepare, self.settle = copier, prepare, settle
+    def __cinit__(self, Copier copier not None, owner):
+        self.copier, self.owner = copier, owner
 
     def __enter__(self):
         if self.kept is not None:
             raise RuntimeError("this context is entered already; make another")
+        refuse_within_swap(self.owner)
         grad = self.copier.is_grad()
         try:
-            targets, sources, kept = self.prepare()
-            self.targets, self.kept = targets, kept
+            targets, sources, kept, names = self.owner._prepare_swap()
+            self.targets, self.kept, self.names = targets, kept, names
+            self.owner._is_swapped = True
             try:
                 self.copier.run(targets, sources)
-                self.settle()
+                self.owner._forget_weights()
             except BaseException:
                 self.restore()
                 raise
@@ -193,19 +233,41 @@ cdef class Swap:
             raise fault
 
     cdef object restore(self):
-        """Return the exception of a signal that came meanwhile, or None."""
+        """Return the exception of a signal that came meanwhile, or of what is not back, or None."""
         cdef int _
+        cdef Py_ssize_t i
         fault, grad = None, self.copier.is_grad()
+        for i in range(len(self.targets)):
+            for _ in range(3):
+                try:
+                    self.copier.put_back(self.targets[i], self.kept[i])
+                    break
+                except BaseException as exc:
+                    last = exc
+            else:
+                fault = RuntimeError(
+                    f"{self.names[i]}: cannot take back the values that it had before swap_ema: "
+                    f"{last}")
+                fault.__cause__ = last
         for _ in range(3):
             try:
-                self.copier.run(self.targets, self.kept)
-                self.settle()
+                self.owner._forget_weights()
                 break
             except BaseException as exc:
-                fault = exc
+                fault = fault or exc
         self.copier.set_grad(grad)
-        self.targets = self.kept = None
+        self.targets = self.kept = self.names = None
+        self.owner._is_swapped = False
         return fault
+
+
+def refuse_within_swap(owner):
+    """Raise RuntimeError if the averages of an optimizer are in the place of its parameters."""
+    if owner._is_swapped:
+        raise RuntimeError(
+            "the averages are in the place of the parameters: leave the block of swap_ema first, "
+            "which puts the parameters back"
+        )
 
 
 cdef class TensorList:
@@ -238,23 +300,29 @@ cdef class TensorList:
     cdef PyCFunction is_neg   # called per leaf: as a C function it takes a third of the time
     cdef fo_leaf *leaves
     cdef More *more
+    cdef Asked *asked
+    cdef void *places[17]     # of those that `is_known` does not know
     cdef Hypers hypers
     cdef Spans spans          # of all arrays that the step writes
+    cdef Spans others         # of the tensors that copies are written back to
+    cdef list apart           # such tensors, and their neighbours, that were found to be apart
     cdef ptrdiff_t n, room, n_arrays
+    cdef ptrdiff_t n_done     # leaves of the last step; 0 if it raised
+    cdef ptrdiff_t n_asked    # the same, of the step before
     cdef tuple squares        # of the group: whether each state array holds squares
     cdef int bits             # of the group: of master weights
     cdef bint averages        # of the group: whether the last state array is an average
     cdef Sums sums            # of the leaves, where a step measures
     cdef ptrdiff_t number     # of the parameter, in all groups
     cdef Py_ssize_t at        # of the entry of the state that is tried first
-    cdef list before          # parameters that the last step wrote
     # of one step
     cdef list capsules        # what must live until the step is over
     cdef list written         # parameters
-    cdef void *last_address   # where the leaf's parameter was in the last step
     cdef list targets, copies  # tensors, and what was stepped in the place of each
+    cdef list labels           # of the former: names, or (leaf, slot)
     cdef list made            # (parameter, its new state)
-    cdef dict seen            # (group, step) -> index of its constants
+    cdef bint rule_counts     # whether the rule asks for the number of the step
+    cdef dict seen            # (group, step, count) -> index of its constants
 
     def __cinit__(self, str rule, tuple kinds, is_plain, is_neg, exchange, export,
                   Copier copier not None):
@@ -276,8 +344,10 @@ cdef class TensorList:
     def __dealloc__(self):
         free(self.leaves)
         free(self.more)
+        free(self.asked)
         free(self.hypers.of)
         free(self.spans.of)
+        free(self.others.of)
         free(self.sums.stats)
         free(self.sums.tiles)
 
@@ -288,7 +358,7 @@ cdef class TensorList:
         ----------
         owner : optimizer
             Asked, where needed, to ``_make_state``, ``_stand_in``, ``_copy``, ``_count``,
-            ``_constants`` and ``_name``: see `fusedopt.torch`.
+            ``_refuse_both``, ``_shared``, ``_constants`` and ``_name``: see `fusedopt.torch`.
         groups : list of tuple
             Of each group: its parameters, a list; of the state arrays that its options use the
             names, those in 8-bit codes, those of what belongs to the codes, and whether each
@@ -320,12 +390,15 @@ cdef class TensorList:
                 "use one optimizer for each thread, or a lock"
             )
         before = fo_enter_ieee()
+        grad = self.copier.is_grad()
         try:
+            self.copier.set_grad(False)
             self.n = self.n_arrays = self.hypers.n = self.at = 0
             self.number = -1
-            self.before = self.written or []
+            self.n_asked, self.n_done = self.n_done, 0
+            self.rule_counts = owner._counts
             self.capsules, self.written, self.seen = [], [], {}
-            self.targets, self.copies, self.made = [], [], []
+            self.targets, self.copies, self.labels, self.made = [], [], [], []
             for number, plan in enumerate(groups):
                 self.gather(owner, number, plan, counted, state)
             self.refuse_overlap(owner)
@@ -337,6 +410,7 @@ cdef class TensorList:
                 status = run_step(
                     self.rule, self.leaves, self.n, self.hypers.of, self.hypers.n, &how, threads)
             check(status)
+            self.n_done = self.n
             self.finish(owner, state)
             if around is not None:
                 outcome = (*outcome, self.measured(owner) if around.measure else None)
@@ -344,7 +418,8 @@ cdef class TensorList:
         finally:
             for i in range(self.n):
                 let_go(&self.more[i], 0)
-            self.capsules = self.targets = self.copies = self.made = None
+            self.capsules = self.targets = self.copies = self.labels = self.made = None
+            self.copier.set_grad(grad)
             fo_leave_ieee(before)
             self.claim.release()
 
@@ -409,7 +484,7 @@ cdef class TensorList:
 
     cdef int gather(self, owner, ptrdiff_t group, tuple plan, bint counted, state) except -1:
         """Add the leaves of a group that have a gradient."""
-        cdef ptrdiff_t i = -1, step, count, last = -1, index = -1
+        cdef ptrdiff_t i = -1, step, count, last = -1, last_count = -1, index = -1
         cdef More *more
         cdef list params
         cdef tuple names, codes, extras
@@ -425,23 +500,25 @@ cdef class TensorList:
             more = self.new_leaf(group, i)
             hold(more, param)
             hold(more, grad)
-            step = 2
-            if not self.read_state(more, own, names, codes, extras, counted):
+            step = 2  # of a rule that does not count: its first, or another
+            if not self.read_state(owner, more, own, names, codes, extras, counted):
                 let_go(more, 2)
-                made = owner._make_state(group, i, param, own)
+                made, begins = owner._make_state(group, i, param, own)
                 self.made.append((param, made))
                 own = {**own, **made} if own else made
-                step = 1
-                if not self.read_state(more, own, names, codes, extras, counted):
+                step = 1 if begins else 2
+                if not self.read_state(owner, more, own, names, codes, extras, counted):
                     raise SystemError("fusedopt: incomplete state; please report")
             self.fill(owner, more, names, codes)
             count = 1 + self.read_count(owner, more) if more.count != NULL else step
             if more.noisy:
                 self.leaves[self.n - 1].key = noise_key(seed, self.number, count)
-            if counted:
+            if self.rule_counts:
                 step = count
-            if step != last:
-                index, last = self.hyper(owner, group, step), step
+            if not counted:
+                count = 0
+            if step != last or count != last_count:
+                index, last, last_count = self.hyper(owner, group, step, count), step, count
             self.leaves[self.n - 1].hyper = index
         return 0
 
@@ -459,7 +536,7 @@ cdef class TensorList:
             return <object>value
         return state.get(param)
 
-    cdef bint read_state(self, More *more, own, tuple names, tuple codes, tuple extras,
+    cdef bint read_state(self, owner, More *more, own, tuple names, tuple codes, tuple extras,
                          bint counted) except -1:
         """Hold the tensor that counts steps, and the state arrays in use; False if one is missing.
         """
@@ -479,16 +556,21 @@ cdef class TensorList:
                 return False
         for i in range(len(names)):
             value = entry(own, names[i], &at)
-            if value == NULL and codes[i] is not None:
+            if (value == NULL or <object>value is None) and codes[i] is not None:
                 value = entry(own, codes[i], &at)
                 more.coded |= 1 << more.held
             if value == NULL or <object>value is None:
                 return False
             hold(more, <object>value)
         if PyDict_Size(own) > len(names) + counted:
+            for i in range(len(names)):
+                if codes[i] is not None and not more.coded >> (i + 2) & 1:
+                    value = entry(own, codes[i], &at)
+                    if value != NULL and <object>value is not None:
+                        owner._refuse_both(more.group, more.i, names[i])
             for name in extras:  # of the parameter, then of each state array
                 value = entry(own, name, &at)
-                if value != NULL:
+                if value != NULL and <object>value is not None:
                     Py_INCREF(<object>value)
                     more.extras[k] = value
                 k += 1 + (k == 0)
@@ -500,13 +582,15 @@ cdef class TensorList:
         if self.n == self.room:
             self.leaves = <fo_leaf *>grow(self.leaves, room, sizeof(fo_leaf))
             self.more = <More *>grow(self.more, room, sizeof(More))
+            self.asked = <Asked *>grow(self.asked, room, sizeof(Asked))
             self.room = room
-        self.last_address = self.leaves[self.n].param.data
         memset(&self.leaves[self.n], 0, sizeof(fo_leaf))
         self.leaves[self.n].grad_scale = 1
         more = &self.more[self.n]
-        memset(more, 0, sizeof(More))
+        memset(more, 0, <char *>&more.tensors - <char *>more)
         more.group, more.i = group, i
+        if self.n >= self.n_asked:
+            memset(&self.asked[self.n], 0, sizeof(Asked))
         self.n += 1
         return more
 
@@ -518,7 +602,9 @@ cdef class TensorList:
         cdef void *at
         count = <object>more.count
         if self.resolve(count, &t) and size_of(&t) == 1 and (
-                dtype_of(&t) == FO_F32 or dtype_of(&t) == FO_F64):
+                dtype_of(&t) == FO_F32 or dtype_of(&t) == FO_F64) and (
+                self.is_known(16, more.count, <char *>t.data + t.byte_offset)
+                or (self.is_positive(16, more.count) and self.resolve(count, &t))):
             at, format = <char *>t.data + t.byte_offset, dtype_of(&t)
             taken = (<float *>at)[0] if format == FO_F32 else (<double *>at)[0]
             if 0 <= taken < MAX_COUNT and taken == <double><ptrdiff_t>taken:
@@ -533,6 +619,7 @@ cdef class TensorList:
         param = <object>more.tensors[0]
         result = self.take(more)
         if result == NOT_PLAIN:
+            memset(&self.asked[self.n - 1], 0, sizeof(Asked))
             tensors, extras = [], [None] * more.held
             for k in range(more.held):
                 tensors.append(<object>more.tensors[k])
@@ -542,9 +629,10 @@ cdef class TensorList:
                 [codes[k] if more.coded >> (k + 2) & 1 else names[k] for k in range(len(names))])
             tensors, extras, back, made = owner._stand_in(
                 more.group, more.i, names, tensors, extras, more.count != NULL)
-            for tensor, copy in back:
+            for tensor, copy, name in back:
                 self.targets.append(tensor)
                 self.copies.append(copy)
+                self.labels.append(name)
             if made:
                 self.made.append((param, made))
                 if "step" in made:
@@ -554,15 +642,15 @@ cdef class TensorList:
                 exchange(&more.tensors[k], tensors[k])
                 if extras[k] is not None:
                     exchange(&more.extras[k], extras[k])
-            result = self.take(more)
+            result = self.point(more, NULL)
         if result == ELSEWHERE:
             self.lay(owner, more)
-            result = self.take(more)
+            result = self.point(more, NULL)
         if result != FITS:
             raise SystemError("fusedopt: a stand-in does not fit; please report")
         self.written.append(param)
         if self.leaves[self.n - 1].n > 0:
-            self.n_arrays += more.held - 1
+            self.n_arrays += more.held - 1 + more.n_extras
         return 0
 
     cdef int lay(self, owner, More *more) except -1:
@@ -582,11 +670,32 @@ cdef class TensorList:
                 if k != 1:
                     self.targets.append(tensor)
                     self.copies.append(copy)
+                    self.labels.append((self.n - 1, slot_of(more, k)))
                 exchange(held, copy)
         return 0
 
     cdef int take(self, More *more) except -1:
         """Point the last leaf at [parameter, gradient, *state], if they are as C wants.
+
+        DLPack does not tell the sign of a tensor. Parameters and gradients, which others exchange,
+        are asked for theirs each time; state where it is another tensor, or in another place.
+        """
+        cdef int k, result
+        cdef unsigned int strange = 0
+        for k in range(2):
+            if not self.is_plain(<object>more.tensors[k]) or self.has_sign(more.tensors[k]):
+                return NOT_PLAIN
+        result = self.point(more, &strange)
+        if result == NOT_PLAIN or not strange:
+            return result
+        for k in range(16):
+            if strange >> k & 1 and not self.is_positive(
+                    k, more.tensors[k] if k < 8 else more.extras[k - 8]):
+                return NOT_PLAIN
+        return self.point(more, NULL)  # again, as to ask lets other threads in
+
+    cdef int point(self, More *more, unsigned int *strange) except -1:
+        """Do so, but for the signs; note which tensors must be asked, unless NULL.
 
         All are resolved in one go, in which no Python code runs: the first one's shape is still
         the one that the others are compared with.
@@ -597,15 +706,8 @@ cdef class TensorList:
         cdef int k, format
         cdef fo_array *array
         more.elsewhere = 0
-        for k in range(2):
-            if not self.is_plain(<object>more.tensors[k]):
-                return NOT_PLAIN
-        # DLPack does not tell the sign; that of a parameter in its old place has been asked before
-        if self.has_sign(more.tensors[1]) or not self.resolve(<object>more.tensors[0], &param):
-            return NOT_PLAIN
-        if not self.is_known(more.tensors[0], <char *>param.data + param.byte_offset) and (
-                self.has_sign(more.tensors[0])  # lets other threads in, so:
-                or not self.resolve(<object>more.tensors[0], &param)):
+        more.n_extras = 0
+        if not self.resolve(<object>more.tensors[0], &param):
             return NOT_PLAIN
         other = param
         if more.coded or not is_dense(&param):
@@ -635,9 +737,15 @@ cdef class TensorList:
                 return NOT_PLAIN
             array.data = <char *>other.data + other.byte_offset
             array.format = <fo_format>format
+            if strange != NULL and k > 1 and not self.is_known(k, more.tensors[k], array.data):
+                strange[0] |= 1 << k
             more.bytes[k] = leaf.n * (other.dtype.bits // 8)
-            if format >= FO_BF16_LOW16 and not self.take_extra(more, k, array, &param):
-                return NOT_PLAIN
+            if format >= FO_BF16_LOW16:
+                if not self.take_extra(more, k, array, &param):
+                    return NOT_PLAIN
+                more.n_extras += 1
+                if strange != NULL and not self.is_known(8 + k, more.extras[k], array.extra):
+                    strange[0] |= 1 << (8 + k)
             if k != 1 and is_stochastic(format):
                 more.noisy = True
                 if more.count == NULL:
@@ -690,10 +798,22 @@ cdef class TensorList:
             known = self.types[kind] = bool(self.is_plain_type(kind))
         return known
 
-    cdef bint is_known(self, PyObject *param, void *address) noexcept:
-        """Whether the last leaf's parameter is that of the last step, in the same place."""
-        return (self.n <= len(self.before) and <PyObject *>self.before[self.n - 1] == param
-                and address == self.last_address)
+    cdef inline bint is_known(self, int k, PyObject *tensor, void *address) noexcept:
+        """Whether a tensor of the last leaf has been asked for its sign, in the same place."""
+        cdef Asked *asked = &self.asked[self.n - 1]
+        if asked.tensors[k] == tensor and asked.addresses[k] == address:
+            return True
+        self.places[k] = address
+        asked.tensors[k] = NULL
+        return False
+
+    cdef bint is_positive(self, int k, PyObject *tensor) except -1:
+        """Ask a tensor that is not known; from now on it is."""
+        cdef Asked *asked = &self.asked[self.n - 1]
+        if self.has_sign(tensor):
+            return False
+        asked.tensors[k], asked.addresses[k] = tensor, self.places[k]
+        return True
 
     cdef bint has_sign(self, PyObject *tensor) except -1:
         """Whether the values are those in memory times -1, as of the imaginary part of a conj()."""
@@ -726,12 +846,13 @@ cdef class TensorList:
         self.capsules.append(capsule)
         return True
 
-    cdef ptrdiff_t hyper(self, owner, ptrdiff_t group, ptrdiff_t step) except -1:
-        """Index of the constants of a group at a step; computed once per step of the list."""
-        index = self.seen.get((group, step))
+    cdef ptrdiff_t hyper(self, owner, ptrdiff_t group, ptrdiff_t step,
+                         ptrdiff_t count) except -1:
+        """Index of the constants of a group at a step, computed once: see `_constants`."""
+        index = self.seen.get((group, step, count))
         if index is None:
-            index = self.seen[(group, step)] = add_constants(
-                &self.hypers, self.scalar_names, owner._constants(group, step))
+            index = self.seen[(group, step, count)] = add_constants(
+                &self.hypers, self.scalar_names, owner._constants(group, step, count))
         return index
 
     # -------------------------------------------------------------- overlap
@@ -751,7 +872,80 @@ cdef class TensorList:
             found = alias(&self.spans, low, low + self.more[i].bytes[1])
             if found >= 0:
                 _check.alias(self.name(owner, i) + ".grad", self.span_name(owner, found))
+        if self.targets:
+            self.refuse_shared(owner)
         return 0
+
+    cdef int refuse_shared(self, owner) except -1:
+        """The same for tensors that were stepped on copies, which are written back.
+
+        They may have gaps, in which others lie: where their ranges of memory have a byte in common,
+        `_torch_plain.shared` looks at each element, once for the same tensors in the same place.
+        """
+        cdef DLTensor t
+        cdef ptrdiff_t i, n = len(self.targets)
+        cdef int k
+        cdef int64_t size
+        cdef uintptr_t low, high, first = <uintptr_t>-1, last = 0
+        cdef bint suspect = False
+        cdef Spans *others = &self.others
+        if others.room < n:
+            others.of = <Span *>grow(others.of, n, sizeof(Span))
+            others.room = n
+        others.n = 0
+        members, names = [], []
+        for i in range(n):
+            if not self.resolve(self.targets[i], &t):
+                raise SystemError("fusedopt: a tensor changed meanwhile; please report")
+            if size_of(&t) == 0:
+                continue
+            size = t.dtype.bits // 8
+            low = high = <uintptr_t>t.data + t.byte_offset
+            high += size
+            for k in range(t.ndim):
+                high += (t.shape[k] - 1) * t.strides[k] * size
+            first, last = min(first, low), max(last, high)
+            others.of[others.n] = Span(low=low, high=high, leaf=i, slot=0)
+            others.n += 1
+            suspect |= alias(&self.spans, low, high) >= 0
+            members.append((
+                low, tuple([t.shape[k] for k in range(t.ndim)]),
+                tuple([t.strides[k] * size for k in range(t.ndim)]), size))
+            names.append(self.labels[i])
+        suspect |= overlap(others) > 0
+        for i in range(self.n):
+            low = <uintptr_t>self.leaves[i].grad.data
+            suspect |= alias(others, low, low + self.more[i].bytes[1]) >= 0
+        if not suspect:
+            return 0
+        for i in range(self.spans.n):
+            low, high = self.spans.of[i].low, self.spans.of[i].high
+            if low < last and first < high:
+                members.append((low, (high - low,), (1,), 1))
+                names.append((self.spans.of[i].leaf, self.spans.of[i].slot))
+        n = len(members)
+        for i in range(self.n):
+            low = <uintptr_t>self.leaves[i].grad.data
+            high = low + self.more[i].bytes[1]
+            if low < last and first < high:
+                members.append((low, (high - low,), (1,), 1))
+                names.append((i, -1))
+        if members == self.apart:
+            return 0
+        self.apart = None
+        pair = owner._shared(members, n)
+        if pair is None:
+            self.apart = members
+            return 0
+        a, b = [
+            label if isinstance(label, str)
+            else self.name(owner, label[0]) + ".grad" if label[1] < 0
+            else self.slot_name(owner, label[0], label[1])
+            for label in (names[pair[0]], names[pair[1]])
+        ]
+        if pair[1] >= n:
+            _check.alias(b, a)
+        _check.overlap(min(a, b), max(a, b))
 
     cdef bint refresh(self) noexcept nogil:
         """Give the spans of the last step the addresses of this one; False if they do not fit."""
@@ -780,9 +974,17 @@ cdef class TensorList:
     cdef bint locate(self, ptrdiff_t leaf, int slot, Span *span) noexcept nogil:
         cdef fo_leaf *own = &self.leaves[leaf]
         cdef More *more = &self.more[leaf]
+        cdef fo_array *array
         if slot == EMA:
             span.low = <uintptr_t>own.ema.data
             span.high = span.low + (more.bytes[more.ema] if more.ema else 0)
+        elif slot >= EXTRA:
+            array = &own.param if slot == EXTRA else &own.state[slot - EXTRA - 1]
+            span.low = <uintptr_t>array.extra
+            span.high = span.low + (
+                (own.n + FO_BLOCK - 1) // FO_BLOCK
+                if array.format == FO_S8 or array.format == FO_U8
+                else 2 * own.n if array.format == FO_BF16_LOW16 else own.n)
         else:
             span.low = <uintptr_t>(own.param.data if slot == 0 else own.state[slot - 1].data)
             span.high = span.low + more.bytes[slot and slot + 1]
@@ -793,8 +995,16 @@ cdef class TensorList:
         return owner._name(self.more[leaf].group, self.more[leaf].i)
 
     cdef str span_name(self, owner, ptrdiff_t i):
-        cdef int slot = self.spans.of[i].slot
-        name = self.name(owner, self.spans.of[i].leaf)
+        return self.slot_name(owner, self.spans.of[i].leaf, self.spans.of[i].slot)
+
+    cdef str slot_name(self, owner, ptrdiff_t leaf, int slot):
+        name = self.name(owner, leaf)
+        if slot == 0:
+            return name
         if slot == EMA:
             return f"{name}.ema"
-        return name if slot == 0 else f"{name}.{owner._rule.state_names[slot - 1]}"
+        if slot == EXTRA:
+            return f"{name}.residual"
+        if slot > EXTRA:
+            return f"{name}.{owner._rule.state_names[slot - EXTRA - 1]}_blocks"
+        return f"{name}.{owner._rule.state_names[slot - 1]}"

@@ -9,7 +9,9 @@ import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.lib.stride_tricks import as_strided
 
 from fusedopt.formats import BLOCK, Stored
 
@@ -28,13 +30,13 @@ def stored(
     Raises
     ------
     TypeError, ValueError
-        If its shape does not fit, or if codes are none or lack their blocks.
+        If its shape does not fit, or if codes are none or lack their blocks, or are not alone.
     """
     coded = saved.get(name) is None
+    if not coded and saved.get(name + CODES) is not None:
+        raise ValueError(f"{where}: {both(name)}")
     key, form = name + CODES if coded else name, "uint8" if square else "int8"
-    value = saved[key]
-    same_shape(f"{where}.{key}", value, param)
-    value = value.to(param.device)
+    value = saved_tensor(f"{where}.{key}", saved[key], param, (*DTYPES, torch.uint8))
     if coded and value.dtype != torch.uint8:
         raise TypeError(
             f"{where}.{key}: {value.dtype}, but codes are torch.uint8; torch.optim casts what it "
@@ -61,6 +63,21 @@ def stored(
     codes, blocks = new_codes(param)
     Stored(form, codes.numpy(), blocks.numpy()).encode(value.float().contiguous().numpy())
     return {name + CODES: codes, name + BLOCKS: blocks}
+
+
+def saved_tensor(where: str, value: Any, param: Any, known: tuple[Any, ...]) -> Any:
+    """Return a saved tensor beside its parameter, if it is of its shape and a known dtype."""
+    same_shape(where, value, param)
+    if value.device.type != "meta":
+        value = value.to(param.device)
+    local(where, value, known)
+    value = value.detach() if value.requires_grad else value
+    return value.resolve_neg()
+
+
+def both(name: str) -> str:
+    """Return the fault of state that is there twice."""
+    return f"its state has {name} and {name}{CODES}, of which one can be true; delete the other"
 
 
 def same_shape(where: str, tensor: Any, param: Any) -> None:
@@ -143,12 +160,12 @@ def repeats(tensor: Any) -> bool:
 
 def stand_ins(
     where: list[str], tensors: list[Any], extras: list[Any], residual: Any
-) -> tuple[list[Any], list[Any], list[tuple[Any, Any]]]:
+) -> tuple[list[Any], list[Any], list[tuple[Any, Any, str]]]:
     """Return for [parameter, gradient, *state] plain tensors of one shape, in any memory order.
 
     Those that are so already, or hold such a one, stand for themselves; of the others a copy does.
     Also returns, alike, what belongs to their codes (`extras`; of the parameter, residual bits of
-    dtype `residual`), and what to write back, as (tensor, its copy).
+    dtype `residual`), and what to write back, as (tensor, its copy, name).
 
     Raises
     ------
@@ -174,7 +191,7 @@ def stand_ins(
             return tensor
         copy = tensor.resolve_neg()
         if written:
-            back.append((tensor, copy))
+            back.append((tensor, copy, name))
         return copy
 
     plain = [fit(name, t, k != 1) for k, (name, t) in enumerate(zip(where, own, strict=True))]
@@ -195,10 +212,61 @@ def stand_ins(
         blocks = extras[k] if extras[k] is None else local(name, extras[k], (torch.uint8,))
         if blocks is None or blocks.shape != (count_blocks(param),):
             raise ValueError(f"{where[k]}: 8-bit codes need {name}, one byte for {BLOCK} codes")
-        extras[k] = blocks.contiguous()
+        if repeats(blocks):
+            raise ValueError(f"{name}: elements share memory (expanded?); pass a contiguous copy")
+        extras[k] = blocks.resolve_neg().contiguous()
         if extras[k] is not blocks:
-            back.append((blocks, extras[k]))
+            back.append((blocks, extras[k], name))
     return plain, extras, back
+
+
+def shared(members: list[tuple[Any, ...]], n_written: int) -> tuple[int, int] | None:
+    """Return two arrays that share a byte, the first of them written, or None.
+
+    Each is given by its address, shape, strides in bytes and bytes of an element; those that are
+    only read come last.
+    """
+    reach = [
+        low + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + size
+        for low, shape, strides, size in members
+    ]
+    cluster: list[int] = []
+    end = 0
+    for i in sorted(range(len(members)), key=lambda i: members[i][0]):
+        if cluster and members[i][0] >= end:
+            if (pair := _shared(members, n_written, sorted(cluster), end)) is not None:
+                return pair
+            cluster = []
+        cluster.append(i)
+        end = max(end, reach[i])
+    return _shared(members, n_written, sorted(cluster), end)
+
+
+def _shared(
+    members: list[tuple[Any, ...]], n_written: int, cluster: list[int], end: int
+) -> tuple[int, int] | None:
+    """Do so for some that lie close together, below an address, by a mark for each byte."""
+    if len(cluster) < 2:
+        return None
+    base = min(members[i][0] for i in cluster)
+    marks = np.zeros(end - base, bool)
+
+    def of(i: int) -> Any:
+        low, shape, strides, size = members[i]
+        axes = [axis for axis in zip(shape, strides, strict=True) if axis[0] != 1] + [(size, 1)]
+        shape, strides = zip(*axes, strict=True)
+        return as_strided(marks[low - base :], shape, strides)
+
+    for i in cluster:
+        if of(i).any():
+            for k in cluster:
+                marks[:] = False
+                of(k)[...] = True
+                if of(i).any():
+                    return k, i
+        if i < n_written:
+            of(i)[...] = True
+    return None
 
 
 def gathered(params: Collection[Any]) -> list[Any]:

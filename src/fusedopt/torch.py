@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, ClassVar, NoReturn
 
 try:
     import torch
@@ -34,17 +36,47 @@ from fusedopt._around import LEAF, NOTHING, Around, StepResult, StepStats
 from fusedopt._ieee import ieee
 from fusedopt.optim import adam as _adam
 from fusedopt.optim import sgd as _sgd
-from fusedopt.rule import COMMON, Rule
+from fusedopt.rule import COMMON, Rule, ema_weight
 
 __all__ = ["SGD", "Adam", "AdamW"]
 
 _OF_NO_GROUP = ("max_grad_norm", "stats")  # options in `defaults` only
 _COMMON = {option.name: option for option in COMMON}
-_PLAIN = frozenset({float, int, bool, str, list, type(None)})
+_CONSTANT = frozenset({float, int, bool, str, type(None)})  # types of values that stay as they are
+_ENDS = ("", _plain.CODES, _plain.BLOCKS)
 _RESIDUALS = {32: torch.int16, 24: torch.int8}  # by master_bits of a bfloat16 parameter
 
 
 _copier = _tensors.Copier()
+
+
+@dataclass(slots=True)
+class _Group:
+    """One of `param_groups`, as last checked.
+
+    Attributes
+    ----------
+    options : dict
+        Its options; numbers in the place of tensors.
+    plan : tuple
+        Of `TensorList.step`, without the parameters.
+    seen : dict or None
+        The dict as it was then; None if a value may change in place.
+    """
+
+    options: dict[str, Any]
+    plan: tuple[Any, ...]
+    seen: dict[str, Any] | None
+
+    def is_of(self, group: Mapping[str, Any]) -> bool:
+        """Whether no option has changed since."""
+        seen = self.seen
+        if seen is None or len(seen) != len(group):
+            return False
+        for name, value in group.items():
+            if seen.get(name, _Group) is not value and name != "params":
+                return False
+        return True
 
 
 class _Fused:
@@ -57,10 +89,13 @@ class _Fused:
     _rule: ClassVar[Rule]
     _counts: ClassVar[bool]  # whether the state of a leaf has its number of steps
     _leaves: _tensors.TensorList | None = None
-    last_step = StepResult(0, 0)  # what the last step measured, with max_grad_norm or stats
+    # what the last step measured, with max_grad_norm or stats; that GradScaler had it skipped
+    last_step = StepResult(0, 0)
 
     _storage_options: Mapping[str, Any] = {}
     _threads: int | None = None
+    _groups: dict[int, _Group]  # by number
+    _is_swapped = False  # whether the averages are in the place of the parameters: see swap_ema
     defaults: Any  # torch's
     param_groups: Any
     state: Any
@@ -130,17 +165,20 @@ class _Fused:
         TypeError, ValueError
             Naming the parameter; no parameter, state or step count has changed.
         RuntimeError
-            If another thread is inside `step` of the same optimizer; nothing has been written.
+            If another thread is inside `step` of the same optimizer, or within `swap_ema`; nothing
+            has been written.
         """
+        _tensors.refuse_within_swap(self)
         loss = None
         if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+            loss = _copier.call(True, closure)
         found_inf = getattr(self, "found_inf", None)  # set by GradScaler, and so is grad_scale
         if found_inf is not None and found_inf.item() != 0:
+            if self._measures():
+                self.last_step = StepResult(self.last_step.step, 0, skipped=True)
             return loss
         if self._leaves is None:
-            self._leaves = _new_list(self._rule.name)
+            self._leaves, self._groups = _new_list(self._rule.name), {}
         groups = [self._plan(i, group) for i, group in enumerate(self.param_groups)]
         around = self._around()
         written, outcome = self._leaves.step(
@@ -158,12 +196,15 @@ class _Fused:
             )
         return loss
 
+    def _measures(self) -> bool:
+        return self.defaults.get("max_grad_norm") is not None or self.defaults.get("stats", False)
+
     @ieee
     def _around(self) -> Any:
         """Return what the step shall do around the rule, or None."""
-        limit, stats = self.defaults.get("max_grad_norm"), self.defaults.get("stats", False)
-        if limit is None and not stats:
+        if not self._measures():
             return None
+        limit, stats = self.defaults.get("max_grad_norm"), self.defaults.get("stats", False)
         scale = getattr(self, "grad_scale", None)
         return Around(
             grad_scale=1.0 if scale is None else 1 / scale.item(),
@@ -182,7 +223,7 @@ class _Fused:
         ValueError
             If no group has `ema`, or no step was taken.
         """
-        averages = {p: own["ema"] for p, own in self.state.items() if "ema" in own}
+        averages = {p: own["ema"] for p, own in self.state.items() if own.get("ema") is not None}
         if not averages and not any(group.get("ema") is not None for group in self.param_groups):
             raise ValueError("there is no average: make the optimizer with ema=0.999 or the like")
         if not averages:
@@ -193,34 +234,39 @@ class _Fused:
         """Put the averages in the place of the parameters for a ``with`` block.
 
         The parameters, which are back when it ends, however it ends, are kept in a copy meanwhile.
-        What is written to them within is lost; a step within is one from the averages. Weights
-        that FSDP2 gathered, and casts that autocast keeps, are dropped when it begins and ends.
+        What is written to them within is lost. Weights that FSDP2 gathered, and casts that
+        autocast keeps, are dropped when it begins and ends.
 
         Raises
         ------
         ValueError
             If no group has `ema`, or no step was taken.
+        RuntimeError
+            Within: by `step`, `load_state_dict`, `add_param_group` and another `swap_ema`, which
+            need the parameters. At the end: naming a parameter whose shape was changed; the others
+            are back.
         """
-        return _tensors.Swap(_copier, self._prepare_swap, self._forget_weights)
+        return _tensors.Swap(_copier, self)
 
-    def _prepare_swap(self) -> tuple[list[Any], list[Any], list[Any]]:
-        """Return the parameters that have an average, the averages, and copies: plain tensors."""
+    def _prepare_swap(self) -> tuple[list[Any], list[Any], list[Any], list[str]]:
+        """Return the parameters that have an average, the averages, copies, and names."""
         known = _plain.STATE_DTYPES
-        names = {
+        places = {
             param: self._name(number, i)
             for number, group in enumerate(self.param_groups)
             for i, param in enumerate(group["params"])
         }
-        params, averages = [], []
+        params, averages, names = [], [], []
         for param, average in self.ema_params().items():
-            name = names.get(param, "a parameter of no group")
+            name = places.get(param, "a parameter of no group")
             local = _plain.local(name, param.detach())
             params.append(param if _plain.is_plain(type(param)) else local)
             averages.append(_plain.local(f"{name}.ema", average.detach(), known))
+            names.append(name)
             _plain.same_shape(f"{name}.ema", averages[-1], local)
             if _plain.repeats(local):
                 raise ValueError(f"{name}: elements share memory (expanded?)")
-        return params, averages, [param.detach().clone() for param in params]
+        return params, averages, [param.detach().clone() for param in params], names
 
     def _forget_weights(self) -> None:
         """Drop copies of the parameters that engines have made to compute with."""
@@ -230,7 +276,9 @@ class _Fused:
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with options of their own, as in torch."""
+        _tensors.refuse_within_swap(self)
         where = f"param_groups[{len(self.param_groups)}]"
+        _refuse_of_no_group(where, param_group)
         _refuse_options(where, {**self.defaults, **param_group})
         for name, value in _own_options(param_group, f"{where}: ").items():
             param_group[name] = value
@@ -256,40 +304,62 @@ class _Fused:
         Raises
         ------
         TypeError, ValueError
-            As torch does; and naming state that does not fit. The optimizer is as it was.
+            As torch does; and naming state that does not fit, or that no step could take.
+        RuntimeError
+            Within `swap_ema`.
+
+        Notes
+        -----
+        If it raises anything (a signal's exception too), the optimizer is as it was.
         """
-        loaded: dict[Any, dict[str, Any]] = {}
-        kept = [{k: v for k, v in g.items() if k in _COMMON} for g in self.param_groups]
+        _tensors.refuse_within_swap(self)
         hooks: Any = self
-        last = hooks.register_load_state_dict_pre_hook(
-            lambda _, final: loaded.update(self._converted(final))
-        )
-        first = hooks.register_load_state_dict_post_hook(
-            lambda _: self._restore(loaded, kept), prepend=True
-        )
-        try:
-            super().load_state_dict(state_dict)  # type: ignore[misc]
-        finally:
-            last.remove()
-            first.remove()
+        state_dict = state_dict.copy()
+        for hook in hooks._optimizer_load_state_dict_pre_hooks.values():
+            result = hook(self, state_dict)
+            state_dict = state_dict if result is None else result
+        state, param_groups = _copier.call(False, self._loaded, state_dict)
+        self.__dict__.update(state=state, param_groups=param_groups)  # both: it is one call in C
+        for hook in hooks._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
 
-    def _converted(self, final: Mapping[str, Any]) -> dict[Any, dict[str, Any]]:
-        """Return by parameter what of a saved state is kept in formats of our own."""
-        converted = {}
-        for i, (group, saved) in enumerate(
-            zip(self.param_groups, final["param_groups"], strict=False)  # torch compares lengths
-        ):
-            pairs = zip(group["params"], saved["params"], strict=False)
-            for k, (param, number) in enumerate(pairs):
-                if entries := final["state"].get(number):
-                    converted[param] = self._converted_leaf(i, k, param, entries)
-        return converted
+    def _loaded(self, saved: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Return state and groups as they will be; torch makes the groups, in a twin of this."""
+        none: dict[Any, Any] = {}
+        twin: Any = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin._optimizer_load_state_dict_pre_hooks = none
+        twin._optimizer_load_state_dict_post_hooks = none
+        super(_Fused, twin).load_state_dict({**saved, "state": {}})  # type: ignore[misc]
+        places = {}
+        for g, group in enumerate(twin.param_groups):
+            for name in _COMMON:
+                group.pop(name, None)
+            group.update({k: v for k, v in self.param_groups[g].items() if k in _COMMON})
+            numbers = saved["param_groups"][g]["params"]
+            places.update({n: (g, i) for i, n in enumerate(numbers)})
+        for number, own in saved["state"].items():
+            if number not in places:  # as torch does
+                twin.state[number] = own
+                continue
+            g, i = places[number]
+            param = twin.param_groups[g]["params"][i]
+            twin.state[param] = twin._loaded_leaf(g, i, param, own)
+        return twin.state, twin.param_groups
 
-    @torch.no_grad()
-    def _converted_leaf(
+    def _loaded_leaf(
         self, group: int, i: int, param: Any, saved: Mapping[str, Any]
     ) -> dict[str, Any]:
+        """Return saved state of a parameter in our formats; what is not of our own as it is."""
         name, own = self._name(group, i), {}
+        if not isinstance(saved, Mapping):
+            raise TypeError(f"{name}: its state is a {type(saved).__name__}; expected a dict")
+        step = saved.get("step")
+        if step is not None:
+            if isinstance(step, (int, float)):  # as torch once kept it
+                step = torch.tensor(float(step), device="cpu", dtype=_count_dtype())
+            self._count(group, i, step)
+            own["step"] = step.to(param.device)
         for state in self._rule.states:
             if _has(saved, state.name):
                 dtype = self._state_dtype(group, param)
@@ -298,25 +368,29 @@ class _Fused:
             own.update(_plain.stored(name, param, "ema", False, saved, _wide(param)))
         residual = saved.get("residual")
         if residual is not None:
-            _plain.same_shape(f"{name}.residual", residual, param)
+            known = (*_plain.DTYPES, *_RESIDUALS.values())
+            residual = _plain.saved_tensor(f"{name}.residual", residual, param, known)
             if residual.dtype == _RESIDUALS.get(_bits(self.param_groups[group])):
-                own["residual"] = residual.to(param.device)
+                own["residual"] = residual
+        ours = {"step", "ema", "residual"}
+        ours.update(s + end for s in self._rule.state_names for end in _ENDS)
+        own.update({key: value for key, value in saved.items() if key not in ours})
+        options = {**self._rule.defaults, **self.param_groups[group]}
+        self._missing(name, own, self._columns(self._rule.uses(options), False)[0], bool(saved))
         return own
 
-    def _restore(self, loaded: dict[Any, dict[str, Any]], kept: list[dict[str, Any]]) -> None:
-        """Put the loaded state, as it was before torch cast it, into our formats."""
-        for group, own in zip(self.param_groups, kept, strict=True):
-            for name in _COMMON:
-                group.pop(name, None)
-            group.update(own)
-        ends = ("", _plain.CODES, _plain.BLOCKS)
-        foreign = [name + end for name in self._rule.state_names for end in ends]
-        for param, converted in loaded.items():
-            own = self.state[param]
-            for name in (*foreign, "residual"):
-                if isinstance(own.get(name), torch.Tensor):
-                    del own[name]
-            own.update(converted)
+    def _missing(
+        self, name: str, own: Mapping[str, Any], states: Sequence[str], begun: bool
+    ) -> list[str]:
+        """Return which state arrays are to be made; refuse state that is there in part."""
+        missing = [state for state in states if not _has(own, state)]
+        absent = [state for state in missing if state != "ema"]  # which may begin at any time
+        if self._counts and begun and (own.get("step") is None or absent):
+            raise ValueError(
+                f"{name}: its state has no {', '.join(absent) or 'step'}, which these options "
+                "need; set them when the optimizer is made, or load a checkpoint that has it"
+            )
+        return missing
 
     # -------------------------------------------------------------- asked by TensorList.step
 
@@ -324,38 +398,55 @@ class _Fused:
         names = self.param_groups[group].get("param_names")
         return f"param_groups[{group}]['params'][{i}]" + (f" ({names[i]})" if names else "")
 
-    def _constants(self, group: int, step: int) -> dict[str, float]:
-        """Return the constants of a step by name, with all that scales the gradient."""
-        options = self._numbers(self.param_groups[group])
+    def _constants(self, group: int, step: int, count: int) -> dict[str, float]:
+        """Return the constants of a step by name, with all that scales the gradient.
+
+        `count` is the number of the step, 0 if nobody counts; `step` is what the rule makes of it:
+        SGD has a first step with each new buffer, as in torch.
+        """
+        options = self._groups[group].options
         scale = getattr(self, "grad_scale", None)
-        return self._rule_of(options).hyper(
-            step, options, grad_scale=1.0 if scale is None else 1.0 / scale.item()
-        )
+        grad_scale = 1.0 if scale is None else 1.0 / scale.item()
+        values = self._rule_of(options).hyper(step, options, grad_scale=grad_scale)
+        decay = options.get("ema")
+        if decay is not None and count != step:
+            values["ema_weight"] = ema_weight(count, decay, options.get("ema_warmup", False))
+        return values
 
     def _rule_of(self, options: Mapping[str, Any]) -> Rule:
         return self._rule
 
-    @staticmethod
-    def _numbers(group: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a group's options with numbers in the place of tensors of one element."""
-        options = dict(group)
-        for name, value in group.items():
-            if type(value) in _PLAIN:
-                continue
-            if name == "betas":
-                options[name] = tuple(map(float, value))
-            elif isinstance(value, torch.Tensor):
-                options[name] = value.item()
-        return options
-
     def _plan(self, i: int, group: Mapping[str, Any]) -> tuple[Any, ...]:
         """Return what the list must know of a group: see `TensorList.step`."""
-        _refuse_options(f"param_groups[{i}]", group)
-        averages = group.get("ema") is not None
-        columns = self._columns(self._rule.uses(group), averages)
+        known = self._groups.get(i)
+        if known is None or not known.is_of(group):
+            known = self._groups[i] = self._checked(f"param_groups[{i}]", group)
         params = group["params"]
-        params = params if type(params) is list else list(params)
-        return params, *columns, _bits(group), group.get("seed", 0), averages
+        return (params if type(params) is list else list(params), *known.plan)
+
+    def _checked(self, where: str, group: Mapping[str, Any]) -> _Group:
+        """Return a group with its options checked, as anybody may write into it."""
+        rule = [option for option in self._rule.options if option.name in self.defaults]
+        names = ["params", *(option.name for option in rule)]
+        if missing := [name for name in names if name not in group]:
+            raise ValueError(f"{where}: has no {', '.join(missing)}")
+        _refuse_options(where, group)
+        _refuse_of_no_group(where, group)
+        options = {name: value for name, value in group.items() if name != "params"}
+        options |= _own_options(group, f"{where}.")
+        for option in rule:
+            name, value = option.name, group[option.name]
+            if isinstance(option.default, tuple):
+                options[name] = _pair(f"{where}.{name}", value)
+            elif not isinstance(option.default, bool):
+                options[name] = _number(f"{where}.{name}", value)
+        averages = options.get("ema") is not None
+        columns = self._columns(self._rule.uses(options), averages)
+        return _Group(
+            options,
+            (*columns, _bits(options), options.get("seed", 0), averages),
+            dict(group) if all(map(_is_constant, group.items())) else None,
+        )
 
     @classmethod
     @functools.cache
@@ -384,27 +475,23 @@ class _Fused:
             return torch.uint8
         return torch.float32
 
-    @torch.no_grad()
-    def _make_state(self, group: int, i: int, param: Any, own: dict[str, Any] | None) -> Any:
-        """Return new state for a parameter; the list adds it to `state` after the step."""
+    def _make_state(
+        self, group: int, i: int, param: Any, own: dict[str, Any] | None
+    ) -> tuple[dict[str, Any], bool]:
+        """Return new state for a parameter, and whether more is new than the average.
+
+        The list adds it to `state` after the step.
+        """
         name = self._name(group, i)
         local = _plain.local(name, param)
-        names = self._plan(group, self.param_groups[group])[1]
-        missing = [state for state in names if not own or not _has(own, state)]
-        known = [state for state in names if state != "ema"]  # an average may begin at any time
-        absent = [state for state in missing if state != "ema"]
-        if self._counts and own and ("step" not in own or len(absent) not in (0, len(known))):
-            raise ValueError(
-                f"{name}: its state has no {', '.join(missing) or 'step'}, which these options "
-                "need; set them when the optimizer is made"
-            )
+        names = self._groups[group].plan[0]
+        missing = self._missing(name, own or {}, names, bool(own))
         dtype = self._state_dtype(group, param)
         if dtype == torch.uint8 and local is not param and hasattr(type(param), "to_local"):
             raise TypeError(f"{name}: is a shard; 8-bit state is for whole tensors only")
-        made = {}
+        made: dict[str, Any] = {}
         if self._is_counted() and not (own and "step" in own):
-            begun = bool(own) and len(absent) < len(known)  # SGD, whose steps nobody counted
-            made["step"] = _new_count(float(begun))
+            made["step"] = _new_count()
         for state in missing:
             if state == "ema":
                 made[state] = param.detach().to(_wide(param), copy=True)
@@ -415,13 +502,15 @@ class _Fused:
             made[state] = torch.zeros_like(
                 param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
             )
-        return made
+        return made, bool(set(missing) - {"ema"})
 
     def _count(self, group: int, i: int, step: Any) -> int:
         """Return the number of steps from a tensor that is not plain, or no such number."""
         name = f"{self._name(group, i)}.step"
         if not isinstance(step, torch.Tensor) or step.numel() != 1:
             raise TypeError(f"{name}: expected a tensor of one element")
+        if step.device.type == "meta":
+            raise TypeError(f"{name}: is on device meta, without a value")
         taken = step.item()
         if isinstance(taken, complex) or not (0 <= taken < 2**62 and taken == int(taken)):
             raise ValueError(
@@ -430,7 +519,6 @@ class _Fused:
             )
         return int(taken)
 
-    @torch.no_grad()
     def _stand_in(
         self,
         group: int,
@@ -439,7 +527,7 @@ class _Fused:
         tensors: list[Any],
         extras: list[Any],
         is_counted: bool,
-    ) -> tuple[list[Any], list[Any], list[tuple[Any, Any]], dict[str, Any]]:
+    ) -> tuple[list[Any], list[Any], list[tuple[Any, Any, str]], dict[str, Any]]:
         """Return what C can work on for [parameter, gradient, *state]: see `stand_ins`.
 
         Also returns state that a 16-bit parameter needs and that was not there.
@@ -452,12 +540,17 @@ class _Fused:
         )
         rounded |= any(state.dtype in (torch.bfloat16, torch.uint8) for state in tensors[2:])
         if rounded and not is_counted:  # by chance, which is keyed by the step
-            made["step"] = _new_count(0.0)
+            made["step"] = _new_count()
         if tensors[0].dtype == torch.bfloat16 and residual is not None and extras[0] is None:
             extras[0] = torch.zeros_like(tensors[0], dtype=residual, requires_grad=False)
             made["residual"] = extras[0]
         where = [name, f"{name}.grad", *(f"{name}.{state}" for state in names)]
         return *_plain.stand_ins(where, tensors, extras, residual), made
+
+    def _refuse_both(self, group: int, i: int, state: str) -> NoReturn:
+        raise ValueError(f"{self._name(group, i)}: {_plain.both(state)}")
+
+    _shared = staticmethod(_plain.shared)
 
     @staticmethod
     def _copy(tensor: Any, strides: tuple[int, ...]) -> Any:
@@ -491,6 +584,14 @@ def _refuse_options(where: str, group: Mapping[str, Any]) -> None:
             )
 
 
+def _refuse_of_no_group(where: str, group: Mapping[str, Any]) -> None:
+    for name in _OF_NO_GROUP:
+        if name in group:
+            raise ValueError(
+                f"{where}.{name}: is of the optimizer, not of a group: {name}=... beside lr"
+            )
+
+
 def _own_options(options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """Return those of our own options that are given, checked."""
     return {
@@ -504,14 +605,43 @@ def _has(own: Mapping[str, Any], state: str) -> bool:
     return own.get(state) is not None or own.get(state + _plain.CODES) is not None
 
 
+def _is_constant(item: tuple[str, Any]) -> bool:
+    name, value = item
+    if type(value) is tuple:
+        return all(type(x) in _CONSTANT for x in value)
+    return type(value) in _CONSTANT or name in ("params", "param_names")
+
+
+def _number(where: str, value: Any) -> float:
+    """Return an option of torch's as a number; which numbers are right, torch says."""
+    if type(value) is float:
+        return value
+    result = value
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and value.device.type != "meta":
+        result = value.item()
+    if not isinstance(result, Real):
+        raise TypeError(f"{where}: expected a number, got {value!r}")
+    return float(result)
+
+
+def _pair(where: str, value: Any) -> tuple[float, ...]:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{where}: expected two numbers, got {value!r}")
+    return tuple(_number(f"{where}[{i}]", x) for i, x in enumerate(value))
+
+
 def _wide(param: Any) -> Any:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
-def _new_count(steps: float) -> Any:
-    """Return a count of steps where torch keeps it, in torch's dtype: beside no parameter."""
-    wide = torch.get_default_dtype() == torch.float64
-    return torch.tensor(steps, dtype=torch.float64 if wide else torch.float32, device="cpu")
+def _new_count() -> Any:
+    """Return a count of steps where torch keeps it: beside no parameter."""
+    return torch.tensor(0.0, dtype=_count_dtype(), device="cpu")
+
+
+def _count_dtype() -> Any:
+    """Return torch's dtype for it."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 
 def _bits(group: Mapping[str, Any]) -> int:
@@ -550,7 +680,8 @@ class Adam(_FusedAdam, torch.optim.Adam):
         Accepted and without effect.
     fused : bool, optional
         As in torch, GradScaler leaves its scale to the step where True, which takes it off on the
-        fly, so that ``.grad`` stays scaled. No other effect.
+        fly. Unlike torch's, which writes to ``.grad`` what it took the scale off, the step leaves
+        ``.grad`` scaled. No other effect.
     capturable, differentiable : bool, default False
         Refused where True.
     state_dtype : {None, "float32", "bfloat16", "int8"}, default None
@@ -570,7 +701,8 @@ class Adam(_FusedAdam, torch.optim.Adam):
     max_grad_norm : float > 0, optional
         Clip by the norm of all gradients, as ``torch.nn.utils.clip_grad_norm_``, in the pass; the
         gradients stay as they are. The norm is in ``last_step.grad_norm``; ``float("inf")`` asks
-        for it alone.
+        for it alone. After a step that GradScaler skipped, ``last_step.skipped`` is True. Of the
+        optimizer, as `stats` is, and not of a group.
     stats : bool, default False
         Measure every parameter in each step: ``last_step.stats``, see `fusedopt.StepStats`, as
         `fusedopt.monitor.History` records it.
