@@ -50,6 +50,8 @@ def test_defaults_reach_96_percent(capsys, seed):
         (["--optimizer", "lamb"], 96),
         (["--optimizer", "lars"], 96),
         (["--optimizer", "lars", "--momentum", "0", "--lr", "10", "--l2", "1e-3"], 95),
+        (["--optimizer", "lion"], 95),
+        (["--optimizer", "rmsprop"], 95),
         (["--optimizer", "sgd"], 96),
         (["--optimizer", "gd"], 90),
         (["--optimizer", "sgd", "--momentum", "0.5", "--l1", "1e-5", "--l2", "1e-4"], 95),
@@ -181,7 +183,7 @@ def test_resume_with_other_settings(capsys, tmp_path):
 
 def test_unknown_choice_lists_the_known(capsys):
     with pytest.raises(SystemExit) as exit_:
-        cli.main(["train", "--optimizer", "lion"])
+        cli.main(["train", "--optimizer", "best"])
     assert exit_.value.code == 2
     err = capsys.readouterr().err
     assert all(name in err for name in train.OPTIMIZERS)
