@@ -150,7 +150,9 @@ class Rule:
         """Return for each state whether these options need it."""
         return tuple(not state.needs or bool(options[state.needs]) for state in self.states)
 
-    def hyper(self, step: int, options: Options, grad_scale: float = 1.0) -> dict[str, float]:
+    def hyper(
+        self, step: int, options: Options, grad_scale: float = 1.0, count: int | None = None
+    ) -> dict[str, float]:
         """Return all constants of a step: the rule's own, and those that every rule has.
 
         Parameters
@@ -161,6 +163,8 @@ class Rule:
             Checked, with `lr` as a number; of `COMMON` those that are not the default.
         grad_scale : float
             Multiplies the gradient.
+        count : int, optional
+            Number of the step for the average, where the rule has begun anew meanwhile.
         """
         values = self.constants(step, options)
         values["grad_scale"] = -grad_scale if options.get("maximize") else grad_scale
@@ -172,6 +176,7 @@ class Rule:
             values["ema_weight"] = 0.0
         else:
             if options.get("ema_warmup"):
-                decay = min(decay, (1 + step) / (10 + step))
+                taken = step if count is None else count
+                decay = min(decay, (1 + taken) / (10 + taken))
             values["ema_weight"] = 1 - decay
         return values

@@ -36,7 +36,7 @@ from fusedopt._around import LEAF, NOTHING, Around, StepResult, StepStats
 from fusedopt._ieee import ieee
 from fusedopt.optim import adam as _adam
 from fusedopt.optim import sgd as _sgd
-from fusedopt.rule import COMMON, Rule, ema_weight
+from fusedopt.rule import COMMON, Rule
 
 __all__ = ["SGD", "Adam", "AdamW"]
 
@@ -407,11 +407,7 @@ class _Fused:
         options = self._groups[group].options
         scale = getattr(self, "grad_scale", None)
         grad_scale = 1.0 if scale is None else 1.0 / scale.item()
-        values = self._rule_of(options).hyper(step, options, grad_scale=grad_scale)
-        decay = options.get("ema")
-        if decay is not None and count != step:
-            values["ema_weight"] = ema_weight(count, decay, options.get("ema_warmup", False))
-        return values
+        return self._rule_of(options).hyper(step, options, grad_scale, count)
 
     def _rule_of(self, options: Mapping[str, Any]) -> Rule:
         return self._rule
