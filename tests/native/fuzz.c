@@ -38,7 +38,8 @@ static void plain_step(list *l, const list *stepped)
             if (layerwise)
                 fo_kernels_plain.direct[fo_compute_type(leaf)](&task, leaf, 0, leaf->n);
             fo_kernels_plain.step[fo_compute_type(leaf)](&task, leaf, 0, leaf->n);
-        }
+        } else if (leaf->copy.data != NULL && leaf->n > 0)
+            fo_kernels_plain.copy[fo_compute_type(leaf)](&task, leaf, 0, leaf->n);
     }
 }
 
@@ -62,7 +63,9 @@ static void step_spoilt(source *s, list *l, int threads)
     case 3:
         leaf->param.format = (fo_format)(FO_FORMATS + choose(s, 1000));
         break;
-    case 4:
+    case 4: /* of a leaf that is left out nothing is missing */
+        leaf->grad = leaf->grad.data ? leaf->grad : leaf->param;
+        leaf->hyper = 0;
         for (int k = 0; k < fo_rules()[rule].required; k++)
             leaf->state[k].data = NULL;
         break;
