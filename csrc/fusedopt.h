@@ -107,7 +107,8 @@ typedef enum fo_measures {
 typedef struct fo_run {
     double clip_value; /* > 0: scaled gradients are limited to [-clip_value, clip_value]; 0: not */
     int zero_grads;    /* gradients are set to 0; then no two leaves may share one */
-    int has_grad;      /* fo_measure has been here */
+    int has_grad;      /* set after fo_measure; the gradient sums in `stats` are already filled */
+    int has_direction; /* set after fo_direct; the sums in `stats` are used for the trust ratios */
     int norm_only;     /* fo_measure takes squares and nonfinite alone, in less time */
     fo_measures measure; /* what fo_step fills `stats` with */
     fo_stats *tiles;     /* scratch, fo_count_tiles() of them; NULL where nothing is measured */
@@ -136,6 +137,14 @@ fo_status fo_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers
 
 /* One read of the gradients: fills what is of them in run->stats, and leaves all else alone. */
 fo_status fo_measure(fo_leaf *leaves, ptrdiff_t n, const fo_run *run, int threads);
+
+/* One read of all that a layer-wise rule reads: fills `param` and `update` of run->stats with the
+ * sums of squares of each leaf's parameter and of the direction in which the rule would go (0 for a
+ * leaf without gradient), and leaves all else alone. The arguments are those of the fo_step that
+ * follows with run->has_direction set; in between the caller may add the sums of other parts of the
+ * same tensors. FO_BAD_ARGUMENT for a rule that is not layer-wise, and where fo_step returns it. */
+fo_status fo_direct(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
+                    ptrdiff_t n_hypers, const fo_run *run, int threads);
 
 /* The sums of n leaves' sums, in lanes as those of tiles. */
 fo_stats fo_total(const fo_stats *stats, ptrdiff_t n);

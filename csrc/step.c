@@ -133,7 +133,8 @@ static void run(work *w, choice which, int threads)
 
 static double larger(double a, double b) { return b > a || b != b ? b : a; }
 
-enum { GRAD = 1, STEP = 2 }; /* parts of fo_stats */
+/* Parts of fo_stats: of the gradient, and of the step. */
+enum { GRAD = 1, SQUARES = 2, LARGEST_UPDATE = 4, STEP = SQUARES | LARGEST_UPDATE };
 
 /* Writes parts of the sums of some sums, of which nobody may have made the others. */
 static __attribute__((noinline)) void total(const fo_stats *sums, ptrdiff_t count, int parts,
@@ -148,11 +149,12 @@ static __attribute__((noinline)) void total(const fo_stats *sums, ptrdiff_t coun
             all.zeros += sums->zeros;
             all.nonfinite += sums->nonfinite;
         }
-        if (parts & STEP) {
+        if (parts & SQUARES) {
             param[i % FO_LANES] += sums->param;
             update[i % FO_LANES] += sums->update;
-            all.largest_update = larger(all.largest_update, sums->largest_update);
         }
+        if (parts & LARGEST_UPDATE)
+            all.largest_update = larger(all.largest_update, sums->largest_update);
     }
     if (parts & GRAD) {
         to->grad = fo_fold(grad);
@@ -160,11 +162,12 @@ static __attribute__((noinline)) void total(const fo_stats *sums, ptrdiff_t coun
         to->zeros = all.zeros;
         to->nonfinite = all.nonfinite;
     }
-    if (parts & STEP) {
+    if (parts & SQUARES) {
         to->param = fo_fold(param);
         to->update = fo_fold(update);
-        to->largest_update = all.largest_update;
     }
+    if (parts & LARGEST_UPDATE)
+        to->largest_update = all.largest_update;
 }
 
 typedef struct folding {
@@ -242,18 +245,44 @@ static int is_valid(const fo_leaf *leaf, const fo_rule *rule, ptrdiff_t n_hypers
             (is_format(&leaf->grad) && leaf->hyper >= 0 && leaf->hyper < n_hypers));
 }
 
-/* The trust ratio of every leaf, from one read of all that the rule reads. */
-static void direct(work *w, const fo_kernels *kernels, int threads)
+/* Whether the rule exists, and the leaves and the lists have all that it needs of them. */
+static int is_valid_call(int rule, const fo_leaf *leaves, ptrdiff_t n, ptrdiff_t n_hypers,
+                         const fo_run *how)
 {
-    const fo_stats *stats = w->task.run->stats;
-    w->range = kernels->direct;
+    const fo_rule *rules = fo_rules();
+    for (int i = 0; i <= rule; i++)
+        if (rules[i].name == NULL)
+            return 0;
+    if (rule < 0)
+        return 0;
+    const int measures = how != NULL && how->measure != FO_MEASURE_NOTHING;
+    if ((rules[rule].layerwise || measures) &&
+        (how == NULL || how->tiles == NULL || how->stats == NULL))
+        return 0;
+    for (ptrdiff_t i = 0; i < n; i++)
+        if (!is_valid(&leaves[i], &rules[rule], n_hypers))
+            return 0;
+    return 1;
+}
+
+/* The squares of every leaf's parameter and direction, from one read of all that the rule reads. */
+static void direct(work *w, int threads)
+{
+    w->range = fo_active_kernels()->direct;
     run(w, WITH_GRAD, threads);
-    fold(w, STEP, threads);
+    fold(w, SQUARES, threads);
+}
+
+/* Writes the trust ratio of every leaf. */
+static void set_trust(const work *w)
+{
+    fo_trust *const trust = fo_active_kernels()->trust[w->task.rule];
+    const fo_stats *stats = w->task.run->stats;
     for (ptrdiff_t i = 0; i < w->n; i++) {
         fo_leaf *leaf = &w->leaves[i];
         if (leaf->grad.data != NULL)
-            leaf->trust = kernels->trust[w->task.rule](w->task.hypers[leaf->hyper].scalars,
-                                                       sqrt(stats[i].param), sqrt(stats[i].update));
+            leaf->trust = trust(w->task.hypers[leaf->hyper].scalars, sqrt(stats[i].param),
+                                sqrt(stats[i].update));
     }
 }
 
@@ -262,35 +291,27 @@ static __attribute__((noinline)) fo_status step(int rule, fo_leaf *leaves, ptrdi
                                                 const fo_hyper *hypers, ptrdiff_t n_hypers,
                                                 const fo_run *how, int threads)
 {
-    const fo_kernels *kernels = fo_active_kernels();
-    for (int i = 0; i <= rule; i++)
-        if (kernels->rules[i].name == NULL)
-            return FO_BAD_ARGUMENT;
-    if (rule < 0)
+    if (!is_valid_call(rule, leaves, n, n_hypers, how))
         return FO_BAD_ARGUMENT;
-    const int layerwise = kernels->rules[rule].layerwise,
-              measures = how != NULL && how->measure != FO_MEASURE_NOTHING;
-    if ((layerwise || measures) && (how == NULL || how->tiles == NULL || how->stats == NULL))
-        return FO_BAD_ARGUMENT;
-    int copies_alone = 0;
-    for (ptrdiff_t i = 0; i < n; i++) {
-        if (!is_valid(&leaves[i], &kernels->rules[rule], n_hypers))
-            return FO_BAD_ARGUMENT;
-        copies_alone |= is_chosen(&leaves[i], COPY_ALONE);
-    }
     work w = {.leaves = leaves, .n = n, .task = {rule, hypers, how}};
-    if (layerwise)
-        direct(&w, kernels, threads);
-    w.range = kernels->step;
+    int copies_alone = 0;
+    for (ptrdiff_t i = 0; i < n; i++)
+        copies_alone |= is_chosen(&leaves[i], COPY_ALONE);
+    if (fo_rules()[rule].layerwise) {
+        if (!how->has_direction)
+            direct(&w, threads);
+        set_trust(&w);
+    }
+    w.range = fo_active_kernels()->step;
     run(&w, WITH_GRAD, threads);
-    if (measures)
+    if (how != NULL && how->measure != FO_MEASURE_NOTHING)
         fold(&w,
              how->measure == FO_MEASURE_PARAM ? GRAD
              : how->has_grad                  ? STEP
                                               : GRAD | STEP,
              threads);
     if (copies_alone) { /* last, as it lays out the list anew */
-        w.range = kernels->copy;
+        w.range = fo_active_kernels()->copy;
         run(&w, COPY_ALONE, threads);
     }
     return FO_OK;
@@ -303,6 +324,16 @@ fo_status fo_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers
     const fo_status status = step(rule, leaves, n, hypers, n_hypers, how, threads);
     fo_leave_ieee(before);
     return status;
+}
+
+fo_status fo_direct(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
+                    ptrdiff_t n_hypers, const fo_run *how, int threads)
+{
+    if (!is_valid_call(rule, leaves, n, n_hypers, how) || !fo_rules()[rule].layerwise)
+        return FO_BAD_ARGUMENT;
+    work w = {.leaves = leaves, .n = n, .task = {rule, hypers, how}};
+    direct(&w, threads);
+    return FO_OK;
 }
 
 fo_status fo_measure(fo_leaf *leaves, ptrdiff_t n, const fo_run *how, int threads)

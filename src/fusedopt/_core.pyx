@@ -47,6 +47,11 @@ cdef fo_status run_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *
     return fo_step(rule, leaves, n, hypers, n_hypers, run, threads)
 
 
+cdef fo_status run_direct(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
+                          ptrdiff_t n_hypers, const fo_run *run, int threads) noexcept nogil:
+    return fo_direct(rule, leaves, n, hypers, n_hypers, run, threads)
+
+
 cdef fo_status run_measure(fo_leaf *leaves, ptrdiff_t n, const fo_run *run,
                            int threads) noexcept nogil:
     return fo_measure(leaves, n, run, threads)
