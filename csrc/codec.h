@@ -344,15 +344,23 @@ FO_INLINE void encode_wide(fo_format format, const wide_block *from, uint32_t ke
 
 /* ---------------------------------------------------------------- all of a leaf's */
 
-/* The formats of a leaf's arrays; FO_FORMATS: there is no such array. */
+/* Code for each state, written out: compilers unroll loops too late to see that a format is a
+ * constant. */
+#define FO_EACH_STATE(F) F(0) F(1) F(2) F(3)
+#define FO_ONE(k) +1
+_Static_assert(0 FO_EACH_STATE(FO_ONE) == FO_MAX_STATES, "FO_EACH_STATE lists all states");
+#undef FO_ONE
+
+/* The formats of a leaf's arrays, of which `states` are state arrays. */
 typedef struct set {
-    fo_format param, grad, state[FO_MAX_STATES];
+    fo_format param, grad;
+    int states;
+    fo_format state[FO_MAX_STATES];
 } set;
 
 static inline int is_array_of(const fo_array *array, fo_format format)
 {
-    return array->data == NULL ? format == FO_FORMATS
-                               : array->format == format && fo_is_aligned(array);
+    return array->data != NULL && array->format == format && fo_is_aligned(array);
 }
 
 /* Whether a leaf has exactly these arrays, all of them aligned. */
@@ -360,7 +368,8 @@ static inline int is_of(const fo_leaf *leaf, const set *formats)
 {
     int fits = is_array_of(&leaf->param, formats->param) && is_array_of(&leaf->grad, formats->grad);
     for (int k = 0; k < FO_MAX_STATES; k++)
-        fits = fits && is_array_of(&leaf->state[k], formats->state[k]);
+        fits = fits && (k < formats->states ? is_array_of(&leaf->state[k], formats->state[k])
+                                            : leaf->state[k].data == NULL);
     return fits;
 }
 
@@ -368,8 +377,6 @@ static inline int is_of(const fo_leaf *leaf, const set *formats)
 FO_INLINE void know(fo_array *array, fo_format format)
 {
     array->format = format;
-    if (format == FO_FORMATS)
-        array->data = NULL;
-    else if (array->data == NULL || (fo_format_table[format].extra != 0 && array->extra == NULL))
+    if (array->data == NULL || (fo_format_table[format].extra != 0 && array->extra == NULL))
         __builtin_unreachable();
 }

@@ -13,7 +13,7 @@
 enum {
     FO_TILE = 512, /* elements of the unit of work; a tile never crosses a tensor */
     FO_BLOCK = 64, /* elements that are decoded at once and share an exponent in 8-bit formats */
-    FO_MAX_STATES = 3,   /* state arrays of a rule */
+    FO_MAX_STATES = 4,   /* state arrays of a rule; FO_EACH_STATE in codec.h lists them */
     FO_MAX_SCALARS = 12, /* constants of a rule */
     FO_LANES = 16        /* sums: element i of a tile, or tile i of a leaf, goes to lane i % 16 */
 };

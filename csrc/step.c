@@ -246,10 +246,9 @@ static int is_valid(const fo_leaf *leaf, const fo_rule *rule, ptrdiff_t n_hypers
 }
 
 /* Whether the rule exists, and the leaves and the lists have all that it needs of them. */
-static int is_valid_call(int rule, const fo_leaf *leaves, ptrdiff_t n, ptrdiff_t n_hypers,
-                         const fo_run *how)
+static int is_valid_call(const fo_rule *rules, int rule, const fo_leaf *leaves, ptrdiff_t n,
+                         ptrdiff_t n_hypers, const fo_run *how)
 {
-    const fo_rule *rules = fo_rules();
     for (int i = 0; i <= rule; i++)
         if (rules[i].name == NULL)
             return 0;
@@ -266,17 +265,17 @@ static int is_valid_call(int rule, const fo_leaf *leaves, ptrdiff_t n, ptrdiff_t
 }
 
 /* The squares of every leaf's parameter and direction, from one read of all that the rule reads. */
-static void direct(work *w, int threads)
+static void direct(work *w, const fo_kernels *kernels, int threads)
 {
-    w->range = fo_active_kernels()->direct;
+    w->range = kernels->direct;
     run(w, WITH_GRAD, threads);
     fold(w, SQUARES, threads);
 }
 
 /* Writes the trust ratio of every leaf. */
-static void set_trust(const work *w)
+static void set_trust(const work *w, const fo_kernels *kernels)
 {
-    fo_trust *const trust = fo_active_kernels()->trust[w->task.rule];
+    fo_trust *const trust = kernels->trust[w->task.rule];
     const fo_stats *stats = w->task.run->stats;
     for (ptrdiff_t i = 0; i < w->n; i++) {
         fo_leaf *leaf = &w->leaves[i];
@@ -291,18 +290,19 @@ static __attribute__((noinline)) fo_status step(int rule, fo_leaf *leaves, ptrdi
                                                 const fo_hyper *hypers, ptrdiff_t n_hypers,
                                                 const fo_run *how, int threads)
 {
-    if (!is_valid_call(rule, leaves, n, n_hypers, how))
+    const fo_kernels *kernels = fo_active_kernels();
+    if (!is_valid_call(kernels->rules, rule, leaves, n, n_hypers, how))
         return FO_BAD_ARGUMENT;
     work w = {.leaves = leaves, .n = n, .task = {rule, hypers, how}};
     int copies_alone = 0;
     for (ptrdiff_t i = 0; i < n; i++)
         copies_alone |= is_chosen(&leaves[i], COPY_ALONE);
-    if (fo_rules()[rule].layerwise) {
+    if (kernels->rules[rule].layerwise) {
         if (!how->has_direction)
-            direct(&w, threads);
-        set_trust(&w);
+            direct(&w, kernels, threads);
+        set_trust(&w, kernels);
     }
-    w.range = fo_active_kernels()->step;
+    w.range = kernels->step;
     run(&w, WITH_GRAD, threads);
     if (how != NULL && how->measure != FO_MEASURE_NOTHING)
         fold(&w,
@@ -311,7 +311,7 @@ static __attribute__((noinline)) fo_status step(int rule, fo_leaf *leaves, ptrdi
                                               : GRAD | STEP,
              threads);
     if (copies_alone) { /* last, as it lays out the list anew */
-        w.range = fo_active_kernels()->copy;
+        w.range = kernels->copy;
         run(&w, COPY_ALONE, threads);
     }
     return FO_OK;
@@ -329,10 +329,12 @@ fo_status fo_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers
 fo_status fo_direct(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
                     ptrdiff_t n_hypers, const fo_run *how, int threads)
 {
-    if (!is_valid_call(rule, leaves, n, n_hypers, how) || !fo_rules()[rule].layerwise)
+    const fo_kernels *kernels = fo_active_kernels();
+    if (!is_valid_call(kernels->rules, rule, leaves, n, n_hypers, how) ||
+        !kernels->rules[rule].layerwise)
         return FO_BAD_ARGUMENT;
     work w = {.leaves = leaves, .n = n, .task = {rule, hypers, how}};
-    direct(&w, threads);
+    direct(&w, kernels, threads);
     return FO_OK;
 }
 

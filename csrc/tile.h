@@ -141,18 +141,18 @@ static __attribute__((noinline)) void FO_TYPED(after)(const FO_TYPED(plan) * pla
 typedef void FO_TYPED(rule)(const double *h, ptrdiff_t n, REAL *param, const REAL *grad,
                             REAL *const *state);
 
-/* Where every array is native and aligned: tiles, in place. */
-FO_INLINE void FO_TYPED(whole)(const FO_TYPED(plan) * plan, FO_TYPED(rule) * rule, ptrdiff_t begin,
-                               ptrdiff_t end)
+/* Where every array is native and aligned: tiles, in place. The rule is given `states` of them. */
+FO_INLINE void FO_TYPED(whole)(const FO_TYPED(plan) * plan, FO_TYPED(rule) * rule, int states,
+                               ptrdiff_t begin, ptrdiff_t end)
 {
     const fo_leaf *leaf = plan->leaf;
     FO_TYPED(tally) tally;
-    REAL scratch[FO_TILE], old[FO_TILE], *state[FO_MAX_STATES];
+    REAL scratch[FO_TILE], old[FO_TILE], *state[FO_MAX_STATES] = {NULL};
     for (ptrdiff_t at = begin; at < end; at += FO_TILE) {
         const ptrdiff_t n = end - at < FO_TILE ? end - at : FO_TILE;
         REAL *param = (REAL *)leaf->param.data + at;
         const REAL *raw = (const REAL *)leaf->grad.data + at;
-        for (int k = 0; k < FO_MAX_STATES; k++)
+        for (int k = 0; k < states; k++)
             state[k] = leaf->state[k].data ? (REAL *)leaf->state[k].data + at : NULL;
         if (plan->measures)
             memcpy(old, param, (size_t)n * sizeof *param);
@@ -167,37 +167,44 @@ FO_INLINE void FO_TYPED(whole)(const FO_TYPED(plan) * plan, FO_TYPED(rule) * rul
  * decodes and encodes one block while its divider works on another (see CONTRIBUTING). The lists
  * are copied so that no store can seem to change them. Behind the end of an array the arithmetic
  * runs on zeros that nobody sees. `known` is NULL, or the leaf's formats, as constants: then the
- * codecs become part of the loop, and [begin, end) must be whole blocks of aligned arrays. States
- * are written out, as compilers unroll loops too late to see that a format is a constant. */
-FO_INLINE void FO_TYPED(blocks)(const FO_TYPED(plan) * plan, FO_TYPED(rule) * rule, ptrdiff_t begin,
-                                ptrdiff_t end, const set *known)
+ * codecs become part of the loop, and [begin, end) must be whole blocks of aligned arrays. */
+#define FO_KNOW_STATE(k)                                                                           \
+    if (k < states)                                                                                \
+        know(&its.state[k], known->state[k]);
+#define FO_LOAD_STATE(k)                                                                           \
+    if (k < states)                                                                                \
+        state[k] = FO_TYPED(load)(&its.state[k], at, n, is_known, &state_room[k]);
+#define FO_STORE_STATE(k)                                                                          \
+    if (k < states)                                                                                \
+        FO_TYPED(store)(&its.state[k], at, n, is_known, state[k], keys[1 + k]);
+FO_INLINE void FO_TYPED(blocks)(const FO_TYPED(plan) * plan, FO_TYPED(rule) * rule, int states,
+                                ptrdiff_t begin, ptrdiff_t end, const set *known)
 {
-    _Static_assert(FO_MAX_STATES == 3, "three are written out below");
     const int is_known = known != NULL;
     FO_TYPED(tally) tally;
     REAL old[FO_BLOCK];
     FO_ROOM param_room, grad_room, state_room[FO_MAX_STATES];
-    REAL scratch[FO_BLOCK], *state[FO_MAX_STATES];
+    REAL scratch[FO_BLOCK], *state[FO_MAX_STATES] = {NULL};
     const FO_TYPED(plan) h = *plan;
-    fo_leaf its = *plan->leaf;
+    struct {
+        fo_array param, grad, state[FO_MAX_STATES];
+    } its = {.param = plan->leaf->param, .grad = plan->leaf->grad};
+    for (int k = 0; k < states; k++)
+        its.state[k] = plan->leaf->state[k];
     uint32_t keys[1 + FO_MAX_STATES];
-    for (int slot = 0; slot < 1 + FO_MAX_STATES; slot++)
-        keys[slot] = (uint32_t)(fo_mix(its.key + (uint64_t)slot) >> 32);
+    for (int slot = 0; slot < 1 + states; slot++)
+        keys[slot] = (uint32_t)(fo_mix(plan->leaf->key + (uint64_t)slot) >> 32);
     if (is_known) {
         know(&its.param, known->param);
         know(&its.grad, known->grad);
-        know(&its.state[0], known->state[0]);
-        know(&its.state[1], known->state[1]);
-        know(&its.state[2], known->state[2]);
+        FO_EACH_STATE(FO_KNOW_STATE)
     }
 
     for (ptrdiff_t at = begin; at < end; at += FO_BLOCK) {
         const ptrdiff_t n = is_known || end - at >= FO_BLOCK ? FO_BLOCK : end - at;
         REAL *param = FO_TYPED(load)(&its.param, at, n, is_known, &param_room);
         const REAL *raw = FO_TYPED(load)(&its.grad, at, n, is_known, &grad_room);
-        state[0] = FO_TYPED(load)(&its.state[0], at, n, is_known, &state_room[0]);
-        state[1] = FO_TYPED(load)(&its.state[1], at, n, is_known, &state_room[1]);
-        state[2] = FO_TYPED(load)(&its.state[2], at, n, is_known, &state_room[2]);
+        FO_EACH_STATE(FO_LOAD_STATE)
 
         if (h.measures)
             memcpy(old, param, sizeof old);
@@ -207,11 +214,13 @@ FO_INLINE void FO_TYPED(blocks)(const FO_TYPED(plan) * plan, FO_TYPED(rule) * ru
             FO_TYPED(after)(plan, at, n, param, raw, old, &tally);
 
         FO_TYPED(store)(&its.param, at, n, is_known, param, keys[0]);
-        FO_TYPED(store)(&its.state[0], at, n, is_known, state[0], keys[1]);
-        FO_TYPED(store)(&its.state[1], at, n, is_known, state[1], keys[2]);
-        FO_TYPED(store)(&its.state[2], at, n, is_known, state[2], keys[3]);
+        FO_EACH_STATE(FO_STORE_STATE)
     }
 }
+
+#undef FO_KNOW_STATE
+#undef FO_LOAD_STATE
+#undef FO_STORE_STATE
 
 /* The loops of a rule: over whole tiles, over blocks of any formats, and over blocks of each set of
  * formats that has a loop of its own. A rule takes as many states of a set as it has. */
@@ -223,14 +232,14 @@ typedef struct FO_TYPED(known) {
 
 #define FO_SET(rule, param, grad, m, v)                                                            \
     {                                                                                              \
-        param, grad, { m, FO_TYPED(rule##_states) > 1 ? v : FO_FORMATS, FO_FORMATS }               \
+        param, grad, FO_TYPED(rule##_states) < 2 ? FO_TYPED(rule##_states) : 2, { m, v }           \
     }
 #define FO_KNOWN_LOOP(rule, name, ...)                                                             \
     static FO_WIDE void FO_CAT(FO_RULE(rule), name)(const FO_TYPED(plan) * plan, ptrdiff_t begin,  \
                                                     ptrdiff_t end)                                 \
     {                                                                                              \
         const set formats = FO_SET(rule, __VA_ARGS__);                                             \
-        FO_TYPED(blocks)(plan, FO_RULE(rule), begin, end, &formats);                               \
+        FO_TYPED(blocks)(plan, FO_RULE(rule), formats.states, begin, end, &formats);               \
     }
 #define FO_KNOWN(rule, name, ...) {FO_SET(rule, __VA_ARGS__), FO_CAT(FO_RULE(rule), name)},
 #define FO_LOOPS(rule, LIST, states, required, KIND)                                               \
@@ -238,12 +247,12 @@ typedef struct FO_TYPED(known) {
     static void FO_CAT(FO_RULE(rule), whole)(const FO_TYPED(plan) * plan, ptrdiff_t begin,         \
                                              ptrdiff_t end)                                        \
     {                                                                                              \
-        FO_TYPED(whole)(plan, FO_RULE(rule), begin, end);                                          \
+        FO_TYPED(whole)(plan, FO_RULE(rule), states, begin, end);                                  \
     }                                                                                              \
     static FO_WIDE void FO_CAT(FO_RULE(rule), blocks)(const FO_TYPED(plan) * plan,                 \
                                                       ptrdiff_t begin, ptrdiff_t end)              \
     {                                                                                              \
-        FO_TYPED(blocks)(plan, FO_RULE(rule), begin, end, NULL);                                   \
+        FO_TYPED(blocks)(plan, FO_RULE(rule), states, begin, end, NULL);                           \
     }                                                                                              \
     FO_SETS(FO_KNOWN_LOOP, rule)                                                                   \
     static const FO_TYPED(known)                                                                   \

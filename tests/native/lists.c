@@ -369,10 +369,7 @@ static int is_guarded(const block *b)
 const char *difference(const list *ours, const list *theirs)
 {
     static char text[200];
-    static const char *const slots[] = {"param",   "grad", "state 0", "state 1",
-                                        "state 2", "ema",  "copy"};
     for (const block *a = ours->blocks, *b = theirs->blocks; a != NULL; a = a->next, b = b->next) {
-        const char *where = slots[a->slot];
         const char *what = NULL;
         size_t at = 0;
         one_nan(a, a->data);
@@ -385,8 +382,14 @@ const char *difference(const list *ours, const list *theirs)
             what = "was written outside";
         if (what != NULL) {
             snprintf(text, sizeof text,
-                     "rule %s, leaf %td of %td elements, %s (%s%s) %s at byte %zu",
-                     fo_rules()[ours->rule].name, a->leaf, ours->leaves[a->leaf].n, where,
+                     "rule %s, leaf %td of %td elements, %s %d (%s%s) %s at byte %zu",
+                     fo_rules()[ours->rule].name, a->leaf, ours->leaves[a->leaf].n,
+                     a->slot == 0      ? "param"
+                     : a->slot == 1    ? "grad"
+                     : a->slot == EMA  ? "ema"
+                     : a->slot == COPY ? "copy"
+                                       : "state",
+                     a->slot < 2 || a->slot >= EMA ? 0 : a->slot - 2,
                      fo_formats()[a->array->format].name, a->is_extra ? ", extra" : "", what, at);
             return text;
         }
