@@ -122,6 +122,7 @@ typedef struct fo_rule {
     int states;                 /* state arrays that it knows, optional ones last */
     int required;               /* how many of them every leaf must have */
     int layerwise;              /* its rate depends on norms over the leaf: needs fo_run.tiles */
+    int internal;               /* it is not an optimizer's: the binding uses it for itself */
 } fo_rule;
 
 /* The rules, ended by a row whose name is NULL. Constant. */

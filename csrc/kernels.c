@@ -131,13 +131,13 @@ static void FO_CAT(stream, FO_ISA)(const fo_task *task, const fo_leaf *leaf, ptr
     static const char *const FO_CAT3(rule, names, FO_ISA)[] = {LIST(FO_NAME) NULL};
 FO_RULES(FO_NAMES)
 
-#define PLAIN_FLAG 0
-#define LAYERWISE_FLAG 1
+enum { PLAIN, LAYERWISE, INTERNAL };
 #define FO_ROW(rule, LIST, states, required, KIND)                                                 \
-    {#rule, FO_CAT3(rule, names, FO_ISA), states, required, KIND##_FLAG},
-static const fo_rule FO_CAT(rules, FO_ISA)[] = {FO_RULES(FO_ROW){NULL, NULL, 0, 0, 0}};
+    {#rule, FO_CAT3(rule, names, FO_ISA), states, required, KIND == LAYERWISE, KIND == INTERNAL},
+static const fo_rule FO_CAT(rules, FO_ISA)[] = {FO_RULES(FO_ROW){.name = NULL}};
 
 #define PLAIN_TRUST(rule) NULL
+#define INTERNAL_TRUST(rule) NULL
 #define LAYERWISE_TRUST(rule) FO_CAT3(rule##_trust, f64, FO_ISA)
 #define FO_OWN_TRUST(rule, LIST, states, required, KIND) KIND##_TRUST(rule),
 static fo_trust *const FO_CAT(trust, FO_ISA)[] = {FO_RULES(FO_OWN_TRUST)};

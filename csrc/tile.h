@@ -372,6 +372,7 @@ FO_INLINE void FO_TYPED(directions)(const FO_TYPED(plan) * plan, FO_TYPED(direct
 }
 
 #define PLAIN_DIRECTIONS(rule)
+#define INTERNAL_DIRECTIONS(rule)
 #define LAYERWISE_DIRECTIONS(rule)                                                                 \
     static void FO_CAT(FO_RULE(rule), directions)(const FO_TYPED(plan) * plan, ptrdiff_t begin,    \
                                                   ptrdiff_t end)                                   \
@@ -381,13 +382,16 @@ FO_INLINE void FO_TYPED(directions)(const FO_TYPED(plan) * plan, FO_TYPED(direct
 #define FO_OWN_DIRECTIONS(rule, LIST, states, required, KIND) KIND##_DIRECTIONS(rule)
 FO_RULES(FO_OWN_DIRECTIONS)
 #define PLAIN_ENTRY(rule) NULL
+#define INTERNAL_ENTRY(rule) NULL
 #define LAYERWISE_ENTRY(rule) FO_CAT(FO_RULE(rule), directions)
 #define FO_OWN_ENTRY(rule, LIST, states, required, KIND) KIND##_ENTRY(rule),
 static FO_TYPED(loop) *const FO_TYPED(direction_loops)[] = {FO_RULES(FO_OWN_ENTRY)};
 #undef PLAIN_DIRECTIONS
+#undef INTERNAL_DIRECTIONS
 #undef LAYERWISE_DIRECTIONS
 #undef FO_OWN_DIRECTIONS
 #undef PLAIN_ENTRY
+#undef INTERNAL_ENTRY
 #undef LAYERWISE_ENTRY
 #undef FO_OWN_ENTRY
 
