@@ -13,7 +13,7 @@
 enum {
     FO_TILE = 512, /* elements of the unit of work; a tile never crosses a tensor */
     FO_BLOCK = 64, /* elements that are decoded at once and share an exponent in 8-bit formats */
-    FO_MAX_STATES = 4,   /* state arrays of a rule; FO_EACH_STATE in codec.h lists them */
+    FO_MAX_STATES = 4,   /* state arrays of a rule; FO_EACH_STATE in sets.h lists them */
     FO_MAX_SCALARS = 12, /* constants of a rule */
     FO_LANES = 16        /* sums: element i of a tile, or tile i of a leaf, goes to lane i % 16 */
 };
@@ -27,7 +27,7 @@ typedef enum fo_status {
  * "Stochastic" formats round up with the probability that keeps the mean, by noise that depends on
  * the leaf's key and the element alone. A bf16 with a residual is the bf16 nearest to a longer
  * float (ties away from zero), and the difference of the two bit patterns. 8-bit formats are block
- * floats: see codec.h. */
+ * floats: see codec/block8.h. */
 typedef enum fo_format {
     FO_F32,
     FO_F64,

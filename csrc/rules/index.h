@@ -11,7 +11,7 @@
  * bits, as is common among large arrays, would wait for them (Intel's optimization manual, "4-KByte
  * aliasing").
  *
- * Included by tile.h once per compute type, so it has no guard. */
+ * Included by tile.inc once per compute type, so it has no guard. */
 #include "adam.h"
 #include "add.h"
 #include "lamb.h"

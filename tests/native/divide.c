@@ -1,4 +1,4 @@
-/* Whether divide.h rounds as a division does, where that is hard: a product with the reciprocal is
+/* Whether divide.inc rounds as a division does, where that is hard: a product with the reciprocal is
  * right but next to the middle between two floats, and for each divisor only a few dividends have a
  * quotient there. Solving for them covers every float divisor; of doubles, a sample.
  *
@@ -14,14 +14,14 @@
 #define REAL float
 #define FO_FMA fmaf
 #define FO_TYPED(name) name##_f32
-#include "divide.h"
+#include "divide.inc"
 #undef REAL
 #undef FO_FMA
 #undef FO_TYPED
 #define REAL double
 #define FO_FMA fma
 #define FO_TYPED(name) name##_f64
-#include "divide.h"
+#include "divide.inc"
 
 typedef __int128 wide; /* of products */
 

@@ -202,7 +202,7 @@ int rule_count(void)
     return n;
 }
 
-/* What a rule divides by must have a reciprocal in float: see csrc/divide.h. */
+/* What a rule divides by must have a reciprocal in float: see csrc/divide.inc. */
 static int is_divisor(const char *scalar) { return strcmp(scalar, "root") == 0; }
 
 static void new_constants(source *s, list *l)
