@@ -1,6 +1,6 @@
-/* The arithmetic: the only file that is compiled once per instruction set (FO_ISA names it), so the
- * only one that may hold wider instructions than the baseline. Compute types times rules, one
- * table.
+/* The arithmetic: compute types times rules, in one table. This is the only file that is compiled
+ * once per instruction set (FO_ISA names it), and so the only one that may hold wider instructions
+ * than the baseline.
  *
  * Everything here is static but that table. Every function's name holds the ISA, so that a
  * disassembly tells the copies apart. */

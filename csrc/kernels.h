@@ -18,8 +18,8 @@ typedef struct fo_task {
  * elements and tiles. */
 typedef void fo_range(const fo_task *task, const fo_leaf *leaf, ptrdiff_t begin, ptrdiff_t end);
 
-/* The rate of a layer-wise rule for a leaf, from the norms of its parameter and of the direction in
- * which the rule would go. */
+/* The trust ratio of a layer-wise rule for a leaf, from the norms of its parameter and of the
+ * direction in which the rule would go. */
 typedef double fo_trust(const double *scalars, double param, double direction);
 
 enum { FO_COMPUTE_F32, FO_COMPUTE_F64, FO_COMPUTES }; /* the types that rules are compiled for */
@@ -30,7 +30,7 @@ typedef struct fo_kernels {
     fo_trust *const *trust; /* by rule; NULL where it is not layer-wise */
     fo_range *step[FO_COMPUTES];
     fo_range *measure[FO_COMPUTES]; /* the gradient's sums */
-    fo_range *direct[FO_COMPUTES];  /* of a layer-wise rule: sums of parameter and direction */
+    fo_range *direct[FO_COMPUTES];  /* a layer-wise rule's sums of parameter and direction */
     fo_range *copy[FO_COMPUTES];    /* the parameter's rounded copy, and nothing else */
     fo_range *stream[FO_COMPUTES];  /* the bytes of a step without its arithmetic */
 } fo_kernels;

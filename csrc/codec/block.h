@@ -4,7 +4,7 @@
 #define FUSEDOPT_CODEC_BLOCK_H
 
 typedef union block {               /* the same elements as numbers and as bits */
-    _Alignas(64) float f[FO_BLOCK]; /* a cache line: wide accesses must not cross one */
+    _Alignas(64) float f[FO_BLOCK]; /* a cache line, which wide accesses must not cross */
     uint32_t u[FO_BLOCK];
 } block;
 
