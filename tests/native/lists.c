@@ -382,14 +382,8 @@ const char *difference(const list *ours, const list *theirs)
             what = "was written outside";
         if (what != NULL) {
             snprintf(text, sizeof text,
-                     "rule %s, leaf %td of %td elements, %s %d (%s%s) %s at byte %zu",
-                     fo_rules()[ours->rule].name, a->leaf, ours->leaves[a->leaf].n,
-                     a->slot == 0      ? "param"
-                     : a->slot == 1    ? "grad"
-                     : a->slot == EMA  ? "ema"
-                     : a->slot == COPY ? "copy"
-                                       : "state",
-                     a->slot < 2 || a->slot >= EMA ? 0 : a->slot - 2,
+                     "rule %s, leaf %td of %td elements, slot %d (%s%s) %s at byte %zu",
+                     fo_rules()[ours->rule].name, a->leaf, ours->leaves[a->leaf].n, a->slot,
                      fo_formats()[a->array->format].name, a->is_extra ? ", extra" : "", what, at);
             return text;
         }
