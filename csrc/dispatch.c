@@ -1,14 +1,14 @@
-/* Which of the compiled kernels this machine can run: asked once, of the CPU and of the system.
+/* Finds, once, which of the compiled kernels this CPU and this system can run.
  *
- * A CPU may have registers that the system does not save on a context switch; XGETBV tells. The
- * file itself must run anywhere, so it must not be compiled with the flags whose absence it
- * detects. */
+ * A CPU may have registers that the system does not save on a context switch; XGETBV shows which it
+ * saves. This file must run on any CPU, so it must not be compiled with the flags of the features
+ * that it looks for. */
 #include "kernels.h"
 
 #include <string.h>
 
 #if defined(__AVX__) && !defined(FUSEDOPT_ANY_DISPATCH)
-#error "fusedopt: compiled for AVX, for which kernels.c alone may be (-mavx or the like in CFLAGS?)"
+#error "fusedopt: only kernels.c may be compiled for AVX (is -mavx or the like in CFLAGS?)"
 #endif
 
 #if defined(__x86_64__)
@@ -23,7 +23,7 @@ static uint64_t saved_registers(void)
     return ((uint64_t)high << 32) | low;
 }
 
-enum { YMM = 0x6, ZMM = 0xe6 }; /* XCR0: xmm and ymm; those, masks and both halves of zmm */
+enum { YMM = 0x6, ZMM = 0xe6 }; /* XCR0: xmm, ymm; and masks, both halves of zmm */
 
 static void detect(int *avx2, int *avx512)
 {
@@ -73,7 +73,7 @@ static const fo_kernels *usable[MOST];
 static const char *names[MOST + 1];
 static const fo_kernels *active;
 
-/* Before anything else of the library can run, so that no call has to ask whether it was done. */
+/* Runs when the library is loaded, so that no call has to check whether it was done. */
 __attribute__((constructor)) static void detect_once(void)
 {
     int n = list_kernels(usable);

@@ -1,4 +1,4 @@
-/* Storage formats: what is the same in every instruction set. */
+/* The calls about storage formats, which are the same in every instruction set. */
 #include "kernels.h"
 
 const fo_format_info *fo_formats(void) { return fo_format_table; }

@@ -1,92 +1,59 @@
-/* How an array's elements become a tile of REAL, and go back.
- *
- * Included by tile.h once per compute type. A native, aligned array is its own tile: load returns
- * its address and store has nothing to do. Anything else is decoded, a block at a time, into the
- * room that the caller brings; the narrow formats' own arithmetic is in codec.h. A new format is a
- * row in kernels.h and a case in decode and encode there.
- *
- * Where the compiler knows a format (is_known), the codec becomes part of the caller's loop; the
- * block must then be whole and aligned. Else it is a call: of one function for all formats, which
- * also pads. */
+/* The table of storage formats, and where the elements of an array lie by it. Internal. */
+#ifndef FUSEDOPT_FORMATS_H
+#define FUSEDOPT_FORMATS_H
 
-/* Whether load takes any number of elements of this array, not just a block. */
-static inline int FO_TYPED(is_whole)(const fo_array *array)
+#include "flags.h"
+#include "fusedopt.h"
+
+enum { BLOCK_SHIFT = 6 };
+_Static_assert(1 << BLOCK_SHIFT == FO_BLOCK, "one exponent for each block");
+
+/* The rows of fo_formats. In a header, so that loops that know a format know its sizes. */
+static const fo_format_info fo_format_table[FO_FORMATS] = {
+    [FO_F32] = {"float32", 4, 0, 0, 0},
+    [FO_F64] = {"float64", 8, 0, 0, 0},
+    [FO_BF16] = {"bfloat16", 2, 0, 0, 0},
+    [FO_F16] = {"float16", 2, 0, 0, 0},
+    [FO_BF16_STOCHASTIC] = {"bfloat16-stochastic", 2, 0, 0, 1},
+    [FO_F16_STOCHASTIC] = {"float16-stochastic", 2, 0, 0, 1},
+    [FO_BF16_LOW16] = {"bfloat16+int16", 2, 2, 0, 0},
+    [FO_BF16_LOW8] = {"bfloat16+int8", 2, 1, 0, 1},
+    [FO_S8] = {"int8", 1, 1, BLOCK_SHIFT, 1},
+    [FO_U8] = {"uint8", 1, 1, BLOCK_SHIFT, 1},
+};
+
+/* Bytes of elements [0, n) in data and in extra; n is a multiple of FO_BLOCK or the array's end. */
+static inline ptrdiff_t fo_data_bytes(const fo_array *array, ptrdiff_t n)
 {
-    return array->data == NULL ||
-           (array->format == FO_NATIVE && (uintptr_t)array->data % sizeof(REAL) == 0);
+    return n * fo_format_table[array->format].size;
 }
 
-/* Aligned copies of the n elements from `at`, with zeros behind them: of what is no whole block. */
-typedef struct FO_TYPED(padded) {
-    _Alignas(8) char data[8 * FO_BLOCK], extra[2 * FO_BLOCK];
-} FO_TYPED(padded);
-
-static FO_APART FO_WIDE REAL *FO_TYPED(load_any)(const fo_array *array, ptrdiff_t at, ptrdiff_t n,
-                                                 FO_ROOM *room)
+static inline ptrdiff_t fo_extra_bytes(const fo_array *array, ptrdiff_t n)
 {
-    FO_TYPED(padded) copy;
-    const void *data = fo_data_at(array, at), *extra = fo_extra_at(array, at);
-    if (n < FO_BLOCK || !fo_is_aligned(array)) {
-        memset(&copy, 0, sizeof copy);
-        data = memcpy(copy.data, data, (size_t)fo_data_bytes(array, n));
-        if (extra != NULL)
-            extra = memcpy(copy.extra, extra, (size_t)fo_extra_bytes(array, n));
-    }
-    if (array->format == FO_NATIVE)
-        memcpy(room->f, data, sizeof room->f);
-    else if (array->format == FO_FOREIGN)
-        for (int i = 0; i < FO_BLOCK; i++)
-            room->f[i] = (REAL)((const FO_FOREIGN_TYPE *)data)[i];
-    else
-        FO_DECODE(array->format, data, extra, room);
-    return room->f;
+    const fo_format_info *about = &fo_format_table[array->format];
+    return ((n + ((ptrdiff_t)1 << about->shift) - 1) >> about->shift) * about->extra;
 }
 
-static FO_APART FO_WIDE void FO_TYPED(store_any)(const fo_array *array, ptrdiff_t at, ptrdiff_t n,
-                                                 const FO_ROOM *room, uint32_t key)
+/* The addresses of element n, a multiple of FO_BLOCK, in data and in extra (NULL if there is none).
+ */
+static inline void *fo_data_at(const fo_array *array, ptrdiff_t n)
 {
-    FO_TYPED(padded) copy;
-    void *data = fo_data_at(array, at), *extra = fo_extra_at(array, at);
-    const int is_padded = n < FO_BLOCK || !fo_is_aligned(array);
-    if (array->format == FO_NATIVE) {
-        memcpy(data, room->f, (size_t)n * sizeof(REAL));
-        return;
-    }
-    FO_ENCODE(array->format, room, key, weyl_of(at), is_padded ? copy.data : data,
-              is_padded ? copy.extra : extra);
-    if (is_padded) {
-        memcpy(data, copy.data, (size_t)fo_data_bytes(array, n));
-        if (extra != NULL)
-            memcpy(extra, copy.extra, (size_t)fo_extra_bytes(array, n));
-    }
+    return (char *)array->data + fo_data_bytes(array, n);
 }
 
-/* Elements [at, at + n), n <= FO_BLOCK, as REAL: in place if they are a whole native block, else in
- * `room`, with zeros behind them. NULL stays NULL. */
-FO_INLINE REAL *FO_TYPED(load)(const fo_array *array, ptrdiff_t at, ptrdiff_t n, int is_known,
-                               FO_ROOM *room)
+static inline void *fo_extra_at(const fo_array *array, ptrdiff_t n)
 {
-    if (array->data == NULL)
-        return NULL;
-    if (array->format == FO_NATIVE && (is_known || (n == FO_BLOCK && fo_is_aligned(array))))
-        return (REAL *)array->data + at;
-    if (!is_known)
-        return FO_TYPED(load_any)(array, at, n, room);
-    FO_DECODE(array->format, fo_data_at(array, at), fo_extra_at(array, at), room);
-    return room->f;
+    return array->extra != NULL ? (char *)array->extra + fo_extra_bytes(array, n) : NULL;
 }
 
-/* Writes back what load returned for the same array and range. The other native format is only
- * read. */
-FO_INLINE void FO_TYPED(store)(const fo_array *array, ptrdiff_t at, ptrdiff_t n, int is_known,
-                               const REAL *tile, uint32_t key)
+/* Whether an array's elements are aligned to their size, a power of 2, as compilers expect. */
+static inline int fo_is_aligned(const fo_array *array)
 {
-    const FO_ROOM *room = (const FO_ROOM *)(const void *)tile; /* where it is not in place */
-    if (array->data == NULL || (is_known && array->format == FO_NATIVE))
-        return;
-    if (is_known)
-        FO_ENCODE(array->format, room, key, weyl_of(at), fo_data_at(array, at),
-                  fo_extra_at(array, at));
-    else if (array->format != FO_NATIVE || tile != (const REAL *)array->data + at)
-        FO_TYPED(store_any)(array, at, n, room, key);
+    const fo_format_info *about = &fo_format_table[array->format];
+    uintptr_t off = (uintptr_t)array->data & (uintptr_t)(about->size - 1);
+    if (about->extra != 0)
+        off |= (uintptr_t)array->extra & (uintptr_t)(about->extra - 1);
+    return off == 0;
 }
+
+#endif

@@ -1,9 +1,9 @@
 /* fusedopt: optimizer steps over many arrays, in place, in one pass over memory.
  *
  * The whole interface of the C library, which knows nothing of Python. A step is a list of leaves
- * (one leaf = one parameter, its gradient and its state) and a list of hyper-parameter sets that
- * the leaves point into. The caller owns every array and every list; nothing here allocates, prints
- * or aborts, so a step cannot fail half-way. */
+ * (one leaf = one parameter, its gradient and its state) and a list of sets of constants, to which
+ * the leaves refer by index. The caller owns every array and every list. A step does not allocate,
+ * print or abort, so it cannot fail after its first write. */
 #ifndef FUSEDOPT_H
 #define FUSEDOPT_H
 
@@ -12,8 +12,8 @@
 
 enum {
     FO_TILE = 512, /* elements of the unit of work; a tile never crosses a tensor */
-    FO_BLOCK = 64, /* elements that are decoded at once and share an exponent in 8-bit formats */
-    FO_MAX_STATES = 3,   /* state arrays of a rule */
+    FO_BLOCK = 64, /* elements that are decoded together and share an exponent in 8-bit formats */
+    FO_MAX_STATES = 4,   /* state arrays of a rule; FO_EACH_STATE in sets.h lists them */
     FO_MAX_SCALARS = 12, /* constants of a rule */
     FO_LANES = 16        /* sums: element i of a tile, or tile i of a leaf, goes to lane i % 16 */
 };
@@ -24,10 +24,10 @@ typedef enum fo_status {
 } fo_status;
 
 /* How the elements of an array are stored. FO_F64 computes in double, all others in float.
- * "Stochastic" formats round up with the probability that keeps the mean, by noise that depends on
- * the leaf's key and the element alone. A bf16 with a residual is the bf16 nearest to a longer
+ * "Stochastic" formats round up with the probability that keeps the mean; the noise depends on the
+ * leaf's key and the element's index alone. A bf16 with a residual is the bf16 nearest to a longer
  * float (ties away from zero), and the difference of the two bit patterns. 8-bit formats are block
- * floats: see codec.h. */
+ * floats: see codec/block8.h. */
 typedef enum fo_format {
     FO_F32,
     FO_F64,
@@ -45,8 +45,8 @@ typedef enum fo_format {
 typedef struct fo_format_info {
     const char *name;
     int size;       /* bytes of an element in fo_array.data */
-    int extra;      /* bytes in fo_array.extra for every 2^shift elements; 0: there is no extra */
-    int shift;      /* the last such group may be short */
+    int extra;      /* bytes in fo_array.extra for every 2^shift elements; 0: extra is unused */
+    int shift;      /* see `extra`; the last group may have fewer elements */
     int stochastic; /* whether a store depends on fo_leaf.key */
 } fo_format_info;
 
@@ -59,115 +59,127 @@ typedef struct fo_array {
     fo_format format;
 } fo_array;
 
-/* One set of constants, in double; rounded once to the compute type inside the kernel. */
+/* One set of constants, in double; a kernel rounds them once to the compute type. */
 typedef struct fo_hyper {
     double grad_scale;              /* g = grad_scale * g; -1 maximizes; 1 leaves g alone */
     double l2;                      /* g = g + l2 * p, unless 0 */
     double l1;                      /* g = g + l1 * sign(p), unless 0 */
     double ema_weight;              /* ema = ema + ema_weight * (p - ema), where a leaf has one */
-    double scalars[FO_MAX_SCALARS]; /* the rule's own, in the order of fo_rule.scalars; `root`,
-                                       which divides, is 0 or between 2^-60 and 2^60 */
+    double scalars[FO_MAX_SCALARS]; /* the rule's, in the order of fo_rule.scalars; `root`, by
+                                       which it divides, is 0 or between 2^-60 and 2^60 */
 } fo_hyper;
 
-/* One parameter with all that a step on it needs. The arrays of one leaf hold n elements each, in
- * the same memory order, and overlap neither one another nor those of another leaf (gradients,
- * which are only read, may be shared). Arithmetic is in double where the parameter is FO_F64, and
- * then its state is too; else in float, and states have any format but FO_F64. */
+/* One parameter with all arrays that a step reads or writes for it. The arrays of a leaf hold n
+ * elements each, in the same memory order. No array overlaps another one of any leaf, except that
+ * leaves may share gradients, which are only read. If the parameter is FO_F64, its state is too and
+ * the arithmetic is in double; else states have any format but FO_F64 and the arithmetic is in
+ * float. */
 typedef struct fo_leaf {
     ptrdiff_t n;
     fo_array param;
-    fo_array grad; /* data NULL: the leaf is left out of the step, but for its copy */
+    fo_array grad; /* data NULL: the step leaves the leaf alone, but writes its copy */
     fo_array state[FO_MAX_STATES];
-    fo_array ema;      /* running average of the parameter, or data NULL */
-    fo_array copy;     /* gets the parameter after the call, rounded to its format; or data NULL */
-    double grad_scale; /* of this leaf (unscaling, clipping), beside fo_hyper.grad_scale */
-    uint64_t key;      /* of the noise: fo_key(seed, leaf, step) where a format is stochastic */
+    fo_array ema;  /* running average of the parameter, or data NULL */
+    fo_array copy; /* receives the parameter after the call, rounded to its format; or data NULL */
+    double grad_scale; /* of this leaf (unscaling, clipping); multiplied by fo_hyper.grad_scale */
+    uint64_t key;      /* of the noise, from fo_key; unused if no format is stochastic */
     ptrdiff_t hyper;   /* index into the hyper list of the call */
-    ptrdiff_t start;   /* scratch of the call: where the leaf begins in the work to split */
-    ptrdiff_t tile;    /* scratch of the call: its first tile's place in fo_run.tiles */
-    double trust;      /* scratch of the call: the rate of a layer-wise rule for this leaf */
+    ptrdiff_t start;   /* scratch of the call: where the leaf begins on the line (split.c) */
+    ptrdiff_t tile;    /* scratch of the call: index of its first tile in fo_run.tiles */
+    double trust;      /* scratch of the call: the trust ratio of a layer-wise rule */
 } fo_leaf;
 
-/* What is measured of a leaf: the same bits for every thread count and instruction set, since
- * lanes, tiles and leaves are added in a fixed order, in double. `update` is what the step added to
- * the parameter. Gradients count as they are given, before any scale. */
+/* The statistics of a leaf: the same bits for every thread count and instruction set, since lanes,
+ * tiles and leaves are added in a fixed order, in double. `update` is what the step added to the
+ * parameter. Gradients are measured as they are given, before any scale. */
 typedef struct fo_stats {
-    double grad, param, update;          /* sums of squares; of the parameter after the step */
-    double largest_grad, largest_update; /* magnitudes; NaN if an element is */
-    int64_t zeros, nonfinite;            /* how many elements of the gradient are 0; inf or NaN */
+    double grad, param, update;          /* sums of squares; `param` is after the step */
+    double largest_grad, largest_update; /* magnitudes; NaN if an element is NaN */
+    int64_t zeros, nonfinite;            /* numbers of elements of the gradient */
 } fo_stats;
 
 typedef enum fo_measures {
     FO_MEASURE_NOTHING,
-    FO_MEASURE_LEAF,  /* all of fo_stats, but what is of the gradient if fo_run.has_grad */
-    FO_MEASURE_PARAM, /* of the parameter after the step, as if it were a gradient */
+    FO_MEASURE_LEAF,  /* all of fo_stats; without those of the gradient if fo_run.has_grad */
+    FO_MEASURE_PARAM, /* the gradient's sums, but of the parameter after the step */
 } fo_measures;
 
-/* What a call does beside the rule. The caller owns the lists. */
+/* What a call does beside the rule. The caller owns the lists; unused members are 0 or NULL. */
 typedef struct fo_run {
-    double clip_value; /* > 0: scaled gradients are limited to [-clip_value, clip_value]; 0: not */
-    int zero_grads;    /* gradients are set to 0; then no two leaves may share one */
-    int has_grad;      /* fo_measure has been here */
-    int norm_only;     /* fo_measure takes squares and nonfinite alone, in less time */
+    double clip_value; /* > 0: limits scaled gradients to [-clip_value, clip_value]; 0: no limit */
+    int zero_grads;    /* sets gradients to 0; then no two leaves may share one */
+    int has_grad;      /* set after fo_measure; the gradient sums in `stats` are already filled */
+    int has_direction; /* set after fo_direct; the sums in `stats` are used for the trust ratios */
+    int norm_only;     /* fo_measure fills `grad` and `nonfinite` alone, which takes less time */
     fo_measures measure; /* what fo_step fills `stats` with */
-    fo_stats *tiles;     /* scratch, fo_count_tiles() of them; NULL where nothing is measured */
-    fo_stats *stats;     /* results, one for each leaf; of those without gradient 0 */
+    fo_stats *tiles;     /* scratch, fo_count_tiles() of them; NULL if nothing is measured */
+    fo_stats *stats;     /* results, one for each leaf; 0 for a leaf without gradient */
 } fo_run;
 
 /* A rule of the table, as a binding needs it. */
 typedef struct fo_rule {
     const char *name;
     const char *const *scalars; /* names, ended by NULL */
-    int states;                 /* state arrays that it knows, optional ones last */
+    int states;                 /* number of its state arrays, optional ones last */
     int required;               /* how many of them every leaf must have */
-    int layerwise;              /* its rate depends on norms over the leaf: needs fo_run.tiles */
+    int layerwise; /* its rate depends on norms over the leaf: fo_run needs tiles, stats */
+    int internal;  /* the package's own; no optimizer is made of it */
 } fo_rule;
 
 /* The rules, ended by a row whose name is NULL. Constant. */
 const fo_rule *fo_rules(void);
 
-/* One step of rule number `rule` on n leaves. Leaves are updated as if one after the other, and
- * with the same bits for every thread count and instruction set, and whatever floating-point mode
- * (rounding, subnormals) the calling thread is in. `run` may be NULL: then the step
- * does no more than the rule, the averages and the copies. Writes the leaves' scratch; reads the
- * rest. Thread-safe as long as concurrent calls have no array and no list in common. */
+/* One step of rule number `rule` on n leaves. The result is as if leaves were updated one after the
+ * other; its bits depend neither on the number of threads nor on the instruction set nor on the
+ * floating-point mode (rounding, subnormals) of the calling thread. `run` may be NULL: then the
+ * step is the rule, the averages and the copies. Of the lists it writes the leaves' scratch alone.
+ * Thread-safe as long as concurrent calls have no array and no list in common. */
 fo_status fo_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
                   ptrdiff_t n_hypers, const fo_run *run, int threads);
 
-/* One read of the gradients: fills what is of them in run->stats, and leaves all else alone. */
+/* One read of the gradients: fills the members of run->stats that are of the gradient, and leaves
+ * the others alone. */
 fo_status fo_measure(fo_leaf *leaves, ptrdiff_t n, const fo_run *run, int threads);
 
-/* The sums of n leaves' sums, in lanes as those of tiles. */
+/* One read of all that a layer-wise rule reads: fills `param` and `update` of run->stats with the
+ * sums of squares of each leaf's parameter and of the direction in which the rule would go (0 for a
+ * leaf without gradient), and leaves all else alone. The arguments are those of the fo_step that
+ * follows with run->has_direction set; in between the caller may add the sums of other parts of the
+ * same tensors. FO_BAD_ARGUMENT for a rule that is not layer-wise, and where fo_step returns it. */
+fo_status fo_direct(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
+                    ptrdiff_t n_hypers, const fo_run *run, int threads);
+
+/* The sums of n leaves' sums, added in lanes as those of tiles are. */
 fo_stats fo_total(const fo_stats *stats, ptrdiff_t n);
 
 /* How many tiles n leaves have: the length of fo_run.tiles. */
 ptrdiff_t fo_count_tiles(const fo_leaf *leaves, ptrdiff_t n);
 
-/* The key of the noise in a step (from 1) of leaf number `leaf`: all bits of all three count. */
+/* The key of the noise for leaf number `leaf` in a step, from 1. */
 uint64_t fo_key(uint64_t seed, uint64_t leaf, uint64_t step);
 
 /* Fills the state arrays of n leaves with zeros, split over threads as fo_step splits them: on
  * first touch each page lands near the thread that will use it. */
 fo_status fo_zero_state(fo_leaf *leaves, ptrdiff_t n, int threads);
 
-/* The memory's limit for a step: reads and writes the bytes that fo_step does, with next to no
- * arithmetic; what it leaves in the arrays is of no use. For measurements. */
+/* For measurements of the memory's limit: reads and writes the bytes that fo_step does, with next
+ * to no arithmetic. It leaves no useful values in the arrays. */
 fo_status fo_stream(fo_leaf *leaves, ptrdiff_t n, int threads);
 
-/* Memory for state: 64-byte aligned, not yet touched; where it is large, on huge pages if the
- * system grants them. NULL if there is none. Released by fo_release. */
+/* Memory for state: 64-byte aligned, not yet touched, and not set to 0. Large blocks are on huge
+ * pages if the system grants them. NULL if there is no memory. Release it by fo_release. */
 void *fo_allocate(size_t bytes);
 void fo_release(void *memory);
 
-/* Instruction sets: the names this CPU and system can run, best first, ended by NULL; the one in
- * use, which is the best unless fo_select_isa chose another (FO_BAD_ARGUMENT if it is not in the
- * list). Not to be called during a step. */
+/* Instruction sets: the names of those that this CPU and system can run, best first, ended by NULL;
+ * the name of the one in use, which is the best unless fo_select_isa chose another. fo_select_isa
+ * returns FO_BAD_ARGUMENT for a name that is not in the list; do not call it during a step. */
 const char *const *fo_isas(void);
 const char *fo_isa(void);
 fo_status fo_select_isa(const char *name);
 
-/* What splits the work: "openmp", "pool" or "serial". The one name that a shared library made of
- * this one shows to others: by it threadpoolctl knows the library. */
+/* The thread backend: "openmp", "pool" or "serial". This is the one symbol that a shared library
+ * made of this code exports; threadpoolctl finds the library by it. */
 #ifdef _WIN32
 __declspec(dllexport)
 #else

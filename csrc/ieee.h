@@ -1,15 +1,17 @@
-/* The floating-point mode of a thread: rounding, what becomes of subnormal numbers, traps.
+/* The floating-point mode of a thread: rounding, subnormal numbers, traps.
  *
  * Other libraries change it (torch.set_flush_denormal, anything that was built with -ffast-math),
- * and threads need not have the caller's. Whatever computes bits enters IEEE 754's default first
- * and leaves it for what was before; where that is the default already, this costs one read. */
+ * and each thread has a mode of its own. Code that computes promised bits enters IEEE 754's default
+ * mode first and restores the old mode afterwards. If the mode is the default already, this costs
+ * one read. */
 #ifndef FUSEDOPT_IEEE_H
 #define FUSEDOPT_IEEE_H
 
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 
-typedef unsigned fo_mode; /* MXCSR: its lowest 6 bits tell what has happened, the others how */
+/* MXCSR: the lowest 6 bits are flags of past exceptions, the others are the mode */
+typedef unsigned fo_mode;
 enum { FO_IEEE_MODE = 0x1f80, FO_MODE_FLAGS = 0x3f };
 
 static inline fo_mode fo_enter_ieee(void)

@@ -1,9 +1,9 @@
-/* The arithmetic: the only file that is compiled once per instruction set (FO_ISA names it), so the
- * only one that may hold wider instructions than the baseline. Compute types times rules, one
- * table.
+/* The arithmetic: compute types times rules, in one table. This is the only file that is compiled
+ * once per instruction set (FO_ISA names it), and so the only one that may hold wider instructions
+ * than the baseline.
  *
- * Everything here is static but that table, and every function's name ends in the ISA, so that no
- * linker can mix them up and a disassembly shows who is who. */
+ * Everything here is static but that table. Every function's name holds the ISA, so that a
+ * disassembly tells the copies apart. */
 #include "kernels.h"
 
 #include <math.h>
@@ -27,17 +27,18 @@
 #define FO_PRAGMA(text) _Pragma(#text)
 #define FO_REDUCE(operation, name) FO_PRAGMA(omp simd reduction(operation : name))
 #define FO_INLINE static inline __attribute__((always_inline))
-#define FO_APART __attribute__((noinline)) /* compiled once, out of the way of others */
+#define FO_APART __attribute__((noinline)) /* compiled once, so that its callers stay small */
 
-/* Functions over blocks on the stack, which are aligned: the full registers pay there. */
+/* For functions over blocks on the stack, which are aligned: the widest registers are faster there.
+ */
 #if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__)
 #define FO_WIDE __attribute__((target("prefer-vector-width=512")))
 #else
 #define FO_WIDE
 #endif
 
-/* A rule's constants by name, rounded once: const REAL keep = (REAL)h[at_keep]; ... Behind them all
- * is what a layer-wise rule made of the leaf's norms. */
+/* A rule's constants by name, rounded once: const REAL keep = (REAL)h[at_keep]; ... The last
+ * element of h, h[FO_TRUST], is the trust ratio of a layer-wise rule for this leaf. */
 #define FO_INDEX(name) at_##name,
 #define FO_CONSTANT(name) const REAL name = (REAL)h[at_##name];
 #define FO_PLACES(LIST)                                                                            \
@@ -47,13 +48,14 @@
 #define FO_TRUST FO_MAX_SCALARS
 
 #include "codec.h"
+#include "sets.h"
 
 #define REAL float
 #define FO_TYPE f32
 #define FO_NATIVE FO_F32
 #define FO_FOREIGN FO_F64
 #define FO_FOREIGN_TYPE double
-#define FO_ROOM block
+#define FO_DECODED block
 #define FO_DECODE decode
 #define FO_ENCODE encode
 #define FO_SETS(X, rule) /* formats with a loop of their own: parameter, gradient, two states */   \
@@ -64,13 +66,13 @@
 #define FO_FMA fmaf
 #define FO_BITS uint32_t
 #define FO_INFINITE 0x7f800000u
-#include "tile.h"
+#include "tile.inc"
 #undef REAL
 #undef FO_TYPE
 #undef FO_NATIVE
 #undef FO_FOREIGN
 #undef FO_FOREIGN_TYPE
-#undef FO_ROOM
+#undef FO_DECODED
 #undef FO_DECODE
 #undef FO_ENCODE
 #undef FO_SETS
@@ -84,7 +86,7 @@
 #define FO_NATIVE FO_F64
 #define FO_FOREIGN FO_F32
 #define FO_FOREIGN_TYPE float
-#define FO_ROOM wide_block
+#define FO_DECODED wide_block
 #define FO_DECODE decode_wide
 #define FO_ENCODE encode_wide
 #define FO_SETS(X, rule)
@@ -92,52 +94,20 @@
 #define FO_FMA fma
 #define FO_BITS uint64_t
 #define FO_INFINITE 0x7ff0000000000000u
-#include "tile.h"
-
-/* Reads the gradient and writes the other arrays, a byte at a time so that any format will do. */
-static void FO_CAT(stream, FO_ISA)(const fo_task *task, const fo_leaf *leaf, ptrdiff_t begin,
-                                   ptrdiff_t end)
-{
-    (void)task;
-    for (ptrdiff_t at = begin; at < end; at += FO_TILE) {
-        const ptrdiff_t n = end - at < FO_TILE ? end - at : FO_TILE;
-        const unsigned char *g = leaf->grad.data;
-        unsigned char sum = 0;
-        g += fo_data_bytes(&leaf->grad, at);
-        FO_REDUCE(+, sum)
-        for (ptrdiff_t i = 0; i < fo_data_bytes(&leaf->grad, n); i++)
-            sum = (unsigned char)(sum + g[i]);
-        for (int k = -1; k < FO_MAX_STATES; k++) {
-            const fo_array *array = k < 0 ? &leaf->param : &leaf->state[k];
-            if (array->data == NULL)
-                continue;
-            unsigned char *x = array->data, *extra = array->extra;
-            x += fo_data_bytes(array, at);
-            FO_SIMD
-            for (ptrdiff_t i = 0; i < fo_data_bytes(array, n); i++)
-                x[i] = (unsigned char)(x[i] + sum);
-            if (extra == NULL)
-                continue;
-            extra += fo_extra_bytes(array, at);
-            FO_SIMD
-            for (ptrdiff_t i = 0; i < fo_extra_bytes(array, n); i++)
-                extra[i] = (unsigned char)(extra[i] + sum);
-        }
-    }
-}
+#include "tile.inc"
 
 #define FO_NAME(name) #name,
 #define FO_NAMES(rule, LIST, states, required, KIND)                                               \
     static const char *const FO_CAT3(rule, names, FO_ISA)[] = {LIST(FO_NAME) NULL};
 FO_RULES(FO_NAMES)
 
-#define PLAIN_FLAG 0
-#define LAYERWISE_FLAG 1
+enum { PLAIN, LAYERWISE, INTERNAL };
 #define FO_ROW(rule, LIST, states, required, KIND)                                                 \
-    {#rule, FO_CAT3(rule, names, FO_ISA), states, required, KIND##_FLAG},
-static const fo_rule FO_CAT(rules, FO_ISA)[] = {FO_RULES(FO_ROW){NULL, NULL, 0, 0, 0}};
+    {#rule, FO_CAT3(rule, names, FO_ISA), states, required, KIND == LAYERWISE, KIND == INTERNAL},
+static const fo_rule FO_CAT(rules, FO_ISA)[] = {FO_RULES(FO_ROW){.name = NULL}};
 
 #define PLAIN_TRUST(rule) NULL
+#define INTERNAL_TRUST(rule) NULL
 #define LAYERWISE_TRUST(rule) FO_CAT3(rule##_trust, f64, FO_ISA)
 #define FO_OWN_TRUST(rule, LIST, states, required, KIND) KIND##_TRUST(rule),
 static fo_trust *const FO_CAT(trust, FO_ISA)[] = {FO_RULES(FO_OWN_TRUST)};
@@ -151,5 +121,5 @@ const fo_kernels FO_CAT(fo_kernels, FO_ISA) = {
     .measure = {FO_CAT3(measure, f32, FO_ISA), FO_CAT3(measure, f64, FO_ISA)},
     .direct = {FO_CAT3(direct, f32, FO_ISA), FO_CAT3(direct, f64, FO_ISA)},
     .copy = {FO_CAT3(copy, f32, FO_ISA), FO_CAT3(copy, f64, FO_ISA)},
-    .stream = FO_CAT(stream, FO_ISA),
+    .stream = {FO_CAT3(stream, f32, FO_ISA), FO_CAT3(stream, f64, FO_ISA)},
 };

@@ -1,21 +1,22 @@
-/* fo_parallel on a small pool of POSIX threads, for wheels that must not bring an OpenMP runtime.
+/* fo_parallel on a small pool of POSIX threads, for wheels, which must not contain an OpenMP
+ * runtime.
  *
- * The caller publishes a job and works on it with everyone else; chunks are claimed from an atomic
- * counter, many at first and fewer towards the end, so that each thread walks along memory in few
- * long runs and all end at about the same time. A worker enters a job only under the lock and only
- * while the job is open, and the caller closes it under the same lock before it waits, so it waits
- * for chunks already claimed and never for a worker that is late to wake. Idle workers sleep:
- * nothing spins on cores that others need. A second caller while a job runs does its own work
- * serially. In the child of a fork the pool starts empty. */
+ * The caller publishes a job and works on it together with the workers. Threads claim chunks from
+ * an atomic counter, many at first and fewer towards the end: each reads memory in few long runs,
+ * and all end at about the same time. A worker enters a job only under the lock and only while the
+ * job is open. The caller closes the job under the same lock before it waits, so it waits for
+ * chunks already claimed, and never for a worker that has not woken yet. Idle workers sleep, so
+ * that other threads can use the cores. If a job is running already, a second caller does its own
+ * work serially. In the child of a fork the pool starts empty. */
 #include "fusedopt.h"
 #include "threads.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
 
-/* glibc 2.34 moved these two from libpthread to libc and gave them a version of that number. The
- * functions are the old ones, and asking for them by their first version lets a library that was
- * linked on a new system load on systems back to glibc 2.17. */
+/* glibc 2.34 moved these two functions from libpthread to libc and gave them a new version. They
+ * did not change: a library that asks for their first version loads on systems back to glibc 2.17,
+ * even if it was linked on a new one. */
 #if defined(__GLIBC__) && defined(__x86_64__)
 #define FO_FIRST_GLIBC "2.2.5"
 #elif defined(__GLIBC__) && defined(__aarch64__)
@@ -32,7 +33,7 @@ typedef struct job {
     fo_body *body;
     void *context;
     ptrdiff_t chunks, threads;
-    atomic_ptrdiff_t next; /* the first chunk that nobody has claimed */
+    atomic_ptrdiff_t next; /* the first chunk that is not claimed */
 } job;
 
 static struct {
@@ -40,9 +41,9 @@ static struct {
     pthread_mutex_t lock;       /* guards all below */
     pthread_cond_t posted, left;
     job *open;         /* the job that workers may enter, or NULL */
-    int seats;         /* workers that may still enter it */
-    atomic_int inside; /* workers in it; changed under the lock, polled without */
-    int workers;       /* threads that exist */
+    int seats;         /* number of workers that may still enter it */
+    atomic_int inside; /* number of workers in it; written under the lock, read without */
+    int workers;       /* number of threads that exist */
 } pool = {
     .one_caller = PTHREAD_MUTEX_INITIALIZER,
     .lock = PTHREAD_MUTEX_INITIALIZER,
@@ -52,7 +53,7 @@ static struct {
 
 const char *fo_backend(void) { return "pool"; }
 
-/* Only the thread that called fork lives on in the child, and the locks may be in any state. */
+/* In the child only the thread that called fork exists, and the locks may be in any state. */
 static void in_child(void)
 {
     pthread_mutex_init(&pool.one_caller, NULL);
@@ -69,7 +70,7 @@ __attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL
 
 static void work(job *j)
 {
-    const fo_mode before = fo_enter_ieee(); /* a worker begins with that of who started it */
+    const fo_mode before = fo_enter_ieee(); /* a worker has the mode of its creator */
     ptrdiff_t chunk = atomic_load(&j->next);
     while (chunk < j->chunks) {
         ptrdiff_t share = (j->chunks - chunk) / (2 * j->threads);
@@ -101,7 +102,7 @@ static void *worker(void *unused)
     return NULL;
 }
 
-/* Under the lock: starts threads until there are `wanted`, or as many as the system gives. */
+/* Call under the lock. Starts threads until there are `wanted`, or as many as the system gives. */
 static void hire(int wanted)
 {
     pthread_attr_t detached;
@@ -138,9 +139,9 @@ void fo_parallel(fo_body *body, void *context, ptrdiff_t chunks, int threads)
     work(&j);
 
     pthread_mutex_lock(&pool.lock);
-    pool.open = NULL; /* from here on nobody enters */
+    pool.open = NULL; /* from here on no worker enters */
     pthread_mutex_unlock(&pool.lock);
-    /* the claimed chunks end within microseconds: cheaper to poll for than to sleep on */
+    /* the claimed chunks end within microseconds: polling costs less than sleeping */
     for (int i = 0; i < SPINS && atomic_load(&pool.inside) > 0; i++)
         ;
     pthread_mutex_lock(&pool.lock);

@@ -1,7 +1,7 @@
 /* fo_parallel on OpenMP, or serially where the compiler has none.
  *
- * libgomp keeps its team over a fork, but the team's threads are not there in the child: a parallel
- * region in the child waits for them for ever. So the child of a fork runs serially. */
+ * After a fork, libgomp in the child waits for ever for the threads of its team, which exist in the
+ * parent alone. So the child of a fork runs serially. */
 #include "threads.h"
 #include "fusedopt.h"
 
@@ -23,11 +23,11 @@ void fo_parallel(fo_body *body, void *context, ptrdiff_t chunks, int threads)
 {
 #ifdef _OPENMP
     if (threads > 1 && chunks > 1 && !forked) {
-        /* each thread gets one run of chunks, the same in every step, so that what a core has in
-         * its cache serves it again */
+        /* each thread gets one range of chunks, the same in every step, so that a core finds in its
+         * cache what it used in the last step */
 #pragma omp parallel for schedule(static) num_threads(threads)
         for (int part = 0; part < threads; part++) {
-            const fo_mode before = fo_enter_ieee(); /* the team is that of others too */
+            const fo_mode before = fo_enter_ieee(); /* other libraries use the same team */
             body(context, chunks * part / threads, chunks * (part + 1) / threads);
             fo_leave_ieee(before);
         }

@@ -80,7 +80,7 @@ def test_each_isa_keeps_to_its_registers(functions):
 
 
 def test_fused_multiply_add_only_in_divisions(functions):
-    """It rounds once where the reference rounds twice: divide.h alone uses it, in pairs."""
+    """It rounds once where the reference rounds twice: divide.inc alone uses it, in pairs."""
     fused = set()
     for name, code in functions.items():
         rests = sum(bool(re.match("vfnmadd", i)) for i in code)

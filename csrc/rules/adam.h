@@ -5,7 +5,7 @@
  * Included once per compute type (REAL, FO_RULE, FO_SQRT), so it has no guard.
  * Contract: one rounding per operator, in the order written; reference/adam.py repeats that order.
  * The arrays do not overlap and hold n <= FO_TILE elements; state[2] is NULL without AMSGrad.
- * In cache the divider is the limit: a square root and a division for each element. */
+ * In cache, the divider limits the speed: a square root and a division for each element. */
 #undef ADAM_SCALARS
 #define ADAM_SCALARS(F)                                                                            \
     F(keep)      /* 1 - lr * weight_decay (AdamW); exactly 1 (Adam) */                             \

@@ -2,16 +2,18 @@
  * same name in src/fusedopt/optim and src/fusedopt/reference.
  *
  * A PLAIN rule is one function over a tile. A LAYERWISE one has a rate for each leaf, its trust
- * ratio: before the step, <rule>_direction is called on every tile, writes where the rule would go,
- * and changes nothing; <rule>_trust gets the norms of the parameter and of that direction over the
- * leaf; what it returns the rule finds behind its constants, in h[FO_TRUST].
+ * ratio. Before the step, <rule>_direction is called on every block; it writes the direction in
+ * which the rule would go, and nothing else. <rule>_trust gets the norms of the parameter and of
+ * that direction over the leaf, and returns the ratio, which the rule reads from h[FO_TRUST]. An
+ * INTERNAL rule is plain, but no optimizer: the package uses it and has no class for it.
  *
- * In a loop stores come last: a load after them whose address agrees with theirs in the lower 12
- * bits, as is common among large arrays, would wait for them (Intel's optimization manual, "4-KByte
+ * In a loop, stores come last. A load after a store waits for it if the lower 12 bits of both
+ * addresses agree, as is common among large arrays (Intel's optimization manual, "4-KByte
  * aliasing").
  *
- * Included by tile.h once per compute type, so it has no guard. */
+ * Included by tile.inc once per compute type, so it has no guard. */
 #include "adam.h"
+#include "add.h"
 #include "lamb.h"
 #include "lars.h"
 #include "lion.h"
@@ -25,4 +27,5 @@
     X(lamb, LAMB_SCALARS, 2, 2, LAYERWISE)                                                         \
     X(lars, LARS_SCALARS, 1, 1, LAYERWISE)                                                         \
     X(lion, LION_SCALARS, 1, 1, PLAIN)                                                             \
-    X(rmsprop, RMSPROP_SCALARS, 3, 1, PLAIN)
+    X(rmsprop, RMSPROP_SCALARS, 3, 1, PLAIN)                                                       \
+    X(add, ADD_SCALARS, 0, 0, INTERNAL)

@@ -37,7 +37,7 @@ FO_INLINE void FO_RULE(rmsprop)(const double *h, ptrdiff_t n, REAL *param, const
             const REAL square = v[i] * alpha + (w * g[i]) * g[i];
             const REAL mean = a[i] + w * (g[i] - a[i]);
             const REAL rest = square - mean * mean;
-            x[i] = rest < 0 ? (REAL)0 : rest; /* by rounding alone; a NaN stays */
+            x[i] = rest < 0 ? (REAL)0 : rest; /* rounding alone makes it negative; a NaN stays */
             a[i] = mean;
             v[i] = square;
         }

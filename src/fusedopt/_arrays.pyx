@@ -153,13 +153,13 @@ def find_none(values, grads):
 
 
 cdef enum:
-    EMA = 4    # slot of a leaf's average
-    SLOTS = 5  # of a leaf's written arrays: the parameter, FO_MAX_STATES states, the average
+    EMA = 5    # slot of a leaf's average
+    SLOTS = 6  # of a leaf's written arrays: the parameter, FO_MAX_STATES states, the average
     GRAD, COPY  # of what is written in some steps only
 
 cdef struct Held:
     # what the binding knows of a leaf beside fo_leaf; views stay exported while it lives
-    Py_buffer views[10]  # the data of each slot, then the extra of each
+    Py_buffer views[12]  # the data of each slot, then the extra of each
     Py_buffer grad, copy  # exported during a step only
     bint noisy           # whether a store rounds stochastically, so that the leaf needs a key
     int64_t step         # steps that this leaf has taken

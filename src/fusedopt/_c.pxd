@@ -76,7 +76,7 @@ cdef extern from "fusedopt.h" nogil:
 
     ctypedef struct fo_run:
         double clip_value
-        int zero_grads, has_grad, norm_only
+        int zero_grads, has_grad, has_direction, norm_only
         fo_measures measure
         fo_stats *tiles
         fo_stats *stats
@@ -84,11 +84,13 @@ cdef extern from "fusedopt.h" nogil:
     ctypedef struct fo_rule:
         const char *name
         const char *const *scalars
-        int states, required, layerwise
+        int states, required, layerwise, internal
 
     const fo_rule *fo_rules()
     fo_status fo_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
                       ptrdiff_t n_hypers, const fo_run *run, int threads)
+    fo_status fo_direct(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
+                        ptrdiff_t n_hypers, const fo_run *run, int threads)
     fo_status fo_measure(fo_leaf *leaves, ptrdiff_t n, const fo_run *run, int threads)
     fo_stats fo_total(const fo_stats *stats, ptrdiff_t n)
     ptrdiff_t fo_count_tiles(const fo_leaf *leaves, ptrdiff_t n)

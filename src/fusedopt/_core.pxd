@@ -13,6 +13,8 @@ cdef void *grow(void *memory, Py_ssize_t count, size_t size) except NULL
 # as in fusedopt.h
 cdef fo_status run_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
                         ptrdiff_t n_hypers, const fo_run *run, int threads) noexcept nogil
+cdef fo_status run_direct(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
+                          ptrdiff_t n_hypers, const fo_run *run, int threads) noexcept nogil
 cdef fo_status run_measure(fo_leaf *leaves, ptrdiff_t n, const fo_run *run,
                            int threads) noexcept nogil
 cdef fo_status run_stream(fo_leaf *leaves, ptrdiff_t n, int threads) noexcept nogil

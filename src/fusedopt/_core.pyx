@@ -47,6 +47,11 @@ cdef fo_status run_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *
     return fo_step(rule, leaves, n, hypers, n_hypers, run, threads)
 
 
+cdef fo_status run_direct(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
+                          ptrdiff_t n_hypers, const fo_run *run, int threads) noexcept nogil:
+    return fo_direct(rule, leaves, n, hypers, n_hypers, run, threads)
+
+
 cdef fo_status run_measure(fo_leaf *leaves, ptrdiff_t n, const fo_run *run,
                            int threads) noexcept nogil:
     return fo_measure(leaves, n, run, threads)
@@ -157,8 +162,8 @@ def allocate(specs):
 
 # ------------------------------------------------------------------ tables
 
-def rules():
-    """The rules of the C table: (name, [scalars], states, required states)."""
+cdef list table():
+    """All rules of C: (name, [scalars], states, required states, layer-wise, internal)."""
     cdef const fo_rule *row = fo_rules()
     cdef const char *const *scalar
     rows = []
@@ -167,9 +172,15 @@ def rules():
         while scalar[0] != NULL:
             names.append(scalar[0].decode())
             scalar += 1
-        rows.append((row.name.decode(), names, row.states, row.required))
+        rows.append((row.name.decode(), names, row.states, row.required, bool(row.layerwise),
+                     bool(row.internal)))
         row += 1
     return rows
+
+
+def rules():
+    """The optimizers' rules of the C table: (name, [scalars], states, required states)."""
+    return [row[:4] for row in table() if not row[5]]
 
 
 def formats():
@@ -209,6 +220,6 @@ def backend():
     return fo_backend().decode()
 
 
-# name -> number, names of the scalars, states, whether layer-wise; read once: it takes memory
-RULES = {row[0]: (number, row[1], row[2], bool(fo_rules()[number].layerwise))
-         for number, row in enumerate(rules())}
+# of all rules, name -> number, names of the scalars, states, whether layer-wise; read once: it
+# takes memory
+RULES = {row[0]: (number, row[1], row[2], row[4]) for number, row in enumerate(table())}

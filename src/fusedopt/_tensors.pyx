@@ -36,9 +36,9 @@ cdef extern from "Python.h":
 
 
 cdef enum:
-    EMA = 4      # slot of a leaf's average
-    EXTRA = 5    # slots of what belongs to the codes of the parameter and of each state array
-    SLOTS = 10   # of what a step writes of a leaf: parameter, FO_MAX_STATES states, average, extras
+    EMA = 5      # slot of a leaf's average
+    EXTRA = 6    # slots of what belongs to the codes of the parameter and of each state array
+    SLOTS = 11   # of what a step writes of a leaf: parameter, FO_MAX_STATES states, average, extras
 
 
 cdef struct More:

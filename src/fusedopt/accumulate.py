@@ -9,12 +9,9 @@ import numpy as np
 from fusedopt import _around, _arrays, _check, _core, _threads, _tree
 from fusedopt._check import Array
 from fusedopt.formats import Stored
+from fusedopt.rule import Rule
 
-# p - (-1) * g: the C rule that adds, with its constants
-_ADD = {
-    "grad_scale": 1.0, "l2": 0.0, "l1": 0.0, "ema_weight": 0.0,
-    "lr": -1.0, "momentum": 0.0, "w": 1.0, "nesterov": 0.0, "first": 0.0,
-}  # fmt: skip
+_ADD = Rule(name="add", options=(), states=(), constants=lambda step, options: {})
 
 
 class GradAccumulator:
@@ -63,9 +60,9 @@ class GradAccumulator:
         self._buffers: list[Array] = _core.allocate(specs)
         names = [name for name, _ in named]
         grads = ["grads" + name.removeprefix("params") for name in names]
-        self._work = _arrays.ArrayList("sgd", ("momentum_buffer",))
+        self._work = _arrays.ArrayList(_ADD.name, _ADD.state_names)
         self._work.add(
-            names, grads, self._buffers, [[None]] * len(names), 0, False, _threads.get_num_threads()
+            names, grads, self._buffers, [[]] * len(names), 0, False, _threads.get_num_threads()
         )
         self._work.keep_sums()
         self._rebuild = _tree.rebuilder(tree)
@@ -92,9 +89,8 @@ class GradAccumulator:
         flat: list[Array | None] = []
         self._read("grads", grads, flat)
         self._work.step(
-            lambda flat: (flat, [{}]), flat, lambda step, options: _ADD,
-            _threads.get_num_threads(), None, how,
-        )  # fmt: skip
+            lambda flat: (flat, [{}]), flat, _ADD.hyper, _threads.get_num_threads(), None, how
+        )
 
     @property
     def count(self) -> int:

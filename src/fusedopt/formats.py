@@ -1,4 +1,4 @@
-"""Storage formats narrower than float32, in plain NumPy: the oracle of csrc/codec.h, bit for bit.
+"""Storage formats narrower than float32, in plain NumPy: the oracle of csrc/codec, bit for bit.
 
 An array in such a format is a `Stored`: the codes, and what belongs to them (residual bits, or one
 byte for each block of 64 elements). A step decodes a block, computes in float32 and encodes it

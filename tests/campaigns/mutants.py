@@ -79,8 +79,9 @@ SIMPLER = [
 
 def sources(tree):
     """All files that a mutant may be in."""
-    files = [tree / "CMakeLists.txt", *(tree / "csrc").rglob("*.[ch]")]
-    return sorted([*files, *(tree / "src").rglob("*.py"), *(tree / "src").rglob("*.pyx")])
+    kinds = [("csrc", "*.[ch]"), ("csrc", "*.inc"), ("src", "*.py"), ("src", "*.pyx")]
+    found = [path for folder, kind in kinds for path in (tree / folder).rglob(kind)]
+    return sorted([tree / "CMakeLists.txt", *found])
 
 
 def build(tree, site, builds):

@@ -1,5 +1,5 @@
-/* Prints a checksum of steps for each rule and mixture of formats, to be compared between machines,
- * compilers and builds. Within one run all instruction sets and thread counts must agree.
+/* Prints a checksum of steps for each rule and combination of formats, which CI compares between
+ * machines, compilers and builds. Within one run all instruction sets and thread counts must agree.
  *
  *     bits [elements of the largest leaf] [rounds] */
 #include "lists.h"
@@ -7,7 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-/* The checksum of some lists, stepped a few times; 0 if the library refuses this mixture. */
+/* The checksum of some lists after a few steps; 0 if the library refuses these formats. */
 static uint64_t checksum(wish w, int rounds, int threads)
 {
     uint64_t hash = 0xcbf29ce484222325u;
@@ -37,7 +37,7 @@ int main(int count, char **arguments)
     for (int rule = 0; rule < rule_count(); rule++)
         for (int param = 0; param < FO_FORMATS; param++)
             for (int state = 0; state < FO_FORMATS; state++) {
-                /* each format as a gradient too, though not with each pair */
+                /* each format is a gradient's too, though not with each pair */
                 wish w = {rule, param, (param + 3 * state) % FO_FORMATS, state, 6, elements, 1};
                 fo_select_isa(tested_isas()[0]);
                 const uint64_t first = checksum(w, rounds, 1);
@@ -57,7 +57,8 @@ int main(int count, char **arguments)
                         printf("DIFFERS on %s with %d threads\n", fo_isa(), threads[k]);
                     }
             }
-    fprintf(stderr, "bits: %d of %d mixtures stepped; best instruction set %s; %d differences\n",
+    fprintf(stderr,
+            "bits: %d of %d combinations stepped; best instruction set %s; %d differences\n",
             stepped, tried, tested_isas()[0], failed);
     return failed > 0 || stepped < rule_count() * FO_FORMATS;
 }

@@ -1,6 +1,7 @@
-/* Whether divide.h rounds as a division does, where that is hard: a product with the reciprocal is
- * right but next to the middle between two floats, and for each divisor only a few dividends have a
- * quotient there. Solving for them covers every float divisor; of doubles, a sample.
+/* Tests that divide.inc rounds as a division does where that is hard. A product with the reciprocal
+ * can be wrong only next to the middle between two floats, and for each divisor only a few
+ * dividends have a quotient there. The test solves for them, for every divisor in float and for a
+ * sample in double.
  *
  *     divide [divisors of double] [one in how many float divisors] */
 #include "kernels.h"
@@ -14,16 +15,16 @@
 #define REAL float
 #define FO_FMA fmaf
 #define FO_TYPED(name) name##_f32
-#include "divide.h"
+#include "divide.inc"
 #undef REAL
 #undef FO_FMA
 #undef FO_TYPED
 #define REAL double
 #define FO_FMA fma
 #define FO_TYPED(name) name##_f64
-#include "divide.h"
+#include "divide.inc"
 
-typedef __int128 wide; /* of products */
+typedef __int128 wide; /* holds products */
 
 static int is_right_f32(int64_t a, int64_t b)
 {
@@ -37,7 +38,7 @@ static int is_right_f64(int64_t a, int64_t b)
     return divide_f64(x, by) == x / by;
 }
 
-/* Zeros, infinities and the ends of the range of a square root. */
+/* Counts wrong quotients of zeros, infinities, NaN, and the ends of the range of a square root. */
 static long count_wrong_ends(void)
 {
     static const float ends[] = {0, -0.0f, 0x1p-75f, 0x1.fffffep-75f, 0x1.fffffep63f, INFINITY};

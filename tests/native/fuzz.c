@@ -1,7 +1,7 @@
-/* Random work lists against the plainest form of the same arithmetic: kernels.c compiled without
- * optimisation or SIMD, one leaf after the other, in one thread. (That the arithmetic is right is
- * for the tests against NumPy to say; here it is that tiles, splits, threads, instruction sets,
- * formats and odd addresses change nothing, and that nothing else is touched.)
+/* Compares steps of random work lists with the same arithmetic in its simplest form: kernels.c
+ * compiled without SIMD and with little optimisation, one leaf after the other, in one thread.
+ * Tests that tiles, splits, threads, instruction sets, formats and odd addresses change nothing,
+ * and that no other memory is written. (The tests against NumPy show that the arithmetic is right.)
  *
  * With libFuzzer, a coverage-guided fuzzer; without it
  *
@@ -25,7 +25,8 @@ static void fail(const char *what, const list *l)
     abort();
 }
 
-/* Takes the place of tiles, and the rates of layer-wise rules, from the list that was stepped. */
+/* Steps a list by the simple kernels. Takes the tiles' indices and the trust ratios from the list
+ * that the library has stepped. */
 static void plain_step(list *l, const list *stepped)
 {
     const fo_task task = {l->rule, l->hypers, &l->run};
@@ -43,7 +44,7 @@ static void plain_step(list *l, const list *stepped)
     }
 }
 
-/* Spoils one thing of a valid list that is not empty, and expects to be refused. */
+/* Makes a valid list that is not empty invalid in one way; fails unless the library refuses it. */
 static void step_spoilt(source *s, list *l, int threads)
 {
     fo_leaf *leaf = &l->leaves[choose(s, l->n)];
@@ -63,7 +64,7 @@ static void step_spoilt(source *s, list *l, int threads)
     case 3:
         leaf->param.format = (fo_format)(FO_FORMATS + choose(s, 1000));
         break;
-    case 4: /* of a leaf that is left out nothing is missing */
+    case 4: /* a leaf without gradient needs no state */
         leaf->grad = leaf->grad.data ? leaf->grad : leaf->param;
         leaf->hyper = 0;
         for (int k = 0; k < fo_rules()[rule].required; k++)
@@ -72,9 +73,9 @@ static void step_spoilt(source *s, list *l, int threads)
     default:
         rule = -1 - (int)choose(s, 100);
     }
-    leaf->n += leaf->n == 0; /* what has no elements needs neither format nor state */
+    leaf->n += leaf->n == 0; /* a leaf without elements needs neither format nor state */
     if (fo_rules()[l->rule].required == 0 && leaf->n > 0 && rule == l->rule)
-        rule = -1; /* case 4 found nothing to spoil */
+        rule = -1; /* case 4 changed nothing */
     if (fo_step(rule, l->leaves, l->n, l->hypers, l->n_hypers, &l->run, threads) == FO_OK)
         fail("a spoilt list was not refused", l);
     *leaf = whole;
@@ -102,7 +103,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
             plain_step(&theirs, &ours);
             steps++;
         } else
-            refused++; /* a mixture of formats that is not supported: nothing may be written */
+            refused++; /* formats that are not supported: nothing may be written */
         next_step(&a, &ours, w.hostile);
         next_step(&b, &theirs, w.hostile);
     }
@@ -112,7 +113,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
     if (wrong != NULL)
         fail(wrong, &ours);
     if (zeroed) {
-        fo_stream(ours.leaves, ours.n, threads); /* of no use, but within the arrays */
+        fo_stream(ours.leaves, ours.n, threads); /* writes within the arrays */
         fo_zero_state(ours.leaves, ours.n, threads);
         if (!states_are_zero(&ours))
             fail("fo_zero_state left something", &ours);

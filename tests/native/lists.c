@@ -20,12 +20,12 @@
 
 enum { GUARD = 64 };
 
-/* One array of a list: GUARD bytes, `size` bytes at an odd address, GUARD bytes. */
+/* The memory of one array of a list: GUARD bytes, `size` bytes at an odd address, GUARD bytes. */
 typedef struct block {
     struct block *next;
     char *memory, *data;
     size_t size;
-    fo_array *array; /* whose data, or extra, it is; its format tells how NaNs look */
+    fo_array *array; /* this memory is its data, or its extra */
     int is_extra;
     ptrdiff_t leaf;
     int slot; /* 0: parameter, 1: gradient, then states, EMA, COPY */
@@ -60,14 +60,14 @@ ptrdiff_t choose(source *s, ptrdiff_t n)
     uint64_t x = 0;
     if (s->left == 0)
         return (ptrdiff_t)(random_bits(s) % (uint64_t)n);
-    for (ptrdiff_t room = 1; room < n && s->left > 0; room *= 256, s->left--)
+    for (ptrdiff_t reach = 1; reach < n && s->left > 0; reach *= 256, s->left--)
         x = x * 256 + *s->bytes++;
     return (ptrdiff_t)(x % (uint64_t)n);
 }
 
 /* ---------------------------------------------------------------- values */
 
-/* A float of moderate size, or now and then one that is hard on arithmetic. */
+/* A float of moderate size, or sometimes one of the edge cases of arithmetic. */
 static float value(source *s, int hostile)
 {
     static const uint32_t odd[] = {0,          0x80000000, 1,          0x007fffff,
@@ -99,12 +99,12 @@ static void fill(source *s, block *b, int hostile)
             memcpy(to, &bits, 4);
         else {
             bits >>= 16;
-            memcpy(to, &bits, size == 2 ? 2 : 1); /* all that we build for is little endian */
+            memcpy(to, &bits, size == 2 ? 2 : 1); /* all supported machines are little-endian */
         }
     }
 }
 
-/* How a NaN looks in formats whose names begin so: greater than `infinity` without its sign. */
+/* NaNs of the formats whose names begin so: without their sign they are greater than `infinity`. */
 static const struct {
     const char *name;
     uint64_t infinity, nan;
@@ -115,7 +115,7 @@ static const struct {
     {"bfloat16", 0x7f80, 0x7fc0},
 };
 
-/* One NaN in the place of any: their payloads and signs are not promised. */
+/* Replaces all NaNs by the same one: payloads and signs are not promised. */
 static void one_nan(const block *b, char *data)
 {
     const fo_format_info *about = &fo_formats()[b->array->format];
@@ -175,10 +175,10 @@ static ptrdiff_t some_size(source *s, ptrdiff_t most)
     case 0:
         n = choose(s, 40);
         break;
-    case 1: /* around borders of tiles */
+    case 1: /* near borders of tiles */
         n = choose(s, 20) * FO_TILE + choose(s, 5) - 2;
         break;
-    case 2: /* around powers of two */
+    case 2: /* near powers of two */
         n = ((ptrdiff_t)1 << choose(s, 18)) + choose(s, 3) - 1;
         break;
     default:
@@ -202,7 +202,7 @@ int rule_count(void)
     return n;
 }
 
-/* What a rule divides by must have a reciprocal in float: see csrc/divide.h. */
+/* Scalars by which a rule divides must have a reciprocal in float: see csrc/divide.inc. */
 static int is_divisor(const char *scalar) { return strcmp(scalar, "root") == 0; }
 
 static void new_constants(source *s, list *l)
@@ -210,7 +210,7 @@ static void new_constants(source *s, list *l)
     const char *const *names = fo_rules()[l->rule].scalars;
     static const double some[] = {0, 1, 0.5, 0.9, 0.999, 0.1, 1e-3, 1e-8, -1, 3, 1e-42, 1e300};
     enum { SOME = sizeof some / sizeof *some, IN_RANGE = SOME - 2 };
-    const ptrdiff_t mild = choose(s, 4) ? 7 : SOME; /* seldom what overflows and cancels */
+    const ptrdiff_t mild = choose(s, 4) ? 7 : SOME; /* values that overflow or cancel are rare */
     for (ptrdiff_t i = 0; i < l->n_hypers; i++) {
         fo_hyper *h = &l->hypers[i];
         memset(h, 0, sizeof *h);
@@ -233,7 +233,7 @@ static void new_constants(source *s, list *l)
 
 static int format_of(source *s, int wish) { return wish < 0 ? (int)choose(s, FO_FORMATS) : wish; }
 
-/* Whether the library steps a leaf of these formats. */
+/* Whether the library steps a leaf of these formats. Tries it on a leaf without elements. */
 static int is_supported(int rule, int param, int state)
 {
     char byte[8];
@@ -243,7 +243,7 @@ static int is_supported(int rule, int param, int state)
                     .state = {{byte, byte, (fo_format)state}}};
     fo_stats stats;
     const fo_run run = {.tiles = &stats, .stats = &stats};
-    return fo_step(rule, &leaf, 1, &hyper, 1, &run, 1) == FO_OK; /* no elements: nothing written */
+    return fo_step(rule, &leaf, 1, &hyper, 1, &run, 1) == FO_OK; /* writes nothing */
 }
 
 list make_list(source *s, wish w)
@@ -319,7 +319,7 @@ void free_list(list *l)
 
 /* ---------------------------------------------------------------- comparison */
 
-/* Some doubles' NaNs as one. */
+/* Replaces NaNs among n doubles by the same one. */
 static void one_nan_of(double *x, size_t n)
 {
     for (size_t i = 0; i < n; i++)
@@ -329,7 +329,7 @@ static void one_nan_of(double *x, size_t n)
 static void one_nan_in(fo_stats *stats, ptrdiff_t n)
 {
     for (ptrdiff_t i = 0; i < n; i++) {
-        one_nan_of(&stats[i].grad, 5); /* the doubles */
+        one_nan_of(&stats[i].grad, 5); /* grad is the first of five doubles */
     }
 }
 
@@ -369,10 +369,7 @@ static int is_guarded(const block *b)
 const char *difference(const list *ours, const list *theirs)
 {
     static char text[200];
-    static const char *const slots[] = {"param",   "grad", "state 0", "state 1",
-                                        "state 2", "ema",  "copy"};
     for (const block *a = ours->blocks, *b = theirs->blocks; a != NULL; a = a->next, b = b->next) {
-        const char *where = slots[a->slot];
         const char *what = NULL;
         size_t at = 0;
         one_nan(a, a->data);
@@ -385,8 +382,8 @@ const char *difference(const list *ours, const list *theirs)
             what = "was written outside";
         if (what != NULL) {
             snprintf(text, sizeof text,
-                     "rule %s, leaf %td of %td elements, %s (%s%s) %s at byte %zu",
-                     fo_rules()[ours->rule].name, a->leaf, ours->leaves[a->leaf].n, where,
+                     "rule %s, leaf %td of %td elements, slot %d (%s%s) %s at byte %zu",
+                     fo_rules()[ours->rule].name, a->leaf, ours->leaves[a->leaf].n, a->slot,
                      fo_formats()[a->array->format].name, a->is_extra ? ", extra" : "", what, at);
             return text;
         }

@@ -1,8 +1,8 @@
-/* A library to preload: one of the next allocations of a thread fails, as if memory had run out.
+/* A library to preload: it lets one allocation of a thread fail, as if memory had run out.
  *
- * The test arms it by nomemory_arm(n): the n-th allocation from then on (from 0), in the thread
- * that called, returns NULL; or, with n = -1, none. nomemory_left tells how many were left before
- * the failing one: negative if it has come. Works by replacing what glibc's callers call. */
+ * After nomemory_arm(n) the n-th allocation (from 0) in the calling thread returns NULL; with n =
+ * -1 none does. nomemory_left returns how many allocations were left before the failing one:
+ * negative if it has happened. It replaces the functions of glibc. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>

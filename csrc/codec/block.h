@@ -1,8 +1,10 @@
-/* A block of floats, and what the codecs of narrow formats (codec.h) do with it: noise, the largest
- * element, and the way between dwords and narrower elements. Included by codec.h. */
+/* A block of floats, and what all codecs do with it: noise, the largest element, and conversion
+ * between dwords and narrower elements. Included by the codecs. */
+#ifndef FUSEDOPT_CODEC_BLOCK_H
+#define FUSEDOPT_CODEC_BLOCK_H
 
 typedef union block {               /* the same elements as numbers and as bits */
-    _Alignas(64) float f[FO_BLOCK]; /* a cache line: wide accesses must not cross one */
+    _Alignas(64) float f[FO_BLOCK]; /* a cache line, which wide accesses must not cross */
     uint32_t u[FO_BLOCK];
 } block;
 
@@ -18,11 +20,11 @@ typedef union number {
 /* 32 random bits from a counter: a multiplicative hash over a Weyl sequence (the multipliers are
  * Wellons' lowbias32, 2018). With one multiplication less it fails the tests of correlation in
  * tests/test_formats.py. Element j of block b takes the low half of number b * HALF + j, element
- * j + HALF the high half. The sequence is added up from `weyl_of` on, since a multiplication for
- * every number would cost as much as a round of the hash. */
+ * j + HALF the high half. A loop adds WEYL to the sequence from `weyl_of` on, since a
+ * multiplication for every number would cost as much as a round of the hash. */
 #define WEYL 0x9e3779b9u
 
-/* Where the noise of the block at element `at` of an array begins. */
+/* The Weyl sequence's value for the first element of the block at element `at` of an array. */
 FO_INLINE uint32_t weyl_of(ptrdiff_t at)
 {
     return (uint32_t)((uint64_t)at / FO_BLOCK) * (HALF * WEYL);
@@ -54,8 +56,9 @@ FO_INLINE uint32_t largest_of(const block *from)
     return largest;
 }
 
-/* Between dwords and narrower elements. By hand, as GCC masks what the shuffles saturate anyway and
- * puts the lanes in order after each of them: with AVX2 encoders took 1.3 to 2 times as long. */
+/* The upper half of each element. These conversions are written by hand: GCC masks values that the
+ * shuffles saturate anyway, and puts the lanes in order after each shuffle, with which encoders
+ * took 1.3 to 2 times as long (AVX2). */
 FO_INLINE void upper_halves(const block *restrict from, uint16_t *restrict to)
 {
 #if defined(__AVX2__) && !defined(__AVX512BW__)
@@ -72,7 +75,7 @@ FO_INLINE void upper_halves(const block *restrict from, uint16_t *restrict to)
 #endif
 }
 
-/* Numbers below 256. */
+/* The low byte of each element, which must be below 256. */
 FO_INLINE void narrow(const block *restrict from, uint8_t *restrict to)
 {
 #if defined(__AVX512BW__)
@@ -95,7 +98,7 @@ FO_INLINE void narrow(const block *restrict from, uint8_t *restrict to)
 #endif
 }
 
-/* With the sign copied over the upper bits. */
+/* Bytes to dwords, with the sign copied over the upper bits. */
 FO_INLINE void widen(const uint8_t *restrict from, block *restrict to)
 {
 #if defined(__AVX512BW__)
@@ -112,3 +115,5 @@ FO_INLINE void widen(const uint8_t *restrict from, block *restrict to)
         to->u[j] = (uint32_t)(int8_t)from[j];
 #endif
 }
+
+#endif

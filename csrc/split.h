@@ -1,0 +1,36 @@
+/* A call's work and its split over threads: see split.c. Internal. */
+#ifndef FUSEDOPT_SPLIT_H
+#define FUSEDOPT_SPLIT_H
+
+#include "kernels.h"
+
+/* The work of one call. Owned by the caller, like the lists that it points to. */
+typedef struct fo_work {
+    fo_leaf *leaves;
+    ptrdiff_t n;
+    ptrdiff_t length; /* of the line on which the leaves lie; set by fo_split */
+    fo_task task;
+    fo_range *const *range; /* what to do, by compute type */
+} fo_work;
+
+/* Which leaves a call works on. */
+typedef enum fo_choice { FO_ALL, FO_WITH_GRAD, FO_COPY_ALONE } fo_choice;
+
+static inline int fo_is_chosen(const fo_leaf *leaf, fo_choice which)
+{
+    const int has_grad = leaf->grad.data != NULL;
+    return leaf->n > 0 && (which == FO_WITH_GRAD    ? has_grad
+                           : which == FO_COPY_ALONE ? !has_grad && leaf->copy.data != NULL
+                                                    : 1);
+}
+
+static inline ptrdiff_t fo_tiles_of(const fo_leaf *leaf)
+{
+    return (leaf->n + FO_TILE - 1) / FO_TILE;
+}
+
+/* Calls work->range for all elements of the chosen leaves, on at most `threads` threads, and
+ * returns when all is done. Writes the leaves' scratch (start, tile). Never fails. */
+void fo_split(fo_work *work, fo_choice which, int threads);
+
+#endif
