@@ -96,7 +96,7 @@ def _options(
         if convert:
             options |= {name: mine[name] for name in _storage.FIXED}
         checked = rule.check(options, f"{where}.")
-        lacking = group.lacks(rule, checked)
+        lacking = group.lacks(rule, rule.uses(checked))
         if lacking is not None:
             raise ValueError(
                 f"{where}: its options need other state than this optimizer has: {lacking}"

@@ -391,13 +391,13 @@ class Optimizer:
             raise ValueError(f"{where}: has no {missing[0]!r}, an option that steps need")
         options = self.rule.check(given, f"{where}.")
         _storage.refuse_change(f"{where}.", group.options, options)
-        lacking = group.lacks(self.rule, options)
+        used = self.rule.uses(options)
+        lacking = group.lacks(self.rule, used)
         if lacking is not None:
             raise ValueError(
                 f"{where}: these options need {lacking}, which was not allocated; "
                 "set them when the optimizer is made"
             )
-        used = self.rule.uses(options)
         if used != self.rule.uses(group.options):
             for leaf in group.leaves:
                 self._work.use_states(leaf, used)

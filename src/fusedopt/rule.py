@@ -136,15 +136,16 @@ class Rule:
 
     def check(self, options: Options, where: str = "") -> Options:
         """Return the options, each of them checked; `where` begins the messages."""
-        checked = {
-            name: value
-            if name == "lr" and callable(value := options[name])
-            else check(where + name, options[name])
-            for name, check in self.checks.items()
-        }
+        checked = {name: self.check_one(name, options[name], where) for name in self.checks}
         if self.demand is not None:
             self.demand(where, checked)
         return checked
+
+    def check_one(self, name: str, value: Any, where: str = "") -> Any:
+        """Return the value of one option, checked; `lr` may be a schedule, which a step calls."""
+        if name == "lr" and callable(value):
+            return value
+        return self.checks[name](where + name, value)
 
     def uses(self, options: Mapping[str, Any]) -> tuple[bool, ...]:
         """Return for each state whether these options need it."""
