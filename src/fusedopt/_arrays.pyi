@@ -42,6 +42,7 @@ class ArrayList:
         group: int,
         zero: bool,
         threads: int,
+        begin: Callable[[], None] | None = None,
     ) -> None: ...
     @overload
     def step(

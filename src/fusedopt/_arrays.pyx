@@ -246,8 +246,11 @@ cdef class ArrayList:
         self.release()
 
     def add(self, list names, list grad_names, list params, list states, int group, bint zero,
-            int threads):
-        """Add leaves, all or none: check and export every array, then zero the state if asked."""
+            int threads, begin=None):
+        """Add leaves, all or none: check and export every array, then zero the state if asked.
+
+        `begin`, called without arguments behind that, writes what state begins as otherwise.
+        """
         cdef ptrdiff_t i, old = self.n, total = old + len(names)
         self.leaves = <fo_leaf *>grow(self.leaves, total, sizeof(fo_leaf))
         self.held = <Held *>grow(self.held, total, sizeof(Held))
@@ -263,6 +266,11 @@ cdef class ArrayList:
                 self.states.append(list(states[i]))
                 self.export(self.n - 1, params[i], group)
             self.collect_spans()
+            if zero:
+                with nogil:
+                    zero_state(&self.leaves[old], total - old, threads)
+            if begin is not None:
+                begin()
         except BaseException:
             for i in range(old, self.n):
                 release(&self.held[i])
@@ -271,9 +279,6 @@ cdef class ArrayList:
                 del column[old:]
             self.collect_spans()
             raise
-        if zero:
-            with nogil:
-                zero_state(&self.leaves[old], total - old, threads)
 
     cdef int export(self, ptrdiff_t i, object param, int group) except -1:
         """Export a leaf's parameter, and of its state what is there."""

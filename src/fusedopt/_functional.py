@@ -43,13 +43,15 @@ def function(cls: type[Optimizer], engine: _Engine | None = None) -> Step:
     """Return the functional form of a class: ``f(params, grads, *states, *, step, **options)``.
 
     A state array has a list, named in the plural. A flag that asks for one (`amsgrad`) is no
-    argument: its list is given or not. `engine` takes the step, in the place of C.
+    argument: its list is given or not. Nor is what one begins as. `engine` takes the step, in the
+    place of C.
     """
     rule, take = cls.rule, engine or _step_in_c
     plurals = [f"{state.name}s" for state in rule.states]
     rows = list(zip(rule.states, plurals, strict=True))
     flags = {s.needs: plural for s, plural in rows if rule.defaults.get(s.needs) is False}
-    own = [option for option in rule.options if option.name not in flags]
+    begins = {state.init for state in rule.states}  # state is the caller's, who has begun it
+    own = [option for option in rule.options if option.name not in flags.keys() | begins]
     known = {"seed", *(option.name for option in own)}
 
     def step_function(
@@ -74,7 +76,7 @@ def function(cls: type[Optimizer], engine: _Engine | None = None) -> Step:
         if callable(checked["lr"]):
             raise TypeError("lr: expected a number, that of this step; schedules are for classes")
         used = rule.uses(checked)
-        _check_lists(params, grads, given, used)
+        _check_lists(rule, params, grads, given, used)
         absent = [None] * len(params)
         lists = [
             values if use else absent for values, use in zip(given.values(), used, strict=True)
@@ -108,7 +110,9 @@ def _signature(rule: Rule, plurals: Sequence[str], own: Sequence[Option]) -> ins
     return inspect.Signature(parameters, return_annotation=None)
 
 
-def _check_lists(params: Any, grads: Any, states: Mapping[str, Any], used: Sequence[bool]) -> None:
+def _check_lists(
+    rule: Rule, params: Any, grads: Any, states: Mapping[str, Any], used: Sequence[bool]
+) -> None:
     """Raise TypeError or ValueError, naming it, for a list that is missing or does not fit."""
     lists = {"params": params, "grads": grads, **states}
     for name, values in lists.items():
@@ -118,13 +122,15 @@ def _check_lists(params: Any, grads: Any, states: Mapping[str, Any], used: Seque
             raise TypeError(f"{name}: expected a list of arrays, got {type(values).__name__}")
         if len(values) != len(params):
             raise ValueError(f"{name}: {len(values)} arrays for {len(params)} in params")
-    for (name, values), use in zip(states.items(), used, strict=True):
+    ways = {"zeros": "numpy.zeros_like", "param": "a copy"}
+    for (name, values), state, use in zip(states.items(), rule.states, used, strict=True):
         if use and values is None:
             raise ValueError(f"{name}: these options need it; pass one array for each parameter")
         if use and (i := _arrays.find_none(values, grads)) >= 0:
+            way = ways.get(state.init, "numpy.full_like")
             raise ValueError(
-                f"{name}[{i}]: is None; these options need it, pass numpy.zeros_like of the "
-                "parameter where there is none yet"
+                f"{name}[{i}]: is None; these options need it, pass {way} of the parameter where "
+                "there is none yet"
             )
 
 

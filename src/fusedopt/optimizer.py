@@ -10,6 +10,7 @@ import inspect
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, ClassVar, NoReturn, get_type_hints
 
 from fusedopt import (
@@ -150,8 +151,9 @@ class Optimizer:
         made.note(shown, options)
         known, threads = [*self._groups, made], _threads.of(self._threads)
         self.param_groups.append(shown)
+        begin = partial(_storage.begin_all, names, stored, states, self.rule, options, leaves.start)
         try:
-            self._work.add(names, grads, stored, states, number, True, threads)
+            self._work.add(names, grads, stored, states, number, True, threads, begin)
         finally:  # a signal's exception may come right behind the call; nothing here can fail
             if len(self._work) == leaves.stop:
                 self._groups = known
@@ -525,7 +527,7 @@ class Optimizer:
             for group, shown in zip(self._groups, self.param_groups, strict=True)
         ]
         pairs, steps, options = _fitting.fit(
-            self.rule, self._groups, now, self.state, given, convert
+            self.rule, self._groups, now, self._work.stored, self.state, given, convert
         )
         self._work.restore(pairs, step, steps, self.param_groups, options)
 

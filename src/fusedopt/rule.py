@@ -41,21 +41,31 @@ class Option:
 
 @dataclass(frozen=True)
 class State:
-    """An array that a rule keeps for each parameter, of its shape; it begins as zeros.
+    """An array that a rule keeps for each parameter, of its shape.
 
     Attributes
     ----------
     name : str
         As torch has it.
     squared : bool
-        Whether it is a mean of squares: never negative, and unsigned in 8 bits.
+        Whether it is a mean or sum of squares: never negative, and unsigned in 8 bits.
     needs : str
         The option without which it is not kept: one that is False or 0. Empty: always kept.
+    init : str
+        What it begins as: "zeros", "param" (the parameter's value), or the name of the option that
+        holds the value of every element.
     """
 
     name: str
     squared: bool = False
     needs: str = ""
+    init: str = "zeros"
+
+    def first(self, options: Mapping[str, Any]) -> float | None:
+        """Return the number that every element begins as; None where that is the parameter's."""
+        if self.init == "param":
+            return None
+        return 0.0 if self.init == "zeros" else options[self.init]
 
 
 MAXIMIZE = Option("maximize", False, _check.flag)
