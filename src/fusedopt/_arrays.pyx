@@ -195,6 +195,7 @@ cdef class ArrayList:
     cdef Sums sums            # of the leaves, where a step measures
     cdef fo_stats *kept       # of an accumulator: what was measured of each leaf, or NULL
     cdef readonly object count  # steps of the whole list, a Python int
+    cdef public list writes   # (dict, key, value): what a step that succeeds writes, keys it has
     cdef int claimed          # 1 while a thread has the list; exchanged atomically
     cdef bint swapped         # whether `Swap` has it
 
@@ -202,7 +203,7 @@ cdef class ArrayList:
         self.rule, self.scalar_names, self.rule_states, self.layerwise = _core.RULES[rule]
         self.state_names = state_names
         self.names, self.grad_names, self.states = [], [], []
-        self.params, self.stored = [], []
+        self.params, self.stored, self.writes = [], [], []
         self.count = 0
 
     def __dealloc__(self):
@@ -523,7 +524,8 @@ cdef class ArrayList:
         Parameters
         ----------
         prepare : callable(grads) -> (list of array or None, list of dict)
-            A gradient for each leaf, None leaves it out; and the options of each group.
+            A gradient for each leaf, None leaves it out; and the options of each group. May set
+            `writes`, which are made with the last of the step's, behind all that can fail.
         grads
             What `prepare` gets.
         hyper : callable(step, options) -> dict
@@ -627,6 +629,8 @@ cdef class ArrayList:
                     if self.kept != NULL:
                         self.kept[i] = self.sums.stats[i]
             self.count = number
+            for write in self.writes:
+                (<dict>(<tuple>write)[0])[(<tuple>write)[1]] = (<tuple>write)[2]
             if around is None:
                 return number, updated
             return number, updated, (

@@ -91,8 +91,9 @@ def _options(
     fitted = []
     for i, (theirs, group, mine) in enumerate(zip(given, groups, now, strict=True)):
         where, names = f"state dict: param_groups[{i}]", rule.checks
-        if not isinstance(theirs, Mapping) or any(name not in theirs for name in names):
-            raise ValueError(f"{where}: expected {', '.join(names)}")
+        missing = [n for n in names if not isinstance(theirs, Mapping) or n not in theirs]
+        if missing:
+            raise ValueError(f"{where}: expected {', '.join(names)}; has no {', '.join(missing)}")
         options = {name: theirs[name] for name in names}
         if options["lr"] is None or callable(mine["lr"]):
             options["lr"] = mine["lr"]

@@ -28,7 +28,7 @@ params, grads, {states} : list of array
 step : int
     The number of this step, from 1.
 {options}
-    As for `{cls}`; `lr` is a number.
+    As for `{cls}`; `lr` is a number.{remembered}
 seed : int
     Of stochastic rounding.
 
@@ -43,8 +43,8 @@ def function(cls: type[Optimizer], engine: _Engine | None = None) -> Step:
     """Return the functional form of a class: ``f(params, grads, *states, *, step, **options)``.
 
     A state array has a list, named in the plural. A flag that asks for one (`amsgrad`) is no
-    argument: its list is given or not. Nor is what one begins as. `engine` takes the step, in the
-    place of C.
+    argument: its list is given or not. Nor is what one begins as. What the rule remembers is an
+    argument: its value in this step. `engine` takes the step, in the place of C.
     """
     rule, take = cls.rule, engine or _step_in_c
     plurals = [f"{state.name}s" for state in rule.states]
@@ -52,7 +52,8 @@ def function(cls: type[Optimizer], engine: _Engine | None = None) -> Step:
     flags = {s.needs: plural for s, plural in rows if rule.defaults.get(s.needs) is False}
     begins = {state.init for state in rule.states}  # state is the caller's, who has begun it
     own = [option for option in rule.options if option.name not in flags.keys() | begins]
-    known = {"seed", *(option.name for option in own)}
+    remembered = [row.name for row in rule.memory]
+    known = {"seed", *remembered, *(option.name for option in own)}
 
     def step_function(
         params: Sequence[Array | Stored],
@@ -69,6 +70,8 @@ def function(cls: type[Optimizer], engine: _Engine | None = None) -> Step:
         if not known.issuperset(options):
             unknown = ", ".join(options.keys() - known)
             raise TypeError(f"{name}: unknown option, or a list given twice: {unknown}")
+        if absent := [key for key in remembered if key not in options]:
+            raise TypeError(f"{name}: needs {', '.join(absent)}, as in this step")
         step = _check.steps("step", step, least=1)
         for flag, plural in flags.items():
             options[flag] = given[plural] is not None
@@ -77,9 +80,9 @@ def function(cls: type[Optimizer], engine: _Engine | None = None) -> Step:
             raise TypeError("lr: expected a number, that of this step; schedules are for classes")
         used = rule.uses(checked)
         _check_lists(rule, params, grads, given, used)
-        absent = [None] * len(params)
+        nothing = [None] * len(params)
         lists = [
-            values if use else absent for values, use in zip(given.values(), used, strict=True)
+            values if use else nothing for values, use in zip(given.values(), used, strict=True)
         ]
         take(rule, params, grads, lists, step, checked)
 
@@ -88,10 +91,12 @@ def function(cls: type[Optimizer], engine: _Engine | None = None) -> Step:
     step_function.__module__ = cls.__module__
     step_function.__signature__ = _signature(rule, plurals, own)  # type: ignore[attr-defined]
     optional = [plural for state, plural in rows if state.needs]
+    as_now = f"\n{', '.join(remembered)}\n    What `{cls.__name__}` remembers, as in this step."
     step_function.__doc__ = _DOC.format(
         cls=cls.__name__,
         states=", ".join(plurals),
         options=", ".join(option.name for option in own),
+        remembered=as_now if remembered else "",
         optional="".join(f" `{plural}` may be None." for plural in optional),
     )
     return step_function
@@ -106,6 +111,7 @@ def _signature(rule: Rule, plurals: Sequence[str], own: Sequence[Option]) -> ins
     parameters.append(inspect.Parameter("step", only))
     for option in own:
         parameters.append(inspect.Parameter(option.name, only, default=option.default))
+    parameters += [inspect.Parameter(row.name, only) for row in rule.memory]
     parameters.append(inspect.Parameter("seed", only, default=rule.defaults["seed"]))
     return inspect.Signature(parameters, return_annotation=None)
 

@@ -29,7 +29,7 @@ class Group:
     kept : tuple of bool
         Whether each state of the rule has arrays.
     options : dict
-        As last checked, with `lr` as a number.
+        As last checked, with `lr` as a number; and what the rule remembers.
     seen : dict or None
         The dict in `param_groups` as it was then; None if a value may change in place, so that it
         must be looked at in each step.

@@ -88,7 +88,7 @@ class Optimizer:
         if not hasattr(self, "rule"):
             raise TypeError("Optimizer is the base class; make an Adam, AdamW, SGD, ...")
         self._threads = None if threads is None else _threads.check("threads", threads)
-        _groups.refuse_unknown(type(self).__name__, options, self.rule.checks)
+        _groups.refuse_unknown(type(self).__name__, options, self.rule.defaults)
         self.defaults: Options = self.rule.check(self.rule.defaults | options)
         self.param_groups: list[Options] = []
         self._work = _arrays.ArrayList(self.rule.name, self.rule.state_names)
@@ -130,11 +130,12 @@ class Optimizer:
         where = "" if self._bare and number == 0 else f"params[{number}]"
         if not isinstance(group, Mapping) or "params" not in group:
             raise TypeError(f"{where}: expected a dict with 'params', got {type(group).__name__}")
-        _groups.refuse_unknown(where, group, self.rule.checks)
+        _groups.refuse_unknown(where, group, self.rule.defaults)
         options = self.rule.check(
-            {name: group.get(name, self.defaults[name]) for name in self.rule.checks},
+            {name: group.get(name, self.defaults[name]) for name in self.rule.defaults},
             where=where and f"{where}.",
         )
+        options = self.rule.begun(options)
         tree, root = group["params"], f"{where}['params']" if where else "params"
         named = list(_tree.leaves(root, tree))
         names, params = [name for name, _ in named], [leaf for _, leaf in named]
@@ -230,7 +231,7 @@ class Optimizer:
         """Name, options of the groups, and size."""
         total = sum(param.size for param in self._work.params)
         groups = "; ".join(
-            ", ".join(f"{name}={group[name]!r}" for name in self.rule.checks)
+            ", ".join(f"{name}={group[name]!r}" for name in self.rule.defaults)
             for group in self.param_groups
         )
         return f"{type(self).__name__}({len(self._work)} arrays, {total:,} elements; {groups})"
@@ -366,7 +367,24 @@ class Optimizer:
                 step = self._work.count + 1
                 rate = self.rule.checks["lr"](f"lr({step})", group.schedule(step))
                 group.options = group.options | {"lr": rate}
+        if self.rule.advance is not None:
+            return flat, self._advance()
         return flat, [group.options for group in self._groups]
+
+    def _advance(self) -> list[Options]:
+        """Return the options of the groups in this step, with what the rule remembers.
+
+        The list writes that where it is kept when the step has succeeded.
+        """
+        advanced, writes = [], []
+        for i, group in enumerate(self._groups):
+            options = self.rule.advanced(group.options, f"param_groups[{i}]: in this step ")
+            for kept in (self.param_groups[i], group.options, group.seen):
+                if kept is not None:
+                    writes += [(kept, row.name, options[row.name]) for row in self.rule.memory]
+            advanced.append(options)
+        self._work.writes = writes
+        return advanced
 
     def _flatten(self, tree: Any, name: str) -> list[Array | None]:
         flat: list[Array | None] = []
@@ -390,7 +408,7 @@ class Optimizer:
         _groups.refuse_unknown(where, given, self.rule.checks)
         missing = [name for name in self.rule.checks if name not in given]
         if missing:
-            raise ValueError(f"{where}: has no {missing[0]!r}, an option that steps need")
+            raise ValueError(f"{where}: has no {missing[0]!r}, which steps need")
         options = self.rule.check(given, f"{where}.")
         _storage.refuse_change(f"{where}.", group.options, options)
         used = self.rule.uses(options)
