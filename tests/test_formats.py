@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from cases import CASES, TILE, assert_same, isa, threads, values
+from cases import CASES, CLASSES, TILE, assert_same, isa, threads, values
 
 import fusedopt
 from fusedopt import _core, formats, reference
@@ -84,6 +84,21 @@ def test_table_is_that_of_c():
         assert stochastic == (name.endswith("-stochastic") or name in STOCHASTIC)
     assert [row[0] for row in _core.formats()] == list(FORMATS)
     assert _core.BLOCK == BLOCK
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("param", PARAMS)
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
+def test_steps_of_nothing_are_finite(cls, param, state):
+    """With a gradient of 0 and state that is 0, in every format, and as the default epsilon is."""
+    p = make(param, BLOCK + 3, np.linspace(-2, 2, BLOCK + 3, dtype=np.float32))
+    needed = {s.needs: 0.9 for s in cls.rule.states if s.needs == "momentum"}
+    opt = cls([p], state_dtype=state, min_8bit_size=0, **needed)
+    for _ in range(2):
+        opt.step([np.zeros(BLOCK + 3, np.float32)])
+        values = [p, *(a for key, a in opt.state["params[0]"].items() if key != "step")]
+        decoded = [a.decode() if isinstance(a, Stored) else a for a in values if a is not None]
+        assert all(np.isfinite(a).all() for a in decoded if a.dtype.kind == "f")
 
 
 @pytest.mark.parametrize("name", _core.available_isas())

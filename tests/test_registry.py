@@ -7,6 +7,7 @@ import pytest
 from cases import CASES, CLASSES
 
 from fusedopt import _core, functional, reference
+from fusedopt.cli.train import OPTIMIZERS
 
 ROOT = Path(__file__).parent.parent
 RULES = {row[0]: row for row in _core.rules()}
@@ -55,6 +56,7 @@ def test_reference_function_has_the_same_signature(name):
     assert inspect.signature(fast) == inspect.signature(plain)
 
 
-def test_functions_are_all_listed():
+def test_classes_and_functions_are_all_listed():
     assert set(functional.__all__) == {case.function for case in CASES}
+    assert {choice.cls for choice in OPTIMIZERS.values()} == {c.__name__ for c in CLASSES}
     assert set(reference.__all__) == {*functional.__all__, *(c.__name__ for c in CLASSES)}

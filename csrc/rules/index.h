@@ -11,6 +11,7 @@
  * aliasing").
  *
  * Included by tile.h once per compute type, so it has no guard. */
+#include "adagrad.h"
 #include "adam.h"
 #include "lamb.h"
 #include "lars.h"
@@ -25,4 +26,5 @@
     X(lamb, LAMB_SCALARS, 2, 2, LAYERWISE)                                                         \
     X(lars, LARS_SCALARS, 1, 1, LAYERWISE)                                                         \
     X(lion, LION_SCALARS, 1, 1, PLAIN)                                                             \
-    X(rmsprop, RMSPROP_SCALARS, 3, 1, PLAIN)
+    X(rmsprop, RMSPROP_SCALARS, 3, 1, PLAIN)                                                       \
+    X(adagrad, ADAGRAD_SCALARS, 1, 1, PLAIN)
