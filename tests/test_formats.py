@@ -133,7 +133,7 @@ def test_alignments(param):
 
 @pytest.mark.parametrize("master_bits", [None, 16, 24, 32])
 @pytest.mark.parametrize("state_dtype", [None, "bfloat16", "int8"])
-@pytest.mark.parametrize("cls", ["Adam", "AdamW", "SGD"])
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
 def test_classes(cls, state_dtype, master_bits):
     """Many leaves of several dtypes and layouts, some left out in some steps."""
 
@@ -146,10 +146,11 @@ def test_classes(cls, state_dtype, master_bits):
         groups = [
             {"params": params[:-1] if params[-1].dtype != float else params[:5]},
         ]
-        options = {"momentum": 0.9} if cls == "SGD" else {}
+        rule = cls.rule
+        options = {s.needs: type(rule.defaults[s.needs])(0.9) for s in rule.states if s.needs}
         if state_dtype is not None:
             groups[0]["params"] = [p for p in params if p.dtype != float]
-        opt = getattr(module, cls)(
+        opt = getattr(module, cls.__name__)(
             groups, lr=0.01, state_dtype=state_dtype, master_bits=master_bits, seed=3, **options
         )
         for step in range(3):
