@@ -93,6 +93,7 @@ class Optimizer:
         self.param_groups: list[Options] = []
         self._work = _arrays.ArrayList(self.rule.name, self.rule.state_names)
         self._groups: list[_groups.Group] = []
+        self._remembers = self.rule.advance is not None  # asked in every step
         self._bare = not _tree.is_groups(params)
         if isinstance(params, dict) and "params" in params and params.keys() & self.rule.checks:
             raise TypeError("params: a group, which must be in a list: [{'params': ..., ...}]")
@@ -367,7 +368,7 @@ class Optimizer:
                 step = self._work.count + 1
                 rate = self.rule.checks["lr"](f"lr({step})", group.schedule(step))
                 group.options = group.options | {"lr": rate}
-        if self.rule.advance is not None:
+        if self._remembers:
             return flat, self._advance()
         return flat, [group.options for group in self._groups]
 
