@@ -152,8 +152,8 @@ class Optimizer:
         made = _groups.Group(tree, _tree.reader(tree), nodes, leaves, self.rule.uses(options))
         made.note(shown, options)
         known, threads = [*self._groups, made], _threads.of(self._threads)
+        begin = partial(_storage.begin_all, names, stored, states, self.rule, options, old)
         self.param_groups.append(shown)
-        begin = partial(_storage.begin_all, names, stored, states, self.rule, options, leaves.start)
         try:
             self._work.add(names, grads, stored, states, number, True, threads, begin)
         finally:  # a signal's exception may come right behind the call; nothing here can fail
