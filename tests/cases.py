@@ -70,6 +70,11 @@ def _rmsprop(name: str, centered: bool = False, **options: Any) -> Case:
     return Case("rmsprop", name, "rmsprop", "RMSprop", states, options, {"centered": centered})
 
 
+def _adagrad(name: str, first: float = 0.0, **options: Any) -> Case:
+    begins = {"initial_accumulator_value": first}
+    return Case("adagrad", name, "adagrad", "Adagrad", ("sum",), options, begins)
+
+
 def _lars(name: str, **options: Any) -> Case:
     return Case("lars", name, "lars", "LARS", ("momentum_buffer",), options)
 
@@ -96,6 +101,9 @@ CASES = [
     _rmsprop("rmsprop-momentum", lr=0.3, alpha=0.5, eps=1e-3, momentum=0.8, weight_decay=0.1),
     _rmsprop("rmsprop-centered", centered=True, maximize=True),
     _rmsprop("rmsprop-all", centered=True, momentum=0.5, alpha=0.9, weight_decay=0.01),
+    _adagrad("adagrad"),
+    _adagrad("adagrad-decay", lr=0.5, lr_decay=0.25, weight_decay=0.1, maximize=True),
+    _adagrad("adagrad-first", first=0.3, eps=0.0),
     _lamb("lamb", lr=0.01),
     _lamb("lamb-all", lr=0.3, betas=(0.5, 0.75), eps=1e-3, weight_decay=0.0, maximize=True),
     _lars("lars"),

@@ -15,7 +15,7 @@ import pytest
 import fusedopt
 from fusedopt import cli
 from fusedopt.bench import machine, measure, stats, worker
-from fusedopt.bench.cases import CASES, Problem
+from fusedopt.bench.cases import CASES, OPTIMIZERS, Problem
 from fusedopt.bench.contenders import AGAIN, LIMIT, OURS, ROWS
 from fusedopt.bench.recording import Entry
 
@@ -197,6 +197,14 @@ def test_another_update_is_refused(name):
     wrong = dataclasses.replace(ROWS[name], cls=cls, tolerance=1e-3)
     with pytest.raises(worker.Disagreement, match="off by"):
         worker.build(wrong, problem)
+
+
+@pytest.mark.parametrize("name", sorted(ROWS))
+def test_a_rule_that_a_contender_does_not_know_is_refused(name):
+    unknown = [rule for rule in OPTIMIZERS if rule not in ROWS[name].optimizers] or ["other"]
+    for rule in unknown:
+        with pytest.raises(ValueError, match=f"{name}: has no {rule} of this form"):
+            worker.build(ROWS[name], Problem(CASES["1k"], rule, "float32", 1))
 
 
 class Slow:

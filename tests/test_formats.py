@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from cases import CASES, TILE, assert_same, isa, threads, values
+from cases import CASES, CLASSES, TILE, assert_same, isa, threads, values
 
 import fusedopt
 from fusedopt import _core, formats, reference
@@ -86,6 +86,21 @@ def test_table_is_that_of_c():
     assert _core.BLOCK == BLOCK
 
 
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("param", PARAMS)
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
+def test_steps_of_nothing_are_finite(cls, param, state):
+    """With a gradient of 0 and state that is 0, in every format, and as the default epsilon is."""
+    p = make(param, BLOCK + 3, np.linspace(-2, 2, BLOCK + 3, dtype=np.float32))
+    needed = {s.needs: 0.9 for s in cls.rule.states if s.needs == "momentum"}
+    opt = cls([p], state_dtype=state, min_8bit_size=0, **needed)
+    for _ in range(2):
+        opt.step([np.zeros(BLOCK + 3, np.float32)])
+        values = [p, *(a for key, a in opt.state["params[0]"].items() if key != "step")]
+        decoded = [a.decode() if isinstance(a, Stored) else a for a in values if a is not None]
+        assert all(np.isfinite(a).all() for a in decoded if a.dtype.kind == "f")
+
+
 @pytest.mark.parametrize("name", _core.available_isas())
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -118,7 +133,7 @@ def test_alignments(param):
 
 @pytest.mark.parametrize("master_bits", [None, 16, 24, 32])
 @pytest.mark.parametrize("state_dtype", [None, "bfloat16", "int8"])
-@pytest.mark.parametrize("cls", ["Adam", "AdamW", "SGD"])
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
 def test_classes(cls, state_dtype, master_bits):
     """Many leaves of several dtypes and layouts, some left out in some steps."""
 
@@ -131,10 +146,11 @@ def test_classes(cls, state_dtype, master_bits):
         groups = [
             {"params": params[:-1] if params[-1].dtype != float else params[:5]},
         ]
-        options = {"momentum": 0.9} if cls == "SGD" else {}
+        rule = cls.rule
+        options = {s.needs: type(rule.defaults[s.needs])(0.9) for s in rule.states if s.needs}
         if state_dtype is not None:
             groups[0]["params"] = [p for p in params if p.dtype != float]
-        opt = getattr(module, cls)(
+        opt = getattr(module, cls.__name__)(
             groups, lr=0.01, state_dtype=state_dtype, master_bits=master_bits, seed=3, **options
         )
         for step in range(3):

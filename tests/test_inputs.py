@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 import numpy as np
 import pytest
+from cases import CASES
 
 import fusedopt
 from fusedopt import functional, reference
@@ -552,21 +553,22 @@ def test_the_base_class():
         fusedopt.Optimizer(ones(2))
 
 
-NO_STATE = {
-    "sgd": lambda p, g, none: functional.sgd(p, g, none, step=1, lr=0.5, momentum=0.9),
-    "adam": lambda p, g, none: functional.adam(p, g, [ones(2) * 0, ones(2) * 0], none, step=1),
-    "lamb": lambda p, g, none: functional.lamb(p, g, none, none, step=1),
-    "lars": lambda p, g, none: functional.lars(p, g, none, step=1),
-}
-
-
-@pytest.mark.parametrize("name", NO_STATE)
-def test_functional_state_that_is_none(name):
-    p, g = [ones(2), ones(2)], [ones(2), ones(2)]
-    with pytest.raises(ValueError, match=r"s\[0\]: is None; these options need it"):
-        NO_STATE[name](p, g, [None, None])
-    assert all((a == 1).all() for a in p)
+@pytest.mark.parametrize("case", [case for case in CASES if case.states], ids=str)
+def test_functional_state_that_is_none(case):
+    """Each state in turn is a list of None; where gradients are None too, all are."""
+    p, g, none = [ones(2), ones(2)], [ones(2), ones(2)], [None, None]
+    for k, name in enumerate(case.states):
+        states = [[ones(2), ones(2)] for _ in case.states]
+        states[k] = none
+        with pytest.raises(ValueError, match=rf"{name}s\[0\]: is None; these options need it"):
+            step_of(case, p, g, states)
+        assert all((a == 1).all() for a in p)
     with pytest.raises(TypeError, match="lr: expected a number, that of this step"):
-        functional.sgd(p, g, step=1, lr=lambda step: 0.1)
-    NO_STATE[name](p, [None, None], [None, None])  # as of tensors that are frozen
+        step_of(case, p, g, states, lr=lambda step: 0.1)
+    step_of(case, p, none, [none] * len(case.states))  # as of tensors that are frozen
     assert all((a == 1).all() for a in p)
+
+
+def step_of(case, p, g, states, **options):
+    names = [f"{name}s" for name in case.states]
+    case.fast(p, g, **dict(zip(names, states, strict=True)), step=1, **case.options | options)

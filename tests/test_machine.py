@@ -12,7 +12,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import canonical
+from cases import CASES, canonical
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -28,12 +28,7 @@ SIZES = st.sampled_from([0, 1, 2, 63, 64, 65, 511, 512, 513, 1025, 66_000])
 NARROW = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 DTYPES = (*NARROW, np.dtype(np.float64))
 RATES = st.sampled_from([0.0, 1e-3, 0.1, 0.5, 3.0])
-CLASSES = {
-    "Adam": [{}, {"amsgrad": True}, {"l1": 0.01, "weight_decay": 0.1}],
-    "AdamW": [{}, {"amsgrad": True, "maximize": True}],
-    "SGD": [{}, {"momentum": 0.9}, {"momentum": 0.5, "nesterov": True}],
-}
-MAKES = st.sampled_from([(cls, options) for cls, rows in CLASSES.items() for options in rows])
+MAKES = st.sampled_from([(case.cls, case.options | case.class_options) for case in CASES])
 STORAGE = st.sampled_from(
     [
         {},

@@ -1,14 +1,16 @@
 """What must hold for any data: hypothesis chooses it."""
 
+import inspect
+
 import numpy as np
 import pytest
-from cases import CASES, LAYERWISE, TILE, assert_same, threads
-from hypothesis import given, settings
+from cases import CASES, CLASSES, LAYERWISE, TILE, assert_same, threads
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import fusedopt
-from fusedopt import reference
+from fusedopt import _check, functional, reference
 
 FLOATS = st.sampled_from([np.float32, np.float64])
 SHAPES = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=40)
@@ -48,26 +50,42 @@ def test_is_the_reference(case, data, skips, count):
         assert_same([x[k] for k in arrays], [y[k] for k in arrays], arrays)
 
 
-RATES = {
-    "lr": st.floats(0, 10),
-    "betas": st.tuples(*[st.floats(0, 1, exclude_max=True)] * 2),
-    "eps": st.floats(0, 1),
-    "weight_decay": st.floats(0, 10),
-    "maximize": st.booleans(),
+RATES = st.floats(0, 1, exclude_max=True)
+VALUES = {  # by the check of an option
+    _check.positive: st.floats(1e-3, 10),
+    _check.nonnegative: st.floats(0, 10),
+    _check.number: st.floats(-10, 10),
+    _check.decay_rate: RATES,
+    _check.decay_rates: st.tuples(RATES, RATES),
+    _check.flag: st.booleans(),
 }
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.fixed_dictionaries(RATES), st.floats(0, 1), FLOATS, st.integers(1, 10**7))
-def test_any_options(options, l1, dtype, step):
+@pytest.mark.parametrize("function", functional.__all__)
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), dtype=FLOATS, step=st.integers(1, 10**7))
+def test_any_options(function, data, dtype, step):
+    """Options that the function takes, each of any value that its check lets pass."""
+    fast, plain = getattr(functional, function), getattr(reference, function)
+    (rule,) = {cls.rule for cls in CLASSES if cls.__name__.lower() == function}
+    known = inspect.signature(fast).parameters
+    options = {
+        option.name: data.draw(VALUES[option.check], label=option.name)
+        for option in rule.options
+        if option.name in known
+    }
+    if rule.demand is not None:
+        try:
+            rule.demand("", rule.defaults | options)
+        except ValueError:
+            reject()
     rng = np.random.default_rng(0)
-    arrays = [rng.standard_normal(TILE + 3).astype(dtype) for _ in range(3)]
-    arrays.append(rng.random(TILE + 3).astype(dtype))
-    for name, extra in (("adam", {"l1": l1}), ("adamw", {})):
-        ours, theirs = ([a.copy() for a in arrays] for _ in range(2))
-        for module, (p, g, m, v) in ((fusedopt.functional, ours), (reference, theirs)):
-            getattr(module, name)([p], [g], [m], [v], step=step, **options, **extra)
-        assert_same(ours, theirs, ["param", "grad", "exp_avg", "exp_avg_sq"])
+    arrays = [rng.standard_normal(TILE + 3).astype(dtype) for _ in range(2)]
+    arrays += [rng.random(TILE + 3).astype(dtype) for _ in rule.states]
+    ours, theirs = ([a.copy() for a in arrays] for _ in range(2))
+    for step_of, (p, g, *states) in ((fast, ours), (plain, theirs)):
+        step_of([p], [g], *[[state] for state in states], step=step, **options)
+    assert_same(ours, theirs, ["param", "grad", *rule.state_names])
 
 
 @settings(max_examples=60, deadline=None)

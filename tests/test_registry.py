@@ -1,12 +1,14 @@
 """Every rule of the C table has its class, function, reference, cases, files and README row."""
 
 import inspect
+import re
 from pathlib import Path
 
 import pytest
 from cases import CASES, CLASSES
 
 from fusedopt import _core, functional, reference
+from fusedopt.cli.train import OPTIMIZERS
 
 ROOT = Path(__file__).parent.parent
 RULES = {row[0]: row for row in _core.rules()}
@@ -14,9 +16,7 @@ RULES = {row[0]: row for row in _core.rules()}
 
 @pytest.mark.parametrize("rule", RULES)
 def test_three_files_of_one_name(rule):
-    assert (ROOT / f"csrc/rules/{rule}.h").exists()
-    for folder in ("optim", "reference"):
-        assert (ROOT / f"src/fusedopt/{folder}/{rule}.py").exists()
+    assert all((ROOT / name).exists() for name in files(rule))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -27,6 +27,49 @@ def test_class_cases_and_readme(rule):
     for cls in (c for c in CLASSES if c.rule.name == rule):
         assert f"| `{cls.__name__}` |" in readme
         assert any(case.cls == cls.__name__ for case in CASES)
+
+
+def files(rule):
+    """The three files of a rule, from the root."""
+    package = "src/fusedopt"
+    return [f"csrc/rules/{rule}.h", f"{package}/optim/{rule}.py", f"{package}/reference/{rule}.py"]
+
+
+def test_guide_says_how_long_rules_are():
+    """Within a tenth, or 3 lines."""
+    guide = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| (\d+) \| (\d+) \| (\d+) \| \d+ \|$", guide, re.M)
+    assert {"lion", "rmsprop", "adagrad"} == {rule for rule, *_ in rows}
+    for rule, *counts in rows:
+        for name, told in zip(files(rule), map(int, counts), strict=True):
+            lines = len((ROOT / name).read_text().splitlines())
+            assert lines == pytest.approx(told, rel=0.1, abs=3), name
+
+
+LISTS = {  # the lists of rules; and benchmarks' peers, which have some
+    "csrc/rules/index.h",
+    "src/fusedopt/__init__.py",
+    "src/fusedopt/bench/contenders/__init__.py",
+    "src/fusedopt/cli/train.py",
+    "src/fusedopt/functional.py",
+    "src/fusedopt/reference/__init__.py",
+}
+
+
+@pytest.mark.parametrize(
+    "rule", sorted(RULES.keys() - {"adam", "sgd"})
+)  # which are examples everywhere
+def test_no_other_file_names_a_rule(rule):
+    names = {rule, *(c.__name__ for c in CLASSES if c.rule.name == rule)}
+    word = re.compile(rf"\b({'|'.join(names)})\b")
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("csrc", "src")
+        for path in (ROOT / folder).rglob("*.*")
+        if path.suffix in (".c", ".h", ".py", ".pyi", ".pyx", ".pxd")
+        and word.search(path.read_text("utf-8"))
+    }
+    assert set(files(rule)) <= found <= {*files(rule), *LISTS}
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
@@ -46,7 +89,7 @@ def test_reference_class_has_the_same_signature(cls):
     plain = getattr(reference, cls.__name__)
     assert issubclass(plain, cls)
     assert inspect.signature(plain) == inspect.signature(cls)
-    assert list(inspect.signature(cls).parameters)[1:] == [*cls.rule.checks, "threads"]
+    assert list(inspect.signature(cls).parameters)[1:] == [*cls.rule.defaults, "threads"]
 
 
 @pytest.mark.parametrize("name", functional.__all__)
@@ -55,6 +98,7 @@ def test_reference_function_has_the_same_signature(name):
     assert inspect.signature(fast) == inspect.signature(plain)
 
 
-def test_functions_are_all_listed():
+def test_classes_and_functions_are_all_listed():
     assert set(functional.__all__) == {case.function for case in CASES}
+    assert {choice.cls for choice in OPTIMIZERS.values()} == {c.__name__ for c in CLASSES}
     assert set(reference.__all__) == {*functional.__all__, *(c.__name__ for c in CLASSES)}

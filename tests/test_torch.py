@@ -30,6 +30,10 @@ ROWS = [
     ("RMSprop", {"lr": 0.1, "alpha": 0.9, "momentum": 0.9, "weight_decay": 0.1}),
     ("RMSprop", {"centered": True, "maximize": True}),
     ("RMSprop", {"centered": True, "momentum": 0.5, "eps": 1e-3}),
+    ("Adagrad", {}),
+    ("Adagrad", {"lr": 0.5, "lr_decay": 0.1}),
+    ("Adagrad", {"weight_decay": 0.1, "maximize": True}),
+    ("Adagrad", {"initial_accumulator_value": 0.3, "eps": 1e-3}),
     ("Lion", {}),
     ("Lion", {"lr": 0.01, "betas": (0.5, 0.9), "weight_decay": 0.1}),
 ]
@@ -76,8 +80,22 @@ def test_agrees(name, options, dtype):
                 )  # fmt: skip
 
 
+def test_adagrad_without_eps_is_torchs_where_all_gradients_were_zero():
+    g = np.array([0, 0, 2], np.float32)
+    ours, theirs = np.ones(3, np.float32), torch.ones(3, requires_grad=True)
+    theirs.grad = torch.from_numpy(g)
+    for begin in 0.0, 0.25:
+        opt = fusedopt.Adagrad(ours, lr=0.5, eps=0.0, initial_accumulator_value=begin)
+        options = {"eps": 0.0, "initial_accumulator_value": begin, "foreach": False}
+        with np.errstate(invalid="ignore"):
+            opt.step(g)
+        torch.optim.Adagrad([theirs], lr=0.5, **options).step()
+        assert np.array_equal(ours, theirs.detach().numpy(), equal_nan=True)
+        assert np.isnan(ours[:2]).all() and np.isfinite(ours[2])
+
+
 def test_state_names_and_defaults_are_torchs():
-    for name in ("Adam", "AdamW", "SGD"):
+    for name in ("Adagrad", "Adam", "AdamW", "RMSprop", "SGD"):
         ours = getattr(fusedopt, name)([np.ones(2)]).param_groups[0]
         theirs = getattr(torch.optim, name)([torch.ones(2, requires_grad=True)]).param_groups[0]
         for option in set(ours) & set(theirs) - {"params"}:

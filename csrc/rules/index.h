@@ -12,6 +12,7 @@
  * aliasing").
  *
  * Included by tile.inc once per compute type, so it has no guard. */
+#include "adagrad.h"
 #include "adam.h"
 #include "add.h"
 #include "lamb.h"
@@ -28,4 +29,5 @@
     X(lars, LARS_SCALARS, 1, 1, LAYERWISE)                                                         \
     X(lion, LION_SCALARS, 1, 1, PLAIN)                                                             \
     X(rmsprop, RMSPROP_SCALARS, 3, 1, PLAIN)                                                       \
+    X(adagrad, ADAGRAD_SCALARS, 1, 1, PLAIN)                                                       \
     X(add, ADD_SCALARS, 0, 0, INTERNAL)

@@ -28,6 +28,7 @@ from fusedopt._info import info  # noqa: E402
 from fusedopt._threads import get_num_threads, set_num_threads  # noqa: E402
 from fusedopt._version import __version__  # noqa: E402
 from fusedopt.accumulate import GradAccumulator  # noqa: E402
+from fusedopt.optim.adagrad import Adagrad  # noqa: E402
 from fusedopt.optim.adam import Adam, AdamW  # noqa: E402
 from fusedopt.optim.lamb import LAMB  # noqa: E402
 from fusedopt.optim.lars import LARS  # noqa: E402
@@ -43,6 +44,7 @@ __all__ = [
     "LAMB",
     "LARS",
     "SGD",
+    "Adagrad",
     "Adam",
     "AdamW",
     "GradAccumulator",

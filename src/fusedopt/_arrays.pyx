@@ -195,6 +195,7 @@ cdef class ArrayList:
     cdef Sums sums            # of the leaves, where a step measures
     cdef fo_stats *kept       # of an accumulator: what was measured of each leaf, or NULL
     cdef readonly object count  # steps of the whole list, a Python int
+    cdef public list writes   # (dict, key, value): what a step that succeeds writes, keys it has
     cdef int claimed          # 1 while a thread has the list; exchanged atomically
     cdef bint swapped         # whether `Swap` has it
 
@@ -202,7 +203,7 @@ cdef class ArrayList:
         self.rule, self.scalar_names, self.rule_states, self.layerwise = _core.RULES[rule]
         self.state_names = state_names
         self.names, self.grad_names, self.states = [], [], []
-        self.params, self.stored = [], []
+        self.params, self.stored, self.writes = [], [], []
         self.count = 0
 
     def __dealloc__(self):
@@ -246,8 +247,11 @@ cdef class ArrayList:
         self.release()
 
     def add(self, list names, list grad_names, list params, list states, int group, bint zero,
-            int threads):
-        """Add leaves, all or none: check and export every array, then zero the state if asked."""
+            int threads, begin=None):
+        """Add leaves, all or none: check and export every array, then zero the state if asked.
+
+        `begin`, called without arguments behind that, writes what state begins as otherwise.
+        """
         cdef ptrdiff_t i, old = self.n, total = old + len(names)
         self.leaves = <fo_leaf *>grow(self.leaves, total, sizeof(fo_leaf))
         self.held = <Held *>grow(self.held, total, sizeof(Held))
@@ -263,6 +267,11 @@ cdef class ArrayList:
                 self.states.append(list(states[i]))
                 self.export(self.n - 1, params[i], group)
             self.collect_spans()
+            if zero:
+                with nogil:
+                    zero_state(&self.leaves[old], total - old, threads)
+            if begin is not None:
+                begin()
         except BaseException:
             for i in range(old, self.n):
                 release(&self.held[i])
@@ -271,9 +280,6 @@ cdef class ArrayList:
                 del column[old:]
             self.collect_spans()
             raise
-        if zero:
-            with nogil:
-                zero_state(&self.leaves[old], total - old, threads)
 
     cdef int export(self, ptrdiff_t i, object param, int group) except -1:
         """Export a leaf's parameter, and of its state what is there."""
@@ -518,7 +524,8 @@ cdef class ArrayList:
         Parameters
         ----------
         prepare : callable(grads) -> (list of array or None, list of dict)
-            A gradient for each leaf, None leaves it out; and the options of each group.
+            A gradient for each leaf, None leaves it out; and the options of each group. May set
+            `writes`, which are made with the last of the step's, behind all that can fail.
         grads
             What `prepare` gets.
         hyper : callable(step, options) -> dict
@@ -622,6 +629,8 @@ cdef class ArrayList:
                     if self.kept != NULL:
                         self.kept[i] = self.sums.stats[i]
             self.count = number
+            for write in self.writes:
+                (<dict>(<tuple>write)[0])[(<tuple>write)[1]] = (<tuple>write)[2]
             if around is None:
                 return number, updated
             return number, updated, (

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from fusedopt import _check, _storage
 from fusedopt._check import Array
 from fusedopt._groups import Group
@@ -18,20 +16,19 @@ def fit(
     rule: Rule,
     groups: Sequence[Group],
     now: Sequence[Options],
+    params: Sequence[Array | Stored],
     ours: dict[str, dict[str, Any]],
     state_dict: Mapping[str, Any],
     convert: bool,
 ) -> tuple[list[tuple[Array, Array]], list[int], list[Options]]:
     """Return each array with what it shall hold, step counts and options; write nothing.
 
-    `now` are the options of the groups, `ours` the state of all leaves.
+    `now` are the options of the groups, `params` and `ours` the parameter and the state of each
+    leaf.
     """
     options = _options(rule, groups, now, state_dict["param_groups"], convert)
-    unused = []  # by leaf
-    for group, its in zip(groups, options, strict=True):
-        used = zip(rule.state_names, rule.uses(its), strict=True)
-        unused += [{name for name, use in used if not use}] * len(group.leaves)
-    steps, pairs = _states(rule, ours, state_dict["state"], unused, convert)
+    by_leaf = [its for group, its in zip(groups, options, strict=True) for _ in group.leaves]
+    steps, pairs = _states(rule, params, ours, state_dict["state"], by_leaf, convert)
     for i, (group, new) in enumerate(zip(groups, options, strict=True)):
         _storage.refuse_change(f"state dict: param_groups[{i}].", group.options, new)
     return pairs, steps, options
@@ -39,15 +36,16 @@ def fit(
 
 def _states(
     rule: Rule,
+    params: Sequence[Array | Stored],
     ours: dict[str, dict[str, Any]],
     state: Mapping[str, Any],
-    unused: Sequence[set[str]],
+    options: Sequence[Options],
     convert: bool,
 ) -> tuple[list[int], list[tuple[Array, Array]]]:
     """Return the step counts, and each array with what it shall hold.
 
     State that the new options do not use, as of momentum that was switched off, is ignored where
-    the optimizer has none, and zero where the dict has none.
+    the optimizer has none, and as it began where the dict has none.
     """
     if state.keys() != ours.keys():
         missing = [name for name in ours if name not in state]
@@ -57,10 +55,13 @@ def _states(
             f"missing {missing[:3]}, foreign {foreign[:3]}"
         )
     slots = {name: 1 + k for k, name in enumerate(rule.slots)}  # of others it is 0
-    steps, pairs = [], []
+    steps: list[int] = []
+    pairs: list[tuple[Array, Array]] = []
     for leaf, (name, arrays) in enumerate(ours.items()):
-        given = state[name]
-        if not isinstance(given, Mapping) or (given.keys() ^ arrays.keys()) - unused[leaf]:
+        given, its = state[name], options[leaf]
+        used = zip(rule.state_names, rule.uses(its), strict=True)
+        unused = {key for key, use in used if not use}
+        if not isinstance(given, Mapping) or (given.keys() ^ arrays.keys()) - unused:
             raise ValueError(
                 f"state dict: {name} should have {', '.join(arrays)}; "
                 "make the optimizer with the options that the state was made with"
@@ -69,8 +70,10 @@ def _states(
         steps.append(step)
         for key, array in arrays.items():
             if key not in given:  # as if it had never been used
-                parts = array.parts() if isinstance(array, Stored) else [array]
-                pairs += [(part, np.zeros_like(part)) for part in parts]
+                new, slot = _storage.zeros_like(array), slots[key]
+                begun = rule.states[slot - 1]
+                _storage.begin(f"{name}.{key}", new, begun, params[leaf], its, (leaf, slot))
+                pairs += zip(_storage.parts(array), _storage.parts(new), strict=True)
             elif key != "step":
                 where, place = f"state dict: {name}.{key}", (leaf, step, slots.get(key, 0))
                 pairs += _storage.pairs(where, array, given[key], convert, place)
@@ -88,15 +91,16 @@ def _options(
     fitted = []
     for i, (theirs, group, mine) in enumerate(zip(given, groups, now, strict=True)):
         where, names = f"state dict: param_groups[{i}]", rule.checks
-        if not isinstance(theirs, Mapping) or any(name not in theirs for name in names):
-            raise ValueError(f"{where}: expected {', '.join(names)}")
+        missing = [n for n in names if not isinstance(theirs, Mapping) or n not in theirs]
+        if missing:
+            raise ValueError(f"{where}: expected {', '.join(names)}; has no {', '.join(missing)}")
         options = {name: theirs[name] for name in names}
         if options["lr"] is None or callable(mine["lr"]):
             options["lr"] = mine["lr"]
         if convert:
             options |= {name: mine[name] for name in _storage.FIXED}
         checked = rule.check(options, f"{where}.")
-        lacking = group.lacks(rule, checked)
+        lacking = group.lacks(rule, rule.uses(checked))
         if lacking is not None:
             raise ValueError(
                 f"{where}: its options need other state than this optimizer has: {lacking}"

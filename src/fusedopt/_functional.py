@@ -28,7 +28,7 @@ params, grads, {states} : list of array
 step : int
     The number of this step, from 1.
 {options}
-    As for `{cls}`; `lr` is a number.
+    As for `{cls}`; `lr` is a number.{remembered}
 seed : int
     Of stochastic rounding.
 
@@ -43,14 +43,17 @@ def function(cls: type[Optimizer], engine: _Engine | None = None) -> Step:
     """Return the functional form of a class: ``f(params, grads, *states, *, step, **options)``.
 
     A state array has a list, named in the plural. A flag that asks for one (`amsgrad`) is no
-    argument: its list is given or not. `engine` takes the step, in the place of C.
+    argument: its list is given or not. Nor is what one begins as. What the rule remembers is an
+    argument: its value in this step. `engine` takes the step, in the place of C.
     """
     rule, take = cls.rule, engine or _step_in_c
     plurals = [f"{state.name}s" for state in rule.states]
     rows = list(zip(rule.states, plurals, strict=True))
     flags = {s.needs: plural for s, plural in rows if rule.defaults.get(s.needs) is False}
-    own = [option for option in rule.options if option.name not in flags]
-    known = {"seed", *(option.name for option in own)}
+    begins = {state.init for state in rule.states}  # state is the caller's, who has begun it
+    own = [option for option in rule.options if option.name not in flags.keys() | begins]
+    remembered = [row.name for row in rule.memory]
+    known = {"seed", *remembered, *(option.name for option in own)}
 
     def step_function(
         params: Sequence[Array | Stored],
@@ -67,6 +70,8 @@ def function(cls: type[Optimizer], engine: _Engine | None = None) -> Step:
         if not known.issuperset(options):
             unknown = ", ".join(options.keys() - known)
             raise TypeError(f"{name}: unknown option, or a list given twice: {unknown}")
+        if absent := [key for key in remembered if key not in options]:
+            raise TypeError(f"{name}: needs {', '.join(absent)}, as in this step")
         step = _check.steps("step", step, least=1)
         for flag, plural in flags.items():
             options[flag] = given[plural] is not None
@@ -74,10 +79,10 @@ def function(cls: type[Optimizer], engine: _Engine | None = None) -> Step:
         if callable(checked["lr"]):
             raise TypeError("lr: expected a number, that of this step; schedules are for classes")
         used = rule.uses(checked)
-        _check_lists(params, grads, given, used)
-        absent = [None] * len(params)
+        _check_lists(rule, params, grads, given, used)
+        nothing = [None] * len(params)
         lists = [
-            values if use else absent for values, use in zip(given.values(), used, strict=True)
+            values if use else nothing for values, use in zip(given.values(), used, strict=True)
         ]
         take(rule, params, grads, lists, step, checked)
 
@@ -86,10 +91,12 @@ def function(cls: type[Optimizer], engine: _Engine | None = None) -> Step:
     step_function.__module__ = cls.__module__
     step_function.__signature__ = _signature(rule, plurals, own)  # type: ignore[attr-defined]
     optional = [plural for state, plural in rows if state.needs]
+    as_now = f"\n{', '.join(remembered)}\n    What `{cls.__name__}` remembers, as in this step."
     step_function.__doc__ = _DOC.format(
         cls=cls.__name__,
         states=", ".join(plurals),
         options=", ".join(option.name for option in own),
+        remembered=as_now if remembered else "",
         optional="".join(f" `{plural}` may be None." for plural in optional),
     )
     return step_function
@@ -104,11 +111,14 @@ def _signature(rule: Rule, plurals: Sequence[str], own: Sequence[Option]) -> ins
     parameters.append(inspect.Parameter("step", only))
     for option in own:
         parameters.append(inspect.Parameter(option.name, only, default=option.default))
+    parameters += [inspect.Parameter(row.name, only) for row in rule.memory]
     parameters.append(inspect.Parameter("seed", only, default=rule.defaults["seed"]))
     return inspect.Signature(parameters, return_annotation=None)
 
 
-def _check_lists(params: Any, grads: Any, states: Mapping[str, Any], used: Sequence[bool]) -> None:
+def _check_lists(
+    rule: Rule, params: Any, grads: Any, states: Mapping[str, Any], used: Sequence[bool]
+) -> None:
     """Raise TypeError or ValueError, naming it, for a list that is missing or does not fit."""
     lists = {"params": params, "grads": grads, **states}
     for name, values in lists.items():
@@ -118,13 +128,15 @@ def _check_lists(params: Any, grads: Any, states: Mapping[str, Any], used: Seque
             raise TypeError(f"{name}: expected a list of arrays, got {type(values).__name__}")
         if len(values) != len(params):
             raise ValueError(f"{name}: {len(values)} arrays for {len(params)} in params")
-    for (name, values), use in zip(states.items(), used, strict=True):
+    ways = {"zeros": "numpy.zeros_like", "param": "a copy"}
+    for (name, values), state, use in zip(states.items(), rule.states, used, strict=True):
         if use and values is None:
             raise ValueError(f"{name}: these options need it; pass one array for each parameter")
         if use and (i := _arrays.find_none(values, grads)) >= 0:
+            way = ways.get(state.init, "numpy.full_like")
             raise ValueError(
-                f"{name}[{i}]: is None; these options need it, pass numpy.zeros_like of the "
-                "parameter where there is none yet"
+                f"{name}[{i}]: is None; these options need it, pass {way} of the parameter where "
+                "there is none yet"
             )
 
 

@@ -29,7 +29,7 @@ class Group:
     kept : tuple of bool
         Whether each state of the rule has arrays.
     options : dict
-        As last checked, with `lr` as a number.
+        As last checked, with `lr` as a number; and what the rule remembers.
     seen : dict or None
         The dict in `param_groups` as it was then; None if a value may change in place, so that it
         must be looked at in each step.
@@ -53,18 +53,17 @@ class Group:
         self.options, lr = options, options["lr"]
         self.schedule = lr if callable(lr) else None
 
-    def lacks(self, rule: Rule, options: Options) -> str | None:
-        """Return the name of a state that these options use and that was not allocated."""
-        rows = zip(rule.state_names, rule.uses(options), self.kept, strict=True)
+    def lacks(self, rule: Rule, used: tuple[bool, ...]) -> str | None:
+        """Return the name of a state that is used, see `Rule.uses`, and was not allocated."""
+        rows = zip(rule.state_names, used, self.kept, strict=True)
         return next((name for name, use, kept in rows if use and not kept), None)
 
     def valid(self, rule: Rule, given: Mapping[str, Any]) -> Options:
         """Return the options; in the place of one that no step takes, the last step's."""
         options = {}
-        for name, check in rule.checks.items():
+        for name in rule.checks:
             try:
-                value = given[name]
-                options[name] = value if name == "lr" and callable(value) else check(name, value)
+                options[name] = rule.check_one(name, given[name])
             except (KeyError, TypeError, ValueError):
                 options[name] = self.options[name]
         return options

@@ -7,6 +7,7 @@ never learns how its arrays are stored.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 from math import prod
 from typing import Any
 
@@ -14,8 +15,9 @@ import numpy as np
 
 from fusedopt import _check, _core, formats
 from fusedopt._check import Array
+from fusedopt._ieee import ieee
 from fusedopt.formats import FORMATS, Stored, extra_shape, is_bfloat16
-from fusedopt.rule import Options, Rule
+from fusedopt.rule import Options, Rule, State
 
 Spec = tuple[tuple[int, ...], Any, tuple[int, ...] | None]  # an array's shape, dtype, strides
 
@@ -70,7 +72,7 @@ def allocate(
     rule: Rule,
     options: Options,
 ) -> tuple[list[Array | Stored], list[list[Array | Stored | None]]]:
-    """Check the parameters and make their states; return both, as arrays or `Stored`.
+    """Check the parameters and allocate their states; return both, as arrays or `Stored`.
 
     Behind a leaf's state comes its average, or None; it begins as the parameter. All arrays lie on
     one block of memory, leaf by leaf, but for averages not yet written.
@@ -119,6 +121,54 @@ def allocate(
     return stored, states
 
 
+@ieee
+def begin(
+    where: str,
+    array: Array | Stored,
+    state: State,
+    param: Array | Stored,
+    options: Options,
+    place: tuple[int, int],
+) -> None:
+    """Write what a state, all zero, begins as.
+
+    Narrow formats round it by the noise of step 0 at `place`, the leaf and slot. A large array is
+    written in pieces, so that it takes little memory beside its own.
+    """
+    value = state.first(options)
+    if value == 0:
+        return
+    is_double = not isinstance(array, Stored) and array.dtype == np.float64
+    if value is not None and not is_double and abs(value) > float(np.finfo(np.float32).max):
+        raise ValueError(f"{where}: {state.init}={value} is beyond float32, in which steps compute")
+    leaf, slot = place
+    key = formats.key(options["seed"], leaf, 0, slot)
+    sources = formats.pieces(param) if value is None else repeat((0, np.float64(value)))
+    for (start, piece), (_, source) in zip(formats.pieces(array), sources, strict=False):
+        values = source.decode() if isinstance(source, Stored) else source
+        if isinstance(piece, Stored):
+            formats.encode(piece, np.broadcast_to(values, piece.shape), key, start)
+        else:
+            piece[...] = values
+
+
+def begin_all(
+    names: Sequence[str],
+    params: Sequence[Array | Stored],
+    states: Sequence[Sequence[Array | Stored | None]],
+    rule: Rule,
+    options: Options,
+    first: int,
+) -> None:
+    """Do so with all states of some leaves, numbered from `first`."""
+    rows = [(k, state) for k, state in enumerate(rule.states) if state.init != "zeros"]
+    for leaf, (name, param, arrays) in enumerate(zip(names, params, states, strict=True), first):
+        for k, state in rows:
+            array = arrays[k]
+            if array is not None:
+                begin(f"{name}.{state.name}", array, state, param, options, (leaf, 1 + k))
+
+
 def shown(param: Array | Stored, values: Array) -> Array:
     """Return float `values` as the caller sees such a parameter: rounded to nearest."""
     if not isinstance(param, Stored):
@@ -165,15 +215,15 @@ def memory(
             if array is not None:
                 kept[name] = kept.get(name, 0) + array.nbytes
     size = max(1, sum(prod(param.shape) for param in params))
-    parts = {
+    table = {
         name: {"resident": nbytes / size, "moved": 2 * nbytes / size}
         for name, nbytes in kept.items()
     }
-    parts["grad"] = {"resident": 0.0, "moved": grad / size}
-    parts["total"] = {
-        column: sum(part[column] for part in parts.values()) for column in ("resident", "moved")
+    table["grad"] = {"resident": 0.0, "moved": grad / size}
+    table["total"] = {
+        column: sum(row[column] for row in table.values()) for column in ("resident", "moved")
     }
-    return parts
+    return table
 
 
 def pairs(
@@ -220,7 +270,7 @@ def pairs(
                 "encodes them anew"
             )
         theirs = _converted(where, ours, theirs, place)
-    return [(a, _laid_as(a, b)) for a, b in zip(_parts(ours), _parts(theirs), strict=True)]
+    return [(a, _laid_as(a, b)) for a, b in zip(parts(ours), parts(theirs), strict=True)]
 
 
 def _laid_as(a: Array, b: Array) -> Array:
@@ -249,9 +299,16 @@ def _converted(
     return twin
 
 
+def zeros_like(array: Array | Stored) -> Array | Stored:
+    """Return an array of the same kind, shape and memory order, all zero."""
+    zeros = [np.zeros_like(part, subok=False) for part in parts(array)]
+    return Stored(array.format, *zeros) if isinstance(array, Stored) else zeros[0]
+
+
 def _kind(array: Array | Stored) -> str:
     return array.format if isinstance(array, Stored) else str(array.dtype)
 
 
-def _parts(array: Array | Stored) -> list[Array]:
+def parts(array: Array | Stored) -> list[Array]:
+    """Return the arrays that one consists of."""
     return array.parts() if isinstance(array, Stored) else [array]

@@ -28,6 +28,7 @@ an 8-bit block is stored as NaN, and the other elements of the block as if it we
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,7 @@ from fusedopt._ieee import ieee
 Array = NDArray[Any]
 
 BLOCK = 64
+PIECE = 1024 * BLOCK  # elements that are encoded at a time where a large array shall cost no memory
 INFINITE, QUIET_NAN = np.uint32(0x7F800000), np.uint32(0x7FC00000)
 
 # name -> dtype of the data (None: bfloat16), dtype of the extra, elements for one entry of it
@@ -139,6 +141,22 @@ def flat(array: Array) -> Array:
     return view
 
 
+def pieces(array: Array | Stored) -> Iterator[tuple[int, Array | Stored]]:
+    """Yield where each piece of an array begins, and a flat view of it; they are whole blocks."""
+    data = array.data if isinstance(array, Stored) else array
+    view = flat(data)
+    for start in range(0, view.size, PIECE):
+        piece = view[start : start + PIECE]
+        if not isinstance(array, Stored):
+            yield start, piece
+        elif array.extra is None:
+            yield start, Stored(array.format, piece)
+        else:
+            per = FORMATS[array.format][2]
+            extra = flat(array.extra)[start // per : (start + PIECE) // per]
+            yield start, Stored(array.format, piece, extra)
+
+
 def extra_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of `Stored.extra` for a format with one, and an array of this shape."""
     per = FORMATS[name][2]
@@ -173,9 +191,11 @@ def noise(key: int, counter: NDArray[np.uint32]) -> NDArray[np.uint32]:
     return x
 
 
-def random16(key: int, blocks: int) -> NDArray[np.uint32]:
-    """Return 16 random bits for each element, in rows of one block."""
-    random = noise(key, np.arange(blocks * BLOCK // 2, dtype=np.uint32)).reshape(blocks, BLOCK // 2)
+def random16(key: int, blocks: int, first: int = 0) -> NDArray[np.uint32]:
+    """Return 16 random bits for each element of blocks from the first on, in rows of one block."""
+    counter = np.arange(blocks * BLOCK // 2, dtype=np.uint32)
+    counter += np.uint32(first * BLOCK // 2 % 2**32)
+    random = noise(key, counter).reshape(blocks, BLOCK // 2)
     return np.hstack([random & np.uint32(0xFFFF), random >> np.uint32(16)])
 
 
@@ -207,13 +227,16 @@ def decode(stored: Stored) -> NDArray[np.float32]:
 
 
 @ieee
-def encode(stored: Stored, values: Array, key: int) -> None:
-    """Store float32 or float64 `values`, in memory order, in `stored`."""
+def encode(stored: Stored, values: Array, key: int, start: int = 0) -> None:
+    """Store float32 or float64 `values`, in memory order, in `stored`.
+
+    That may be the piece of a larger array that begins at element `start`, where a block does.
+    """
     name, extra, n = stored.format, stored.extra, stored.size
     if values.dtype == np.float64 and name != "bfloat16+int16":  # which is a float32
         values = _to_odd(values)
     bits = _rows(np.ascontiguousarray(values, np.float32), np.uint32)
-    random = random16(key, len(bits))
+    random = random16(key, len(bits), start // BLOCK)
     if name in ("int8", "uint8"):
         assert extra is not None
         codes, extra[...] = _encode_8bit(bits, random, name == "int8")

@@ -10,6 +10,7 @@ import inspect
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, ClassVar, NoReturn, get_type_hints
 
 from fusedopt import (
@@ -87,11 +88,12 @@ class Optimizer:
         if not hasattr(self, "rule"):
             raise TypeError("Optimizer is the base class; make an Adam, AdamW, SGD, ...")
         self._threads = None if threads is None else _threads.check("threads", threads)
-        _groups.refuse_unknown(type(self).__name__, options, self.rule.checks)
+        _groups.refuse_unknown(type(self).__name__, options, self.rule.defaults)
         self.defaults: Options = self.rule.check(self.rule.defaults | options)
         self.param_groups: list[Options] = []
         self._work = _arrays.ArrayList(self.rule.name, self.rule.state_names)
         self._groups: list[_groups.Group] = []
+        self._remembers = self.rule.advance is not None  # asked in every step
         self._bare = not _tree.is_groups(params)
         if isinstance(params, dict) and "params" in params and params.keys() & self.rule.checks:
             raise TypeError("params: a group, which must be in a list: [{'params': ..., ...}]")
@@ -129,11 +131,12 @@ class Optimizer:
         where = "" if self._bare and number == 0 else f"params[{number}]"
         if not isinstance(group, Mapping) or "params" not in group:
             raise TypeError(f"{where}: expected a dict with 'params', got {type(group).__name__}")
-        _groups.refuse_unknown(where, group, self.rule.checks)
+        _groups.refuse_unknown(where, group, self.rule.defaults)
         options = self.rule.check(
-            {name: group.get(name, self.defaults[name]) for name in self.rule.checks},
+            {name: group.get(name, self.defaults[name]) for name in self.rule.defaults},
             where=where and f"{where}.",
         )
+        options = self.rule.begun(options)
         tree, root = group["params"], f"{where}['params']" if where else "params"
         named = list(_tree.leaves(root, tree))
         names, params = [name for name, _ in named], [leaf for _, leaf in named]
@@ -149,9 +152,10 @@ class Optimizer:
         made = _groups.Group(tree, _tree.reader(tree), nodes, leaves, self.rule.uses(options))
         made.note(shown, options)
         known, threads = [*self._groups, made], _threads.of(self._threads)
+        begin = partial(_storage.begin_all, names, stored, states, self.rule, options, old)
         self.param_groups.append(shown)
         try:
-            self._work.add(names, grads, stored, states, number, True, threads)
+            self._work.add(names, grads, stored, states, number, True, threads, begin)
         finally:  # a signal's exception may come right behind the call; nothing here can fail
             if len(self._work) == leaves.stop:
                 self._groups = known
@@ -228,7 +232,7 @@ class Optimizer:
         """Name, options of the groups, and size."""
         total = sum(param.size for param in self._work.params)
         groups = "; ".join(
-            ", ".join(f"{name}={group[name]!r}" for name in self.rule.checks)
+            ", ".join(f"{name}={group[name]!r}" for name in self.rule.defaults)
             for group in self.param_groups
         )
         return f"{type(self).__name__}({len(self._work)} arrays, {total:,} elements; {groups})"
@@ -364,7 +368,24 @@ class Optimizer:
                 step = self._work.count + 1
                 rate = self.rule.checks["lr"](f"lr({step})", group.schedule(step))
                 group.options = group.options | {"lr": rate}
+        if self._remembers:
+            return flat, self._advance()
         return flat, [group.options for group in self._groups]
+
+    def _advance(self) -> list[Options]:
+        """Return the options of the groups in this step, with what the rule remembers.
+
+        The list writes that where it is kept when the step has succeeded.
+        """
+        advanced, writes = [], []
+        for i, group in enumerate(self._groups):
+            options = self.rule.advanced(group.options, f"param_groups[{i}]: in this step ")
+            for kept in (self.param_groups[i], group.options, group.seen):
+                if kept is not None:
+                    writes += [(kept, row.name, options[row.name]) for row in self.rule.memory]
+            advanced.append(options)
+        self._work.writes = writes
+        return advanced
 
     def _flatten(self, tree: Any, name: str) -> list[Array | None]:
         flat: list[Array | None] = []
@@ -388,16 +409,16 @@ class Optimizer:
         _groups.refuse_unknown(where, given, self.rule.checks)
         missing = [name for name in self.rule.checks if name not in given]
         if missing:
-            raise ValueError(f"{where}: has no {missing[0]!r}, an option that steps need")
+            raise ValueError(f"{where}: has no {missing[0]!r}, which steps need")
         options = self.rule.check(given, f"{where}.")
         _storage.refuse_change(f"{where}.", group.options, options)
-        lacking = group.lacks(self.rule, options)
+        used = self.rule.uses(options)
+        lacking = group.lacks(self.rule, used)
         if lacking is not None:
             raise ValueError(
                 f"{where}: these options need {lacking}, which was not allocated; "
                 "set them when the optimizer is made"
             )
-        used = self.rule.uses(options)
         if used != self.rule.uses(group.options):
             for leaf in group.leaves:
                 self._work.use_states(leaf, used)
@@ -525,7 +546,7 @@ class Optimizer:
             for group, shown in zip(self._groups, self.param_groups, strict=True)
         ]
         pairs, steps, options = _fitting.fit(
-            self.rule, self._groups, now, self.state, given, convert
+            self.rule, self._groups, now, self._work.stored, self.state, given, convert
         )
         self._work.restore(pairs, step, steps, self.param_groups, options)
 

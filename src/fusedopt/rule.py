@@ -41,21 +41,53 @@ class Option:
 
 @dataclass(frozen=True)
 class State:
-    """An array that a rule keeps for each parameter, of its shape; it begins as zeros.
+    """An array that a rule keeps for each parameter, of its shape.
 
     Attributes
     ----------
     name : str
         As torch has it.
     squared : bool
-        Whether it is a mean of squares: never negative, and unsigned in 8 bits.
+        Whether it is a mean or sum of squares: never negative, and unsigned in 8 bits.
     needs : str
         The option without which it is not kept: one that is False or 0. Empty: always kept.
+    init : str
+        What it begins as: "zeros", "param" (the parameter's value), or the name of the option that
+        holds the value of every element.
     """
 
     name: str
     squared: bool = False
     needs: str = ""
+    init: str = "zeros"
+
+    def first(self, options: Mapping[str, Any]) -> float | None:
+        """Return the number that every element begins as; None where that is the parameter's."""
+        if self.init == "param":
+            return None
+        return 0.0 if self.init == "zeros" else options[self.init]
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A number that a rule remembers of a group from step to step.
+
+    It stands in `param_groups` and in checkpoints beside the options, and is no argument of the
+    class.
+
+    Attributes
+    ----------
+    name : str
+        As the library has it that made the rule known.
+    init : float or str
+        What it begins as: a number, or the name of the option that holds it.
+    check : callable(name, value) -> value
+        As that of `Option`.
+    """
+
+    name: str
+    init: float | str
+    check: Check = _check.number
 
 
 MAXIMIZE = Option("maximize", False, _check.flag)
@@ -97,9 +129,16 @@ class Rule:
     states : tuple of State
         Optional ones last.
     constants : callable(step, options) -> dict
-        The scalars of the C rule in a step, from 1, by name, in double.
+        The scalars of the C rule in a step, from 1, by name, in double. What the rule remembers is
+        among the options, as it is in this step.
     demand : callable(where, options), optional
         Raises ValueError for options, each of them right, that do not go together.
+    memory : tuple of Scalar
+        What the rule remembers of a group.
+    advance : callable(options) -> dict, optional
+        Returns that as it is in the next step of the optimizer; it is called more than once for a
+        step, and must depend on nothing but the options and, among them, what was remembered after
+        the last step that succeeded.
     """
 
     name: str
@@ -107,11 +146,14 @@ class Rule:
     states: tuple[State, ...]
     constants: Callable[[int, Options], dict[str, float]]
     demand: Callable[[str, Options], None] | None = None
+    memory: tuple[Scalar, ...] = ()
+    advance: Callable[[Options], dict[str, Any]] | None = None
 
     @cached_property
     def checks(self) -> dict[str, Check]:
-        """The check of each option by name, also of those that every optimizer has."""
-        return {option.name: option.check for option in (*self.options, *COMMON)}
+        """The check of all that a group has but its parameters: options, and what is remembered."""
+        rows: list[Option | Scalar] = [*self.options, *COMMON, *self.memory]
+        return {row.name: row.check for row in rows}
 
     @cached_property
     def defaults(self) -> Options:
@@ -135,16 +177,37 @@ class Rule:
         return names.get("l1", ""), names.get("l2", "")
 
     def check(self, options: Options, where: str = "") -> Options:
-        """Return the options, each of them checked; `where` begins the messages."""
+        """Return what of `options` a group has, checked; `where` begins the messages."""
         checked = {
-            name: value
-            if name == "lr" and callable(value := options[name])
-            else check(where + name, options[name])
-            for name, check in self.checks.items()
+            name: self.check_one(name, options[name], where)
+            for name in self.checks
+            if name in options
         }
         if self.demand is not None:
             self.demand(where, checked)
         return checked
+
+    def check_one(self, name: str, value: Any, where: str = "") -> Any:
+        """Return one value of a group, checked; `lr` may be a schedule, which a step calls."""
+        if name == "lr" and callable(value):
+            return value
+        return self.checks[name](where + name, value)
+
+    def begun(self, options: Options) -> Options:
+        """Return the options with what the rule remembers as it begins."""
+        return options | {
+            row.name: options[row.init] if isinstance(row.init, str) else row.init
+            for row in self.memory
+        }
+
+    def advanced(self, options: Options, where: str = "") -> Options:
+        """Return the options with what the rule remembers as it is in the next step."""
+        if self.advance is None:
+            return options
+        new = self.advance(options)
+        return options | {
+            row.name: self.check_one(row.name, new[row.name], where) for row in self.memory
+        }
 
     def uses(self, options: Mapping[str, Any]) -> tuple[bool, ...]:
         """Return for each state whether these options need it."""
@@ -160,7 +223,8 @@ class Rule:
         step : int
             From 1.
         options : dict
-            Checked, with `lr` as a number; of `COMMON` those that are not the default.
+            Checked, with `lr` as a number; of `COMMON` those that are not the default. What the
+            rule remembers is as `advanced` has it.
         grad_scale : float
             Multiplies the gradient.
         count : int, optional

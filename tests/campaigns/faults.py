@@ -40,8 +40,8 @@ def contents(opt):
     for group in opt.param_groups:
         found += [p.tobytes() for p in group["params"]]
     for state in opt.state.values():
-        found += [a if key == "step" else a.tobytes() for key, a in state.items()]
-    return found
+        found += [a for key, a in state.items() if key == "step"]
+    return found + [a.tobytes() for a in arrays_of(opt)]
 
 
 # ---------------------------------------------------------------- memory
@@ -71,6 +71,7 @@ def calls(folder):
     """Name -> a call that allocates, what it leaves alone when it fails, and (a step) what else."""
     path, full = Path(folder, "state.npz"), Path(folder, "full.npz")
     opt, other, grown = make(), make(2.0), make()
+    summed = fusedopt.Adagrad([np.ones(9, np.float32)], state_dtype="bfloat16")
     opt.save(path)
     other.save(full)
     grads = [np.ones(700, np.float64), np.ones(33, np.float32), np.ones(5, np.float32)]
@@ -91,6 +92,12 @@ def calls(folder):
         "add_param_group": (
             lambda: grown.add_param_group({"params": [np.ones(9), np.ones(5000)]}),
             lambda: contents(grown),
+        ),
+        "add_param_group, state not zero": (
+            lambda: summed.add_param_group(
+                {"params": [np.ones(5000, np.float32)], "initial_accumulator_value": 0.1}
+            ),
+            lambda: contents(summed),
         ),
         "step": stepping(grads),
         "step with copies": stepping(laid),

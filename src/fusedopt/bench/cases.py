@@ -24,12 +24,14 @@ _CLASSES = {
 }
 CLASSES = {name: cls.__name__ for name, cls in _CLASSES.items()}
 _OTHER = {"sgd": {"momentum": 0.9}}  # than the default
-# options that are numbers, by torch's names
+# options of a step that are numbers, by torch's names
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     name: {
         option.name: option.default
         for option in cls.rule.options
-        if not isinstance(option.default, bool) and option.term != "l1"
+        if not isinstance(option.default, bool)
+        and option.term != "l1"
+        and option.name not in {state.init for state in cls.rule.states}
     }
     | _OTHER.get(name, {})
     for name, cls in _CLASSES.items()

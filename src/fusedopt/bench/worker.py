@@ -44,7 +44,11 @@ def build(row: Row, problem: Problem) -> Contender:
     ------
     Disagreement
         If it does not compute the same update; says how far it is off.
+    ValueError
+        If it has no such optimizer or dtype.
     """
+    if (why := row.lacks(problem)) is not None:
+        raise ValueError(f"{row.name}: {why}")
     contender = row.cls(problem, problem.params(), **row.options)
     grads = problem.grads()
     for scale in (_FIRST_SCALE, 1 / _FIRST_SCALE):  # powers of two: nothing is rounded

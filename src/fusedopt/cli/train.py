@@ -44,6 +44,7 @@ class Choice:
 
 
 OPTIMIZERS = {
+    "adagrad": Choice("Adagrad", 2e-2),
     "adam": Choice("Adam", 2e-3),
     "adamw": Choice("AdamW", 2e-3),
     "lamb": Choice("LAMB", 5e-3),

@@ -3,6 +3,7 @@
 Functions and classes have the names and signatures of `fusedopt.functional` and `fusedopt`.
 """
 
+from fusedopt.reference.adagrad import Adagrad, adagrad
 from fusedopt.reference.adam import Adam, AdamW, adam, adamw
 from fusedopt.reference.lamb import LAMB, lamb
 from fusedopt.reference.lars import LARS, lars
@@ -11,6 +12,6 @@ from fusedopt.reference.rmsprop import RMSprop, rmsprop
 from fusedopt.reference.sgd import SGD, sgd
 
 __all__ = [
-    "LAMB", "LARS", "SGD", "Adam", "AdamW", "Lion", "RMSprop",
-    "adam", "adamw", "lamb", "lars", "lion", "rmsprop", "sgd",
+    "LAMB", "LARS", "SGD", "Adagrad", "Adam", "AdamW", "Lion", "RMSprop",
+    "adagrad", "adam", "adamw", "lamb", "lars", "lion", "rmsprop", "sgd",
 ]  # fmt: skip

@@ -185,7 +185,8 @@ class Plain(Optimizer):
         around: Around | None,
         copy: Array | None,
     ) -> tuple[GradSums, StepSums] | None:
-        options = next(group.options for group in self._groups if number in group.leaves)
+        group = next(group for group in self._groups if number in group.leaves)
+        options = self.rule.advanced(group.options)
         *arrays, average = self._work.states[number]
         used = zip(self.rule.uses(options), arrays, strict=True)
         return leaf(

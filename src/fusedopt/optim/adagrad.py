@@ -1,0 +1,107 @@
+"""Adagrad."""
+
+from __future__ import annotations
+
+from typing import Any, Unpack
+
+from fusedopt import _check
+from fusedopt._functional import function
+from fusedopt.optimizer import Optimizer
+from fusedopt.rule import MAXIMIZE, Common, Option, Rule, State
+
+RULE = Rule(
+    name="adagrad",
+    options=(
+        Option("lr", 1e-2, _check.nonnegative),
+        Option("lr_decay", 0.0, _check.nonnegative),
+        Option("weight_decay", 0.0, _check.nonnegative, term="l2"),
+        Option("initial_accumulator_value", 0.0, _check.nonnegative),
+        Option("eps", 1e-10, _check.nonnegative),
+        MAXIMIZE,
+    ),
+    states=(State("sum", squared=True, init="initial_accumulator_value"),),
+    constants=lambda step, o: {
+        "step_size": o["lr"] / (1 + (step - 1) * o["lr_decay"]),
+        "eps": o["eps"],
+    },
+)
+
+
+class Adagrad(Optimizer):
+    """Adagrad [1]_: each element's step divided by the root of all its squared gradients.
+
+    ``sum = sum + g**2``, then ``p = p - lr * g / (sqrt(sum) + eps)``: elements that seldom have a
+    gradient, as the rows of an embedding, keep a large rate.
+
+    Parameters
+    ----------
+    params : array, nesting of arrays, or list of groups
+        As for `Adam`.
+    lr : float or callable(step) -> float, default 1e-2
+        Step size, >= 0, in units of the parameter; a callable gets the step, from 1.
+    lr_decay : float, default 0
+        >= 0: the rate of a leaf's step t, from 1, is ``lr / (1 + (t - 1) * lr_decay)``.
+    weight_decay : float, default 0
+        L2 penalty, >= 0: ``weight_decay * param`` is added to the gradient.
+    initial_accumulator_value : float, default 0
+        What every element of ``sum`` begins as, >= 0; later changes are without effect.
+    eps : float, default 1e-10
+        Added to the root, >= 0. With 0 an element whose gradients were all 0 becomes NaN.
+    maximize : bool, default False
+        Go up the gradient.
+    **common
+        How arrays are stored, a running average of the parameters, threads; see `Optimizer`.
+
+    Raises
+    ------
+    TypeError, ValueError, MemoryError
+        As for `Adam`.
+
+    Notes
+    -----
+    State of a leaf: ``step`` and ``sum``. `fusedopt.reference.adagrad` is the formula.
+
+    Errors of a sum that never decays stay in it. Rounded stochastically, its mean is right; over
+    10,000 steps of normal gradients the standard deviation of its relative error, of 65,536
+    elements, grew to 0.22 in 8 bits (0.21 after 1,000) and 0.05 in bfloat16. The update has half of
+    that.
+
+    References
+    ----------
+    .. [1] Duchi, Hazan & Singer, JMLR 12 (2011), with diagonal matrices; as torch.optim.Adagrad
+       2.13.
+
+    Examples
+    --------
+    >>> import numpy as np, fusedopt
+    >>> w = np.array([1.0, 2.0])
+    >>> opt = fusedopt.Adagrad(w, lr=0.5)
+    >>> opt.step(np.array([1.0, -2.0]))
+    StepResult(step=1, updated=1)
+    >>> w.round(3)
+    array([0.5, 2.5])
+    """
+
+    rule = RULE
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Any = 1e-2,
+        lr_decay: float = 0.0,
+        weight_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+        *,
+        maximize: bool = False,
+        **common: Unpack[Common],
+    ) -> None:
+        """See the class."""
+        super().__init__(
+            params, lr=lr, lr_decay=lr_decay, weight_decay=weight_decay,
+            initial_accumulator_value=initial_accumulator_value, eps=eps, maximize=maximize,
+            **common,
+        )  # fmt: skip
+
+
+adagrad = function(Adagrad)

@@ -1,0 +1,20 @@
+"""Adagrad in plain NumPy: the order of roundings that every fast path must reproduce."""
+
+from typing import Any
+
+import numpy as np
+
+from fusedopt._check import Array
+from fusedopt.optim import adagrad as _fast
+from fusedopt.reference._plain import reference
+
+
+def _adagrad(
+    p: Array, g: Array, s: Array, *, step: int, lr: float, lr_decay: float, eps: float, **_: Any
+) -> None:
+    c = p.dtype.type  # round a constant once
+    s[...] = s + g * g
+    p[...] = p - (c(lr / (1 + (step - 1) * lr_decay)) * g) / (np.sqrt(s) + c(eps))
+
+
+Adagrad, adagrad = reference(_fast.Adagrad, _adagrad)
