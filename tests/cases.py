@@ -119,6 +119,33 @@ CASES = [
 ]
 
 
+# what a step may do around a rule: the rows of the tests of every adapter
+ALL_STEP_OPTIONS = {
+    "grad_scale": 0.25,
+    "max_grad_norm": 0.5,
+    "clip_value": 0.01,
+    "stats": True,
+    "zero_grads": True,
+}
+STEP_OPTIONS = [
+    {"grad_scale": 0.37},
+    {"grad_scale": -3.0, "clip_value": 0.2},
+    {"clip_value": 0.01},
+    {"max_grad_norm": 0.7},
+    {"max_grad_norm": 1e9, "grad_scale": 2.0},
+    {"max_grad_norm": 0.3, "per_tensor": True},
+    {"max_grad_norm": 0.3, "norm_type": np.inf},
+    {"max_grad_norm": 0.1, "norm_type": np.inf, "per_tensor": True, "nonfinite": "skip"},
+    {"nonfinite": "skip"},
+    {"max_grad_norm": np.inf},
+    {"max_grad_norm": np.inf, "norm_type": np.inf, "per_tensor": True},
+    {"stats": True},
+    {"stats": True, "nonfinite": "skip"},
+    {"zero_grads": True},
+    ALL_STEP_OPTIONS,
+]
+
+
 def values(n: int, dtype: Any, seed: int, hostile: bool = True) -> np.ndarray:
     """n numbers of mixed sizes; if hostile, with infinities, NaN, zeros and subnormals."""
     rng = np.random.default_rng(seed)

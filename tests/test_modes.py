@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 import pytest
 from cases import CASES, TILE, canonical, isa, threads
-from test_around import tree_bytes
+from test_step_options import tree_bytes
 
 import fusedopt
 from fusedopt import _core, reference

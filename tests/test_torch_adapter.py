@@ -8,6 +8,8 @@ import pytest
 from torch_cases import backward, close, fo, leaf, model, since, torch, train
 
 import fusedopt
+from fusedopt._options import DEFAULTS as STEP_OPTIONS
+from fusedopt.rule import COMMON
 
 ROWS = [
     ("Adam", {}),
@@ -60,8 +62,8 @@ def test_is_torchs_class(name):
     opt = cls([leaf(3)])
     assert isinstance(opt, peer)
     assert opt.defaults == peer([leaf(3)]).defaults
-    own = ["state_dtype", "master_bits", "min_8bit_size", "seed", "ema", "ema_warmup"]
-    own += ["max_grad_norm", "stats", "threads"]
+    own = [option.name for option in COMMON]
+    own += [name for name in STEP_OPTIONS if name != "grad_scale"] + ["process_group", "threads"]
     assert list(inspect.signature(cls).parameters) == [*inspect.signature(peer).parameters, *own]
 
 

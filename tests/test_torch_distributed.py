@@ -40,12 +40,12 @@ def ranks(world, folder, *scenarios):
 
 def test_engines(tmp_path):
     """DDP, also with gradients that are views of its buckets; ZeRO."""
-    ranks(2, tmp_path, "ddp", "ddp_buckets", "zero")
+    ranks(2, tmp_path, "ddp", "ddp_buckets", "zero", "norms_of_parts")
 
 
 @since("2.6")  # on CPUs
 def test_fully_sharded(tmp_path):
-    ranks(2, tmp_path, "fsdp", "averages")
+    ranks(2, tmp_path, "fsdp", "averages", "norms_of_shards", "trust_ratios")
 
 
 @since("2.6")

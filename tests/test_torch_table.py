@@ -3,25 +3,24 @@
 The oracle is `fusedopt.reference`, with the same arrays, options and gradients.
 """
 
+import inspect
 import itertools
 
 import numpy as np
 import pytest
-from cases import canonical
+from cases import CASES, CLASSES, STEP_OPTIONS, canonical
 from torch_cases import fo, torch
 
 from fusedopt import reference
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 
+# every case that the class for torch has the options of (L1 is of no torch optimizer)
 RULES = [
-    ("Adam", {"lr": 0.1}),
-    ("Adam", {"lr": 0.1, "amsgrad": True, "weight_decay": 0.1, "maximize": True}),
-    ("AdamW", {"lr": 0.1, "weight_decay": 0.1}),
-    ("AdamW", {"lr": 0.1, "amsgrad": True}),
-    ("SGD", {"lr": 0.1}),
-    ("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.1}),
-    ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True, "maximize": True}),
+    (case.cls, case.options | case.class_options)
+    for case in CASES
+    if {*case.options, *case.class_options}
+    <= {*inspect.signature(getattr(fo, case.cls)).parameters}
 ]
 STORAGE = [
     (torch.float32, {}),
@@ -35,12 +34,10 @@ STORAGE = [
     (torch.bfloat16, {"state_dtype": "int8", "min_8bit_size": 64}),
 ]
 AVERAGES = [{}, {"ema": 0.9}, {"ema": 0.9, "ema_warmup": True}]
+# (averages, options of the step): each case of a rule takes some of them, all of its cases most
 AROUND = [
-    {},
-    {"stats": True},
-    {"max_grad_norm": 0.5},
-    {"max_grad_norm": float("inf")},
-    {"max_grad_norm": 0.5, "stats": True},
+    *itertools.product(AVERAGES, [{}, {"stats": True}, {"max_grad_norm": 0.5}]),
+    *zip(itertools.cycle(AVERAGES), STEP_OPTIONS, strict=False),
 ]
 MODELS = {"one": [(700,)], "several": [(7, 90), (9,), (), (0,), (3, 50)]}
 
@@ -74,36 +71,49 @@ def check_state(own, theirs):
     assert seen == set(theirs) - {"step"}
 
 
+def test_all_optimizers_are_here():
+    assert set(fo.__all__) == {cls.__name__ for cls in CLASSES} == {name for name, _ in RULES}
+
+
 @pytest.mark.parametrize("shapes", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize(("dtype", "storage"), STORAGE, ids=str)
 @pytest.mark.parametrize(("name", "options"), RULES, ids=str)
 def test_bits(name, options, dtype, storage, shapes):
-    for averages, around in itertools.product(AVERAGES, AROUND):
+    """Options of a step are given to the constructor, or to the step; with copies or without."""
+    turn = RULES.index((name, options)) + STORAGE.index((dtype, storage))
+    for row, (averages, around) in list(enumerate(AROUND))[turn % 4 :: 4]:
         generator = torch.Generator().manual_seed(0)
         start = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
         params = [torch.nn.Parameter(p.clone()) for p in start]
         arrays = [as_numpy(p.clone()) for p in start]
-        opt = getattr(fo, name)(params, **options, **storage, **averages, **around)
+        now = dict(around)
+        made = {} if row % 3 else {k: now.pop(k) for k in around if k != "grad_scale"}
+        narrow = torch.bfloat16 if row % 3 else torch.float16
+        copies = [torch.zeros(p.shape, dtype=narrow) for p in start] if row // 4 % 2 else None
+        theirs = copies and [as_numpy(copy.clone()) for copy in copies]
+        opt = getattr(fo, name)(params, **options, **storage, **averages, **made)
         peer = getattr(reference, name)(arrays, **options, **storage, **averages)
-        for _ in range(3):
+        for step in range(3):
             for p in params:
                 p.grad = torch.randn(p.shape, generator=generator).to(dtype)
-            opt.step()
-            result = peer.step([as_numpy(p.grad) for p in params], **around)
+            if step == 1:
+                params[-1].grad = None
+            grads = [None if p.grad is None else as_numpy(p.grad.clone()) for p in params]
+            opt.step(copy_out=copies, **now)
+            result = peer.step(grads, copy_out=theirs, **around)
             case = f"{averages} {around}"
-            for p, a in zip(params, arrays, strict=True):
+            for p, a, g in zip(params, arrays, grads, strict=True):
                 assert raw(as_numpy(p.detach())) == raw(a), case
-            if around:
-                ours = opt.last_step
-                assert (ours.step, ours.grad_norm, ours.clip_factor) == (
-                    result.step, result.grad_norm, result.clip_factor
-                ), case  # fmt: skip
+                assert g is None or raw(as_numpy(p.grad)) == raw(g), case
+            for a, b in zip(copies or [], theirs or [], strict=True):
+                assert raw(as_numpy(a)) == raw(b), case
+            assert opt.last_step[:-1] == result[:-1], case
             if around.get("stats"):
                 for column in result.stats.COLUMNS:
-                    a, b = getattr(ours.stats, column), getattr(result.stats, column)
+                    a, b = getattr(opt.last_step.stats, column), getattr(result.stats, column)
                     np.testing.assert_array_equal(a, b, column)
-        for p, theirs in zip(params, peer.state.values(), strict=True):
-            check_state(opt.state[p] if p in opt.state else {}, theirs)
+        for p, own in zip(params, peer.state.values(), strict=True):
+            check_state(opt.state[p] if p in opt.state else {}, own)
 
 
 @pytest.mark.parametrize(("dtype", "storage"), STORAGE, ids=str)

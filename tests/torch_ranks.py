@@ -6,6 +6,8 @@ Each scenario trains the same net with fusedopt.torch and with torch.optim, in t
 asserts that the parameters agree within 1e-6. FOLDER has the rendezvous and the checkpoints.
 """
 
+import functools
+import math
 import os
 import sys
 import time
@@ -90,7 +92,7 @@ def zero():
     agree(run)
 
 
-def sharded(module, name="AdamW"):
+def sharded(module, name="AdamW", base=OPTIONS, **more):
     from torch.distributed.fsdp import fully_shard  # since torch 2.6, and only here
 
     model = net()
@@ -99,12 +101,12 @@ def sharded(module, name="AdamW"):
         if isinstance(layer, torch.nn.Linear):
             fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    options = OPTIONS | ({"momentum": 0.9} if name == "SGD" else {})
+    options = base | ({"momentum": 0.9} if name == "SGD" else {}) | more
     return model, getattr(module, name)(model.parameters(), **options)
 
 
 def fsdp():
-    for name in ("Adam", "AdamW", "SGD"):
+    for name in (name for name in fo.__all__ if hasattr(torch.optim, name)):
 
         def run(module, name=name):
             model, opt = sharded(module, name)
@@ -114,6 +116,94 @@ def fsdp():
             return model
 
         agree(run)
+
+
+def whole_norm(run):
+    """run(module, **options) -> (model, norms) on shards, against torch on whole tensors."""
+    for options in ({"max_grad_norm": 0.05}, {"max_grad_norm": 0.02, "norm_type": math.inf}):
+        model, norms = run(**options)
+        peer = net()
+        opt = torch.optim.AdamW(peer.parameters(), **OPTIONS)
+        expected = []
+        for seed in range(4):
+            opt.zero_grad()
+            peer(batch(seed, world=1)).square().mean().backward()
+            expected.append(torch.nn.utils.clip_grad_norm_(
+                peer.parameters(), options["max_grad_norm"], options.get("norm_type", 2.0)
+            ).item())  # fmt: skip
+            opt.step()
+        torch.testing.assert_close(torch.tensor(norms), torch.tensor(expected), rtol=1e-5, atol=0)
+        for a, b in zip(full(model), peer.parameters(), strict=True):
+            torch.testing.assert_close(a, b.detach(), rtol=0, atol=2e-5)
+
+
+def norms_of_shards():
+    """FSDP2: the clip's norm, statistics and decisions are of whole tensors, with nothing asked."""
+
+    def run(**options):
+        model, opt = sharded(fo, stats=True, **options)
+        norms = []
+        for seed in range(4):
+            train(model, opt, [seed])
+            norms.append(opt.last_step.grad_norm)
+            stats = opt.last_step.stats
+            for p, norm in zip(full(model), stats.param_norm, strict=True):
+                torch.testing.assert_close(p.norm().item(), norm, rtol=1e-6, atol=0)
+            largest = math.inf in options.values()
+            if not largest:
+                total = math.sqrt((stats.grad_norm**2).sum())
+                torch.testing.assert_close(total, norms[-1], rtol=1e-9, atol=0)
+        return model, norms
+
+    whole_norm(run)
+    model, opt = sharded(fo, nonfinite="skip", zero_grads=True)
+    train(model, opt, [0])
+    before = full(model)
+    model(batch(1)).square().mean().backward()
+    if RANK == 1:  # one rank's fault
+        next(model.parameters()).grad.to_local().view(-1)[0] = math.nan
+    opt.step()
+    assert opt.last_step.skipped and opt.last_step.step == 1
+    assert all(torch.equal(a, b) for a, b in zip(full(model), before, strict=True))
+    assert all(not p.grad.full_tensor().any() for p in model.parameters())
+    model(batch(1)).square().mean().backward()
+    if RANK == 1:  # which has no gradient at all: the sums are still asked for together
+        for p in model.parameters():
+            p.grad = None
+    opt.step(max_grad_norm=1.0)
+    assert not opt.last_step.skipped and opt.last_step.grad_norm > 0
+
+
+def norms_of_parts():
+    """ZeRO: each rank steps other parameters; process_group makes the norm that of all."""
+
+    def run(**options):
+        model = DistributedDataParallel(net())
+        cls = functools.partial(fo.AdamW, process_group=dist.group.WORLD, **options)
+        opt = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=cls, **OPTIONS)
+        norms = []
+        for seed in range(4):
+            train(model, opt, [seed])
+            norms.append(opt.optim.last_step.grad_norm)
+        return model, norms
+
+    whole_norm(run)
+
+
+def trust_ratios():
+    """LAMB and LARS: a leaf's rate is that of the whole leaf, with and without a clip."""
+    for name, options in (
+        ("LAMB", {"lr": 0.05}),
+        ("LAMB", {"lr": 0.05, "weight_decay": 0.3, "max_grad_norm": 0.1}),
+        ("LARS", {"lr": 5.0, "weight_decay": 0.1}),
+    ):
+        model, opt = sharded(fo, name, base={}, **options)
+        train(model, opt, range(4))
+        peer = net()
+        opt = getattr(fo, name)(peer.parameters(), **options)
+        train_whole(peer, opt, range(4))
+        for a, b in zip(full(model), peer.parameters(), strict=True):
+            torch.testing.assert_close(a, b.detach(), rtol=0, atol=2e-5)
 
 
 def averages():

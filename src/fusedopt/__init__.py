@@ -23,8 +23,8 @@ if _isa is not None:
         ) from exc
 
 from fusedopt import _threadpoolctl, formats, functional, monitor, reference, schedules  # noqa: E402
-from fusedopt._around import StepResult, StepStats  # noqa: E402
 from fusedopt._info import info  # noqa: E402
+from fusedopt._options import StepResult, StepStats  # noqa: E402
 from fusedopt._threads import get_num_threads, set_num_threads  # noqa: E402
 from fusedopt._version import __version__  # noqa: E402
 from fusedopt.accumulate import GradAccumulator  # noqa: E402

@@ -1,15 +1,13 @@
 """Types of the compiled border for arrays."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias, final, overload
+from typing import Any, TypeAlias, final
 
 from numpy.typing import NDArray
 
-from fusedopt._around import Around
+from fusedopt._leaves import LeafList
+from fusedopt._options import Reduction, StepOptions, StepResult
 from fusedopt.formats import Stored
-
-# skipped, norm of the gradients, factor of the clip, (leaves, statistics)
-_Outcome: TypeAlias = tuple[bool, float | None, float, tuple[Sequence[int], NDArray[Any]] | None]
 
 # the gradient of each leaf, the options of each group
 _Prepared: TypeAlias = tuple[list[NDArray[Any] | None], list[dict[str, Any]]]
@@ -18,11 +16,13 @@ def are_settled(param_groups: Any, groups: list[Any]) -> bool: ...
 def find_none(values: Sequence[Any], grads: Sequence[Any]) -> int: ...
 
 @final
-class ArrayList:
+class ArrayList(LeafList):
     def __new__(cls, rule: str, state_names: tuple[str, ...]) -> ArrayList: ...
     def __len__(self) -> int: ...
     @property
     def names(self) -> list[str]: ...
+    @property
+    def grad_names(self) -> list[str]: ...
     @property
     def params(self) -> list[NDArray[Any]]: ...
     @property
@@ -31,9 +31,6 @@ class ArrayList:
     def states(self) -> list[list[NDArray[Any] | Stored | None]]: ...
     @property
     def count(self) -> int: ...
-    writes: list[tuple[dict[str, Any], str, Any]]
-    def __enter__(self) -> None: ...
-    def __exit__(self, *_: object) -> None: ...
     def add(
         self,
         names: list[str],
@@ -45,28 +42,26 @@ class ArrayList:
         threads: int,
         begin: Callable[[], None] | None = None,
     ) -> None: ...
-    @overload
     def step(
         self,
         prepare: Callable[[Any], _Prepared],
         grads: Any,
         hyper: Callable[[int, dict[str, Any]], Mapping[str, float]],
         threads: int,
-        plain: Any = None,
-        around: None = None,
+        options: StepOptions | None = None,
+        copies: list[NDArray[Any] | None] | None = None,
+        reduction: Reduction | None = None,
         source: ArrayList | None = None,
-    ) -> tuple[int, int]: ...
-    @overload
-    def step(
+    ) -> StepResult: ...
+    def check(
         self,
-        prepare: Callable[[Any], _Prepared],
-        grads: Any,
-        hyper: Callable[[int, dict[str, Any]], Mapping[str, float]],
-        threads: int,
-        plain: Any,
-        around: Around,
-        source: ArrayList | None = None,
-    ) -> tuple[int, int, _Outcome]: ...
+        grads: list[NDArray[Any] | None],
+        options: StepOptions,
+        copies: list[NDArray[Any] | None] | None,
+    ) -> None: ...
+    def advance(self, grads: list[NDArray[Any] | None]) -> None: ...
+    def knows(self, grads: list[NDArray[Any] | None]) -> bool: ...
+    def forget(self) -> None: ...
     def keep_sums(self) -> None: ...
     def drop_sums(self) -> None: ...
     def clear(self) -> None: ...

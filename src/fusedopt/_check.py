@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from fusedopt._core import is_dense, same_layout
 from fusedopt.formats import FORMATS, Stored, extra_shape, is_bfloat16
 
 Array: TypeAlias = NDArray[Any]
@@ -74,19 +75,6 @@ def _is_buffer(value: object) -> bool:
     return not isinstance(value, bytes)
 
 
-def is_dense(value: Array) -> bool:
-    """Whether the elements fill one range of memory without gaps, in some order of the axes."""
-    expected = value.itemsize
-    if value.size == 0:
-        return True
-    axes = zip(value.strides, value.shape, strict=True)
-    for stride, length in sorted(axis for axis in axes if axis[1] > 1):
-        if stride != expected:
-            return False
-        expected *= length
-    return True
-
-
 def writable(name: str, value: Array) -> Array:
     """Return `value` if its elements can be written, as one range of memory."""
     if not value.flags.writeable:
@@ -142,13 +130,6 @@ def stored(name: str, value: Stored) -> Stored:
 def _same_shape(name: str, value: Array, param: Array) -> None:
     if value.shape != param.shape:
         raise ValueError(f"{name}: shape {value.shape} does not fit the parameter's {param.shape}")
-
-
-def same_layout(value: Array, param: Array) -> bool:
-    """Whether the elements of two arrays of one shape lie in the same order in memory."""
-    unit, other = param.itemsize, value.itemsize
-    axes = zip(value.strides, param.strides, param.shape, strict=True)
-    return param.size == 0 or all(a * unit == b * other for a, b, n in axes if n > 1)
 
 
 def state(name: str, value: object, param: Array) -> Array | Stored:
@@ -219,6 +200,8 @@ def zeroed(name: str, value: Array, param: Array) -> Array:
 
 def not_finite(leaves: list[tuple[str, int, int]]) -> NoReturn:
     """Refuse gradients with infinite or NaN elements: (name, how many, of how many)."""
+    if not leaves:
+        raise FloatingPointError("a gradient of another rank has infinite or NaN elements")
     first = [f"{name}: {bad} of {n} elements are infinite or NaN" for name, bad, n in leaves[:4]]
     more = f"; and {len(leaves) - 4} more" if len(leaves) > 4 else ""
     raise FloatingPointError("; ".join(first) + more)
@@ -288,6 +271,11 @@ def decay_rate(name: str, value: Any) -> float:
 def optional(check: Any) -> Any:
     """Return a check that lets None pass."""
     return lambda name, value: None if value is None else check(name, value)
+
+
+def or_callable(check: Any) -> Any:
+    """Return a check that lets a callable pass: a schedule, which each step calls."""
+    return lambda name, value: value if callable(value) else check(name, value)
 
 
 def flag(name: str, value: Any) -> bool:

@@ -8,10 +8,13 @@ through the functions below, see `_core.pxd`.
 from libc.stdlib cimport realloc
 from libc.string cimport memset
 
-from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.buffer cimport (
+    PyBUF_STRIDES, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer,
+)
 from cpython.bytes cimport PyBytes_FromStringAndSize
 
 from fusedopt._c cimport *
+from fusedopt cimport _layout
 
 from math import prod
 
@@ -73,8 +76,8 @@ cdef uint64_t noise_key(uint64_t seed, uint64_t leaf, uint64_t step) noexcept no
     return fo_key(seed, leaf, step)
 
 
-cdef bint is_stochastic(int format) noexcept nogil:
-    return fo_formats()[format].stochastic
+cdef const fo_format_info *format_table() noexcept nogil:
+    return fo_formats()
 
 
 cdef ptrdiff_t add_constants(Hypers *hypers, list names, dict values) except -1:
@@ -110,6 +113,62 @@ cdef object stats_table(const Sums *sums, ptrdiff_t n):
     """The sums of n leaves, as rows of `STATS`."""
     rows = PyBytes_FromStringAndSize(<char *>sums.stats, n * sizeof(fo_stats))
     return numpy.frombuffer(rows, STATS)
+
+
+def total(table):
+    """The sums of some leaves' sums, rows of `STATS`: one such row."""
+    cdef Py_buffer view
+    cdef fo_stats all
+    PyObject_GetBuffer(numpy.ascontiguousarray(table, STATS).view(numpy.uint8), &view,
+                       PyBUF_STRIDES)
+    all = fo_total(<fo_stats *>view.buf, view.len // sizeof(fo_stats))
+    PyBuffer_Release(&view)
+    return numpy.frombuffer(PyBytes_FromStringAndSize(<char *>&all, sizeof(fo_stats)), STATS)[0]
+
+
+# ------------------------------------------------------------------ layout in memory
+
+def is_dense(array):
+    """Whether the elements fill one range of memory without gaps, in some order of the axes."""
+    cdef Py_buffer view
+    cdef _layout.Axes axes
+    PyObject_GetBuffer(array, &view, PyBUF_STRIDES)
+    axes = _layout.axes_of_buffer(&view)
+    result = _layout.is_dense(&axes)
+    PyBuffer_Release(&view)
+    return result
+
+
+def same_layout(array, other):
+    """Whether the elements of two arrays of one shape lie in the same order in memory."""
+    cdef Py_buffer view, other_view
+    cdef _layout.Axes axes, other_axes
+    PyObject_GetBuffer(array, &view, PyBUF_STRIDES)
+    try:
+        PyObject_GetBuffer(other, &other_view, PyBUF_STRIDES)
+    except BaseException:
+        PyBuffer_Release(&view)
+        raise
+    axes, other_axes = _layout.axes_of_buffer(&view), _layout.axes_of_buffer(&other_view)
+    result = (_layout.same_shape(&axes, &other_axes)
+              and _layout.same_order(&axes, &other_axes))
+    PyBuffer_Release(&view)
+    PyBuffer_Release(&other_view)
+    return result
+
+
+def repeats(tuple shape, tuple strides):
+    """Whether elements may share memory, as after expand(): an axis steps within a shorter one."""
+    cdef Py_ssize_t lengths[_layout.MAX_AXES]
+    cdef Py_ssize_t steps[_layout.MAX_AXES]
+    cdef _layout.Axes axes
+    cdef int k
+    if len(shape) > _layout.MAX_AXES:
+        return True
+    for k in range(len(shape)):
+        lengths[k], steps[k] = shape[k], strides[k]
+    axes = _layout.Axes(ndim=len(shape), shape=&lengths[0], strides=&steps[0], unit=1)
+    return _layout.repeats(&axes)
 
 
 # ------------------------------------------------------------------ arithmetic in Python

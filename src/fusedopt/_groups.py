@@ -61,9 +61,9 @@ class Group:
     def valid(self, rule: Rule, given: Mapping[str, Any]) -> Options:
         """Return the options; in the place of one that no step takes, the last step's."""
         options = {}
-        for name in rule.checks:
+        for name, check in rule.checks.items():
             try:
-                options[name] = rule.check_one(name, given[name])
+                options[name] = check(name, given[name])
             except (KeyError, TypeError, ValueError):
                 options[name] = self.options[name]
         return options

@@ -261,7 +261,7 @@ def pairs(
     elif (
         isinstance(ours, Stored)
         and FORMATS[mine][2] > 1
-        and not _check.same_layout(theirs.data, ours.data)
+        and not _core.same_layout(theirs.data, ours.data)
     ):
         if not convert:
             raise ValueError(
@@ -274,7 +274,7 @@ def pairs(
 
 
 def _laid_as(a: Array, b: Array) -> Array:
-    if a.strides == b.strides or _check.same_layout(b, a):
+    if a.strides == b.strides or _core.same_layout(b, a):
         return b
     laid = np.empty_like(a, subok=False)
     np.copyto(laid, b.view(a.dtype))

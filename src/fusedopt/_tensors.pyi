@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Any, final
 
-from fusedopt._around import Around
+from fusedopt._leaves import LeafList, Verdict
+from fusedopt._options import StepOptions, StepStats
 
 @final
 class Copier:
@@ -19,10 +20,23 @@ class Swap:
 def refuse_within_swap(owner: Any) -> None: ...
 
 @final
-class TensorList:
+class GroupPlan:
+    def __new__(
+        cls,
+        states: list[tuple[int, str, str | None, str]],
+        squares: tuple[bool, ...],
+        bits: int,
+        seed: int,
+    ) -> GroupPlan: ...
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+@final
+class TensorList(LeafList):
     def __new__(
         cls,
         rule: str,
+        state_names: tuple[str, ...],
         kinds: tuple[type, type],
         is_plain: Callable[[type], bool],
         is_neg: Callable[[], bool],
@@ -33,9 +47,10 @@ class TensorList:
     def step(
         self,
         owner: Any,
-        groups: list[tuple[Any, ...]],
+        groups: list[tuple[list[Any], GroupPlan]],
         counted: bool,
         state: Any,
         threads: int,
-        around: Around | None = None,
-    ) -> tuple[list[Any], tuple[Any, ...] | None]: ...
+        options: StepOptions | None = None,
+        copies: dict[int, Any] | None = None,
+    ) -> tuple[list[Any], int, Verdict | None, StepStats | None]: ...

@@ -1,6 +1,6 @@
 # cython: language_level=3, binding=False, boundscheck=False, wraparound=False
 # cython: freethreading_compatible=True, autotestdict=False
-"""The border for torch's tensors: what `_arrays.ArrayList` is for arrays.
+"""The border for torch's tensors: how they become the leaves of a step.
 
 Tensors are read anew in each step, through DLPack's C exchange API: no pointer outlives the call,
 because load_state_dict, FSDP and DeepSpeed exchange the buffers under a tensor. A leaf of plain
@@ -20,11 +20,15 @@ from cpython.ref cimport Py_DECREF, Py_INCREF
 from fusedopt._c cimport *
 from fusedopt._core cimport *
 from fusedopt._dlpack cimport *
+from fusedopt._layout cimport (
+    MAX_AXES, Axes, count_elements, is_dense, repeats, same_order, same_shape,
+)
+from fusedopt._leaves cimport (
+    ARRAYS, COPY, EMA, FORMATS, GRAD, PARAM, LeafList, Verdict, array_at, locate,
+)
 from fusedopt._spans cimport Span, Spans, alias, overlap
 
-import threading
-
-from fusedopt import _check, _core
+from fusedopt import _check, _options
 
 cdef extern from "Python.h":
     ctypedef PyObject *(*PyCFunction)(PyObject *, PyObject *)
@@ -36,44 +40,71 @@ cdef extern from "Python.h":
 
 
 cdef enum:
-    EMA = 5      # slot of a leaf's average
-    EXTRA = 6    # slots of what belongs to the codes of the parameter and of each state array
-    SLOTS = 11   # of what a step writes of a leaf: parameter, FO_MAX_STATES states, average, extras
+    COUNT = COPY + 1   # place of the tensor that counts a leaf's steps
+    PLACES = COPY + 2
 
-
-cdef struct More:
+cdef struct LeafRecord:
     # what the binding knows of a leaf beside fo_leaf
-    ptrdiff_t group, i     # its place in the optimizer
-    bint noisy             # whether a store rounds by chance
-    int held               # how many tensors are held until the step is over
-    PyObject *extras[8]    # what belongs to the codes of each: residual bits, block exponents
-    unsigned int coded     # bit k: tensor k is 8-bit codes, by its name in the state
-    unsigned int elsewhere  # bit k: tensor k lies in another memory order; 8 + k: its extra does
-    PyObject *count        # the tensor that counts its steps, held too, or NULL
-    int n_extras           # of the written arrays, how many have one that C takes
-    void *counter          # where that is, or NULL if torch shall count
+    ptrdiff_t group, i         # its place in the optimizer
+    ptrdiff_t number           # of its parameter, in all groups
+    bint noisy                 # whether a store rounds stochastically: then there is a key
+    unsigned int coded         # bit of a place: 8-bit codes, by its name in the state
+    unsigned int elsewhere     # bit of a place: a tensor that lies in another memory order
+    int n_arrays               # arrays that steps write
+    void *counter              # the number in the tensor that counts, or NULL if torch shall count
     int counter_format
-    int ema                # which of the tensors is the average, or 0
-    # of those that are held, the others are undefined:
-    PyObject *tensors[8]   # parameter, gradient, state, average
-    ptrdiff_t bytes[8]     # of each tensor
-
+    PyObject *tensors[PLACES]  # held until the step is over, or NULL
 
 cdef struct Asked:
-    # state, its extras and the count of a leaf in the last step, if their sign is plus
-    PyObject *tensors[17]
-    void *addresses[17]
+    # tensors of a leaf in the last step, if their sign is plus
+    PyObject *tensors[PLACES]
+    void *addresses[PLACES]
 
 
 cdef enum:
-    FITS, ELSEWHERE, NOT_PLAIN  # what `TensorList.take` finds
-    MAX_AXES = 64               # of a tensor that is copied, as in torch
+    FITS, ELSEWHERE, LACKS, NOT_PLAIN  # what `TensorList.take` finds
 
 
-cdef double MAX_COUNT = 2.0**62  # steps, with room to go on in 64 bits
+cdef double MAX_COUNT = 2.0**62  # steps, with margin to go on in 64 bits
 
 
-cdef bint choose_order(const More *more, const DLTensor *param, int64_t *strides) noexcept:
+cdef class GroupPlan:
+    """What a step must know of a group; made anew when its options change.
+
+    Parameters
+    ----------
+    states : list of (int, str, str or None, str)
+        Of the state arrays that the options use, the average included: number among the rule's
+        (that of the average follows the last), name in the state of numbers, of 8-bit codes and
+        of the codes' blocks.
+    squares : tuple of bool
+        Whether each of the rule's states holds squares.
+    bits : int
+        Of master weights.
+    seed : int
+        Of the noise.
+    """
+    cdef int n                   # state arrays in use
+    cdef int places[ARRAYS]      # of each
+    cdef readonly tuple names
+    cdef tuple codes, blocks
+    cdef unsigned int squares    # bit of a place
+    cdef int bits
+    cdef uint64_t seed
+
+    def __cinit__(self, list states, tuple squares, int bits, seed):
+        cdef int k
+        self.n, self.bits, self.seed = len(states), bits, seed
+        for k in range(self.n):
+            number = states[k][0]
+            self.places[k] = EMA if number == len(squares) else 1 + number
+        self.names, self.codes, self.blocks = [
+            tuple([state[column] for state in states]) for column in (1, 2, 3)]
+        for k in range(len(squares)):
+            self.squares |= squares[k] << (1 + k)
+
+
+cdef bint choose_order(const LeafRecord *record, const Axes *param, int64_t *strides) noexcept:
     """The memory order in which a leaf is stepped: its parameter's if that is dense.
 
     8-bit codes are row-major, whatever the parameter is: a block is of neighbours by index, so that
@@ -83,7 +114,7 @@ cdef bint choose_order(const More *more, const DLTensor *param, int64_t *strides
     cdef int64_t size = 1
     if param.ndim > MAX_AXES:
         return False
-    if not more.coded and is_dense(param):
+    if not record.coded and is_dense(param):
         for k in range(param.ndim):
             strides[k] = param.strides[k]
         return True
@@ -93,37 +124,24 @@ cdef bint choose_order(const More *more, const DLTensor *param, int64_t *strides
     return True
 
 
-cdef inline int slot_of(const More *more, int k) noexcept:
-    """The slot of a tensor (k) or of its extra (8 + k)."""
-    if k >= 8:
-        return EXTRA + (k - 8 and k - 9)
-    return EMA if more.ema and k == more.ema else k and k - 1
-
-
-cdef inline void hold(More *more, tensor) noexcept:
+cdef inline void hold(LeafRecord *record, int place, tensor) noexcept:
+    """Hold a tensor in the place of another, if there is one."""
     Py_INCREF(tensor)
-    more.tensors[more.held] = <PyObject *>tensor
-    more.held += 1
+    if record.tensors[place] != NULL:
+        Py_DECREF(<object>record.tensors[place])
+    record.tensors[place] = <PyObject *>tensor
 
 
-cdef inline void exchange(PyObject **held, tensor) noexcept:
-    Py_INCREF(tensor)
-    if held[0] != NULL:
-        Py_DECREF(<object>held[0])
-    held[0] = <PyObject *>tensor
+cdef inline void let_go(LeafRecord *record) noexcept:
+    cdef int place
+    for place in range(PLACES):
+        if record.tensors[place] != NULL:
+            Py_DECREF(<object>record.tensors[place])
+            record.tensors[place] = NULL
 
 
-cdef inline void let_go(More *more, int left) noexcept:
-    """Drop the count, and all but the first tensors of a leaf."""
-    while more.held > left:
-        more.held -= 1
-        Py_DECREF(<object>more.tensors[more.held])
-        if more.extras[more.held] != NULL:
-            Py_DECREF(<object>more.extras[more.held])
-            more.extras[more.held] = NULL
-    if more.count != NULL:
-        Py_DECREF(<object>more.count)
-        more.count = NULL
+cdef inline object held(const LeafRecord *record, int place):
+    return None if record.tensors[place] == NULL else <object>record.tensors[place]
 
 
 cdef inline PyObject *entry(own, name, Py_ssize_t *at) except? NULL:
@@ -270,13 +288,15 @@ def refuse_within_swap(owner):
         )
 
 
-cdef class TensorList:
-    """The leaves of one step of a torch optimizer, as C sees them.
+cdef class TensorList(LeafList):
+    """The leaves of one step of a torch optimizer.
 
     Parameters
     ----------
     rule : str
         Name of a rule of the C table.
+    state_names : tuple of str
+        Names of the rule's state arrays, for messages.
     kinds : tuple of type
         The exact types of tensors that need no closer look.
     is_plain : callable(type) -> bool
@@ -290,47 +310,41 @@ cdef class TensorList:
     copier : Copier
         Writes back what was stepped on copies.
     """
-    cdef int rule
-    cdef list scalar_names
     cdef object tensor, parameter, export, is_plain_type
     cdef dict types           # of other types: whether they are plain
     cdef Copier copier
-    cdef object claim         # a lock, held during a step
     cdef const DLPackExchangeAPI *api
     cdef PyCFunction is_neg   # called per leaf: as a C function it takes a third of the time
-    cdef fo_leaf *leaves
-    cdef More *more
+    cdef LeafRecord *records
     cdef Asked *asked
-    cdef void *places[17]     # of those that `is_known` does not know
-    cdef Hypers hypers
-    cdef Spans spans          # of all arrays that the step writes
-    cdef Spans others         # of the tensors that copies are written back to
+    cdef void *addresses[PLACES]  # of those that `is_known` does not know
+    cdef Spans targets_spans  # of the tensors that copies are written back to
     cdef list apart           # such tensors, and their neighbours, that were found to be apart
-    cdef ptrdiff_t n, room, n_arrays
+    cdef ptrdiff_t capacity, n_arrays
     cdef ptrdiff_t n_done     # leaves of the last step; 0 if it raised
     cdef ptrdiff_t n_asked    # the same, of the step before
-    cdef tuple squares        # of the group: whether each state array holds squares
-    cdef int bits             # of the group: of master weights
-    cdef bint averages        # of the group: whether the last state array is an average
-    cdef Sums sums            # of the leaves, where a step measures
+    # of one step
+    cdef object owner
+    cdef GroupPlan plan       # of the group
     cdef ptrdiff_t number     # of the parameter, in all groups
     cdef Py_ssize_t at        # of the entry of the state that is tried first
-    # of one step
+    cdef bint zeroes          # whether gradients are set to zero
+    cdef bint has_others      # whether a parameter, with a gradient or not, is of another type
     cdef list capsules        # what must live until the step is over
     cdef list written         # parameters
+    cdef list touched         # what is written beside them: gradients set to zero, copies
     cdef list targets, copies  # tensors, and what was stepped in the place of each
-    cdef list labels           # of the former: names, or (leaf, slot)
+    cdef list labels           # of the former: names, or (leaf, place)
     cdef list made            # (parameter, its new state)
     cdef bint rule_counts     # whether the rule asks for the number of the step
     cdef dict seen            # (group, step, count) -> index of its constants
 
-    def __cinit__(self, str rule, tuple kinds, is_plain, is_neg, exchange, export,
-                  Copier copier not None):
-        self.rule, self.scalar_names, _, _ = _core.RULES[rule]
+    def __cinit__(self, str rule, tuple state_names, tuple kinds, is_plain, is_neg, exchange,
+                  export, Copier copier not None):
+        self.set_rule(rule, state_names)
         self.tensor, self.parameter = kinds
         self.export, self.is_plain_type, self.copier = export, is_plain, copier
         self.types = {}
-        self.claim = threading.Lock()
         if PyCFunction_GetFlags(<PyObject *>is_neg) != METH_NOARGS:
             raise TypeError("is_neg: expected a builtin method without arguments")
         self.is_neg = PyCFunction_GetFunction(<PyObject *>is_neg)
@@ -342,133 +356,137 @@ cdef class TensorList:
                 self.api = NULL
 
     def __dealloc__(self):
-        free(self.leaves)
-        free(self.more)
+        free(self.records)
         free(self.asked)
-        free(self.hypers.of)
-        free(self.spans.of)
-        free(self.others.of)
-        free(self.sums.stats)
-        free(self.sums.tiles)
+        free(self.targets_spans.of)
 
-    def step(self, owner, list groups, bint counted, state, int threads, around=None):
+    cdef str leaf_name(self, ptrdiff_t i):
+        return self.owner._name(self.records[i].group, self.records[i].i)
+
+    cdef str grad_name(self, ptrdiff_t i):
+        return f"{self.leaf_name(i)}.grad"
+
+    cdef str copy_name(self, ptrdiff_t i):
+        return f"copy_out of {self.leaf_name(i)}"
+
+    cdef str extra_name(self, ptrdiff_t i, int place):
+        name = self.name(i, place)
+        return f"{name}.residual" if place == PARAM else f"{name}_blocks"
+
+    cdef bint has_grad(self, ptrdiff_t i) noexcept:
+        return self.records[i].tensors[GRAD] != NULL  # an empty tensor is at no address
+
+    cdef ptrdiff_t row(self, ptrdiff_t i) noexcept:
+        return self.records[i].number
+
+    cdef ptrdiff_t count_rows(self) noexcept:
+        return self.number + 1
+
+    def step(self, owner, list groups, bint counted, state, int threads, options=None,
+             dict copies=None):
         """One step of all tensors that have a gradient; either all of it happens or none.
 
         Parameters
         ----------
         owner : optimizer
-            Asked, where needed, to ``_make_state``, ``_stand_in``, ``_copy``, ``_count``,
-            ``_refuse_both``, ``_shared``, ``_constants`` and ``_name``: see `fusedopt.torch`.
-        groups : list of tuple
-            Of each group: its parameters, a list; of the state arrays that its options use the
-            names, those in 8-bit codes, those of what belongs to the codes, and whether each
-            holds squares; the bits of master weights, the seed of the noise, and whether the last
-            state array is an average.
+            Asked, where needed, to ``_make_state``, ``_make_extras``, ``_stand_in``, ``_copy``,
+            ``_count``, ``_refuse_both``, ``_shared``, ``_constants``, ``_name`` and ``_reduction``:
+            see `fusedopt.torch`.
+        groups : list of (list, GroupPlan)
+            The parameters of each group, and what a step must know of it.
         counted : bool
             Whether the state of a leaf has its number of steps.
         state : dict of dict
             The optimizer's state; of a new leaf it is added when the step has succeeded.
         threads : int
-        around : Around, optional
-            What the step shall do around the rule: clip by the norm, measure.
+        options : StepOptions, optional
+            What the step shall do around the rule.
+        copies : dict of int -> tensor, optional
+            By the number of a parameter, a tensor that gets a rounded copy of it; with `options`.
 
         Returns
         -------
         list of tensor
-            The parameters that were written, for their version counters.
-        tuple or None
-            With `around`: the gradients' norm or None, the factor of the clip, and None or names,
-            sizes and statistics of the leaves.
+            The tensors that were written, for their version counters.
+        int
+            Leaves that were updated.
+        Verdict, StepStats
+            With `options`, the latter if asked; else None.
         """
+        cdef Verdict verdict = None
         cdef fo_status status
         cdef fo_run how
         cdef ptrdiff_t i
         cdef fo_mode before
-        if not self.claim.acquire(False):
-            raise RuntimeError(
-                f"{type(owner).__name__}.step: another thread is in a step of this optimizer; "
-                "use one optimizer for each thread, or a lock"
-            )
+        self.claim()
         before = fo_enter_ieee()
         grad = self.copier.is_grad()
         try:
             self.copier.set_grad(False)
+            self.owner = owner
             self.n = self.n_arrays = self.hypers.n = self.at = 0
             self.number = -1
             self.n_asked, self.n_done = self.n_done, 0
-            self.rule_counts = owner._counts
-            self.capsules, self.written, self.seen = [], [], {}
+            self.rule_counts = owner._rule.counts
+            self.has_others = False
+            self.zeroes = options is not None and options.zero_grads
+            self.capsules, self.written, self.touched, self.seen = [], [], [], {}
             self.targets, self.copies, self.labels, self.made = [], [], [], []
-            for number, plan in enumerate(groups):
-                self.gather(owner, number, plan, counted, state)
-            self.refuse_overlap(owner)
+            for number, (params, plan) in enumerate(groups):
+                self.gather(number, params, plan, counted, state, copies)
+            reduction = stats = None
+            self.check_memory(copies is not None)
+            if (self.has_others or owner._process_group is not None) and (
+                    self.layerwise or (options is not None
+                                       and (options.must_measure or options.measure))):
+                reduction = owner._reduction()
+                options = options or _options.StepOptions()
             memset(&how, 0, sizeof(how))
-            outcome = None
-            if around is not None:
-                outcome = self.judge(around, &how, threads)
-            with nogil:
-                status = run_step(
-                    self.rule, self.leaves, self.n, self.hypers.of, self.hypers.n, &how, threads)
-            check(status)
+            if options is not None or self.layerwise:
+                make_room(&self.sums, self.leaves, self.n, &how)
+            if options is not None:
+                verdict = self.run(options, reduction, &how, threads)
+                if verdict.skipped:
+                    self.write_back()
+                    return self.touched, 0, verdict, None
+            else:
+                with nogil:
+                    status = run_step(
+                        self.rule, self.leaves, self.n, self.hypers.of, self.hypers.n, &how,
+                        threads)
+                check(status)
             self.n_done = self.n
-            self.finish(owner, state)
-            if around is not None:
-                outcome = (*outcome, self.measured(owner) if around.measure else None)
-            return self.written, outcome
+            self.finish(state)
+            if options is not None and options.measure:
+                stats = self.statistics(options, reduction, how.has_grad)
+            return self.written + self.touched, len(self.written), verdict, stats
         finally:
             for i in range(self.n):
-                let_go(&self.more[i], 0)
+                let_go(&self.records[i])
             self.capsules = self.targets = self.copies = self.labels = self.made = None
+            self.owner = self.plan = None
             self.copier.set_grad(grad)
             fo_leave_ieee(before)
-            self.claim.release()
+            self.release()
 
-    cdef tuple judge(self, around, fo_run *how, int threads):
-        """Measure the gradients where a clip must know their norm; set the leaves' scales."""
-        cdef fo_status status
-        cdef fo_stats total
-        cdef double factor = 1
-        cdef ptrdiff_t i
-        make_room(&self.sums, self.leaves, self.n, how)
-        how.measure = <fo_measures><int>around.measure
-        norm = None
-        if around.max_grad_norm is not None:
-            how.norm_only = around.norm_only
-            with nogil:
-                status = run_measure(self.leaves, self.n, how, threads)
-            check(status)
-            how.has_grad = 1
-            total = sum_stats(self.sums.stats, self.n)
-            norm = around.norm(total.grad, total.largest_grad)
-            factor = around.factor(norm)
-            for i in range(self.n):
-                self.leaves[i].grad_scale = factor
-        return norm, factor
-
-    cdef tuple measured(self, owner):
-        cdef ptrdiff_t i
-        names = [self.name(owner, i) for i in range(self.n)]
-        sizes = [self.leaves[i].n for i in range(self.n)]
-        return names, sizes, stats_table(&self.sums, self.n)
-
-    cdef int finish(self, owner, state) except -1:
+    cdef int finish(self, state) except -1:
         """Count the step, write what was done on copies, and take over new state."""
         cdef ptrdiff_t i
         cdef int _
-        cdef More *more
+        cdef LeafRecord *record
         fault = None
         for i in range(self.n):
-            more = &self.more[i]
-            if more.counter == NULL:
-                if more.count != NULL:
-                    count = <object>more.count
+            record = &self.records[i]
+            if record.counter == NULL:
+                if record.tensors[COUNT] != NULL:
+                    count = <object>record.tensors[COUNT]
                     count += 1
-            elif more.counter_format == FO_F32:
-                (<float *>more.counter)[0] += 1
+            elif record.counter_format == FO_F32:
+                (<float *>record.counter)[0] += 1
             else:
-                (<double *>more.counter)[0] += 1
-        # backwards: a copy may have been copied again
-        self.copier.run(self.targets[::-1], self.copies[::-1])
+                (<double *>record.counter)[0] += 1
+        self.write_back()
+        self.make_writes()
         for param, own in self.made:
             for _ in range(3):
                 try:
@@ -480,45 +498,59 @@ cdef class TensorList:
             raise fault
         return 0
 
+    cdef int write_back(self) except -1:
+        """Copy what was done on copies; backwards, as a copy may have been copied again."""
+        return self.copier.run(self.targets[::-1], self.copies[::-1])
+
     # -------------------------------------------------------------- leaves
 
-    cdef int gather(self, owner, ptrdiff_t group, tuple plan, bint counted, state) except -1:
-        """Add the leaves of a group that have a gradient."""
+    cdef int gather(self, ptrdiff_t group, list params, GroupPlan plan, bint counted, state,
+                    dict copies) except -1:
+        """Add the leaves of a group that have a gradient, or a copy to be written."""
         cdef ptrdiff_t i = -1, step, count, last = -1, last_count = -1, index = -1
-        cdef More *more
-        cdef list params
-        cdef tuple names, codes, extras
-        cdef uint64_t seed
-        params, names, codes, extras, self.squares, self.bits, seed, self.averages = plan
+        cdef LeafRecord *record
+        self.plan = plan
         for param in params:
             i += 1
             self.number += 1
+            self.has_others |= type(param) is not self.parameter
             own = self.state_of(state, param)
             grad = param.grad
-            if grad is None:
+            if grad is None and (copies is None or self.number not in copies):
                 continue
-            more = self.new_leaf(group, i)
-            hold(more, param)
-            hold(more, grad)
+            record = self.new_leaf(group, i)
+            hold(record, PARAM, param)
+            if copies is not None and self.number in copies:
+                hold(record, COPY, copies[self.number])
+                self.touched.append(copies[self.number])
+            if grad is None:
+                self.read_residual(record, own)
+                self.fill(record)
+                continue
+            hold(record, GRAD, grad)
             step = 2  # of a rule that does not count: its first, or another
-            if not self.read_state(owner, more, own, names, codes, extras, counted):
-                let_go(more, 2)
-                made, begins = owner._make_state(group, i, param, own)
+            if not self.read_state(record, own, counted):
+                made, begins = self.owner._make_state(group, i, param, own)
                 self.made.append((param, made))
                 own = {**own, **made} if own else made
                 step = 1 if begins else 2
-                if not self.read_state(owner, more, own, names, codes, extras, counted):
+                if not self.read_state(record, own, counted):
                     raise SystemError("fusedopt: incomplete state; please report")
-            self.fill(owner, more, names, codes)
-            count = 1 + self.read_count(owner, more) if more.count != NULL else step
-            if more.noisy:
-                self.leaves[self.n - 1].key = noise_key(seed, self.number, count)
+            self.fill(record)
+            self.written.append(param)
+            if self.zeroes:
+                self.touched.append(grad)
+            count = step
+            if record.tensors[COUNT] != NULL:
+                count = 1 + self.read_count(record)
+            if record.noisy:
+                self.leaves[self.n - 1].key = noise_key(plan.seed, self.number, count)
             if self.rule_counts:
                 step = count
             if not counted:
                 count = 0
             if step != last or count != last_count:
-                index, last, last_count = self.hyper(owner, group, step, count), step, count
+                index, last, last_count = self.constants(group, step, count), step, count
             self.leaves[self.n - 1].hyper = index
         return 0
 
@@ -536,255 +568,310 @@ cdef class TensorList:
             return <object>value
         return state.get(param)
 
-    cdef bint read_state(self, owner, More *more, own, tuple names, tuple codes, tuple extras,
-                         bint counted) except -1:
+    cdef bint read_state(self, LeafRecord *record, own, bint counted) except -1:
         """Hold the tensor that counts steps, and the state arrays in use; False if one is missing.
         """
+        cdef GroupPlan plan = self.plan
         cdef Py_ssize_t at = 0
         cdef PyObject *value
-        cdef Py_ssize_t i
-        cdef int k = 0
-        more.coded = 0
+        cdef int k
+        record.coded = 0
         if own is None:
-            return not names and not counted
-        if counted or PyDict_Size(own) > len(names):
+            return not plan.n and not counted
+        if counted or PyDict_Size(own) > plan.n:
             value = entry(own, "step", &at)
             if value != NULL:
-                Py_INCREF(<object>value)
-                more.count = value
+                hold(record, COUNT, <object>value)
             elif counted:
                 return False
-        for i in range(len(names)):
-            value = entry(own, names[i], &at)
-            if (value == NULL or <object>value is None) and codes[i] is not None:
-                value = entry(own, codes[i], &at)
-                more.coded |= 1 << more.held
+        for k in range(plan.n):
+            value = entry(own, plan.names[k], &at)
+            if (value == NULL or <object>value is None) and plan.codes[k] is not None:
+                value = entry(own, plan.codes[k], &at)
+                record.coded |= 1 << plan.places[k]
             if value == NULL or <object>value is None:
                 return False
-            hold(more, <object>value)
-        if PyDict_Size(own) > len(names) + counted:
-            for i in range(len(names)):
-                if codes[i] is not None and not more.coded >> (i + 2) & 1:
-                    value = entry(own, codes[i], &at)
+            hold(record, plan.places[k], <object>value)
+        if PyDict_Size(own) > plan.n + counted:
+            for k in range(plan.n):
+                if plan.codes[k] is not None and not record.coded >> plan.places[k] & 1:
+                    value = entry(own, plan.codes[k], &at)
                     if value != NULL and <object>value is not None:
-                        owner._refuse_both(more.group, more.i, names[i])
-            for name in extras:  # of the parameter, then of each state array
-                value = entry(own, name, &at)
+                        self.owner._refuse_both(record.group, record.i, plan.names[k])
+            self.read_residual(record, own)
+            for k in range(plan.n):
+                value = entry(own, plan.blocks[k], &at)
                 if value != NULL and <object>value is not None:
-                    Py_INCREF(<object>value)
-                    more.extras[k] = value
-                k += 1 + (k == 0)
+                    hold(record, ARRAYS + plan.places[k], <object>value)
         return True
 
-    cdef More *new_leaf(self, ptrdiff_t group, ptrdiff_t i) except NULL:
-        cdef ptrdiff_t room = 2 * self.room + 8
-        cdef More *more
-        if self.n == self.room:
-            self.leaves = <fo_leaf *>grow(self.leaves, room, sizeof(fo_leaf))
-            self.more = <More *>grow(self.more, room, sizeof(More))
-            self.asked = <Asked *>grow(self.asked, room, sizeof(Asked))
-            self.room = room
+    cdef int read_residual(self, LeafRecord *record, own) except -1:
+        """Hold the bits that a parameter does not show, if there are any."""
+        cdef PyObject *value
+        if own is not None:
+            value = PyDict_GetItemWithError(own, "residual")
+            if value != NULL and <object>value is not None:
+                hold(record, ARRAYS + PARAM, <object>value)
+        return 0
+
+    cdef LeafRecord *new_leaf(self, ptrdiff_t group, ptrdiff_t i) except NULL:
+        cdef ptrdiff_t capacity = 2 * self.capacity + 8
+        cdef LeafRecord *record
+        if self.n == self.capacity:
+            self.leaves = <fo_leaf *>grow(self.leaves, capacity, sizeof(fo_leaf))
+            self.records = <LeafRecord *>grow(self.records, capacity, sizeof(LeafRecord))
+            self.asked = <Asked *>grow(self.asked, capacity, sizeof(Asked))
+            self.capacity = capacity
         memset(&self.leaves[self.n], 0, sizeof(fo_leaf))
         self.leaves[self.n].grad_scale = 1
-        more = &self.more[self.n]
-        memset(more, 0, <char *>&more.tensors - <char *>more)
-        more.group, more.i = group, i
+        record = &self.records[self.n]
+        memset(record, 0, sizeof(LeafRecord))
+        record.group, record.i, record.number = group, i, self.number
         if self.n >= self.n_asked:
             memset(&self.asked[self.n], 0, sizeof(Asked))
         self.n += 1
-        return more
+        return record
 
-    cdef ptrdiff_t read_count(self, owner, More *more) except -1:
+    cdef ptrdiff_t read_count(self, LeafRecord *record) except -1:
         """Steps that a leaf has taken; where they are counted is noted for `finish`."""
         cdef DLTensor t
+        cdef Axes axes
         cdef double taken
         cdef int format
         cdef void *at
-        count = <object>more.count
-        if self.resolve(count, &t) and size_of(&t) == 1 and (
-                dtype_of(&t) == FO_F32 or dtype_of(&t) == FO_F64) and (
-                self.is_known(16, more.count, <char *>t.data + t.byte_offset)
-                or (self.is_positive(16, more.count) and self.resolve(count, &t))):
-            at, format = <char *>t.data + t.byte_offset, dtype_of(&t)
-            taken = (<float *>at)[0] if format == FO_F32 else (<double *>at)[0]
-            if 0 <= taken < MAX_COUNT and taken == <double><ptrdiff_t>taken:
-                more.counter, more.counter_format = at, format
-                return <ptrdiff_t>taken
-        return owner._count(more.group, more.i, count)
+        count = <object>record.tensors[COUNT]
+        if self.resolve(count, &t):
+            axes = axes_of(&t)
+            format = dtype_of(&t)
+            at = <char *>t.data + t.byte_offset
+            if count_elements(&axes) == 1 and (format == FO_F32 or format == FO_F64) and (
+                    self.is_known(COUNT, record.tensors[COUNT], at)
+                    or (self.is_positive(COUNT, record.tensors[COUNT])
+                        and self.resolve(count, &t))):
+                at, format = <char *>t.data + t.byte_offset, dtype_of(&t)
+                taken = (<float *>at)[0] if format == FO_F32 else (<double *>at)[0]
+                if 0 <= taken < MAX_COUNT and taken == <double><ptrdiff_t>taken:
+                    record.counter, record.counter_format = at, format
+                    return <ptrdiff_t>taken
+        return self.owner._count(record.group, record.i, count)
 
-    cdef int fill(self, owner, More *more, tuple names, tuple codes) except -1:
+    cdef int fill(self, LeafRecord *record) except -1:
         """Point the last leaf at its tensors, or at stand-ins."""
-        cdef int k, result
-        cdef list tensors, extras
-        param = <object>more.tensors[0]
-        result = self.take(more)
+        cdef int result = self.take(record)
+        if result == LACKS or result == NOT_PLAIN:
+            self.make_extras(record)
+            result = self.take(record)
         if result == NOT_PLAIN:
             memset(&self.asked[self.n - 1], 0, sizeof(Asked))
-            tensors, extras = [], [None] * more.held
-            for k in range(more.held):
-                tensors.append(<object>more.tensors[k])
-                if more.extras[k] != NULL:
-                    extras[k] = <object>more.extras[k]
-            names = tuple(
-                [codes[k] if more.coded >> (k + 2) & 1 else names[k] for k in range(len(names))])
-            tensors, extras, back, made = owner._stand_in(
-                more.group, more.i, names, tensors, extras, more.count != NULL)
-            for tensor, copy, name in back:
-                self.targets.append(tensor)
-                self.copies.append(copy)
-                self.labels.append(name)
-            if made:
-                self.made.append((param, made))
-                if "step" in made:
-                    Py_INCREF(made["step"])
-                    more.count = <PyObject *>made["step"]
-            for k in range(more.held):
-                exchange(&more.tensors[k], tensors[k])
-                if extras[k] is not None:
-                    exchange(&more.extras[k], extras[k])
-            result = self.point(more, NULL)
+            self.put_stand_ins(record)
+            result = self.point(record, NULL)
         if result == ELSEWHERE:
-            self.lay(owner, more)
-            result = self.point(more, NULL)
+            self.lay(record)
+            result = self.point(record, NULL)
         if result != FITS:
             raise SystemError("fusedopt: a stand-in does not fit; please report")
-        self.written.append(param)
-        if self.leaves[self.n - 1].n > 0:
-            self.n_arrays += more.held - 1 + more.n_extras
+        self.n_arrays += record.n_arrays
         return 0
 
-    cdef int lay(self, owner, More *more) except -1:
+    cdef int make_extras(self, LeafRecord *record) except -1:
+        """Make what the storage of a leaf needs beside its state and is not there."""
+        param = <object>record.tensors[PARAM]
+        made = self.owner._make_extras(
+            record.group, param, [held(record, place) for place in self.plan.places[:self.plan.n]],
+            record.tensors[ARRAYS + PARAM] != NULL, record.tensors[COUNT] != NULL)
+        if made and record.tensors[GRAD] != NULL:
+            self.made.append((param, made))
+            if "residual" in made:
+                hold(record, ARRAYS + PARAM, made["residual"])
+            if "step" in made:
+                hold(record, COUNT, made["step"])
+        return 0
+
+    cdef int put_stand_ins(self, LeafRecord *record) except -1:
+        """Put plain tensors in the place of a leaf's."""
+        cdef GroupPlan plan = self.plan
+        cdef int k
+        cdef list names = [], places = [PARAM, GRAD, COPY]
+        for k in range(plan.n):
+            if record.tensors[plan.places[k]] != NULL:
+                places.append(plan.places[k])
+                names.append(
+                    plan.codes[k] if record.coded >> plan.places[k] & 1 else plan.names[k])
+        tensors, extras, back = self.owner._stand_in(
+            record.group, record.i, names, [held(record, place) for place in places],
+            [held(record, ARRAYS + place) if place < ARRAYS else None for place in places],
+            self.zeroes)
+        for tensor, copy, name in back:
+            self.targets.append(tensor)
+            self.copies.append(copy)
+            self.labels.append(name)
+        for k in range(len(places)):
+            if tensors[k] is not None:
+                hold(record, places[k], tensors[k])
+            if extras[k] is not None:
+                hold(record, ARRAYS + places[k], extras[k])
+        return 0
+
+    cdef int lay(self, LeafRecord *record) except -1:
         """Put copies in the place of tensors that are `elsewhere`."""
         cdef DLTensor t
+        cdef Axes axes
         cdef int64_t strides[MAX_AXES]
-        cdef int k
-        cdef PyObject **held
-        if not self.resolve(<object>more.tensors[0], &t) or not choose_order(more, &t, strides):
+        cdef int place, k
+        cdef bint found = self.resolve(<object>record.tensors[PARAM], &t)
+        if found:
+            axes = axes_of(&t)
+        if not found or not choose_order(record, &axes, strides):
             raise SystemError("fusedopt: a tensor changed meanwhile; please report")
         order = tuple([strides[k] for k in range(t.ndim)])
-        for k in range(16):
-            if more.elsewhere >> k & 1:
-                held = &more.tensors[k] if k < 8 else &more.extras[k - 8]
-                tensor = <object>held[0]
-                copy = owner._copy(tensor, order)
-                if k != 1:
+        for place in range(PLACES):
+            if record.elsewhere >> place & 1:
+                tensor = <object>record.tensors[place]
+                copy = self.owner._copy(tensor, order)
+                if place != GRAD or self.zeroes:
                     self.targets.append(tensor)
                     self.copies.append(copy)
-                    self.labels.append((self.n - 1, slot_of(more, k)))
-                exchange(held, copy)
+                    self.labels.append((self.n - 1, place))
+                hold(record, place, copy)
         return 0
 
-    cdef int take(self, More *more) except -1:
-        """Point the last leaf at [parameter, gradient, *state], if they are as C wants.
+    cdef int take(self, LeafRecord *record) except -1:
+        """Point the last leaf at its tensors, if they are as C wants.
 
-        DLPack does not tell the sign of a tensor. Parameters and gradients, which others exchange,
-        are asked for theirs each time; state where it is another tensor, or in another place.
+        DLPack does not tell the sign of a tensor. Parameters, gradients and copies, which others
+        exchange, are asked for theirs each time; state where it is another tensor, or in another
+        place.
         """
-        cdef int k, result
+        cdef int place, result
         cdef unsigned int strange = 0
-        for k in range(2):
-            if not self.is_plain(<object>more.tensors[k]) or self.has_sign(more.tensors[k]):
-                return NOT_PLAIN
-        result = self.point(more, &strange)
-        if result == NOT_PLAIN or not strange:
+        if not (self.is_positive_now(record.tensors[PARAM])
+                and self.is_positive_now(record.tensors[GRAD])
+                and self.is_positive_now(record.tensors[COPY])):
+            return NOT_PLAIN
+        result = self.point(record, &strange)
+        if result == NOT_PLAIN or result == LACKS or not strange:
             return result
-        for k in range(16):
-            if strange >> k & 1 and not self.is_positive(
-                    k, more.tensors[k] if k < 8 else more.extras[k - 8]):
+        for place in range(GRAD):
+            if strange >> place & 1 and not self.is_positive(place, record.tensors[place]):
                 return NOT_PLAIN
-        return self.point(more, NULL)  # again, as to ask lets other threads in
+        return self.point(record, NULL)  # again, as to ask lets other threads in
 
-    cdef int point(self, More *more, unsigned int *strange) except -1:
+    cdef int point(self, LeafRecord *record, unsigned int *strange) except -1:
         """Do so, but for the signs; note which tensors must be asked, unless NULL.
 
-        All are resolved in one go, in which no Python code runs: the first one's shape is still
+        All are resolved in one go, in which no Python code runs: the parameter's shape is still
         the one that the others are compared with.
         """
         cdef fo_leaf *leaf = &self.leaves[self.n - 1]
-        cdef DLTensor param, other
+        cdef DLTensor t
+        cdef Axes param, other
         cdef int64_t strides[MAX_AXES]
-        cdef int k, format
+        cdef int k, place, format
         cdef fo_array *array
-        more.elsewhere = 0
-        more.n_extras = 0
-        if not self.resolve(<object>more.tensors[0], &param):
+        record.elsewhere = 0
+        record.n_arrays = 0
+        record.noisy = False
+        if not self.resolve(<object>record.tensors[PARAM], &t):
             return NOT_PLAIN
-        other = param
-        if more.coded or not is_dense(&param):
-            if not choose_order(more, &param, strides):
+        param = other = axes_of(&t)
+        if record.coded or not is_dense(&param):
+            if not choose_order(record, &param, strides):
                 return NOT_PLAIN
-            param.strides = strides
-        leaf.n = size_of(&param)
-        for k in range(more.held):
-            if k == 0:
-                array = &leaf.param
-            else:
-                if not self.resolve(<object>more.tensors[k], &other):
+            param.strides = <const Py_ssize_t *>strides
+        leaf.n = count_elements(&param)
+        for k in range(ARRAYS + 2):
+            place = k if k < ARRAYS else GRAD + k - ARRAYS  # GRAD, COPY
+            if record.tensors[place] == NULL:
+                continue
+            array = array_at(leaf, place)
+            if place != PARAM:
+                if not self.resolve(<object>record.tensors[place], &t):
                     return NOT_PLAIN
+                other = axes_of(&t)
                 if not same_shape(&other, &param):
                     return NOT_PLAIN
-                array = &leaf.grad if k == 1 else &leaf.state[k - 2]
-                if self.averages and k > 1 and k == more.held - 1:
-                    array, more.ema = &leaf.ema, k
             if not same_order(&other, &param):
-                if k != 1 and repeats(&other):
+                if (place != GRAD or self.zeroes) and repeats(&other):
                     return NOT_PLAIN
-                more.elsewhere |= 1 << k
-            format = self.format_of(k, &other)
-            if format < 0 or (k > 1 and (format == FO_F64) != (leaf.param.format == FO_F64)):
+                record.elsewhere |= 1 << place
+            format = self.format_of(place, &t)
+            if format < 0 or not self.fits(leaf, place, format):
                 return NOT_PLAIN
-            if (format == FO_S8 or format == FO_U8) != (more.coded >> k & 1):
+            if (format == FO_S8 or format == FO_U8) != (record.coded >> place & 1):
                 return NOT_PLAIN
-            array.data = <char *>other.data + other.byte_offset
+            array.data = <char *>t.data + t.byte_offset
             array.format = <fo_format>format
-            if strange != NULL and k > 1 and not self.is_known(k, more.tensors[k], array.data):
-                strange[0] |= 1 << k
-            more.bytes[k] = leaf.n * (other.dtype.bits // 8)
-            if format >= FO_BF16_LOW16:
-                if not self.take_extra(more, k, array, &param):
+            if place >= ARRAYS:
+                continue
+            record.n_arrays += leaf.n > 0
+            if strange != NULL and place != PARAM and not self.is_known(
+                    place, record.tensors[place], array.data):
+                strange[0] |= 1 << place
+            if FORMATS[format].extra:
+                if record.tensors[ARRAYS + place] == NULL:
+                    if place != PARAM:
+                        return NOT_PLAIN
+                    if record.tensors[GRAD] != NULL:
+                        return LACKS
+                    array.format = FO_BF16  # of a parameter that was never stepped: all there is
+                    continue
+                if not self.take_extra(record, place, array, &param):
                     return NOT_PLAIN
-                more.n_extras += 1
-                if strange != NULL and not self.is_known(8 + k, more.extras[k], array.extra):
-                    strange[0] |= 1 << (8 + k)
-            if k != 1 and is_stochastic(format):
-                more.noisy = True
-                if more.count == NULL:
-                    return NOT_PLAIN  # the noise of a step is keyed by its number
-        return ELSEWHERE if more.elsewhere else FITS
+                record.n_arrays += leaf.n > 0
+                if strange != NULL and not self.is_known(
+                        ARRAYS + place, record.tensors[ARRAYS + place], array.extra):
+                    strange[0] |= 1 << (ARRAYS + place)
+            if FORMATS[format].stochastic:
+                record.noisy = True
+                if record.tensors[COUNT] == NULL and record.tensors[GRAD] != NULL:
+                    return LACKS  # the noise of a step is keyed by its number
+        return ELSEWHERE if record.elsewhere else FITS
 
-    cdef int format_of(self, int k, const DLTensor *t) except -2:
-        """The format of a parameter (k = 0), a gradient (1) or a state array, by its dtype."""
+    cdef bint fits(self, const fo_leaf *leaf, int place, int format) noexcept:
+        """Whether a step of the parameter's compute type takes a format."""
+        cdef bint is_double = leaf.param.format == FO_F64
+        if place == PARAM or place == GRAD:
+            return True
+        if place == COPY:
+            return format != (FO_F32 if is_double else FO_F64)
+        return (format == FO_F64) == is_double
+
+    cdef int format_of(self, int place, const DLTensor *t) except -2:
+        """The format of a tensor by its place and dtype; -1 if there is none."""
         cdef int format = dtype_of(t)
-        if k == 1 or format == FO_F32 or format == FO_F64:
+        if place >= ARRAYS or format == FO_F32 or format == FO_F64:
             return format
-        if k == 0 and format == FO_F16:
+        if place == PARAM and format == FO_F16:
             return FO_F16_STOCHASTIC
-        if k == 0 and format == FO_BF16:
-            return (FO_BF16_LOW16 if self.bits == 32 else
-                    FO_BF16_LOW8 if self.bits == 24 else FO_BF16_STOCHASTIC)
+        if place == PARAM and format == FO_BF16:
+            return (FO_BF16_LOW16 if self.plan.bits == 32 else
+                    FO_BF16_LOW8 if self.plan.bits == 24 else FO_BF16_STOCHASTIC)
         if format == FO_BF16:
             return FO_BF16_STOCHASTIC
-        if k > 1 and is_int(t, kDLUInt, 8):
-            return FO_U8 if self.squares[k - 2] else FO_S8
+        if place != PARAM and is_int(t, kDLUInt, 8):
+            return FO_U8 if self.plan.squares >> place & 1 else FO_S8
         return -1
 
-    cdef bint take_extra(self, More *more, int k, fo_array *array, const DLTensor *param) except -1:
+    cdef bint take_extra(self, LeafRecord *record, int place, fo_array *array,
+                         const Axes *param) except -1:
         """Point an array at its residual bits, or at the exponents of its blocks."""
         cdef DLTensor t
-        if more.extras[k] == NULL or not self.resolve(<object>more.extras[k], &t):
+        cdef Axes axes
+        if not self.resolve(<object>record.tensors[ARRAYS + place], &t):
             return False
+        axes = axes_of(&t)
         if array.format == FO_S8 or array.format == FO_U8:
-            if (not is_int(&t, kDLUInt, 8) or t.ndim != 1 or not is_dense(&t)
-                    or t.shape[0] != (size_of(param) + FO_BLOCK - 1) // FO_BLOCK):
+            if (not is_int(&t, kDLUInt, 8) or axes.ndim != 1 or not is_dense(&axes)
+                    or axes.shape[0] != (count_elements(param) + FO_BLOCK - 1) // FO_BLOCK):
                 return False
         else:
             if (not is_int(&t, kDLInt, 16 if array.format == FO_BF16_LOW16 else 8)
-                    or not same_shape(&t, param)):
+                    or not same_shape(&axes, param)):
                 return False
-            if not same_order(&t, param):
-                if repeats(&t):
+            if not same_order(&axes, param):
+                if repeats(&axes):
                     return False
-                more.elsewhere |= 1 << (8 + k)
+                record.elsewhere |= 1 << (ARRAYS + place)
         array.extra = <char *>t.data + t.byte_offset
         return True
 
@@ -798,22 +885,27 @@ cdef class TensorList:
             known = self.types[kind] = bool(self.is_plain_type(kind))
         return known
 
-    cdef inline bint is_known(self, int k, PyObject *tensor, void *address) noexcept:
+    cdef inline bint is_known(self, int place, PyObject *tensor, void *address) noexcept:
         """Whether a tensor of the last leaf has been asked for its sign, in the same place."""
         cdef Asked *asked = &self.asked[self.n - 1]
-        if asked.tensors[k] == tensor and asked.addresses[k] == address:
+        if asked.tensors[place] == tensor and asked.addresses[place] == address:
             return True
-        self.places[k] = address
-        asked.tensors[k] = NULL
+        self.addresses[place] = address
+        asked.tensors[place] = NULL
         return False
 
-    cdef bint is_positive(self, int k, PyObject *tensor) except -1:
+    cdef bint is_positive(self, int place, PyObject *tensor) except -1:
         """Ask a tensor that is not known; from now on it is."""
         cdef Asked *asked = &self.asked[self.n - 1]
         if self.has_sign(tensor):
             return False
-        asked.tensors[k], asked.addresses[k] = tensor, self.places[k]
+        asked.tensors[place], asked.addresses[place] = tensor, self.addresses[place]
         return True
+
+    cdef inline bint is_positive_now(self, PyObject *tensor) except -1:
+        """Whether a tensor, if there is one, is plain and without a sign."""
+        return tensor == NULL or (
+            self.is_plain(<object>tensor) and not self.has_sign(tensor))
 
     cdef bint has_sign(self, PyObject *tensor) except -1:
         """Whether the values are those in memory times -1, as of the imaginary part of a conj()."""
@@ -827,6 +919,7 @@ cdef class TensorList:
 
     cdef bint resolve(self, tensor, DLTensor *out) except -1:
         """Describe a tensor of plain kind in the memory of the CPU; False if it is not that."""
+        cdef Axes axes
         if not self.is_plain(tensor):
             return False
         if self.api == NULL:
@@ -835,7 +928,10 @@ cdef class TensorList:
         elif self.api.dltensor_from_py_object_no_sync(<void *>tensor, out) != 0:
             PyErr_Clear()  # `_stand_in` says why
             return False
-        return out.device.device_type == kDLCPU and (out.data != NULL or size_of(out) == 0)
+        if out.device.device_type != kDLCPU:
+            return False
+        axes = axes_of(out)
+        return out.data != NULL or count_elements(&axes) == 0
 
     cdef bint resolve_by_capsule(self, tensor, DLTensor *out) except -1:
         try:
@@ -846,58 +942,57 @@ cdef class TensorList:
         self.capsules.append(capsule)
         return True
 
-    cdef ptrdiff_t hyper(self, owner, ptrdiff_t group, ptrdiff_t step,
-                         ptrdiff_t count) except -1:
+    cdef ptrdiff_t constants(self, ptrdiff_t group, ptrdiff_t step, ptrdiff_t count) except -1:
         """Index of the constants of a group at a step, computed once: see `_constants`."""
         index = self.seen.get((group, step, count))
         if index is None:
             index = self.seen[(group, step, count)] = add_constants(
-                &self.hypers, self.scalar_names, owner._constants(group, step, count))
+                &self.hypers, self.scalar_names, self.owner._constants(group, step, count))
         return index
 
-    # -------------------------------------------------------------- overlap
+    # -------------------------------------------------------------- memory
 
-    cdef int refuse_overlap(self, owner) except -1:
+    cdef int check_memory(self, bint copies) except -1:
         """Let no two arrays that the step writes, and no gradient and one of them, share a byte."""
-        cdef ptrdiff_t i, found
-        cdef uintptr_t low
+        cdef ptrdiff_t i
+        cdef Span own
         if not self.refresh():
             self.collect()
-        i = overlap(&self.spans)
-        if i > 0:
-            a, b = self.span_name(owner, i - 1), self.span_name(owner, i)
-            _check.overlap(min(a, b), max(a, b))
+        self.refuse_overlap(&self.spans)
         for i in range(self.n):
-            low = <uintptr_t>self.leaves[i].grad.data
-            found = alias(&self.spans, low, low + self.more[i].bytes[1])
-            if found >= 0:
-                _check.alias(self.name(owner, i) + ".grad", self.span_name(owner, found))
+            if (locate(&self.leaves[i], i, GRAD, &own)
+                    and alias(&self.spans, own.low, own.high) >= 0):
+                self.refuse_alias(&self.spans, i, GRAD)
+        self.check_others(self.zeroes, copies)
         if self.targets:
-            self.refuse_shared(owner)
+            self.refuse_shared()
         return 0
 
-    cdef int refuse_shared(self, owner) except -1:
+    cdef int refuse_shared(self) except -1:
         """The same for tensors that were stepped on copies, which are written back.
 
         They may have gaps, in which others lie: where their ranges of memory have a byte in common,
         `_torch_plain.shared` looks at each element, once for the same tensors in the same place.
         """
         cdef DLTensor t
+        cdef Axes axes
+        cdef Span own
         cdef ptrdiff_t i, n = len(self.targets)
         cdef int k
         cdef int64_t size
         cdef uintptr_t low, high, first = <uintptr_t>-1, last = 0
         cdef bint suspect = False
-        cdef Spans *others = &self.others
-        if others.room < n:
-            others.of = <Span *>grow(others.of, n, sizeof(Span))
-            others.room = n
-        others.n = 0
+        cdef Spans *targets = &self.targets_spans
+        if targets.room < n:
+            targets.of = <Span *>grow(targets.of, n, sizeof(Span))
+            targets.room = n
+        targets.n = 0
         members, names = [], []
         for i in range(n):
             if not self.resolve(self.targets[i], &t):
                 raise SystemError("fusedopt: a tensor changed meanwhile; please report")
-            if size_of(&t) == 0:
+            axes = axes_of(&t)
+            if count_elements(&axes) == 0:
                 continue
             size = t.dtype.bits // 8
             low = high = <uintptr_t>t.data + t.byte_offset
@@ -905,106 +1000,70 @@ cdef class TensorList:
             for k in range(t.ndim):
                 high += (t.shape[k] - 1) * t.strides[k] * size
             first, last = min(first, low), max(last, high)
-            others.of[others.n] = Span(low=low, high=high, leaf=i, slot=0)
-            others.n += 1
+            targets.of[targets.n] = Span(low=low, high=high, leaf=i, slot=0)
+            targets.n += 1
             suspect |= alias(&self.spans, low, high) >= 0
+            suspect |= alias(&self.others, low, high) >= 0
             members.append((
                 low, tuple([t.shape[k] for k in range(t.ndim)]),
                 tuple([t.strides[k] * size for k in range(t.ndim)]), size))
             names.append(self.labels[i])
-        suspect |= overlap(others) > 0
+        suspect |= overlap(targets) > 0
         for i in range(self.n):
-            low = <uintptr_t>self.leaves[i].grad.data
-            suspect |= alias(others, low, low + self.more[i].bytes[1]) >= 0
+            if locate(&self.leaves[i], i, GRAD, &own):
+                suspect |= alias(targets, own.low, own.high) >= 0
         if not suspect:
             return 0
-        for i in range(self.spans.n):
-            low, high = self.spans.of[i].low, self.spans.of[i].high
-            if low < last and first < high:
-                members.append((low, (high - low,), (1,), 1))
-                names.append((self.spans.of[i].leaf, self.spans.of[i].slot))
+        for spans in range(2):
+            for i in range(self.others.n if spans else self.spans.n):
+                own = self.others.of[i] if spans else self.spans.of[i]
+                if own.low < last and first < own.high:
+                    members.append((own.low, (own.high - own.low,), (1,), 1))
+                    names.append((own.leaf, own.slot))
         n = len(members)
-        for i in range(self.n):
-            low = <uintptr_t>self.leaves[i].grad.data
-            high = low + self.more[i].bytes[1]
-            if low < last and first < high:
-                members.append((low, (high - low,), (1,), 1))
-                names.append((i, -1))
+        if not self.zeroes:  # else they are among the others
+            for i in range(self.n):
+                if (locate(&self.leaves[i], i, GRAD, &own)
+                        and own.low < last and first < own.high):
+                    members.append((own.low, (own.high - own.low,), (1,), 1))
+                    names.append((i, GRAD))
         if members == self.apart:
             return 0
         self.apart = None
-        pair = owner._shared(members, n)
+        pair = self.owner._shared(members, n)
         if pair is None:
             self.apart = members
             return 0
         a, b = [
-            label if isinstance(label, str)
-            else self.name(owner, label[0]) + ".grad" if label[1] < 0
-            else self.slot_name(owner, label[0], label[1])
+            label if isinstance(label, str) else self.name(label[0], label[1])
             for label in (names[pair[0]], names[pair[1]])
         ]
         if pair[1] >= n:
             _check.alias(b, a)
         _check.overlap(min(a, b), max(a, b))
 
-    cdef bint refresh(self) noexcept nogil:
+    cdef bint refresh(self) noexcept:
         """Give the spans of the last step the addresses of this one; False if they do not fit."""
-        cdef ptrdiff_t i
+        cdef ptrdiff_t i, leaf
         cdef Span *span
         if self.spans.n != self.n_arrays:
             return False
         for i in range(self.spans.n):
             span = &self.spans.of[i]
-            if span.leaf >= self.n or not self.locate(span.leaf, span.slot, span):
+            leaf = span.leaf
+            if leaf >= self.n or not locate(&self.leaves[leaf], leaf, span.slot, span):
                 return False
         return True
 
     cdef int collect(self) except -1:
         cdef ptrdiff_t i
-        cdef int slot
-        if self.spans.room < self.room * SLOTS:
-            self.spans.room = self.room * SLOTS
+        cdef int place
+        if self.spans.room < self.capacity * GRAD:
+            self.spans.room = self.capacity * GRAD
             self.spans.of = <Span *>grow(self.spans.of, self.spans.room, sizeof(Span))
         self.spans.n = 0
         for i in range(self.n):
-            for slot in range(SLOTS):
-                self.spans.n += self.locate(i, slot, &self.spans.of[self.spans.n])
+            for place in range(GRAD):
+                self.spans.n += locate(
+                    &self.leaves[i], i, place, &self.spans.of[self.spans.n])
         return 0
-
-    cdef bint locate(self, ptrdiff_t leaf, int slot, Span *span) noexcept nogil:
-        cdef fo_leaf *own = &self.leaves[leaf]
-        cdef More *more = &self.more[leaf]
-        cdef fo_array *array
-        if slot == EMA:
-            span.low = <uintptr_t>own.ema.data
-            span.high = span.low + (more.bytes[more.ema] if more.ema else 0)
-        elif slot >= EXTRA:
-            array = &own.param if slot == EXTRA else &own.state[slot - EXTRA - 1]
-            span.low = <uintptr_t>array.extra
-            span.high = span.low + (
-                (own.n + FO_BLOCK - 1) // FO_BLOCK
-                if array.format == FO_S8 or array.format == FO_U8
-                else 2 * own.n if array.format == FO_BF16_LOW16 else own.n)
-        else:
-            span.low = <uintptr_t>(own.param.data if slot == 0 else own.state[slot - 1].data)
-            span.high = span.low + more.bytes[slot and slot + 1]
-        span.leaf, span.slot = leaf, slot
-        return 0 < span.low < span.high  # an unused state array is at no address
-
-    cdef str name(self, owner, ptrdiff_t leaf):
-        return owner._name(self.more[leaf].group, self.more[leaf].i)
-
-    cdef str span_name(self, owner, ptrdiff_t i):
-        return self.slot_name(owner, self.spans.of[i].leaf, self.spans.of[i].slot)
-
-    cdef str slot_name(self, owner, ptrdiff_t leaf, int slot):
-        name = self.name(owner, leaf)
-        if slot == 0:
-            return name
-        if slot == EMA:
-            return f"{name}.ema"
-        if slot == EXTRA:
-            return f"{name}.residual"
-        if slot > EXTRA:
-            return f"{name}.{owner._rule.state_names[slot - EXTRA - 1]}_blocks"
-        return f"{name}.{owner._rule.state_names[slot - 1]}"

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.lib.stride_tricks import as_strided
 
+from fusedopt import _core
 from fusedopt.formats import BLOCK, Stored
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -63,6 +64,18 @@ def stored(
     codes, blocks = new_codes(param)
     Stored(form, codes.numpy(), blocks.numpy()).encode(value.float().contiguous().numpy())
     return {name + CODES: codes, name + BLOCKS: blocks}
+
+
+def as_stored(tensor: Any, blocks: Any, is_square: bool) -> Any:
+    """Return an array on the memory of a tensor of ours; `Stored` where its format is narrow."""
+    tensor = local("state", tensor, (*DTYPES, torch.uint8))
+    if tensor.dtype == torch.uint8:
+        return Stored("uint8" if is_square else "int8", tensor.numpy(), blocks.numpy())
+    if tensor.dtype == torch.bfloat16:
+        return Stored("bfloat16-stochastic", tensor.view(torch.int16).numpy().view(np.uint16))
+    if tensor.dtype == torch.float16:
+        return Stored("float16-stochastic", tensor.numpy())
+    return tensor.numpy()
 
 
 def saved_tensor(where: str, value: Any, param: Any, known: tuple[Any, ...]) -> Any:
@@ -149,23 +162,20 @@ def has_memory(tensor: Any) -> bool:
 
 
 def repeats(tensor: Any) -> bool:
-    """Whether elements may share memory, as after expand(): an axis steps within a shorter one."""
-    reach = 1
-    for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if length != 1 and stride < reach:
-            return tensor.numel() > 0
-        reach += (length - 1) * stride
-    return False
+    """Whether elements may share memory, as after expand()."""
+    found: bool = _core.repeats(tuple(tensor.shape), tensor.stride())
+    return found
 
 
 def stand_ins(
-    where: list[str], tensors: list[Any], extras: list[Any], residual: Any
+    where: list[str], tensors: list[Any], extras: list[Any], residual: Any, zeroes: bool
 ) -> tuple[list[Any], list[Any], list[tuple[Any, Any, str]]]:
-    """Return for [parameter, gradient, *state] plain tensors of one shape, in any memory order.
+    """Return for [parameter, gradient, copy, *state] plain tensors of one shape, in any order.
 
     Those that are so already, or hold such a one, stand for themselves; of the others a copy does.
-    Also returns, alike, what belongs to their codes (`extras`; of the parameter, residual bits of
-    dtype `residual`), and what to write back, as (tensor, its copy, name).
+    Gradient and copy may be None. Also returns, alike, what belongs to their codes (`extras`; of
+    the parameter, residual bits of dtype `residual`), and what to write back, as (tensor, its copy,
+    name); the gradient too if the step sets it to zero (`zeroes`).
 
     Raises
     ------
@@ -173,12 +183,14 @@ def stand_ins(
         Saying `where` it is, if there can be none.
     """
     back = []
-    known = [(torch.uint8,) if name.endswith(CODES) else STATE_DTYPES for name in where[2:]]
-    own = [
-        local(name, tensor, dtypes)
-        for name, tensor, dtypes in zip(where, tensors, [DTYPES, DTYPES, *known], strict=True)
+    known = [(torch.uint8,) if name.endswith(CODES) else STATE_DTYPES for name in where[3:]]
+    own: list[Any] = [
+        tensor if tensor is None else local(name, tensor, dtypes)
+        for name, tensor, dtypes in zip(
+            where, tensors, [DTYPES, DTYPES, DTYPES, *known], strict=True
+        )
     ]
-    param = own[0]
+    param, target = own[0], own[2]
     is_double = param.dtype == torch.float64
 
     def fit(name: str, tensor: Any, written: bool) -> Any:
@@ -194,8 +206,16 @@ def stand_ins(
             back.append((tensor, copy, name))
         return copy
 
-    plain = [fit(name, t, k != 1) for k, (name, t) in enumerate(zip(where, own, strict=True))]
-    for name, tensor in zip(where[2:], plain[2:], strict=True):
+    plain: list[Any] = [
+        tensor if tensor is None else fit(name, tensor, k != 1 or zeroes)
+        for k, (name, tensor) in enumerate(zip(where, own, strict=True))
+    ]
+    if target is not None and target.dtype == (torch.float32 if is_double else torch.float64):
+        raise TypeError(
+            f"{where[2]}: a copy of {param.dtype} is written as float16, bfloat16 or in the dtype "
+            f"that steps compute in, not as {target.dtype}"
+        )
+    for name, tensor in zip(where[3:], plain[3:], strict=True):
         if tensor.dtype != torch.uint8 and (tensor.dtype == torch.float64) != is_double:
             raise TypeError(f"{name}: {tensor.dtype} does not fit the parameter's {param.dtype}")
     if extras[0] is not None:
@@ -204,7 +224,7 @@ def stand_ins(
             raise TypeError(f"{name}: expected {residual}, got {extras[0].dtype}")
         extras[0] = fit(name, local(name, extras[0], (residual,)), True)
     for k, (name, tensor) in enumerate(zip(where, plain, strict=True)):
-        if k < 2 or tensor.dtype != torch.uint8:
+        if k < 3 or tensor.dtype != torch.uint8:
             continue
         if is_double:
             raise TypeError(f"{name}: 8-bit codes do not fit the parameter's {param.dtype}")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fusedopt import _around, _arrays, _check, _core, _threads, _tree
+from fusedopt import _arrays, _check, _core, _options, _threads, _tree
 from fusedopt._check import Array
 from fusedopt.formats import Stored
 from fusedopt.rule import Rule
@@ -85,11 +85,11 @@ class GradAccumulator:
         RuntimeError
             If another thread is adding to the same buffers, or steps with them.
         """
-        how = _around.Around(grad_scale=_check.number("scale", scale), measure=_around.PARAM)
+        how = _options.StepOptions(grad_scale=_check.number("scale", scale), measure=_options.PARAM)
         flat: list[Array | None] = []
         self._read("grads", grads, flat)
         self._work.step(
-            lambda flat: (flat, [{}]), flat, _ADD.hyper, _threads.get_num_threads(), None, how
+            lambda flat: (flat, [{}]), flat, _ADD.hyper, _threads.get_num_threads(), how
         )
 
     @property

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from fusedopt import _check
-from fusedopt._around import StepResult, StepStats
 from fusedopt._check import Array
+from fusedopt._options import StepResult, StepStats
 
 RATIOS = (1e-5, 1e-1)  # of update and parameter: a factor of 100 around the 1e-3 of a healthy run
 GROWTH = 100.0  # of a gradient's norm, between the first and the last steps, that is trouble

@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, ClassVar, NoReturn, get_type_hints
 
 from fusedopt import (
-    _around,
     _arrays,
     _check,
     _checkpoint,
     _fitting,
     _groups,
+    _options,
     _storage,
     _threads,
     _tree,
 )  # fmt: skip
-from fusedopt._around import StepResult, StepStats
 from fusedopt._check import Array
+from fusedopt._options import Reduction, StepOptions, StepResult
 from fusedopt.accumulate import GradAccumulator
 from fusedopt.formats import Stored
 from fusedopt.rule import Common, Options, Rule
@@ -67,7 +67,6 @@ class Optimizer:
     """
 
     rule: ClassVar[Rule]
-    _is_plain = False  # whether the arithmetic is done in NumPy; see fusedopt.reference
 
     def __init_subclass__(cls) -> None:
         """Show the options that all have by name where the signature is asked for."""
@@ -152,7 +151,7 @@ class Optimizer:
         made = _groups.Group(tree, _tree.reader(tree), nodes, leaves, self.rule.uses(options))
         made.note(shown, options)
         known, threads = [*self._groups, made], _threads.of(self._threads)
-        begin = partial(_storage.begin_all, names, stored, states, self.rule, options, old)
+        begin = partial(_storage.begin_all, names, stored, states, self.rule, options, leaves.start)
         self.param_groups.append(shown)
         try:
             self._work.add(names, grads, stored, states, number, True, threads, begin)
@@ -259,6 +258,7 @@ class Optimizer:
         stats: bool = False,
         zero_grads: bool = False,
         copy_out: Any = None,
+        reduce: Callable[[Array], object] | None = None,
     ) -> StepResult:
         """Update all parameters in place, in one pass.
 
@@ -300,6 +300,13 @@ class Optimizer:
             arrays that get the parameters after the step, rounded to nearest; also those without a
             gradient, and those of a skipped step. What is rounded is what the step has computed,
             before the parameter itself is rounded to its own format. None leaves out.
+        reduce : callable(array), optional
+            Sums a float64 array over ranks, in place, as ``comm.Allreduce(MPI.IN_PLACE, array)``
+            does. For leaves of which each rank steps a part, all in the same order: the norms that
+            a step needs or returns (the clip's, trust ratios, statistics) are then those of the
+            whole leaves, and ranks agree on what to skip. Called before the first write, and again
+            behind the last with `stats`; not at all where the step needs no such sum. A largest
+            magnitude is no sum: `norm_type` inf is refused, and ``max_update`` remains this rank's.
 
         Returns
         -------
@@ -315,42 +322,44 @@ class Optimizer:
         RuntimeError
             If another thread is inside a call of the same optimizer; nothing has been written.
         """
-        threads = _threads.of(self._threads)
-        plain = self if self._is_plain else None
         accumulator = grads._work if isinstance(grads, GradAccumulator) else None
         if (
-            max_grad_norm is None and clip_value is None and copy_out is None
+            max_grad_norm is None and clip_value is None and copy_out is None and reduce is None
             and type(grad_scale) is float and grad_scale == 1
             and type(norm_type) is float and norm_type == 2
             and type(nonfinite) is str and nonfinite == "propagate"
             and per_tensor is stats is zero_grads is False and accumulator is None
         ):  # fmt: skip
-            return StepResult(
-                *self._work.step(self._prepare, grads, self.rule.hyper, threads, plain)
-            )
-        how = _around.around(
-            grad_scale=grad_scale,
-            max_grad_norm=max_grad_norm,
-            norm_type=norm_type,
-            per_tensor=per_tensor,
-            clip_value=clip_value,
-            nonfinite=nonfinite,
-            stats=stats,
-            zero_grads=zero_grads if accumulator is None else True,
-            copy_out=None if copy_out is None else self._flatten(copy_out, "copy_out"),
-            knows_norm=accumulator is not None,
+            return self._take_step(grads)
+        given = {
+            "grad_scale": grad_scale, "max_grad_norm": max_grad_norm, "norm_type": norm_type,
+            "per_tensor": per_tensor, "clip_value": clip_value, "nonfinite": nonfinite,
+            "stats": stats, "zero_grads": zero_grads if accumulator is None else True,
+        }  # fmt: skip
+        how = _options.step_options(given, knows_norm=accumulator is not None and reduce is None)
+        reduction = None
+        if reduce is not None:
+            if not callable(reduce):
+                raise TypeError(f"reduce: expected a callable, got {type(reduce).__name__}")
+            if how.norm_type != 2:
+                raise ValueError("norm_type: reduce sums over ranks; only the norm 2 is of a sum")
+            reduction = Reduction(reduce)
+        copies = None if copy_out is None else self._flatten(copy_out, "copy_out")
+        return self._take_step(grads, how, copies, reduction, accumulator)
+
+    def _take_step(
+        self,
+        grads: Any,
+        options: StepOptions | None = None,
+        copies: list[Array | None] | None = None,
+        reduction: Reduction | None = None,
+        source: _arrays.ArrayList | None = None,
+    ) -> StepResult:
+        """Take a step in C; `source` has the sums of an accumulator that `grads` is."""
+        threads = _threads.of(self._threads)
+        return self._work.step(
+            self._prepare, grads, self.rule.hyper, threads, options, copies, reduction, source
         )
-        number, updated, (skipped, norm, factor, table) = self._work.step(
-            self._prepare, grads, self.rule.hyper, threads, plain, how, accumulator
-        )
-        measured = None
-        if table is not None:
-            leaves, rows = table
-            names, params = self._work.names, self._work.params
-            measured = StepStats(
-                [names[i] for i in leaves], [params[i].size for i in leaves], rows, how.grad_scale
-            )
-        return StepResult(number, updated, skipped, norm, factor, measured)
 
     def _prepare(self, grads: Any) -> tuple[list[Array | None], list[Options]]:
         """Return the gradient of each leaf, and the options of the groups as they are now."""
@@ -366,7 +375,7 @@ class Optimizer:
         for group in self._groups:
             if group.schedule is not None:
                 step = self._work.count + 1
-                rate = self.rule.checks["lr"](f"lr({step})", group.schedule(step))
+                rate = self.rule.check_rate(f"lr({step})", group.schedule(step))
                 group.options = group.options | {"lr": rate}
         if self._remembers:
             return flat, self._advance()

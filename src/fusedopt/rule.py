@@ -133,6 +133,9 @@ class Rule:
         among the options, as it is in this step.
     demand : callable(where, options), optional
         Raises ValueError for options, each of them right, that do not go together.
+    counts : bool
+        Whether torch keeps the number of steps in a parameter's state. If not, a rule of torch
+        steps with the number 1 where state is new, and else with 2.
     memory : tuple of Scalar
         What the rule remembers of a group.
     advance : callable(options) -> dict, optional
@@ -146,6 +149,7 @@ class Rule:
     states: tuple[State, ...]
     constants: Callable[[int, Options], dict[str, float]]
     demand: Callable[[str, Options], None] | None = None
+    counts: bool = True
     memory: tuple[Scalar, ...] = ()
     advance: Callable[[Options], dict[str, Any]] | None = None
 
@@ -153,7 +157,15 @@ class Rule:
     def checks(self) -> dict[str, Check]:
         """The check of all that a group has but its parameters: options, and what is remembered."""
         rows: list[Option | Scalar] = [*self.options, *COMMON, *self.memory]
-        return {row.name: row.check for row in rows}
+        return {
+            row.name: _check.or_callable(row.check) if row.name == "lr" else row.check
+            for row in rows
+        }
+
+    @cached_property
+    def check_rate(self) -> Check:
+        """The check of a learning rate that a schedule has returned."""
+        return next(option.check for option in self.options if option.name == "lr")
 
     @cached_property
     def defaults(self) -> Options:
@@ -179,19 +191,13 @@ class Rule:
     def check(self, options: Options, where: str = "") -> Options:
         """Return what of `options` a group has, checked; `where` begins the messages."""
         checked = {
-            name: self.check_one(name, options[name], where)
-            for name in self.checks
+            name: check(where + name, options[name])
+            for name, check in self.checks.items()
             if name in options
         }
         if self.demand is not None:
             self.demand(where, checked)
         return checked
-
-    def check_one(self, name: str, value: Any, where: str = "") -> Any:
-        """Return one value of a group, checked; `lr` may be a schedule, which a step calls."""
-        if name == "lr" and callable(value):
-            return value
-        return self.checks[name](where + name, value)
 
     def begun(self, options: Options) -> Options:
         """Return the options with what the rule remembers as it begins."""
@@ -206,16 +212,14 @@ class Rule:
             return options
         new = self.advance(options)
         return options | {
-            row.name: self.check_one(row.name, new[row.name], where) for row in self.memory
+            row.name: row.check(where + row.name, new[row.name]) for row in self.memory
         }
 
     def uses(self, options: Mapping[str, Any]) -> tuple[bool, ...]:
         """Return for each state whether these options need it."""
         return tuple(not state.needs or bool(options[state.needs]) for state in self.states)
 
-    def hyper(
-        self, step: int, options: Options, grad_scale: float = 1.0, count: int | None = None
-    ) -> dict[str, float]:
+    def hyper(self, step: int, options: Options, count: int | None = None) -> dict[str, float]:
         """Return all constants of a step: the rule's own, and those that every rule has.
 
         Parameters
@@ -225,13 +229,11 @@ class Rule:
         options : dict
             Checked, with `lr` as a number; of `COMMON` those that are not the default. What the
             rule remembers is as `advanced` has it.
-        grad_scale : float
-            Multiplies the gradient.
         count : int, optional
             Number of the step for the average, where the rule has begun anew meanwhile.
         """
         values = self.constants(step, options)
-        values["grad_scale"] = -grad_scale if options.get("maximize") else grad_scale
+        values["grad_scale"] = -1.0 if options.get("maximize") else 1.0
         l1, l2 = self._terms
         values["l1"] = options.get(l1, 0.0)
         values["l2"] = options.get(l2, 0.0)

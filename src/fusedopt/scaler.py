@@ -10,7 +10,7 @@ from fusedopt import _check
 from fusedopt._ieee import ieee
 
 if TYPE_CHECKING:
-    from fusedopt._around import StepResult
+    from fusedopt._options import StepResult
     from fusedopt.optimizer import Optimizer
 
 

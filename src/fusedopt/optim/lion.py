@@ -32,6 +32,7 @@ RULE = Rule(
     ),
     states=(State("exp_avg"),),
     constants=_constants,
+    counts=False,
 )
 
 

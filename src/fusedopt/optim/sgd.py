@@ -35,6 +35,7 @@ RULE = Rule(
         "first": float(step == 1),
     },
     demand=_demand,
+    counts=False,
 )
 
 

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
-from fusedopt import _check, formats
-from fusedopt._around import Around, GradSums
+from fusedopt import _check, _core, formats
+from fusedopt._arrays import ArrayList
 from fusedopt._check import Array
 from fusedopt._functional import Step, function
 from fusedopt._ieee import ieee
+from fusedopt._options import LEAF, Reduction, StepOptions, StepResult, StepStats
 from fusedopt.formats import BLOCK, Stored, flat
 from fusedopt.optimizer import Optimizer
 from fusedopt.rule import Options, Rule
 
-StepSums = tuple[float, float, float]  # squares of parameter and update, largest update
+# of the gradient its squares, largest magnitude, zeros, how many are
+# infinite or NaN; of a step the squares of parameter and update, and the largest update
+GradSums = tuple[float, float, int, int]
+StepSums = tuple[float, float, float]
+_GRAD, _STEP = ["grad", "largest_grad", "zeros", "nonfinite"], ["param", "update", "largest_update"]
+
+_NOTHING = StepOptions()
+
+# (parameter, where the rule would go) -> their norms over the leaf
+Norms = Callable[[Array, Array], tuple[float, float]]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -51,13 +64,14 @@ def leaf(
     step: int,
     options: Options,
     scale: float = 1.0,
-    around: Around | None = None,
+    how: StepOptions = _NOTHING,
     ema: Array | None = None,
     copy: Array | None = None,
-) -> tuple[GradSums, StepSums] | None:
+    reduction: Reduction | None = None,
+) -> StepSums:
     """Decode what is stored, update in place, ``update(p, g, *states, step=, **options)``, encode.
 
-    What a step does around the rule is done here too; returns the sums, where they are wanted.
+    What a step does around the rule is done here too; returns the step's sums, 0 unless asked.
     """
     hyper = rule.hyper(step, options)
     arrays: list[Array | Stored | None] = [param, *states]
@@ -67,15 +81,15 @@ def leaf(
     values = [array.decode() if isinstance(array, Stored) else array for array in arrays]
     p, *tensors = values
     assert p is not None
-    before = p.copy(order="K") if around is not None and around.measure else None
+    before = p.copy(order="K") if how.measure else None
 
-    c, given = p.dtype.type, _check.gradient("gradient", grad, p).astype(p.dtype, copy=False)
-    g = given
+    c, g = p.dtype.type, _check.gradient("gradient", grad, p).astype(p.dtype, copy=False)
     if scale != 1:
         g = c(scale) * g
-    if around is not None and around.clip_value is not None:
-        g = np.clip(g, -c(around.clip_value), c(around.clip_value))
-    update(p, _terms(g, p, hyper), *tensors, step=step, **options)
+    if how.clip_value is not None:
+        g = np.clip(g, -c(how.clip_value), c(how.clip_value))
+    norms = partial(_norms, reduction)
+    update(p, _terms(g, p, hyper), *tensors, step=step, norms=norms, **options)
     if ema is not None:
         ema[...] = ema + c(hyper["ema_weight"]) * (p - ema)
     if copy is not None:
@@ -84,7 +98,16 @@ def leaf(
         if isinstance(array, Stored):
             assert value is not None
             formats.encode(array, flat(value), formats.key(options["seed"], number, step, slot))
-    return None if before is None else (grad_sums(given), step_sums(p, p - before))
+    return (0.0, 0.0, 0.0) if before is None else step_sums(p, p - before)
+
+
+def _norms(reduction: Reduction | None, p: Array, direction: Array) -> tuple[float, float]:
+    """Return the norms of a leaf and of where a layer-wise rule would go, over ranks if asked."""
+    row = np.zeros(1, _core.STATS)
+    row["param"], row["update"] = squares(p), squares(direction)
+    if reduction is not None:
+        reduction.directions(row)
+    return math.sqrt(row["param"][0]), math.sqrt(row["update"][0])
 
 
 def _write_copy(copy: Array, p: Array) -> None:
@@ -159,34 +182,129 @@ def step_sums(p: Array, update: Array) -> StepSums:
     return step_squares(p), step_squares(update), largest
 
 
+class Verdict(NamedTuple):
+    """What a step decided before its first write; see `StepResult`."""
+
+    skipped: bool
+    grad_norm: float | None
+    clip_factor: float
+
+
+_GO_ON = Verdict(False, None, 1.0)
+
+
+def _judge(
+    how: StepOptions, table: Array, names: Sequence[str], sizes: Sequence[int]
+) -> tuple[Verdict, list[float] | None]:
+    """Decide on a step by the sums of its gradients; return the scale of each leaf too."""
+    squares_of_all = float(_fold(_in_lanes(table["grad"])))
+    norm = how.norm(squares_of_all, float(table["largest_grad"].max(initial=0)))
+    if table["nonfinite"].any() and how.nonfinite == "skip":
+        return Verdict(True, norm, 1.0), None
+    if table["nonfinite"].any() and how.nonfinite == "raise":
+        rows = zip(names, table["nonfinite"].tolist(), sizes, strict=True)
+        _check.not_finite([row for row in rows if row[1] > 0])
+    if how.max_grad_norm is None:
+        return Verdict(False, norm, 1.0), None
+    if how.per_tensor:
+        columns = zip(table["grad"].tolist(), table["largest_grad"].tolist(), strict=True)
+        factors = [how.factor(how.norm(*sums)) for sums in columns]
+    else:
+        factors = [how.factor(norm)] * len(table)
+    least = float(np.min(factors, initial=1.0))  # NaN if one is
+    return Verdict(False, norm, least), [how.grad_scale * factor for factor in factors]
+
+
 class Plain(Optimizer):
     """An optimizer that makes all checks of the fast one, then updates leaf by leaf in NumPy."""
 
     _update: Callable[..., None]  # (p, g, *states, step, **options), in place
-    _is_plain = True
 
-    def _plain_sums(self, number: int, grad: Array) -> GradSums:
+    def _take_step(
+        self,
+        grads: Any,
+        options: StepOptions | None = None,
+        copies: list[Array | None] | None = None,
+        reduction: Reduction | None = None,
+        source: ArrayList | None = None,
+    ) -> StepResult:
+        with self._work, source or nullcontext():
+            return self._take_claimed(grads, options or _NOTHING, copies, reduction, source)
+
+    @as_in_c
+    def _take_claimed(
+        self,
+        grads: Any,
+        how: StepOptions,
+        copies: list[Array | None] | None,
+        reduction: Reduction | None,
+        source: ArrayList | None,
+    ) -> StepResult:
+        work, (flat_grads, options) = self._work, self._prepare(grads)
+        by_leaf = [
+            its for group, its in zip(self._groups, options, strict=True) for _ in group.leaves
+        ]
+        work.check(flat_grads, how, copies)
+        table = np.zeros(len(work), _core.STATS)
+        sizes = np.array([0 if g is None else g.size for g in flat_grads])
+        knows = source is not None and source.knows(flat_grads) and reduction is None
+        measured = how.must_measure or knows
+        if measured or how.measure == LEAF:
+            for i, grad in enumerate(flat_grads):
+                if grad is not None:
+                    table[_GRAD][i] = self._grad_sums(i, grad)
+            if reduction is not None:
+                reduction.gradients(table, sizes)
+        verdict, scales = (
+            _judge(how, table, work.grad_names, sizes.tolist()) if measured else (_GO_ON, None)
+        )
+        for i, grad in enumerate(flat_grads):
+            copy = None if copies is None else copies[i]
+            if grad is None or verdict.skipped:
+                self._copy(i, copy)
+                continue
+            scale = how.grad_scale if scales is None else scales[i]
+            table[_STEP][i] = self._step_leaf(i, grad, by_leaf[i], scale, how, copy, reduction)
+        for grad in flat_grads if how.zero_grads else ():
+            if grad is not None:
+                grad[...] = 0
+        if source is not None:
+            source.forget()
+        if verdict.skipped:
+            return StepResult(work.count, 0, *verdict)
+        work.advance(flat_grads)
+        stats = None
+        if how.measure == LEAF:
+            if reduction is not None:
+                reduction.steps(table)
+                sizes = reduction.sizes
+            rows = [i for i, grad in enumerate(flat_grads) if grad is not None]
+            names = [work.names[i] for i in rows]
+            stats = StepStats(names, sizes[rows], table[rows], how.grad_scale)
+        present = sum(grad is not None for grad in flat_grads)
+        return StepResult(work.count, present, *verdict, stats)
+
+    def _grad_sums(self, number: int, grad: Array) -> GradSums:
         param = self._work.params[number]
         compute = np.float64 if param.dtype == np.float64 else np.float32
         laid = _check.gradient("gradient", grad, param)
         return grad_sums(laid.astype(compute, copy=False))
 
-    @as_in_c
-    def _plain_copy(self, number: int, copy: Array) -> None:
-        stored = self._work.stored[number]
-        _write_copy(copy, stored.decode() if isinstance(stored, Stored) else stored)
+    def _copy(self, number: int, copy: Array | None) -> None:
+        if copy is not None:
+            stored = self._work.stored[number]
+            _write_copy(copy, stored.decode() if isinstance(stored, Stored) else stored)
 
-    def _plain_step(
+    def _step_leaf(
         self,
         number: int,
         grad: Array,
-        step: int,
+        options: Options,
         scale: float,
-        around: Around | None,
+        how: StepOptions,
         copy: Array | None,
-    ) -> tuple[GradSums, StepSums] | None:
-        group = next(group for group in self._groups if number in group.leaves)
-        options = self.rule.advanced(group.options)
+        reduction: Reduction | None,
+    ) -> StepSums:
         *arrays, average = self._work.states[number]
         used = zip(self.rule.uses(options), arrays, strict=True)
         return leaf(
@@ -196,12 +314,13 @@ class Plain(Optimizer):
             grad,
             [array if use else None for use, array in used],
             number=number,
-            step=step,
+            step=self._work.get_step(number) + 1,
             options=options,
             scale=scale,
-            around=around,
+            how=how,
             ema=average,  # type: ignore[arg-type]
             copy=copy,
+            reduction=reduction,
         )
 
 
@@ -212,8 +331,9 @@ def reference(fast: type[Optimizer], update: Callable[..., None]) -> tuple[type[
     ----------
     fast : type
         The class whose signature and checks both have.
-    update : callable(p, g, *states, step, **options)
+    update : callable(p, g, *states, step, norms, **options)
         The formula, in place, in the order of roundings; states that are not in use are None.
+        ``norms(p, direction)`` returns the norms that a layer-wise rule needs.
     """
 
     def take(rule: Rule, params: Any, grads: Any, states: Any, step: int, options: Options) -> None:

@@ -1,19 +1,19 @@
 """What one step does around the rule: scale, clip, skip, measure, copy, zero.
 
-The options of `Optimizer.step` in the form that the border and the references work with, the few
-formulas that both need, and the table that statistics come in.
+The options of a step for every adapter, the few formulas that borders and references need, the sums
+over ranks, and the table that statistics come in.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fusedopt import _check
+from fusedopt import _check, _core
 from fusedopt._check import Array
 from fusedopt._ieee import ieee
 
@@ -23,11 +23,9 @@ GRAD_SUMS = ["grad", "largest_grad", "zeros", "nonfinite"]  # of _core.STATS
 
 NOTHING, LEAF, PARAM = range(3)  # fo_measures
 
-NONFINITE = ("propagate", "skip", "raise")
-
 
 @dataclass(frozen=True, slots=True)
-class Around:
+class StepOptions:
     """The options of a step, checked."""
 
     grad_scale: float = 1.0
@@ -38,7 +36,6 @@ class Around:
     nonfinite: str = "propagate"
     measure: int = NOTHING
     zero_grads: bool = False
-    copy_out: Sequence[Array | None] | None = None
 
     @property
     def must_measure(self) -> bool:
@@ -64,19 +61,38 @@ class Around:
         return 1.0 if factor > 1 else factor  # NaN stays
 
 
-def around(
-    *,
-    grad_scale: Any,
-    max_grad_norm: Any,
-    norm_type: Any,
-    per_tensor: Any,
-    clip_value: Any,
-    nonfinite: Any,
-    stats: Any,
-    zero_grads: Any,
-    copy_out: Sequence[Array | None] | None,
-    knows_norm: bool,
-) -> Around:
+def _norm_type(name: str, value: Any) -> float:
+    if not isinstance(value, (int, float, str, np.number)) or (
+        value != 2 and value not in (math.inf, "inf")
+    ):
+        raise ValueError(f"{name}: expected 2 or inf, got {value!r}")
+    return float(value)
+
+
+# the options of a step that every adapter has: defaults and checks
+DEFAULTS: dict[str, Any] = {
+    "grad_scale": 1.0,
+    "max_grad_norm": None,
+    "norm_type": 2.0,
+    "per_tensor": False,
+    "clip_value": None,
+    "nonfinite": "propagate",
+    "stats": False,
+    "zero_grads": False,
+}
+CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "grad_scale": _check.number,
+    "max_grad_norm": _check.optional(_check.limit),
+    "norm_type": _norm_type,
+    "per_tensor": _check.flag,
+    "clip_value": _check.optional(_check.positive),
+    "nonfinite": _check.choice("propagate", "skip", "raise"),
+    "stats": _check.flag,
+    "zero_grads": _check.flag,
+}
+
+
+def step_options(given: Mapping[str, Any], *, knows_norm: bool = False) -> StepOptions:
     """Check the options of a step; `knows_norm` says that the gradients' norm costs no read.
 
     Raises
@@ -84,26 +100,94 @@ def around(
     TypeError, ValueError
         Naming the option.
     """
-    if not isinstance(norm_type, (int, float, str, np.number)) or (
-        norm_type != 2 and norm_type not in (math.inf, "inf")
-    ):
-        raise ValueError(f"norm_type: expected 2 or inf, got {norm_type!r}")
-    how = Around(
-        _check.number("grad_scale", grad_scale),
-        _check.optional(_check.limit)("max_grad_norm", max_grad_norm),
-        float(norm_type),
-        _check.flag("per_tensor", per_tensor),
-        _check.optional(_check.positive)("clip_value", clip_value),
-        _check.choice(*NONFINITE)("nonfinite", nonfinite),
-        LEAF if _check.flag("stats", stats) else NOTHING,
-        _check.flag("zero_grads", zero_grads),
-        copy_out,
-    )
+    values = {
+        name: CHECKS[name](name, value)
+        for name, value in given.items()
+        if type(value) is not type(DEFAULTS[name]) or value != DEFAULTS[name]
+    }
+    how = StepOptions(measure=LEAF if values.pop("stats", False) else NOTHING, **values)
     if how.per_tensor and how.max_grad_norm is None:
         raise ValueError("per_tensor: is about the clip; give max_grad_norm too")
     if how.norm_type != 2 and not (how.must_measure or knows_norm):
         raise ValueError("norm_type: no norm is asked for; give max_grad_norm (inf clips nothing)")
     return how
+
+
+class Reduction:
+    """Sums what each rank measured of its part of the leaves; one for each step.
+
+    Tables are rows of `_core.STATS`, one for each leaf of the optimizer, and change in place. What
+    is summed may differ from rank to rank, but not which sums are asked for, nor the number of
+    leaves.
+
+    Parameters
+    ----------
+    add : callable(array)
+        Sums a float64 array over ranks, in place; its first axis is that of the leaves.
+    most : callable(array), optional
+        Does so with the maximum. Without it, largest magnitudes remain those of this rank.
+    add_total, most_total : callable(array), optional
+        The same for sums over all leaves, where ranks have other leaves.
+    """
+
+    def __init__(
+        self,
+        add: Callable[[Array], object],
+        most: Callable[[Array], object] | None = None,
+        add_total: Callable[[Array], object] | None = None,
+        most_total: Callable[[Array], object] | None = None,
+    ) -> None:
+        """Begin a step."""
+        self._add, self._most = add, most
+        self._add_total, self._most_total = add_total, most_total
+        self.sizes: Array  # elements of the whole leaves, once the gradients are summed
+
+    def gradients(self, table: Array, sizes: Array) -> tuple[float, float, float]:
+        """Sum what is known of the gradients; return squares, largest and nonfinite of all."""
+        columns = np.column_stack(
+            [
+                table["grad"],
+                table["zeros"],
+                table["nonfinite"],
+                sizes,
+                np.isnan(table["largest_grad"]),
+            ]
+        )
+        self._add(columns)
+        for name, column in zip(("grad", "zeros", "nonfinite"), columns.T, strict=False):
+            table[name] = column
+        self.sizes = columns[:, 3].astype(np.int64)
+        table["largest_grad"] = _largest(table["largest_grad"], columns[:, 4], self._most)
+        total = _core.total(table)
+        values = [total["grad"], total["nonfinite"], np.isnan(total["largest_grad"])]
+        sums, largest = np.array(values, np.float64), np.array([total["largest_grad"]])
+        if self._add_total is not None:
+            self._add_total(sums)
+            largest = _largest(largest, sums[2:], self._most_total)
+        return float(sums[0]), float(largest[0]), float(sums[1])
+
+    def directions(self, table: Array) -> None:
+        """Sum the squares that trust ratios are made of."""
+        columns = np.column_stack([table["param"], table["update"]])
+        self._add(columns)
+        table["param"], table["update"] = columns.T
+
+    def steps(self, table: Array) -> None:
+        """Sum what is known of parameters and updates."""
+        columns = np.column_stack(
+            [table["param"], table["update"], np.isnan(table["largest_update"])]
+        )
+        self._add(columns)
+        table["param"], table["update"] = columns.T[:2]
+        table["largest_update"] = _largest(table["largest_update"], columns[:, 2], self._most)
+
+
+def _largest(values: Array, nans: Array, most: Callable[[Array], object] | None) -> Array:
+    """Return the maxima over ranks, NaN where some rank has one (no library promises that)."""
+    largest = np.where(np.isnan(values), 0.0, values)
+    if most is not None:
+        most(largest)
+    return np.where(nans > 0, np.nan, largest)
 
 
 class StepStats:
@@ -133,9 +217,7 @@ class StepStats:
                "zero_fraction", "nonfinite")  # fmt: skip
 
     @ieee
-    def __init__(
-        self, names: Sequence[str], sizes: Sequence[int], table: Array, grad_scale: float
-    ) -> None:
+    def __init__(self, names: Sequence[str], sizes: Array, table: Array, grad_scale: float) -> None:
         """Compute the columns from a table of `_core.STATS`, a row for each name."""
         self.names = tuple(names)
         self.grad_norm = abs(grad_scale) * np.sqrt(table["grad"])

@@ -5,36 +5,15 @@ import threading
 import ml_dtypes
 import numpy as np
 import pytest
+from cases import ALL_STEP_OPTIONS as ALL
 from cases import CASES, TILE, canonical, isa, threads, values
+from cases import STEP_OPTIONS as OPTIONS
 
 import fusedopt
 from fusedopt import _core, reference
 from fusedopt.formats import Stored
 
 BF16 = ml_dtypes.bfloat16
-ALL = {
-    "grad_scale": 0.25,
-    "max_grad_norm": 0.5,
-    "clip_value": 0.01,
-    "stats": True,
-    "zero_grads": True,
-}
-OPTIONS = [
-    {"grad_scale": 0.37},
-    {"grad_scale": -3.0, "clip_value": 0.2},
-    {"max_grad_norm": 0.7},
-    {"max_grad_norm": 1e9, "grad_scale": 2.0},
-    {"max_grad_norm": 0.3, "per_tensor": True},
-    {"max_grad_norm": 0.3, "norm_type": np.inf},
-    {"max_grad_norm": 0.1, "norm_type": np.inf, "per_tensor": True, "nonfinite": "skip"},
-    {"nonfinite": "skip"},
-    {"max_grad_norm": np.inf},
-    {"max_grad_norm": np.inf, "norm_type": np.inf, "per_tensor": True},
-    {"stats": True},
-    {"stats": True, "nonfinite": "skip"},
-    {"zero_grads": True},
-    ALL,
-]
 SHAPES = [(), (1,), (0,), (15, 1), (17,), (TILE - 1,), (3, TILE), (5 * TILE + 3,), (70, 33)]
 BIG = [(300 * TILE + 77,), (9, 1000), (33,)]
 STORAGE = [

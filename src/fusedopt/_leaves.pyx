@@ -1,0 +1,309 @@
+# cython: language_level=3, binding=False, boundscheck=False, wraparound=False
+# cython: freethreading_compatible=True, autotestdict=False
+"""What is the same for arrays and for tensors once a leaf has pointers.
+
+A list of leaves is claimed by one thread at a time; no two arrays that a step writes share memory;
+a step measures what it must know before it writes, has it summed over ranks if asked, decides, and
+commits. A border (`_arrays`, `_tensors`) adds how a leaf gets its pointers and what it is called.
+"""
+from libc.stdlib cimport free
+from libc.string cimport memcpy, memset
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+
+from fusedopt._c cimport *
+from fusedopt._core cimport *
+from fusedopt._spans cimport Span, Spans, alias, overlap
+
+cdef extern from *:
+    """
+    #define fo_exchange(flag, value) __atomic_exchange_n(flag, value, __ATOMIC_ACQ_REL)
+    """
+    int fo_exchange(int *flag, int value) nogil
+
+import numpy
+
+from fusedopt import _check, _core, _options
+
+FORMATS = format_table()
+
+
+cdef class Verdict:
+    """What a step decided before its first write; see `StepResult`."""
+
+
+cdef Verdict decide(bint skipped, grad_norm, clip_factor):
+    cdef Verdict verdict = Verdict.__new__(Verdict)
+    verdict.skipped, verdict.grad_norm, verdict.clip_factor = skipped, grad_norm, clip_factor
+    return verdict
+
+
+cdef class LeafList:
+    """The leaves of an optimizer as C sees them."""
+
+    cdef int set_rule(self, str rule, tuple state_names) except -1:
+        """Begin: a rule of the C table, and the names of its state arrays for messages."""
+        self.rule, self.scalar_names, _, self.layerwise = _core.RULES[rule]
+        self.state_names = state_names
+        self.writes = []
+        return 0
+
+    def __dealloc__(self):
+        free(self.leaves)
+        free(self.hypers.of)
+        free(self.spans.of)
+        free(self.others.of)
+        free(self.sums.stats)
+        free(self.sums.tiles)
+
+    # ---------------------------------------------------------------- of a border
+
+    cdef str leaf_name(self, ptrdiff_t i):
+        raise NotImplementedError
+
+    cdef str grad_name(self, ptrdiff_t i):
+        raise NotImplementedError
+
+    cdef str copy_name(self, ptrdiff_t i):
+        raise NotImplementedError
+
+    cdef str extra_name(self, ptrdiff_t i, int place):
+        """The name of what belongs to the codes at a place."""
+        return self.name(i, place)
+
+    cdef str busy(self):
+        """The message for a thread that finds the list claimed."""
+        return (
+            "another thread is in a step of this optimizer or accumulator, or saves, loads or "
+            "extends it (or this call comes from within one); use one for each thread, or a lock"
+        )
+
+    cdef bint has_grad(self, ptrdiff_t i) noexcept:
+        """Whether a leaf takes part in the step."""
+        return self.leaves[i].grad.data != NULL
+
+    cdef ptrdiff_t row(self, ptrdiff_t i) noexcept:
+        """The number of a leaf among all that the optimizer has, the same on each rank."""
+        return i
+
+    cdef ptrdiff_t count_rows(self) noexcept:
+        return self.n
+
+    # ---------------------------------------------------------------- one thread at a time
+
+    cdef int claim(self) except -1:
+        if fo_exchange(&self.claimed, 1) != 0:
+            raise RuntimeError(self.busy())
+        return 0
+
+    cdef void release(self) noexcept:
+        fo_exchange(&self.claimed, 0)
+
+    def __enter__(self):
+        """Claim the list for a block; RuntimeError if another thread has it."""
+        self.claim()
+
+    def __exit__(self, kind, value, trace):
+        self.release()
+
+    # ---------------------------------------------------------------- names and memory
+
+    cdef str name(self, ptrdiff_t i, int place):
+        """The name of one of a leaf's arrays, for messages."""
+        if place == GRAD:
+            return self.grad_name(i)
+        if place == COPY:
+            return self.copy_name(i)
+        if place >= ARRAYS:
+            return self.extra_name(i, place - ARRAYS)
+        name = self.leaf_name(i)
+        if place == PARAM:
+            return name
+        return f"{name}.ema" if place == EMA else f"{name}.{self.state_names[place - 1]}"
+
+    cdef int refuse_overlap(self, Spans *spans) except -1:
+        """Let no two arrays have a byte in common."""
+        cdef ptrdiff_t i = overlap(spans)
+        if i > 0:
+            a, b = [self.name(spans.of[k].leaf, spans.of[k].slot) for k in (i - 1, i)]
+            _check.overlap(min(a, b), max(a, b))
+        return 0
+
+    cdef int refuse_alias(self, Spans *spans, ptrdiff_t i, int place) except -1:
+        """Let an array have no byte in common with some that the step writes."""
+        cdef Span own
+        cdef ptrdiff_t found
+        if locate(&self.leaves[i], i, place, &own):
+            found = alias(spans, own.low, own.high)
+            if found >= 0:
+                _check.alias(
+                    self.name(i, place), self.name(spans.of[found].leaf, spans.of[found].slot))
+        return 0
+
+    cdef int check_others(self, bint zero_grads, bint copies) except -1:
+        """Let what this step alone writes, copies and zeroed gradients, share no memory."""
+        cdef ptrdiff_t i
+        cdef int place
+        self.others.n = 0
+        if not zero_grads and not copies:
+            return 0
+        if self.others.room < 2 * self.n:
+            self.others.of = <Span *>grow(self.others.of, 2 * self.n, sizeof(Span))
+            self.others.room = 2 * self.n
+        for i in range(self.n):
+            for place in (GRAD, COPY):
+                if (zero_grads or place == COPY) and locate(
+                        &self.leaves[i], i, place, &self.others.of[self.others.n]):
+                    self.others.n += 1
+                    self.refuse_alias(&self.spans, i, place)
+        self.refuse_overlap(&self.others)
+        if not zero_grads:
+            for i in range(self.n):
+                self.refuse_alias(&self.others, i, GRAD)
+        return 0
+
+    # ---------------------------------------------------------------- measure, reduce, commit
+
+    cdef Verdict run(self, options, reduction, fo_run *how, int threads):
+        """One step of the leaves, whose pointers and constants are set.
+
+        Parameters
+        ----------
+        options : StepOptions
+        reduction : Reduction or None
+            Sums over ranks what is measured before it is used.
+        how : fo_run *
+            Zero, or with `has_grad` where the sums of the gradients are known.
+
+        Returns
+        -------
+        Verdict
+        """
+        cdef Verdict verdict
+        cdef fo_status status
+        cdef ptrdiff_t i
+        how.clip_value = options.clip_value or 0
+        how.zero_grads, how.measure = options.zero_grads, <fo_measures><int>options.measure
+        verdict = self.judge(options, reduction, how, threads)
+        if verdict.skipped:
+            if how.zero_grads:
+                self.zero_gradients()
+            for i in range(self.n):
+                self.leaves[i].grad.data = NULL  # copies are written of what is as it was
+        elif self.layerwise and reduction is not None:
+            with nogil:
+                status = run_direct(
+                    self.rule, self.leaves, self.n, self.hypers.of, self.hypers.n, how, threads)
+            check(status)
+            table = self.table()
+            reduction.directions(table)
+            self.take_table(table)
+            how.has_direction = 1
+        with nogil:
+            status = run_step(
+                self.rule, self.leaves, self.n, self.hypers.of, self.hypers.n, how, threads)
+        check(status)
+        return verdict
+
+    cdef Verdict judge(self, options, reduction, fo_run *how, int threads):
+        """Measure the gradients if the step must know them before it writes; scale every leaf.
+
+        Gradients whose sums are known are judged in any case, unless other ranks have a part.
+        """
+        cdef fo_status status
+        cdef ptrdiff_t i
+        cdef double scale = options.grad_scale, factor = 1, least = 1
+        for i in range(self.n):
+            self.leaves[i].grad_scale = scale
+        if not options.must_measure and not (how.has_grad and reduction is None):
+            return decide(False, None, 1.0)
+        if not how.has_grad:
+            how.norm_only = options.norm_only
+            with nogil:
+                status = run_measure(self.leaves, self.n, how, threads)
+            check(status)
+            how.has_grad = 1
+        if reduction is None:
+            total = sum_stats(self.sums.stats, self.n)
+            squares, largest, nonfinite = total.grad, total.largest_grad, total.nonfinite
+        else:
+            table = self.table()
+            squares, largest, nonfinite = reduction.gradients(table, self.sizes())
+            self.take_table(table)
+        norm = options.norm(squares, largest)
+        if nonfinite > 0 and options.nonfinite != "propagate":
+            if options.nonfinite == "skip":
+                return decide(True, norm, 1.0)
+            _check.not_finite([
+                (self.name(i, GRAD), self.sums.stats[i].nonfinite, self.leaves[i].n)
+                for i in range(self.n) if self.sums.stats[i].nonfinite > 0
+            ])
+        if options.max_grad_norm is None:
+            return decide(False, norm, 1.0)
+        if not options.per_tensor:
+            factor = least = options.factor(norm)
+        for i in range(self.n):
+            if options.per_tensor and self.leaves[i].grad.data != NULL:
+                factor = options.factor(
+                    options.norm(self.sums.stats[i].grad, self.sums.stats[i].largest_grad))
+                least = factor if not factor >= least else least
+            self.leaves[i].grad_scale = scale * factor
+        return decide(False, norm, least)
+
+    cdef void zero_gradients(self) noexcept:
+        cdef ptrdiff_t i
+        cdef fo_array *grad
+        for i in range(self.n):
+            grad = &self.leaves[i].grad
+            if grad.data != NULL:
+                memset(grad.data, 0, self.leaves[i].n * FORMATS[<int>grad.format].size)
+
+    cdef int make_writes(self) except -1:
+        for write in self.writes:
+            (<dict>(<tuple>write)[0])[(<tuple>write)[1]] = (<tuple>write)[2]
+        return 0
+
+    cdef object statistics(self, options, reduction, bint has_grad):
+        """What was measured, as `StepStats`."""
+        cdef ptrdiff_t i
+        present = [i for i in range(self.n) if self.has_grad(i)]
+        names = [self.leaf_name(i) for i in present]
+        if reduction is None:
+            table, sizes = stats_table(&self.sums, self.n), [self.leaves[i].n for i in present]
+            rows = present
+        else:
+            table, rows = self.table(), [self.row(i) for i in present]
+            if not has_grad:
+                reduction.gradients(table, self.sizes())
+            reduction.steps(table)
+            sizes = reduction.sizes[rows]
+        if len(rows) < len(table):
+            table = table[rows]
+        return _options.StepStats(names, sizes, table, options.grad_scale)
+
+    def table(self):
+        """What was measured of all leaves of the optimizer, as rows of `_core.STATS`."""
+        cdef ptrdiff_t i
+        rows = stats_table(&self.sums, self.n)
+        table = numpy.zeros(self.count_rows(), _core.STATS)
+        table[[self.row(i) for i in range(self.n)]] = rows
+        return table
+
+    def sizes(self):
+        """Elements of all leaves of the optimizer, of those with a gradient."""
+        cdef ptrdiff_t i
+        sizes = numpy.zeros(self.count_rows(), numpy.int64)
+        for i in range(self.n):
+            if self.has_grad(i):
+                sizes[self.row(i)] = self.leaves[i].n
+        return sizes
+
+    cdef int take_table(self, table) except -1:
+        """Take over such a table."""
+        cdef Py_buffer view
+        cdef ptrdiff_t i
+        rows = numpy.ascontiguousarray(table[[self.row(i) for i in range(self.n)]])
+        PyObject_GetBuffer(rows.view(numpy.uint8), &view, PyBUF_SIMPLE)
+        memcpy(self.sums.stats, view.buf, self.n * sizeof(fo_stats))
+        PyBuffer_Release(&view)
+        return 0

@@ -1,0 +1,502 @@
+"""The step of `fusedopt.torch`, and the options that it adds to torch's optimizers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, ClassVar, NoReturn
+
+import torch
+
+from fusedopt import _options, _tensors, _threads
+from fusedopt import _torch_plain as _plain
+from fusedopt import _torch_ranks as _ranks
+from fusedopt._ieee import ieee
+from fusedopt._options import Reduction, StepOptions, StepResult
+from fusedopt._torch_state import OWN, RESIDUALS, StateKeeper, bits, copier
+from fusedopt.optim import adam as _adam
+from fusedopt.rule import L1, MAXIMIZE, Options, Rule
+
+# options of a step, which are in `defaults` only, where they are not the default
+_OF_NO_GROUP = frozenset(_options.DEFAULTS) - {"grad_scale"}
+_CONSTANT = frozenset({float, int, bool, str, type(None)})  # types of values that stay as they are
+
+
+@dataclass(slots=True)
+class _Group:
+    """One of `param_groups`, as last checked.
+
+    Attributes
+    ----------
+    options : dict
+        Its options; numbers in the place of tensors.
+    step_options : dict
+        The same, with what the rule remembers as it is in the step that is taken.
+    plan : GroupPlan
+        What the list must know of it.
+    seen : dict or None
+        The dict as it was then; None if a value may change in place.
+    """
+
+    options: dict[str, Any]
+    step_options: dict[str, Any]
+    plan: _tensors.GroupPlan
+    seen: dict[str, Any] | None
+
+    def is_of(self, group: Mapping[str, Any]) -> bool:
+        """Whether no option has changed since."""
+        seen = self.seen
+        if seen is None or len(seen) != len(group):
+            return False
+        for name, value in group.items():
+            if seen.get(name, _Group) is not value and name != "params":
+                return False
+        return True
+
+
+class Fused(StateKeeper):
+    """The step, to stand before a class of `torch.optim` among the bases.
+
+    `_tensors.TensorList` walks over groups, parameters and state in C, and asks the methods below
+    for what is not there yet, or not plain.
+    """
+
+    _rule: ClassVar[Rule]
+    _leaves: _tensors.TensorList | None = None
+    last_step = StepResult(0, 0)  # what the last step did; also if GradScaler had it skipped
+
+    _storage_options: Mapping[str, Any] = {}
+    _threads: int | None = None
+    _is_torchs: ClassVar[bool]  # whether the constructor and its checks are of torch.optim
+    _groups: dict[int, _Group]  # by number
+    _process_group: Any = None
+
+    def __init__(
+        self,
+        params: Any,
+        *args: Any,
+        state_dtype: str | None = None,
+        master_bits: int | None = None,
+        min_8bit_size: int = 4096,
+        seed: int = 0,
+        ema: float | None = None,
+        ema_warmup: bool = False,
+        max_grad_norm: float | None = None,
+        norm_type: float = 2.0,
+        per_tensor: bool = False,
+        clip_value: float | None = None,
+        nonfinite: str = "propagate",
+        stats: bool = False,
+        zero_grads: bool = False,
+        process_group: Any = None,
+        threads: int | None = None,
+        **options: Any,
+    ) -> None:
+        """See the class."""
+        given = {
+            "max_grad_norm": max_grad_norm, "norm_type": norm_type, "per_tensor": per_tensor,
+            "clip_value": clip_value, "nonfinite": nonfinite, "stats": stats,
+            "zero_grads": zero_grads,
+        }  # fmt: skip
+        _options.step_options(_options.DEFAULTS | given)
+        self._process_group = process_group
+        self._threads = None if threads is None else _threads.check("threads", threads)
+        own = {
+            "state_dtype": state_dtype,
+            "master_bits": master_bits,
+            "min_8bit_size": min_8bit_size,
+            "seed": seed,
+            "ema": ema,
+            "ema_warmup": ema_warmup,
+        }
+        own = {name: value for name, value in own.items() if value != OWN[name].default}
+        self._storage_options = _own_options(own)
+        super().__init__(params, *args, **options)  # type: ignore[call-arg]
+        self.defaults.update(self._storage_options)
+        # in defaults, which torch copies and pickles; of no group, as a norm is of all
+        self.defaults.update({k: v for k, v in given.items() if v != _options.DEFAULTS[k]})
+        self._replace_state()
+
+    def _replace_state(self) -> None:
+        """Make state that a constructor of torch's has made in formats of ours."""
+        if self.state:
+            self._groups = {}
+            self.state.clear()
+            for i, group in enumerate(self.param_groups):
+                self._plan(i, group)
+                for k, param in enumerate(group["params"]):
+                    self.state[param] = self._make_state(i, k, param, None)[0]
+
+    def __init_subclass__(cls) -> None:
+        """Show the base's arguments, and then ours, where the signature is asked for."""
+        if "_rule" in vars(cls):
+            own = list(inspect.signature(Fused.__init__).parameters.values())[3:-1]
+            shown = inspect.signature(cls.__mro__[cls.__mro__.index(StateKeeper) + 1])
+            cls.__signature__ = shown.replace(  # type: ignore[attr-defined]
+                parameters=[*shown.parameters.values(), *own]
+            )
+
+    @torch.compiler.disable
+    def step(
+        self, closure: Callable[[], Any] | None = None, *, copy_out: Any = None, **options: Any
+    ) -> Any:
+        """Take one step on all parameters that have a gradient, in one call of C.
+
+        What the step did is in ``last_step``, a `fusedopt.StepResult`.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Reevaluates the model and returns the loss.
+        copy_out : dict or sequence of tensor, optional
+            Tensors that get the parameters after the step, rounded to nearest: by parameter, or one
+            (or None) for each parameter in the order of the groups. float16, bfloat16, or the dtype
+            that steps compute in. As in `fusedopt.Optimizer.step`.
+        grad_scale : float, default 1
+            Multiplies the gradients on the fly, beside the scale of a GradScaler.
+        **options
+            `max_grad_norm`, `norm_type`, `per_tensor`, `clip_value`, `nonfinite`, `stats`,
+            `zero_grads`, in the place of the constructor's for this step; see
+            `fusedopt.Optimizer.step`.
+
+        Returns
+        -------
+        object
+            The closure's loss; None without one.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the parameter or option; no parameter, state or step count has changed.
+        FloatingPointError
+            Naming the gradients that are not finite, where `nonfinite` is "raise"; alike.
+        RuntimeError
+            If another thread is inside `step` of the same optimizer, or within `swap_ema`; nothing
+            has been written.
+        """
+        _tensors.refuse_within_swap(self)
+        loss = None
+        if closure is not None:
+            loss = copier.call(True, closure)
+        found_inf = getattr(self, "found_inf", None)  # set by GradScaler, and so is grad_scale
+        if found_inf is not None and found_inf.item() != 0:
+            self.last_step = StepResult(self.last_step.step, 0, skipped=True)
+            return loss
+        if self._leaves is None:
+            self._leaves, self._groups = _new_list(self._rule), {}
+        groups = [self._plan(i, group) for i, group in enumerate(self.param_groups)]
+        how = None
+        if (
+            options
+            or getattr(self, "grad_scale", None) is not None
+            or not (_OF_NO_GROUP.isdisjoint(self.defaults))
+        ):
+            how = self._step_options(options)
+        copies = None if copy_out is None else self._copies(copy_out)
+        if how is None and copies is not None:
+            how = StepOptions()
+        if self._rule.advance is not None:
+            self._leaves.writes = self._advance()
+        written, updated, verdict, stats = self._leaves.step(
+            self, groups, self._is_counted(), self.state, _threads.of(self._threads), how, copies,
+        )  # fmt: skip
+        _mark_written(written)
+        number = self.last_step.step
+        if verdict is None:
+            self.last_step = StepResult(number + 1, updated)
+        else:
+            self.last_step = StepResult(
+                number + (not verdict.skipped), updated, verdict.skipped, verdict.grad_norm,
+                verdict.clip_factor, stats,
+            )  # fmt: skip
+        return loss
+
+    def _advance(self) -> list[tuple[dict[str, Any], str, Any]]:
+        """Take over what the rule remembers, as it is in this step; return what to write then."""
+        writes = []
+        for i, group in enumerate(self.param_groups):
+            known = self._groups[i]
+            known.step_options = self._rule.advanced(
+                known.options, f"param_groups[{i}]: in this step "
+            )
+            for kept in (group, known.options, known.seen):
+                if kept is not None:
+                    names = [row.name for row in self._rule.memory]
+                    writes += [(kept, name, known.step_options[name]) for name in names]
+        return writes
+
+    @ieee
+    def _step_options(self, given: Mapping[str, Any]) -> StepOptions:
+        """Return what this step shall do around the rule."""
+        scale = getattr(self, "grad_scale", None)
+        own = {name: self.defaults[name] for name in _OF_NO_GROUP if name in self.defaults}
+        if unknown := given.keys() - _options.DEFAULTS:
+            raise TypeError(
+                f"step: unknown option {', '.join(sorted(unknown))}; "
+                f"known: {', '.join(_options.DEFAULTS)}, copy_out"
+            )
+        options = {**_options.DEFAULTS, **own, **given}
+        if scale is not None:
+            options["grad_scale"] = _options.CHECKS["grad_scale"](
+                "grad_scale", options["grad_scale"]
+            ) * (1 / scale.item())
+        return _options.step_options(options)
+
+    def _copies(self, given: Any) -> dict[int, Any]:
+        """Return by the number of a parameter the tensor that gets its copy."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        if isinstance(given, Mapping):
+            numbers = {param: number for number, param in enumerate(params)}
+            if any(param not in numbers for param in given):
+                raise ValueError("copy_out: has a key that is no parameter of this optimizer")
+            return {numbers[param]: copy for param, copy in given.items() if copy is not None}
+        if not isinstance(given, Sequence) or len(given) != len(params):
+            raise ValueError(
+                f"copy_out: expected a dict, or a list with a tensor or None for each of the "
+                f"{len(params)} parameters"
+            )
+        return {number: copy for number, copy in enumerate(given) if copy is not None}
+
+    def _reduction(self) -> Reduction | None:
+        """Return what sums over the ranks that have other parts of the parameters, if any."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        return _ranks.reduction(params, self._process_group)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with options of their own, as in torch."""
+        _tensors.refuse_within_swap(self)
+        where = f"param_groups[{len(self.param_groups)}]"
+        _refuse_of_no_group(where, param_group)
+        _refuse_options(where, {**self.defaults, **param_group})
+        for name, value in _own_options(param_group, f"{where}: ").items():
+            param_group[name] = value
+        for name, value in self._storage_options.items():
+            param_group.setdefault(name, value)
+        options = {**self.defaults, **param_group}
+        self._checked_own(f"{where}.", options)
+        for row in self._rule.memory:
+            begun = options[row.init] if isinstance(row.init, str) else row.init
+            param_group.setdefault(row.name, begun)
+        super().add_param_group(param_group)  # type: ignore[misc]
+        for name in _OF_NO_GROUP:
+            self.param_groups[-1].pop(name, None)  # which torch takes from the defaults
+
+    def _checked_own(self, where: str, group: Options) -> Options:
+        """Return what is checked here, and not by torch."""
+        checked = {} if self._is_torchs else _checked(self._rule, where, group)
+        for row in self._rule.memory:
+            if row.name in group:
+                checked[row.name] = row.check(where + row.name, group[row.name])
+        return checked
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle keeps: torch's, and the number of threads."""
+        if self._process_group is not None:
+            raise TypeError(
+                f"{type(self).__name__} with a process_group cannot be copied or pickled; make one "
+                "on the other parameters and give it state_dict()"
+            )
+        state: Any = super().__getstate__()
+        return {**state, "_threads": self._threads}
+
+    # -------------------------------------------------------------- asked by TensorList.step
+
+    def _constants(self, group: int, step: int, count: int) -> dict[str, float]:
+        """Return the constants of a step by name.
+
+        `count` is the number of the step, 0 if nobody counts; `step` is what the rule makes of it:
+        SGD has a first step with each new buffer, as in torch.
+        """
+        options = self._groups[group].step_options
+        return self._rule_of(options).hyper(step, options, count)
+
+    def _rule_of(self, options: Mapping[str, Any]) -> Rule:
+        decoupled = options.get("decoupled_weight_decay")  # of torch's Adam: AdamW's rule or not
+        return self._rule if decoupled is None else _adam.ADAMW if decoupled else _adam.ADAM
+
+    def _plan(self, i: int, group: Mapping[str, Any]) -> tuple[list[Any], _tensors.GroupPlan]:
+        """Return the parameters of a group, and what the list must know of it."""
+        known = self._groups.get(i)
+        if known is None or not known.is_of(group):
+            known = self._groups[i] = self._checked(f"param_groups[{i}]", group)
+        params = group["params"]
+        return params if type(params) is list else list(params), known.plan
+
+    def _checked(self, where: str, group: Mapping[str, Any]) -> _Group:
+        """Return a group with its options checked, as anybody may write into it."""
+        rule = [option for option in self._rule.options if option.name in self.defaults]
+        remembered = [row.name for row in self._rule.memory]
+        names = ["params", *(option.name for option in rule), *remembered]
+        if missing := [name for name in names if name not in group]:
+            raise ValueError(f"{where}: has no {', '.join(missing)}")
+        _refuse_options(where, group)
+        _refuse_of_no_group(where, group)
+        options = {name: value for name, value in group.items() if name != "params"}
+        options |= _own_options(group, f"{where}.")
+        for option in rule:
+            name, value = option.name, group[option.name]
+            if isinstance(option.default, tuple):
+                options[name] = _pair(f"{where}.{name}", value)
+            elif not isinstance(option.default, bool):
+                options[name] = _number(f"{where}.{name}", value)
+        options |= self._checked_own(f"{where}.", options)
+        states = self._states(self._rule.uses(options), options.get("ema") is not None)
+        squares = tuple(state.squared for state in self._rule.states)
+        return _Group(
+            options,
+            options,
+            _tensors.GroupPlan(states, squares, bits(options), options.get("seed", 0)),
+            dict(group) if all(map(_is_constant, group.items())) else None,
+        )
+
+    def _stand_in(
+        self,
+        group: int,
+        i: int,
+        names: Sequence[str],
+        tensors: list[Any],
+        extras: list[Any],
+        zeroes: bool,
+    ) -> tuple[list[Any], list[Any], list[tuple[Any, Any, str]]]:
+        """Return what C can work on for [parameter, gradient, copy, *state]: see `stand_ins`."""
+        name = self._name(group, i)
+        residual = RESIDUALS.get(bits(self.param_groups[group]))
+        where = [name, f"{name}.grad", f"copy_out of {name}"]
+        where += [f"{name}.{state}" for state in names]
+        return _plain.stand_ins(where, tensors, extras, residual, zeroes)
+
+    def _refuse_both(self, group: int, i: int, state: str) -> NoReturn:
+        raise ValueError(f"{self._name(group, i)}: {_plain.both(state)}")
+
+    _shared = staticmethod(_plain.shared)
+
+    @staticmethod
+    def _copy(tensor: Any, strides: tuple[int, ...]) -> Any:
+        """Return a copy of a tensor in another memory order."""
+        tensor = tensor.detach()  # cheaper than no_grad
+        return tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
+
+
+_increment_version = torch.autograd.graph.increment_version
+try:
+    _increment_version([])
+except RuntimeError:  # before torch 2.5 it takes one tensor
+
+    def _mark_written(params: list[Any]) -> None:
+        for param in params:
+            _increment_version(param)
+
+else:
+    _mark_written = _increment_version
+
+
+def _refuse_options(where: str, group: Mapping[str, Any]) -> None:
+    for option, purpose in (
+        ("capturable", "is for graphs of an accelerator"),
+        ("differentiable", "needs a step that autograd can see"),
+    ):
+        if group.get(option):
+            raise ValueError(
+                f"{where}: {option}=True {purpose}, and fusedopt steps in place on the CPU; "
+                f"leave it False, or use torch.optim"
+            )
+
+
+def _refuse_of_no_group(where: str, group: Mapping[str, Any]) -> None:
+    for name in _OF_NO_GROUP:
+        if name in group:
+            raise ValueError(
+                f"{where}.{name}: is of the optimizer, not of a group: {name}=... beside lr"
+            )
+
+
+def _own_options(options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Return those of our own options that are given, checked."""
+    return {
+        name: option.check(where + name, options[name])
+        for name, option in OWN.items()
+        if name in options
+    }
+
+
+def _is_constant(item: tuple[str, Any]) -> bool:
+    name, value = item
+    if type(value) is tuple:
+        return all(type(x) in _CONSTANT for x in value)
+    return type(value) in _CONSTANT or name in ("params", "param_names")
+
+
+def _number(where: str, value: Any) -> float:
+    """Return an option of torch's as a number; which numbers are right, torch says."""
+    if type(value) is float:
+        return value
+    result = value
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and value.device.type != "meta":
+        result = value.item()
+    if not isinstance(result, Real):
+        raise TypeError(f"{where}: expected a number, got {value!r}")
+    return float(result)
+
+
+def _pair(where: str, value: Any) -> tuple[float, ...]:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{where}: expected two numbers, got {value!r}")
+    return tuple(_number(f"{where}[{i}]", x) for i, x in enumerate(value))
+
+
+def _new_list(rule: Rule) -> _tensors.TensorList:
+    return _tensors.TensorList(
+        rule.name,
+        rule.state_names,
+        kinds=(torch.Tensor, torch.nn.Parameter),
+        is_plain=_plain.is_plain,
+        is_neg=torch.empty(0, device="cpu").is_neg,
+        exchange=getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
+        export=lambda tensor: torch.utils.dlpack.to_dlpack(tensor.detach()),
+        copier=copier,
+    )
+
+
+def plain_base(rule: Rule) -> type[Any]:
+    """Return an optimizer of torch with the options of a rule that torch does not have."""
+    signature = _signature(rule)
+
+    class Base(torch.optim.Optimizer):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            bound = signature.bind(*args, **options)
+            bound.apply_defaults()
+            params = bound.arguments.pop("params")
+            super().__init__(params, _checked(rule, "", bound.arguments))
+
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            super().__setstate__(state)
+            for group in self.param_groups:
+                for option in rule.options:
+                    group.setdefault(option.name, option.default)
+
+    Base.__signature__ = signature
+    return Base
+
+
+def _signature(rule: Rule) -> inspect.Signature:
+    either, only = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter("params", either)]
+    for option in rule.options:
+        kind = only if option in (L1, MAXIMIZE) else either
+        parameters.append(inspect.Parameter(option.name, kind, default=option.default))
+    return inspect.Signature(sorted(parameters, key=lambda parameter: parameter.kind))
+
+
+def _checked(rule: Rule, where: str, group: Mapping[str, Any]) -> Options:
+    """Return a rule's options of a group, checked."""
+    values = {}
+    for option in rule.options:
+        value = group[option.name]
+        if isinstance(value, torch.Tensor):
+            value = _number(where + option.name, value)
+        values[option.name] = option.check(where + option.name, value)
+    if rule.demand is not None:
+        rule.demand(where, values)
+    return values

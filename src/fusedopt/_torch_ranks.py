@@ -1,0 +1,72 @@
+"""Sums over the ranks that hold other parts of a torch optimizer's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from fusedopt._check import Array
+from fusedopt._options import Reduction
+
+_Sum = Callable[[Array], None]
+
+
+def reduction(params: Sequence[Any], process_group: Any) -> Reduction | None:
+    """Return what sums over ranks, or None if each parameter is whole here and no others are.
+
+    Parameters
+    ----------
+    params : sequence of tensor
+        All of the optimizer. Those that are sharded DTensors are summed over the dimensions of
+        their mesh in which they are.
+    process_group : ProcessGroup or None
+        Of ranks that have other parameters; sums over all leaves are summed over it.
+    """
+    shards = _shards(params)
+    if not shards and process_group is None:
+        return None
+
+    def over_shards(operation: str) -> _Sum:
+        def reduce(array: Array) -> None:
+            for groups, numbers in shards:
+                rows = array[numbers]
+                for group in groups:
+                    _all_reduce(rows, group, operation)
+                array[numbers] = rows
+
+        return reduce
+
+    def over_group(operation: str) -> _Sum | None:
+        if process_group is None:
+            return None
+        return lambda array: _all_reduce(array, process_group, operation)
+
+    return Reduction(over_shards("SUM"), over_shards("MAX"), over_group("SUM"), over_group("MAX"))
+
+
+def _shards(params: Sequence[Any]) -> list[tuple[list[Any], list[int]]]:
+    """Return, for each way in which DTensors are sharded, process groups and numbers of tensors."""
+    found: dict[tuple[Any, ...], list[int]] = {}
+    for number, param in enumerate(params):
+        placements = getattr(param, "placements", None)
+        if placements is None:
+            continue
+        dims = tuple(dim for dim, placement in enumerate(placements) if placement.is_shard())
+        if dims:
+            found.setdefault((param.device_mesh, dims), []).append(number)
+    return [
+        ([mesh.get_group(dim) for dim in dims], numbers) for (mesh, dims), numbers in found.items()
+    ]
+
+
+def _all_reduce(array: Array, group: Any, operation: str) -> None:
+    """Reduce an array in place, on a device that the group can work on."""
+    distributed = torch.distributed
+    backends = dict(pair.split(":") for pair in distributed.get_backend_config(group).split(","))
+    device = "cpu" if "cpu" in backends else next(iter(backends))
+    tensor = torch.from_numpy(array)
+    sent = tensor.to(device)
+    distributed.all_reduce(sent, getattr(distributed.ReduceOp, operation), group)
+    tensor.copy_(sent)

@@ -1,0 +1,328 @@
+"""What `fusedopt.torch` keeps for a parameter: its state, made, loaded and shown in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from fusedopt import _storage, _tensors
+from fusedopt import _torch_plain as _plain
+from fusedopt.rule import COMMON, Rule
+
+OWN = {option.name: option for option in COMMON}  # options that torch's optimizers do not have
+RESIDUALS = {32: torch.int16, 24: torch.int8}  # by master_bits of a bfloat16 parameter
+_ENDS = ("", _plain.CODES, _plain.BLOCKS)
+
+copier = _tensors.Copier()
+
+
+class StateKeeper:
+    """The state of an optimizer of torch's, in formats of ours; to stand among its bases."""
+
+    _rule: ClassVar[Rule]
+    _groups: Any  # by number: their options, as last checked, and plans
+    _is_swapped = False  # whether the averages are in the place of the parameters: see swap_ema
+    defaults: Any  # torch's
+    param_groups: Any
+    state: Any
+
+    def _name(self, group: int, i: int) -> str:
+        names = self.param_groups[group].get("param_names")
+        return f"param_groups[{group}]['params'][{i}]" + (f" ({names[i]})" if names else "")
+
+    def _is_counted(self) -> bool:
+        """Whether the state of a parameter has its number of steps."""
+        return self._rule.counts or any(group.get("ema") is not None for group in self.param_groups)
+
+    @classmethod
+    def _states(
+        cls, used: tuple[bool, ...], averages: bool
+    ) -> list[tuple[int, str, str | None, str]]:
+        """Return the number, and the names, of the state arrays in use: see `GroupPlan`."""
+        names = [*cls._rule.slots]
+        uses = [*used, averages]
+        return [
+            (k, name, None if name == "ema" else name + _plain.CODES, name + _plain.BLOCKS)
+            for k, (name, use) in enumerate(zip(names, uses, strict=True))
+            if use
+        ]
+
+    def _state_dtype(self, group: int, param: Any) -> Any:
+        """Return the dtype in which state of a parameter is kept; float32 unless asked."""
+        options = {name: option.default for name, option in OWN.items()}
+        options |= self.param_groups[group]
+        if param.dtype == torch.float64:
+            return torch.float64
+        if options["state_dtype"] == "bfloat16":
+            return torch.bfloat16
+        if options["state_dtype"] == "int8" and param.numel() >= options["min_8bit_size"]:
+            return torch.uint8
+        return torch.float32
+
+    def _missing(
+        self, name: str, own: Mapping[str, Any], states: Sequence[str], begun: bool
+    ) -> list[str]:
+        """Return which state arrays are to be made; refuse state that is there in part."""
+        missing = [state for state in states if not _has(own, state)]
+        absent = [state for state in missing if state != "ema"]  # which may begin at any time
+        if self._rule.counts and begun and (own.get("step") is None or absent):
+            raise ValueError(
+                f"{name}: its state has no {', '.join(absent) or 'step'}, which these options "
+                "need; set them when the optimizer is made, or load a checkpoint that has it"
+            )
+        return missing
+
+    def _make_state(
+        self, group: int, i: int, param: Any, own: dict[str, Any] | None
+    ) -> tuple[dict[str, Any], bool]:
+        """Return new state for a parameter, and whether more is new than the average.
+
+        The list adds it to `state` after the step.
+        """
+        name = self._name(group, i)
+        local = _plain.local(name, param)
+        names = self._groups[group].plan.names
+        missing = self._missing(name, own or {}, names, bool(own))
+        dtype = self._state_dtype(group, param)
+        if dtype == torch.uint8 and local is not param and hasattr(type(param), "to_local"):
+            raise TypeError(f"{name}: is a shard; 8-bit state is for whole tensors only")
+        made: dict[str, Any] = {}
+        if self._is_counted() and not (own and "step" in own):
+            made["step"] = _new_count()
+        for state in missing:
+            if state == "ema":
+                made[state] = param.detach().to(_wide(param), copy=True)
+                continue
+            if dtype == torch.uint8:
+                made[state + _plain.CODES], made[state + _plain.BLOCKS] = _plain.new_codes(param)
+                continue
+            made[state] = torch.zeros_like(
+                param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
+            )
+        self._begin(group, i, local, made, set(missing) - {"ema"})
+        states = [value for key, value in made.items() if key != "step"]
+        has_count = "step" in made or bool(own and "step" in own)
+        has_residual = bool(own and own.get("residual") is not None)
+        made |= self._make_extras(group, param, states, has_residual, has_count)
+        return made, bool(set(missing) - {"ema"})
+
+    def _begin(
+        self, group: int, i: int, param: Any, made: Mapping[str, Any], names: Collection[str]
+    ) -> None:
+        """Write what new state, all zero, begins as where that is not zero."""
+        options = self._groups[group].options
+        number = i + sum(len(before["params"]) for before in self.param_groups[:group])
+        for k, state in enumerate(self._rule.states):
+            if state.name not in names or state.first(options) == 0:
+                continue
+            key = state.name if state.name in made else state.name + _plain.CODES
+            where = f"{self._name(group, i)}.{state.name}"
+            blocks = made.get(state.name + _plain.BLOCKS)
+            array = _plain.as_stored(made[key], blocks, state.squared)
+            value = _plain.as_stored(param.detach(), None, False)
+            seeded = {"seed": 0, **options}
+            _storage.begin(where, array, state, value, seeded, (number, 1 + k))
+
+    def _make_extras(
+        self, group: int, param: Any, states: Sequence[Any], has_residual: bool, has_count: bool
+    ) -> dict[str, Any]:
+        """Return what 16-bit parameters, and state rounded by chance, need and do not have.
+
+        That is the bits that a bfloat16 parameter does not show, and the number of the step, which
+        keys the noise.
+        """
+        made: dict[str, Any] = {}
+        residual = RESIDUALS.get(bits(self.param_groups[group]))
+        is_bfloat16 = param.dtype == torch.bfloat16
+        rounded = param.dtype == torch.float16 or (is_bfloat16 and residual is not torch.int16)
+        rounded |= any(state.dtype in (torch.bfloat16, torch.uint8) for state in states)
+        if rounded and not has_count:
+            made["step"] = _new_count()
+        if is_bfloat16 and residual is not None and not has_residual:
+            made["residual"] = torch.zeros_like(param, dtype=residual, requires_grad=False)
+        return made
+
+    def _count(self, group: int, i: int, step: Any) -> int:
+        """Return the number of steps from a tensor that is not plain, or no such number."""
+        name = f"{self._name(group, i)}.step"
+        if not isinstance(step, torch.Tensor) or step.numel() != 1:
+            raise TypeError(f"{name}: expected a tensor of one element")
+        if step.device.type == "meta":
+            raise TypeError(f"{name}: is on device meta, without a value")
+        taken = step.item()
+        if isinstance(taken, complex) or not (0 <= taken < 2**62 and taken == int(taken)):
+            raise ValueError(
+                f"{name}: is {taken}, which is no number of steps; set it to how many were taken, "
+                "torch.tensor(5.0), or load a checkpoint"
+            )
+        return int(taken)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over state and options, as in torch, into this optimizer's own storage.
+
+        How state is stored remains as this optimizer was made, whatever `state_dict` has: what
+        comes in another dtype (torch's own bfloat16 state of a bfloat16 parameter, say) is
+        converted, from and to 8-bit codes too, and torch's rule to cast state to the parameter's
+        dtype is not followed.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As torch does; and naming state that does not fit, or that no step could take.
+        RuntimeError
+            Within `swap_ema`.
+
+        Notes
+        -----
+        If it raises anything (a signal's exception too), the optimizer is as it was.
+        """
+        _tensors.refuse_within_swap(self)
+        hooks: Any = self
+        state_dict = state_dict.copy()
+        for hook in hooks._optimizer_load_state_dict_pre_hooks.values():
+            result = hook(self, state_dict)
+            state_dict = state_dict if result is None else result
+        state, param_groups = copier.call(False, self._loaded, state_dict)
+        self.__dict__.update(state=state, param_groups=param_groups)  # both: it is one call in C
+        for hook in hooks._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def _loaded(self, saved: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Return state and groups as they will be; torch makes the groups, in a twin of this."""
+        none: dict[Any, Any] = {}
+        twin: Any = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin._optimizer_load_state_dict_pre_hooks = none
+        twin._optimizer_load_state_dict_post_hooks = none
+        super(StateKeeper, twin).load_state_dict({**saved, "state": {}})  # type: ignore[misc]
+        places = {}
+        for g, group in enumerate(twin.param_groups):
+            for name in OWN:
+                group.pop(name, None)
+            group.update({k: v for k, v in self.param_groups[g].items() if k in OWN})
+            numbers = saved["param_groups"][g]["params"]
+            places.update({n: (g, i) for i, n in enumerate(numbers)})
+        for number, own in saved["state"].items():
+            if number not in places:  # as torch does
+                twin.state[number] = own
+                continue
+            g, i = places[number]
+            param = twin.param_groups[g]["params"][i]
+            twin.state[param] = twin._loaded_leaf(g, i, param, own)
+        return twin.state, twin.param_groups
+
+    def _loaded_leaf(
+        self, group: int, i: int, param: Any, saved: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return saved state of a parameter in our formats; what is not of our own as it is."""
+        name, own = self._name(group, i), {}
+        if not isinstance(saved, Mapping):
+            raise TypeError(f"{name}: its state is a {type(saved).__name__}; expected a dict")
+        step = saved.get("step")
+        if step is not None:
+            if isinstance(step, (int, float)):  # as torch once kept it
+                step = torch.tensor(float(step), device="cpu", dtype=_count_dtype())
+            self._count(group, i, step)
+            own["step"] = step.to(param.device)
+        for state in self._rule.states:
+            if _has(saved, state.name):
+                dtype = self._state_dtype(group, param)
+                own.update(_plain.stored(name, param, state.name, state.squared, saved, dtype))
+        if saved.get("ema") is not None:
+            own.update(_plain.stored(name, param, "ema", False, saved, _wide(param)))
+        residual = saved.get("residual")
+        if residual is not None:
+            known = (*_plain.DTYPES, *RESIDUALS.values())
+            residual = _plain.saved_tensor(f"{name}.residual", residual, param, known)
+            if residual.dtype == RESIDUALS.get(bits(self.param_groups[group])):
+                own["residual"] = residual
+        ours = {"step", "ema", "residual"}
+        ours.update(s + end for s in self._rule.state_names for end in _ENDS)
+        own.update({key: value for key, value in saved.items() if key not in ours})
+        options = {**self._rule.defaults, **self.param_groups[group]}
+        used = [name for _, name, *_ in self._states(self._rule.uses(options), False)]
+        self._missing(name, own, used, bool(saved))
+        return own
+
+    def ema_params(self) -> dict[Any, Any]:
+        """Return the running averages by parameter: the live tensors.
+
+        Raises
+        ------
+        ValueError
+            If no group has `ema`, or no step was taken.
+        """
+        averages = {p: own["ema"] for p, own in self.state.items() if own.get("ema") is not None}
+        if not averages and not any(group.get("ema") is not None for group in self.param_groups):
+            raise ValueError("there is no average: make the optimizer with ema=0.999 or the like")
+        if not averages:
+            raise ValueError("there is no average yet: it begins with the first step")
+        return averages
+
+    def swap_ema(self) -> _tensors.Swap:
+        """Put the averages in the place of the parameters for a ``with`` block.
+
+        The parameters, which are back when it ends, however it ends, are kept in a copy meanwhile.
+        What is written to them within is lost. Weights that FSDP2 gathered, and casts that
+        autocast keeps, are dropped when it begins and ends.
+
+        Raises
+        ------
+        ValueError
+            If no group has `ema`, or no step was taken.
+        RuntimeError
+            Within: by `step`, `load_state_dict`, `add_param_group` and another `swap_ema`, which
+            need the parameters. At the end: naming a parameter whose shape was changed; the others
+            are back.
+        """
+        return _tensors.Swap(copier, self)
+
+    def _prepare_swap(self) -> tuple[list[Any], list[Any], list[Any], list[str]]:
+        """Return the parameters that have an average, the averages, copies, and names."""
+        known = _plain.STATE_DTYPES
+        places = {
+            param: self._name(number, i)
+            for number, group in enumerate(self.param_groups)
+            for i, param in enumerate(group["params"])
+        }
+        params, averages, names = [], [], []
+        for param, average in self.ema_params().items():
+            name = places.get(param, "a parameter of no group")
+            local = _plain.local(name, param.detach())
+            params.append(param if _plain.is_plain(type(param)) else local)
+            averages.append(_plain.local(f"{name}.ema", average.detach(), known))
+            names.append(name)
+            _plain.same_shape(f"{name}.ema", averages[-1], local)
+            if _plain.repeats(local):
+                raise ValueError(f"{name}: elements share memory (expanded?)")
+        return params, averages, [param.detach().clone() for param in params], names
+
+    def _forget_weights(self) -> None:
+        """Drop copies of the parameters that engines have made to compute with."""
+        torch.clear_autocast_cache()
+        for module in _plain.gathered(self.state):
+            module.reshard()
+
+
+def _has(own: Mapping[str, Any], state: str) -> bool:
+    return own.get(state) is not None or own.get(state + _plain.CODES) is not None
+
+
+def _wide(param: Any) -> Any:
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def _new_count() -> Any:
+    """Return a count of steps where torch keeps it: beside no parameter."""
+    return torch.tensor(0.0, dtype=_count_dtype(), device="cpu")
+
+
+def _count_dtype() -> Any:
+    """Return torch's dtype for it."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
+def bits(group: Mapping[str, Any]) -> int:
+    return group.get("master_bits") or 32

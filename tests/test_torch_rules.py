@@ -1,0 +1,134 @@
+"""What a rule may declare, in fusedopt.torch: what state begins as, and what is remembered.
+
+With the made-up rules of test_rules.py, and against their references in NumPy.
+"""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+from test_rules import AVERAGES, Averages, Begins, PlainAverages, PlainBegins
+from test_torch_table import STORAGE, as_numpy, check_state, raw
+from torch_cases import fo, torch
+
+TorchBegins, TorchAverages = fo._torch_class(Begins), fo._torch_class(Averages)
+for made in (TorchBegins, TorchAverages):
+    made.__module__ = __name__  # where pickle finds them
+    globals()[made.__name__ + "OfTorch"] = made
+    made.__qualname__ = made.__name__ + "OfTorch"
+
+
+def parameters(dtype):
+    torch.manual_seed(0)
+    return [torch.randn(shape).to(dtype) for shape in [(700,), (3, 50), (), (0,), (40, 9)]]
+
+
+def step(opt, params, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+    opt.step()
+    return [as_numpy(p.grad) for p in params]
+
+
+@pytest.mark.parametrize(("dtype", "storage"), STORAGE, ids=str)
+def test_state_begins_as_declared(dtype, storage):
+    """Adam's rule, whose moments begin as the parameter and as an option."""
+    params = [torch.nn.Parameter(p) for p in parameters(dtype)]
+    arrays = [as_numpy(p) for p in parameters(dtype)]
+    opt = TorchBegins(params, lr=0.1, begin=0.3, amsgrad=True, **storage)
+    peer = PlainBegins(arrays, lr=0.1, begin=0.3, amsgrad=True, **storage)
+    for seed in range(3):
+        peer.step(step(opt, params, seed))
+        for p, a in zip(params, arrays, strict=True):
+            assert raw(as_numpy(p.detach())) == raw(a)
+    for p, own in zip(params, peer.state.values(), strict=True):
+        check_state(opt.state[p], own)
+
+
+def test_state_that_torch_makes_in_its_constructor():
+    """Adagrad's sum is there before the first step, as in torch, and in our formats."""
+    p = torch.nn.Parameter(torch.ones(5000))
+    opt = fo.Adagrad([p], initial_accumulator_value=0.5, state_dtype="int8")
+    assert opt.state[p].keys() == {"step", "sum_codes", "sum_blocks"}
+    plain = fo.Adagrad([p], initial_accumulator_value=0.5)
+    assert torch.equal(plain.state[p]["sum"], torch.full((5000,), 0.5))
+    peer = torch.optim.Adagrad([p], initial_accumulator_value=0.5)
+    peer.load_state_dict(plain.state_dict())
+    p.grad = torch.ones(5000)
+    plain.step()
+    opt.step()
+    plain.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})  # made in its first step
+    plain.param_groups[1]["params"][0].grad = torch.ones(3)
+    plain.step()
+
+
+def memory(opt, i):
+    return {row.name: opt.param_groups[i][row.name] for row in AVERAGES.memory}
+
+
+def make(kind, params):
+    return kind([{"params": params[:2]}, {"params": params[2:], "lr": 0.25, "lowest": 0.5}])
+
+
+def test_remembered_numbers():
+    """By group, with the reference's bits; not of skipped steps; in copies and state dicts."""
+    params = [torch.nn.Parameter(p) for p in parameters(torch.float32)]
+    arrays = [as_numpy(p) for p in parameters(torch.float32)]
+    opt, peer = make(TorchAverages, params), make(PlainAverages, arrays)
+    for seed in range(5):
+        grads = step(opt, params, seed)
+        peer.step([grads[:2], grads[2:]])
+        assert [memory(opt, i) for i in range(2)] == [
+            {row.name: peer.param_groups[i][row.name] for row in AVERAGES.memory} for i in range(2)
+        ]
+        for p, a in zip(params, arrays, strict=True):
+            assert raw(as_numpy(p.detach())) == raw(a)
+    before = memory(opt, 0)
+    params[0].grad = torch.full((700,), np.nan)
+    opt.step(nonfinite="skip")
+    with pytest.raises(FloatingPointError):
+        opt.step(nonfinite="raise")
+    assert memory(opt, 0) == before
+    for twin in (copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
+        assert memory(twin, 0) == before
+    other = make(TorchAverages, [torch.nn.Parameter(p.detach().clone()) for p in params])
+    other.load_state_dict(opt.state_dict())
+    assert [memory(other, i) for i in range(2)] == [memory(opt, i) for i in range(2)]
+    opt.param_groups[0]["weight_sum"] = np.inf
+    with pytest.raises(ValueError, match=r"param_groups\[0\].weight_sum: must be finite"):
+        opt.step()
+    del opt.param_groups[0]["weight_sum"]
+    with pytest.raises(ValueError, match=r"param_groups\[0\]: has no weight_sum"):
+        opt.step()
+
+
+@pytest.mark.parametrize("name", [name for name in fo.__all__ if not hasattr(torch.optim, name)])
+def test_options_of_our_own_optimizers(name):
+    """Checked as in fusedopt where torch has no class: at once, and as edited."""
+    p = torch.nn.Parameter(torch.ones(3))
+    cls = getattr(fo, name)
+    assert issubclass(cls, torch.optim.Optimizer)
+    with pytest.raises(ValueError, match="^lr: must be >= 0"):
+        cls([p], -1.0)
+    with pytest.raises(TypeError, match="momentum_decay|unexpected"):
+        cls([p], momentum_decay=1.0)
+    with pytest.raises(TypeError, match="^lr: expected a number"):
+        cls([p], lr="0.1")
+    opt = cls([p], lr=torch.tensor(0.125))
+    with pytest.raises(ValueError, match=r"^param_groups\[1\].weight_decay: must be >= 0"):
+        opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "weight_decay": -1.0})
+    assert len(opt.param_groups) == 1
+    p.grad = torch.ones(3)
+    opt.param_groups[0]["lr"] = np.nan
+    with pytest.raises(ValueError, match=r"^param_groups\[0\].lr: must be finite"):
+        opt.step()
+    assert torch.equal(p, torch.ones(3)) and not opt.state
+    scheduled = cls([p], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(scheduled, 0.5)
+    scheduled.step()
+    scheduler.step()
+    assert scheduled.param_groups[0]["lr"] == 0.05
+    twin = pickle.loads(pickle.dumps(scheduled))
+    assert type(twin) is cls and twin.state_dict().keys() == scheduled.state_dict().keys()
