@@ -1,5 +1,6 @@
 # cython: language_level=3
 """What the borders for arrays and for tensors share: see _leaves.pyx."""
+cimport cython
 from libc.stdint cimport uintptr_t
 
 from fusedopt._c cimport FO_MAX_STATES, fo_array, fo_format_info, fo_leaf, fo_run
@@ -49,6 +50,7 @@ cdef inline bint locate(fo_leaf *leaf, ptrdiff_t i, int place, Span *span) noexc
     return span.low < span.high
 
 
+@cython.final
 cdef class Verdict:
     cdef readonly bint skipped
     cdef readonly object grad_norm, clip_factor
@@ -92,4 +94,6 @@ cdef class LeafList:
     cdef void zero_gradients(self) noexcept
     cdef int make_writes(self) except -1
     cdef object statistics(self, options, reduction, bint has_grad)
+    cdef object table(self)
+    cdef object sizes(self)
     cdef int take_table(self, table) except -1

@@ -6,6 +6,7 @@ A list of leaves is claimed by one thread at a time; no two arrays that a step w
 a step measures what it must know before it writes, has it summed over ranks if asked, decides, and
 commits. A border (`_arrays`, `_tensors`) adds how a leaf gets its pointers and what it is called.
 """
+cimport cython
 from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
@@ -28,6 +29,7 @@ from fusedopt import _check, _core, _options
 FORMATS = format_table()
 
 
+@cython.final
 cdef class Verdict:
     """What a step decided before its first write; see `StepResult`."""
 
@@ -281,7 +283,7 @@ cdef class LeafList:
             table = table[rows]
         return _options.StepStats(names, sizes, table, options.grad_scale)
 
-    def table(self):
+    cdef object table(self):
         """What was measured of all leaves of the optimizer, as rows of `_core.STATS`."""
         cdef ptrdiff_t i
         rows = stats_table(&self.sums, self.n)
@@ -289,7 +291,7 @@ cdef class LeafList:
         table[[self.row(i) for i in range(self.n)]] = rows
         return table
 
-    def sizes(self):
+    cdef object sizes(self):
         """Elements of all leaves of the optimizer, of those with a gradient."""
         cdef ptrdiff_t i
         sizes = numpy.zeros(self.count_rows(), numpy.int64)

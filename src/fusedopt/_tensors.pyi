@@ -3,21 +3,9 @@
 from collections.abc import Callable
 from typing import Any, final
 
+from fusedopt._copies import Copier
 from fusedopt._leaves import LeafList, Verdict
 from fusedopt._options import StepOptions, StepStats
-
-@final
-class Copier:
-    def __new__(cls) -> Copier: ...
-    def call(self, grad: bool, function: Callable[..., Any], *args: Any) -> Any: ...
-
-@final
-class Swap:
-    def __new__(cls, copier: Copier, owner: Any) -> Swap: ...
-    def __enter__(self) -> None: ...
-    def __exit__(self, *exc: object) -> None: ...
-
-def refuse_within_swap(owner: Any) -> None: ...
 
 @final
 class GroupPlan:

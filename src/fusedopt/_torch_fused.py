@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NoReturn
 
 import torch
 
-from fusedopt import _options, _tensors, _threads
+from fusedopt import _copies, _options, _tensors, _threads
 from fusedopt import _torch_plain as _plain
 from fusedopt import _torch_ranks as _ranks
 from fusedopt._ieee import ieee
@@ -176,7 +176,7 @@ class Fused(StateKeeper):
             If another thread is inside `step` of the same optimizer, or within `swap_ema`; nothing
             has been written.
         """
-        _tensors.refuse_within_swap(self)
+        _copies.refuse_within_swap(self)
         loss = None
         if closure is not None:
             loss = copier.call(True, closure)
@@ -266,7 +266,7 @@ class Fused(StateKeeper):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with options of their own, as in torch."""
-        _tensors.refuse_within_swap(self)
+        _copies.refuse_within_swap(self)
         where = f"param_groups[{len(self.param_groups)}]"
         _refuse_of_no_group(where, param_group)
         _refuse_options(where, {**self.defaults, **param_group})

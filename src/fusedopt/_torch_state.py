@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from fusedopt import _storage, _tensors
+from fusedopt import _copies, _storage
 from fusedopt import _torch_plain as _plain
 from fusedopt.rule import COMMON, Rule
 
@@ -15,7 +15,7 @@ OWN = {option.name: option for option in COMMON}  # options that torch's optimiz
 RESIDUALS = {32: torch.int16, 24: torch.int8}  # by master_bits of a bfloat16 parameter
 _ENDS = ("", _plain.CODES, _plain.BLOCKS)
 
-copier = _tensors.Copier()
+copier = _copies.Copier()
 
 
 class StateKeeper:
@@ -178,7 +178,7 @@ class StateKeeper:
         -----
         If it raises anything (a signal's exception too), the optimizer is as it was.
         """
-        _tensors.refuse_within_swap(self)
+        _copies.refuse_within_swap(self)
         hooks: Any = self
         state_dict = state_dict.copy()
         for hook in hooks._optimizer_load_state_dict_pre_hooks.values():
@@ -261,7 +261,7 @@ class StateKeeper:
             raise ValueError("there is no average yet: it begins with the first step")
         return averages
 
-    def swap_ema(self) -> _tensors.Swap:
+    def swap_ema(self) -> _copies.Swap:
         """Put the averages in the place of the parameters for a ``with`` block.
 
         The parameters, which are back when it ends, however it ends, are kept in a copy meanwhile.
@@ -277,7 +277,7 @@ class StateKeeper:
             need the parameters. At the end: naming a parameter whose shape was changed; the others
             are back.
         """
-        return _tensors.Swap(copier, self)
+        return _copies.Swap(copier, self)
 
     def _prepare_swap(self) -> tuple[list[Any], list[Any], list[Any], list[str]]:
         """Return the parameters that have an average, the averages, copies, and names."""
