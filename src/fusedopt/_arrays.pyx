@@ -4,7 +4,7 @@
 
 What is usual (a plain array of the right dtype and layout) is checked here, in C, without a
 Python call; what is not is handed to `_check`, which explains the fault or returns an array that
-will do. So every rule about input is written once, in `_check`, and this file holds only its fast
+will do. So every check of input is written once, in `_check`, and this file holds only its fast
 side.
 """
 cimport cython
@@ -44,7 +44,7 @@ cdef list FORMAT_NAMES = list(_formats.FORMATS)  # in the order of the C table
 
 
 cdef inline int format_of(object array) except? -1:
-    """The storage format of a plain array; -1 if it is for `_check` to judge."""
+    """The storage format of an array of the usual class and dtype; -1 if `_check` must look at it."""
     if type(array) is not ndarray:
         return -1
     dtype = array.dtype
@@ -376,7 +376,7 @@ cdef class ArrayList(LeafList):
         try:
             updated = self.take(grads, hyper, group_options)
             if options is not None or self.layerwise:
-                make_room(&self.sums, self.leaves, n, &how)
+                prepare_sums(&self.sums, self.leaves, n, &how)
             number = self.count + 1  # an object: no memory may run out behind writes
             if options is None:
                 with nogil:
@@ -581,7 +581,7 @@ cdef class ArrayList(LeafList):
     def restore(self, list pairs, count, list steps, list groups, list options):
         """Take over a checkpoint: all of it or, where this raises, none.
 
-        One call, so that no signal's exception and no want of memory can fall between its writes:
+        One call, so that neither a signal nor a lack of memory can come between its writes:
         all that can fail comes before them.
 
         Parameters

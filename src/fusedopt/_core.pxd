@@ -26,7 +26,7 @@ cdef const fo_format_info *format_table() noexcept nogil
 cdef struct Hypers:
     # the constants of a step, one row for each that leaves differ in
     fo_hyper *of
-    ptrdiff_t n, room
+    ptrdiff_t n, capacity
 
 cdef ptrdiff_t add_constants(Hypers *hypers, list names, dict values) except -1
 
@@ -34,7 +34,7 @@ cdef struct Sums:
     # where a list's steps measure: a row for each leaf, and scratch
     fo_stats *stats
     fo_stats *tiles
-    ptrdiff_t room  # of tiles
+    ptrdiff_t capacity  # of tiles
 
-cdef int make_room(Sums *sums, const fo_leaf *leaves, ptrdiff_t n, fo_run *how) except -1
+cdef int prepare_sums(Sums *sums, const fo_leaf *leaves, ptrdiff_t n, fo_run *how) except -1
 cdef object stats_table(const Sums *sums, ptrdiff_t n)

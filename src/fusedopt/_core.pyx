@@ -85,9 +85,9 @@ cdef ptrdiff_t add_constants(Hypers *hypers, list names, dict values) except -1:
     """
     cdef fo_hyper *h
     cdef int k
-    if hypers.n == hypers.room:
-        hypers.of = <fo_hyper *>grow(hypers.of, 2 * hypers.room + 4, sizeof(fo_hyper))
-        hypers.room = 2 * hypers.room + 4
+    if hypers.n == hypers.capacity:
+        hypers.of = <fo_hyper *>grow(hypers.of, 2 * hypers.capacity + 4, sizeof(fo_hyper))
+        hypers.capacity = 2 * hypers.capacity + 4
     h = &hypers.of[hypers.n]
     h.grad_scale, h.l2, h.l1 = values["grad_scale"], values["l2"], values["l1"]
     h.ema_weight = values["ema_weight"]
@@ -97,14 +97,14 @@ cdef ptrdiff_t add_constants(Hypers *hypers, list names, dict values) except -1:
     return hypers.n - 1
 
 
-cdef int make_room(Sums *sums, const fo_leaf *leaves, ptrdiff_t n, fo_run *how) except -1:
+cdef int prepare_sums(Sums *sums, const fo_leaf *leaves, ptrdiff_t n, fo_run *how) except -1:
     """Let a step of n leaves measure: rows that are zero, and scratch that is large enough."""
     cdef ptrdiff_t tiles = fo_count_tiles(leaves, n)
     sums.stats = <fo_stats *>grow(sums.stats, n, sizeof(fo_stats))
     memset(sums.stats, 0, n * sizeof(fo_stats))
-    if sums.tiles == NULL or tiles > sums.room:
+    if sums.tiles == NULL or tiles > sums.capacity:
         sums.tiles = <fo_stats *>grow(sums.tiles, tiles, sizeof(fo_stats))
-        sums.room = tiles
+        sums.capacity = tiles
     how.tiles, how.stats = sums.tiles, sums.stats
     return 0
 

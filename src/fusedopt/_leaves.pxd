@@ -39,7 +39,7 @@ cdef inline bint locate(fo_leaf *leaf, ptrdiff_t i, int place, Span *span) noexc
     cdef const fo_format_info *about = &FORMATS[<int>array.format]
     if array.data == NULL:
         return False
-    span.leaf, span.slot = i, place
+    span.leaf, span.place = i, place
     if place >= ARRAYS and place < GRAD:
         span.low = <uintptr_t>array.extra
         span.high = span.low + (

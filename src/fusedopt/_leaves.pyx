@@ -127,7 +127,7 @@ cdef class LeafList:
         """Let no two arrays have a byte in common."""
         cdef ptrdiff_t i = overlap(spans)
         if i > 0:
-            a, b = [self.name(spans.of[k].leaf, spans.of[k].slot) for k in (i - 1, i)]
+            a, b = [self.name(spans.of[k].leaf, spans.of[k].place) for k in (i - 1, i)]
             _check.overlap(min(a, b), max(a, b))
         return 0
 
@@ -139,7 +139,7 @@ cdef class LeafList:
             found = alias(spans, own.low, own.high)
             if found >= 0:
                 _check.alias(
-                    self.name(i, place), self.name(spans.of[found].leaf, spans.of[found].slot))
+                    self.name(i, place), self.name(spans.of[found].leaf, spans.of[found].place))
         return 0
 
     cdef int check_others(self, bint zero_grads, bint copies) except -1:
@@ -149,9 +149,9 @@ cdef class LeafList:
         self.others.n = 0
         if not zero_grads and not copies:
             return 0
-        if self.others.room < 2 * self.n:
+        if self.others.capacity < 2 * self.n:
             self.others.of = <Span *>grow(self.others.of, 2 * self.n, sizeof(Span))
-            self.others.room = 2 * self.n
+            self.others.capacity = 2 * self.n
         for i in range(self.n):
             for place in (GRAD, COPY):
                 if (zero_grads or place == COPY) and locate(

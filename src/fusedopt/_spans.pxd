@@ -8,7 +8,7 @@ cdef struct Span:
     # bytes [low, high) of one array that the step writes
     uintptr_t low, high
     ptrdiff_t leaf
-    int slot  # 0: the parameter; 1 + k: state k
+    int place  # see _leaves.pxd
 
 
 cdef inline int by_address(const void *a, const void *b) noexcept nogil:
@@ -18,7 +18,7 @@ cdef inline int by_address(const void *a, const void *b) noexcept nogil:
 
 cdef struct Spans:
     Span *of           # by address
-    ptrdiff_t n, room
+    ptrdiff_t n, capacity
     ptrdiff_t gap      # the last gradient lay between of[gap - 1] and of[gap]
 
 

@@ -311,7 +311,7 @@ cdef class TensorList(LeafList):
                 options = options or _options.StepOptions()
             memset(&how, 0, sizeof(how))
             if options is not None or self.layerwise:
-                make_room(&self.sums, self.leaves, self.n, &how)
+                prepare_sums(&self.sums, self.leaves, self.n, &how)
             if options is not None:
                 verdict = self.run(options, reduction, &how, threads)
                 if verdict.skipped:
@@ -851,9 +851,9 @@ cdef class TensorList(LeafList):
         cdef uintptr_t low, high, first = <uintptr_t>-1, last = 0
         cdef bint suspect = False
         cdef Spans *targets = &self.targets_spans
-        if targets.room < n:
+        if targets.capacity < n:
             targets.of = <Span *>grow(targets.of, n, sizeof(Span))
-            targets.room = n
+            targets.capacity = n
         targets.n = 0
         members, names = [], []
         for i in range(n):
@@ -868,7 +868,7 @@ cdef class TensorList(LeafList):
             for k in range(t.ndim):
                 high += (t.shape[k] - 1) * t.strides[k] * size
             first, last = min(first, low), max(last, high)
-            targets.of[targets.n] = Span(low=low, high=high, leaf=i, slot=0)
+            targets.of[targets.n] = Span(low=low, high=high, leaf=i, place=0)
             targets.n += 1
             suspect |= alias(&self.spans, low, high) >= 0
             suspect |= alias(&self.others, low, high) >= 0
@@ -887,7 +887,7 @@ cdef class TensorList(LeafList):
                 own = self.others.of[i] if spans else self.spans.of[i]
                 if own.low < last and first < own.high:
                     members.append((own.low, (own.high - own.low,), (1,), 1))
-                    names.append((own.leaf, own.slot))
+                    names.append((own.leaf, own.place))
         n = len(members)
         if not self.zeroes:  # else they are among the others
             for i in range(self.n):
@@ -919,16 +919,16 @@ cdef class TensorList(LeafList):
         for i in range(self.spans.n):
             span = &self.spans.of[i]
             leaf = span.leaf
-            if leaf >= self.n or not locate(&self.leaves[leaf], leaf, span.slot, span):
+            if leaf >= self.n or not locate(&self.leaves[leaf], leaf, span.place, span):
                 return False
         return True
 
     cdef int collect(self) except -1:
         cdef ptrdiff_t i
         cdef int place
-        if self.spans.room < self.capacity * GRAD:
-            self.spans.room = self.capacity * GRAD
-            self.spans.of = <Span *>grow(self.spans.of, self.spans.room, sizeof(Span))
+        if self.spans.capacity < self.capacity * GRAD:
+            self.spans.capacity = self.capacity * GRAD
+            self.spans.of = <Span *>grow(self.spans.of, self.spans.capacity, sizeof(Span))
         self.spans.n = 0
         for i in range(self.n):
             for place in range(GRAD):
