@@ -44,7 +44,7 @@ cdef list FORMAT_NAMES = list(_formats.FORMATS)  # in the order of the C table
 
 
 cdef inline int format_of(object array) except? -1:
-    """The storage format of an array of the usual class and dtype; -1 if `_check` must look at it."""
+    """The storage format of an array of a usual class and dtype; -1 if `_check` must look."""
     if type(array) is not ndarray:
         return -1
     dtype = array.dtype

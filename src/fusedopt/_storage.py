@@ -23,7 +23,9 @@ Spec = tuple[tuple[int, ...], Any, tuple[int, ...] | None]  # an array's shape, 
 
 FIXED = ("state_dtype", "master_bits", "min_8bit_size")  # once the arrays are made
 
-_MASTERS = {32: "bfloat16+int16", 24: "bfloat16+int8", 16: "bfloat16-stochastic"}
+# the format of a bfloat16 parameter, by its master bits
+MASTERS = {None: "bfloat16+int16", 32: "bfloat16+int16", 24: "bfloat16+int8",
+           16: "bfloat16-stochastic"}  # fmt: skip
 
 
 def refuse_change(where: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
@@ -41,12 +43,13 @@ def refuse_change(where: str, old: Mapping[str, Any], new: Mapping[str, Any]) ->
         )
 
 
-def _state_format(param: Array, is_square: bool, options: Mapping[str, Any]) -> str:
-    if param.dtype == np.float64:
+def state_format(is_double: bool, size: int, is_square: bool, options: Mapping[str, Any]) -> str:
+    """Return the format in which state of a parameter is kept."""
+    if is_double:
         return "float64"
     if options["state_dtype"] == "bfloat16":
         return "bfloat16-stochastic"
-    if options["state_dtype"] == "int8" and param.size >= options["min_8bit_size"]:
+    if options["state_dtype"] == "int8" and size >= options["min_8bit_size"]:
         return "uint8" if is_square else "int8"
     return "float32"
 
@@ -55,7 +58,7 @@ def _param_format(name: str, param: Array, options: Mapping[str, Any]) -> str | 
     """Return the format of a 16-bit parameter, or None of any other."""
     bits = options["master_bits"]
     if is_bfloat16(param.dtype):
-        return _MASTERS[bits or 32]
+        return MASTERS[bits]
     if param.dtype == np.float16:
         if bits not in (None, 16):
             raise ValueError(
@@ -89,7 +92,9 @@ def allocate(
                 "parameter; its state is float64"
             )
         formats = [
-            _state_format(array, state.squared, options) if use else None
+            state_format(array.dtype == np.float64, array.size, state.squared, options)
+            if use
+            else None
             for use, state in zip(rule.uses(options), rule.states, strict=True)
         ]
         plans.append((checked, own, formats))

@@ -13,7 +13,7 @@ class GroupPlan:
         cls,
         states: list[tuple[int, str, str | None, str]],
         squares: tuple[bool, ...],
-        bits: int,
+        bfloat16: str,
         seed: int,
     ) -> GroupPlan: ...
     @property

@@ -29,7 +29,7 @@ from fusedopt._leaves cimport (
 )
 from fusedopt._spans cimport Span, Spans, alias, overlap
 
-from fusedopt import _check, _options
+from fusedopt import _check, _options, formats as _formats
 
 cdef extern from "Python.h":
     ctypedef PyObject *(*PyCFunction)(PyObject *, PyObject *)
@@ -80,8 +80,8 @@ cdef class GroupPlan:
         of the codes' blocks.
     squares : tuple of bool
         Whether each of the rule's states holds squares.
-    bits : int
-        Of master weights.
+    bfloat16 : str
+        The format of bfloat16 parameters.
     seed : int
         Of the noise.
     """
@@ -90,12 +90,13 @@ cdef class GroupPlan:
     cdef readonly tuple names
     cdef tuple codes, blocks
     cdef unsigned int squares    # bit of a place
-    cdef int bits
+    cdef int bfloat16            # the format of bfloat16 parameters
     cdef uint64_t seed
 
-    def __cinit__(self, list states, tuple squares, int bits, seed):
+    def __cinit__(self, list states, tuple squares, str bfloat16, seed):
         cdef int k
-        self.n, self.bits, self.seed = len(states), bits, seed
+        self.n, self.seed = len(states), seed
+        self.bfloat16 = list(_formats.FORMATS).index(bfloat16)
         for k in range(self.n):
             number = states[k][0]
             self.places[k] = EMA if number == len(squares) else 1 + number
@@ -712,8 +713,7 @@ cdef class TensorList(LeafList):
         if place == PARAM and format == FO_F16:
             return FO_F16_STOCHASTIC
         if place == PARAM and format == FO_BF16:
-            return (FO_BF16_LOW16 if self.plan.bits == 32 else
-                    FO_BF16_LOW8 if self.plan.bits == 24 else FO_BF16_STOCHASTIC)
+            return self.plan.bfloat16
         if format == FO_BF16:
             return FO_BF16_STOCHASTIC
         if place != PARAM and is_int(t, kDLUInt, 8):

@@ -15,7 +15,8 @@ from fusedopt import _torch_plain as _plain
 from fusedopt import _torch_ranks as _ranks
 from fusedopt._ieee import ieee
 from fusedopt._options import Reduction, StepOptions, StepResult
-from fusedopt._torch_state import OWN, RESIDUALS, StateKeeper, bits, copier
+from fusedopt._storage import MASTERS
+from fusedopt._torch_state import OWN, StateKeeper, copier, residual_dtype
 from fusedopt.optim import adam as _adam
 from fusedopt.rule import L1, MAXIMIZE, Options, Rule
 
@@ -347,7 +348,9 @@ class Fused(StateKeeper):
         return _Group(
             options,
             options,
-            _tensors.GroupPlan(states, squares, bits(options), options.get("seed", 0)),
+            _tensors.GroupPlan(
+                states, squares, MASTERS[options.get("master_bits")], options.get("seed", 0)
+            ),
             dict(group) if all(map(_is_constant, group.items())) else None,
         )
 
@@ -362,7 +365,7 @@ class Fused(StateKeeper):
     ) -> tuple[list[Any], list[Any], list[tuple[Any, Any, str]]]:
         """Return what C can work on for [parameter, gradient, copy, *state]: see `stand_ins`."""
         name = self._name(group, i)
-        residual = RESIDUALS.get(bits(self.param_groups[group]))
+        residual = residual_dtype(self.param_groups[group])
         where = [name, f"{name}.grad", f"copy_out of {name}"]
         where += [f"{name}.{state}" for state in names]
         return _plain.stand_ins(where, tensors, extras, residual, zeroes)

@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from fusedopt import _copies, _storage
 from fusedopt import _torch_plain as _plain
+from fusedopt.formats import FORMATS
 from fusedopt.rule import COMMON, Rule
 
 OWN = {option.name: option for option in COMMON}  # options that torch's optimizers do not have
-RESIDUALS = {32: torch.int16, 24: torch.int8}  # by master_bits of a bfloat16 parameter
+_DTYPES = {  # by storage format; 8-bit codes of either sign are bytes
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16-stochastic": torch.bfloat16,
+    "int8": torch.uint8,
+    "uint8": torch.uint8,
+}
 _ENDS = ("", _plain.CODES, _plain.BLOCKS)
 
 copier = _copies.Copier()
@@ -51,15 +59,9 @@ class StateKeeper:
 
     def _state_dtype(self, group: int, param: Any) -> Any:
         """Return the dtype in which state of a parameter is kept; float32 unless asked."""
-        options = {name: option.default for name, option in OWN.items()}
-        options |= self.param_groups[group]
-        if param.dtype == torch.float64:
-            return torch.float64
-        if options["state_dtype"] == "bfloat16":
-            return torch.bfloat16
-        if options["state_dtype"] == "int8" and param.numel() >= options["min_8bit_size"]:
-            return torch.uint8
-        return torch.float32
+        options = {**self._rule.defaults, **self.param_groups[group]}
+        is_double = param.dtype == torch.float64
+        return _DTYPES[_storage.state_format(is_double, param.numel(), False, options)]
 
     def _missing(
         self, name: str, own: Mapping[str, Any], states: Sequence[str], begun: bool
@@ -134,7 +136,7 @@ class StateKeeper:
         keys the noise.
         """
         made: dict[str, Any] = {}
-        residual = RESIDUALS.get(bits(self.param_groups[group]))
+        residual = residual_dtype(self.param_groups[group])
         is_bfloat16 = param.dtype == torch.bfloat16
         rounded = param.dtype == torch.float16 or (is_bfloat16 and residual is not torch.int16)
         rounded |= any(state.dtype in (torch.bfloat16, torch.uint8) for state in states)
@@ -234,9 +236,9 @@ class StateKeeper:
             own.update(_plain.stored(name, param, "ema", False, saved, _wide(param)))
         residual = saved.get("residual")
         if residual is not None:
-            known = (*_plain.DTYPES, *RESIDUALS.values())
+            known = (*_plain.DTYPES, torch.int16, torch.int8)
             residual = _plain.saved_tensor(f"{name}.residual", residual, param, known)
-            if residual.dtype == RESIDUALS.get(bits(self.param_groups[group])):
+            if residual.dtype == residual_dtype(self.param_groups[group]):
                 own["residual"] = residual
         ours = {"step", "ema", "residual"}
         ours.update(s + end for s in self._rule.state_names for end in _ENDS)
@@ -324,5 +326,7 @@ def _count_dtype() -> Any:
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 
-def bits(group: Mapping[str, Any]) -> int:
-    return group.get("master_bits") or 32
+def residual_dtype(group: Mapping[str, Any]) -> Any:
+    """Return the dtype of the bits that a bfloat16 parameter does not show, or None."""
+    dtype = FORMATS[_storage.MASTERS[group.get("master_bits")]][1]
+    return None if dtype is None else getattr(torch, np.dtype(dtype).name)
