@@ -79,7 +79,7 @@ def test_class_fits_the_table(cls):
     _, scalars, states, required = RULES[rule.name]
     assert len(rule.states) == states
     assert sum(rule.uses(rule.defaults)) >= required
-    hyper = rule.hyper(1, rule.defaults)
+    hyper = rule.at(rule.defaults)(1)
     assert set(hyper) == {*scalars, "grad_scale", "l2", "l1", "ema_weight"}
     assert all(isinstance(value, float) for value in hyper.values())
 

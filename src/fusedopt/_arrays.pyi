@@ -9,8 +9,10 @@ from fusedopt._leaves import LeafList
 from fusedopt._options import Reduction, StepOptions, StepResult
 from fusedopt.formats import Stored
 
-# the gradient of each leaf, the options of each group
-_Prepared: TypeAlias = tuple[list[NDArray[Any] | None], list[dict[str, Any]]]
+# the gradient of each leaf; of each group the constants of a step, and the seed of the noise
+_Prepared: TypeAlias = tuple[
+    list[NDArray[Any] | None], list[tuple[Callable[..., Mapping[str, float]], int]]
+]
 
 def are_settled(param_groups: Any, groups: list[Any]) -> bool: ...
 def find_none(values: Sequence[Any], grads: Sequence[Any]) -> int: ...
@@ -46,7 +48,6 @@ class ArrayList(LeafList):
         self,
         prepare: Callable[[Any], _Prepared],
         grads: Any,
-        hyper: Callable[[int, dict[str, Any]], Mapping[str, float]],
         threads: int,
         options: StepOptions | None = None,
         copies: list[NDArray[Any] | None] | None = None,

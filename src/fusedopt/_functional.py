@@ -150,4 +150,5 @@ def _step_in_c(
     work = _arrays.ArrayList(rule.name, rule.state_names)
     work.add(names, grad_names, list(params), rows, group=0, zero=False, threads=threads)
     work.set_steps(step - 1, [step - 1] * len(params))
-    work.step(lambda grads: (list(grads), [options]), grads, rule.hyper, threads)
+    plan = (rule.at(options), options["seed"])
+    work.step(lambda grads: (list(grads), [plan]), grads, threads)

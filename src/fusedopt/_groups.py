@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fusedopt import _tree
-from fusedopt.rule import Check, Options, Rule
+from fusedopt.rule import Check, Constants, Options, Rule
+
+Plan = tuple[Constants, int]
 
 _IMMUTABLE = (int, float, bool, str, type(None))
 
@@ -35,6 +37,8 @@ class Group:
         must be looked at in each step.
     schedule : callable(step) -> float, or None
         What `lr` is, where it is no number.
+    plan : (callable, int)
+        The constants of a step, see `Rule.at`, and the seed of the noise.
     """
 
     tree: Any
@@ -45,13 +49,22 @@ class Group:
     options: Options = field(default_factory=dict)
     seen: Options | None = None
     schedule: Callable[[int], Any] | None = None
+    plan: Plan | None = None
 
-    def note(self, given: Mapping[str, Any], options: Options) -> None:
+    def note(self, rule: Rule, given: Mapping[str, Any], options: Options) -> None:
         """Take over checked `options`, made of `given`."""
         values = [value for name, value in given.items() if name != "params"]
         self.seen = dict(given) if all(map(_is_constant, values)) else None
         self.options, lr = options, options["lr"]
         self.schedule = lr if callable(lr) else None
+        self.plan = (rule.at(options), options["seed"])
+
+    def schedule_rate(self, rule: Rule, step: int) -> None:
+        """Take over the rate of a step from the schedule."""
+        assert self.schedule is not None
+        rate = rule.check_rate(f"lr({step})", self.schedule(step))
+        self.options = self.options | {"lr": rate}
+        self.plan = (rule.at(self.options), self.options["seed"])
 
     def lacks(self, rule: Rule, used: tuple[bool, ...]) -> str | None:
         """Return the name of a state that is used, see `Rule.uses`, and was not allocated."""

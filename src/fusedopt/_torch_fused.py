@@ -18,7 +18,7 @@ from fusedopt._options import Reduction, StepOptions, StepResult
 from fusedopt._storage import MASTERS
 from fusedopt._torch_state import OWN, StateKeeper, copier, residual_dtype
 from fusedopt.optim import adam as _adam
-from fusedopt.rule import L1, MAXIMIZE, Options, Rule
+from fusedopt.rule import L1, MAXIMIZE, Constants, Options, Rule
 
 # options of a step, which are in `defaults` only, where they are not the default
 _OF_NO_GROUP = frozenset(_options.DEFAULTS) - {"grad_scale"}
@@ -33,8 +33,8 @@ class _Group:
     ----------
     options : dict
         Its options; numbers in the place of tensors.
-    step_options : dict
-        The same, with what the rule remembers as it is in the step that is taken.
+    constants : callable(step, count) -> dict
+        The constants of a step, see `Rule.at`.
     plan : GroupPlan
         What the list must know of it.
     seen : dict or None
@@ -42,7 +42,7 @@ class _Group:
     """
 
     options: dict[str, Any]
-    step_options: dict[str, Any]
+    constants: Constants
     plan: _tensors.GroupPlan
     seen: dict[str, Any] | None
 
@@ -219,13 +219,12 @@ class Fused(StateKeeper):
         writes = []
         for i, group in enumerate(self.param_groups):
             known = self._groups[i]
-            known.step_options = self._rule.advanced(
-                known.options, f"param_groups[{i}]: in this step "
-            )
+            options = self._rule.advanced(known.options, f"param_groups[{i}]: in this step ")
+            known.constants = self._rule.at(options)
             for kept in (group, known.options, known.seen):
                 if kept is not None:
                     names = [row.name for row in self._rule.memory]
-                    writes += [(kept, name, known.step_options[name]) for name in names]
+                    writes += [(kept, name, options[name]) for name in names]
         return writes
 
     @ieee
@@ -310,8 +309,7 @@ class Fused(StateKeeper):
         `count` is the number of the step, 0 if nobody counts; `step` is what the rule makes of it:
         SGD has a first step with each new buffer, as in torch.
         """
-        options = self._groups[group].step_options
-        return self._rule_of(options).hyper(step, options, count)
+        return self._groups[group].constants(step, count)
 
     def _rule_of(self, options: Mapping[str, Any]) -> Rule:
         decoupled = options.get("decoupled_weight_decay")  # of torch's Adam: AdamW's rule or not
@@ -347,7 +345,7 @@ class Fused(StateKeeper):
         squares = tuple(state.squared for state in self._rule.states)
         return _Group(
             options,
-            options,
+            self._rule_of(options).at(options),
             _tensors.GroupPlan(
                 states, squares, MASTERS[options.get("master_bits")], options.get("seed", 0)
             ),

@@ -5,7 +5,8 @@ A leaf's name is the expression that leads to it: ``params['dense1']['W']``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 from typing import Any
 
 DEEPEST = 100  # containers in containers; more are taken for a cycle
@@ -102,21 +103,32 @@ def _read_leaf(name: str, other: Any, out: list[Any]) -> None:
 def _dict_reader(parts: dict[Any, Reader]) -> Reader:
     keys = parts.keys()
     is_flat = all(part is _read_leaf for part in parts.values())
+    take: Callable[[Any], Sequence[Any]]
+    if len(parts) > 1:
+        take = itemgetter(*parts)
+    else:
+        take = lambda other: [other[key] for key in parts]
 
     def read(name: str, other: Any, out: list[Any]) -> None:
         if other is None:
             other = dict.fromkeys(keys)
         elif not isinstance(other, dict):
             raise ValueError(f"{name}: expected a dict as in params, got {type(other).__name__}")
-        elif other.keys() != keys:
+        values: Sequence[Any] = ()
+        if len(other) == len(keys) and (type(other) is dict or other.keys() == keys):
+            try:
+                values = take(other)
+            except KeyError:
+                pass
+        if len(values) != len(keys):
             missing = [f"no {key!r}" for key in keys if key not in other]
             foreign = [f"{key!r} is not in params" for key in other if key not in parts]
             raise ValueError(f"{name}: {', '.join(missing + foreign)}")
         if is_flat:
-            out.extend([other[key] for key in keys])
+            out.extend(values)
         else:
-            for key, part in parts.items():
-                part(f"{name}[{key!r}]", other[key], out)
+            for (key, part), value in zip(parts.items(), values, strict=True):
+                part(f"{name}[{key!r}]", value, out)
 
     return read
 

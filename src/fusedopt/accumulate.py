@@ -12,6 +12,7 @@ from fusedopt.formats import Stored
 from fusedopt.rule import Rule
 
 _ADD = Rule(name="add", options=(), states=(), constants=lambda step, options: {})
+_ADD_PLAN = _ADD.at({})
 
 
 class GradAccumulator:
@@ -89,7 +90,7 @@ class GradAccumulator:
         flat: list[Array | None] = []
         self._read("grads", grads, flat)
         self._work.step(
-            lambda flat: (flat, [{}]), flat, _ADD.hyper, _threads.get_num_threads(), how
+            lambda flat: (flat, [(_ADD_PLAN, 0)]), flat, _threads.get_num_threads(), how
         )
 
     @property

@@ -30,6 +30,8 @@ from fusedopt.accumulate import GradAccumulator
 from fusedopt.formats import Stored
 from fusedopt.rule import Common, Options, Rule
 
+_ONE, _TWO, _PROPAGATE = 1.0, 2.0, "propagate"  # defaults of a step, which it knows by identity
+
 
 class Optimizer:
     """Base of the optimizers; see `Adam`, `AdamW`, `SGD`.
@@ -92,6 +94,7 @@ class Optimizer:
         self.param_groups: list[Options] = []
         self._work = _arrays.ArrayList(self.rule.name, self.rule.state_names)
         self._groups: list[_groups.Group] = []
+        self._plans: list[Any] | None = None  # of the groups, if steps do not change them
         self._remembers = self.rule.advance is not None  # asked in every step
         self._bare = not _tree.is_groups(params)
         if isinstance(params, dict) and "params" in params and params.keys() & self.rule.checks:
@@ -149,7 +152,7 @@ class Optimizer:
         shown, old = {"params": tree, **options}, len(self._work)
         leaves, nodes = range(old, old + len(names)), list(_tree.nodes(root, tree))
         made = _groups.Group(tree, _tree.reader(tree), nodes, leaves, self.rule.uses(options))
-        made.note(shown, options)
+        made.note(self.rule, shown, options)
         known, threads = [*self._groups, made], _threads.of(self._threads)
         begin = partial(_storage.begin_all, names, stored, states, self.rule, options, leaves.start)
         self.param_groups.append(shown)
@@ -157,7 +160,7 @@ class Optimizer:
             self._work.add(names, grads, stored, states, number, True, threads, begin)
         finally:  # a signal's exception may come right behind the call; nothing here can fail
             if len(self._work) == leaves.stop:
-                self._groups = known
+                self._groups, self._plans = known, None
             else:
                 self.param_groups.pop()
 
@@ -249,12 +252,12 @@ class Optimizer:
         self,
         grads: Any,
         *,
-        grad_scale: float = 1.0,
+        grad_scale: float = _ONE,
         max_grad_norm: float | None = None,
-        norm_type: float = 2.0,
+        norm_type: float = _TWO,
         per_tensor: bool = False,
         clip_value: float | None = None,
-        nonfinite: str = "propagate",
+        nonfinite: str = _PROPAGATE,
         stats: bool = False,
         zero_grads: bool = False,
         copy_out: Any = None,
@@ -325,9 +328,7 @@ class Optimizer:
         accumulator = grads._work if isinstance(grads, GradAccumulator) else None
         if (
             max_grad_norm is None and clip_value is None and copy_out is None and reduce is None
-            and type(grad_scale) is float and grad_scale == 1
-            and type(norm_type) is float and norm_type == 2
-            and type(nonfinite) is str and nonfinite == "propagate"
+            and grad_scale is _ONE and norm_type is _TWO and nonfinite is _PROPAGATE
             and per_tensor is stats is zero_grads is False and accumulator is None
         ):  # fmt: skip
             return self._take_step(grads)
@@ -357,32 +358,34 @@ class Optimizer:
     ) -> StepResult:
         """Take a step in C; `source` has the sums of an accumulator that `grads` is."""
         threads = _threads.of(self._threads)
-        return self._work.step(
-            self._prepare, grads, self.rule.hyper, threads, options, copies, reduction, source
-        )
+        return self._work.step(self._prepare, grads, threads, options, copies, reduction, source)
 
-    def _prepare(self, grads: Any) -> tuple[list[Array | None], list[Options]]:
-        """Return the gradient of each leaf, and the options of the groups as they are now."""
+    def _prepare(self, grads: Any) -> tuple[list[Array | None], list[Any]]:
+        """Return the gradient of each leaf, and the plan of each group as its options are now."""
         if isinstance(grads, GradAccumulator):
             grads = grads._sums()
         flat = self._flatten(grads, "grads")
         if not _arrays.are_settled(self.param_groups, self._groups):
+            self._plans = None
             self._check_groups()
             for i, group in enumerate(self._groups):
                 for node in group.nodes:
                     _tree.refuse_change(*node)
                 self._read_options(i, group)
+        if self._plans is not None:
+            return flat, self._plans
         for group in self._groups:
             if group.schedule is not None:
-                step = self._work.count + 1
-                rate = self.rule.check_rate(f"lr({step})", group.schedule(step))
-                group.options = group.options | {"lr": rate}
+                group.schedule_rate(self.rule, self._work.count + 1)
         if self._remembers:
             return flat, self._advance()
-        return flat, [group.options for group in self._groups]
+        plans = [group.plan for group in self._groups]
+        if all(group.schedule is None for group in self._groups):
+            self._plans = plans  # as long as the groups are settled
+        return flat, plans
 
-    def _advance(self) -> list[Options]:
-        """Return the options of the groups in this step, with what the rule remembers.
+    def _advance(self) -> list[Any]:
+        """Return the plans of the groups in this step, with what the rule remembers.
 
         The list writes that where it is kept when the step has succeeded.
         """
@@ -392,7 +395,7 @@ class Optimizer:
             for kept in (self.param_groups[i], group.options, group.seen):
                 if kept is not None:
                     writes += [(kept, row.name, options[row.name]) for row in self.rule.memory]
-            advanced.append(options)
+            advanced.append((self.rule.at(options), options["seed"]))
         self._work.writes = writes
         return advanced
 
@@ -431,7 +434,7 @@ class Optimizer:
         if used != self.rule.uses(group.options):
             for leaf in group.leaves:
                 self._work.use_states(leaf, used)
-        group.note(given, options)
+        group.note(self.rule, given, options)
 
     # -------------------------------------------------------------- averages
 

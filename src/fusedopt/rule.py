@@ -15,6 +15,7 @@ from fusedopt import _check
 
 Options = dict[str, Any]
 Check = Callable[[str, Any], Any]
+Constants = Callable[..., dict[str, float]]  # (step, count=None) -> by name
 
 
 @dataclass(frozen=True)
@@ -219,30 +220,35 @@ class Rule:
         """Return for each state whether these options need it."""
         return tuple(not state.needs or bool(options[state.needs]) for state in self.states)
 
-    def hyper(self, step: int, options: Options, count: int | None = None) -> dict[str, float]:
-        """Return all constants of a step: the rule's own, and those that every rule has.
+    def at(self, options: Options) -> Constants:
+        """Return the constants of steps with these options: the rule's and what all rules have.
 
         Parameters
         ----------
-        step : int
-            From 1.
         options : dict
             Checked, with `lr` as a number; of `COMMON` those that are not the default. What the
             rule remembers is as `advanced` has it.
-        count : int, optional
-            Number of the step for the average, where the rule has begun anew meanwhile.
+
+        Returns
+        -------
+        callable(step, count=None) -> dict
+            By name, in double. `step` is from 1; `count` is the number of the step for the average,
+            where the rule has begun anew meanwhile.
         """
-        values = self.constants(step, options)
-        values["grad_scale"] = -1.0 if options.get("maximize") else 1.0
+        constants, decay = self.constants, options.get("ema")
         l1, l2 = self._terms
-        values["l1"] = options.get(l1, 0.0)
-        values["l2"] = options.get(l2, 0.0)
-        decay = options.get("ema")
-        if decay is None:
-            values["ema_weight"] = 0.0
-        else:
-            if options.get("ema_warmup"):
-                taken = step if count is None else count
-                decay = min(decay, (1 + taken) / (10 + taken))
-            values["ema_weight"] = 1 - decay
-        return values
+        common = {
+            "grad_scale": -1.0 if options.get("maximize") else 1.0,
+            "l1": options.get(l1, 0.0),
+            "l2": options.get(l2, 0.0),
+            "ema_weight": 0.0 if decay is None else 1 - decay,
+        }
+        if decay is None or not options.get("ema_warmup"):
+            return lambda step, count=None: constants(step, options) | common
+
+        def with_warmup(step: int, count: int | None = None) -> dict[str, float]:
+            taken = step if count is None else count
+            weight = 1 - min(decay, (1 + taken) / (10 + taken))
+            return constants(step, options) | common | {"ema_weight": weight}
+
+        return with_warmup

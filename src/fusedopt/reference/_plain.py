@@ -73,7 +73,7 @@ def leaf(
 
     What a step does around the rule is done here too; returns the step's sums, 0 unless asked.
     """
-    hyper = rule.hyper(step, options)
+    hyper = rule.at(options)(step)
     arrays: list[Array | Stored | None] = [param, *states]
     for i, array in enumerate(arrays):  # a 16-bit array by itself is one with rounding
         if isinstance(array, np.ndarray) and array.dtype.itemsize == 2:
@@ -240,9 +240,11 @@ class Plain(Optimizer):
         reduction: Reduction | None,
         source: ArrayList | None,
     ) -> StepResult:
-        work, (flat_grads, options) = self._work, self._prepare(grads)
+        work, (flat_grads, _) = self._work, self._prepare(grads)
         by_leaf = [
-            its for group, its in zip(self._groups, options, strict=True) for _ in group.leaves
+            its
+            for group in self._groups
+            for its in [self.rule.advanced(group.options)] * len(group.leaves)
         ]
         work.check(flat_grads, how, copies)
         table = np.zeros(len(work), _core.STATS)
