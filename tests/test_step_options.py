@@ -211,6 +211,36 @@ def test_norms_of_what_is_not_finite(odd):
 # ------------------------------------------------------------------ finite or not
 
 
+@pytest.mark.parametrize("dtype", [np.float32, BF16, np.float64])
+def test_a_limit_below_the_least_number(dtype):
+    """One that is 0 in float32 limits to 0, with the gradient's sign; in float64 it is itself."""
+    found = []
+    for module in (fusedopt, reference):
+        p = np.zeros(70, dtype)
+        opt = module.SGD(p, lr=1.0, momentum=0.5)
+        opt.step(np.repeat([-2.0, 3.0, -0.0, 0.0, np.inf], 14).astype(dtype), clip_value=1e-60)
+        limit = 1e-60 if dtype == np.float64 else 0.0
+        expected = np.repeat([-limit, limit, -0.0, 0.0, limit], 14)
+        buffer = opt.state["params"]["momentum_buffer"]
+        np.testing.assert_array_equal(buffer, expected)
+        np.testing.assert_array_equal(np.signbit(buffer), np.signbit(expected))
+        np.testing.assert_array_equal(p, -expected)
+        found.append(canonical(p) + canonical(buffer))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", ["weight_decay", "l1"])
+@pytest.mark.parametrize("module", [fusedopt, reference], ids=["fused", "reference"])
+def test_a_penalty_below_the_least_number(module, name):
+    """One that is 0 in float32 is none: it makes no NaN of an infinite parameter."""
+    p = np.array([np.inf, -np.inf, np.nan, 1.0], np.float32)
+    opt = module.SGD(p, lr=1.0, momentum=0.5, **{name: 1e-60})
+    opt.step(np.full(4, -0.0, np.float32))
+    buffer = opt.state["params"]["momentum_buffer"]
+    assert (buffer == 0).all() and np.signbit(buffer).all()
+    np.testing.assert_array_equal(p, [np.inf, -np.inf, np.nan, 1.0])
+
+
 def problem(cls=fusedopt.Adam, **options):
     params = {"a": np.ones(700, np.float32), "b": {"c": np.ones((2, 3), np.float32)}}
     grads = {"a": np.full(700, 0.5, np.float32), "b": {"c": np.full((2, 3), 2.0, np.float32)}}

@@ -45,10 +45,11 @@ def _terms(g: Array, p: Array, hyper: dict[str, float]) -> Array:
     c = p.dtype.type
     if hyper["grad_scale"] < 0:
         g = -g
-    if hyper["l2"] != 0:
-        g = g + c(hyper["l2"]) * p
-    if hyper["l1"] != 0:
-        g = g + c(hyper["l1"]) * np.sign(p)
+    l2, l1 = c(hyper["l2"]), c(hyper["l1"])
+    if l2 != 0:
+        g = g + l2 * p
+    if l1 != 0:
+        g = g + l1 * np.sign(p)
     return g
 
 
@@ -87,7 +88,7 @@ def leaf(
     if scale != 1:
         g = c(scale) * g
     if how.clip_value is not None:
-        g = np.clip(g, -c(how.clip_value), c(how.clip_value))
+        g = np.where(np.abs(g) > c(how.clip_value), np.copysign(c(how.clip_value), g), g)
     norms = partial(_norms, reduction)
     update(p, _terms(g, p, hyper), *tensors, step=step, norms=norms, **options)
     if ema is not None:
