@@ -180,14 +180,17 @@ def test_accumulated_gradients():
             total.add(part(arrays(seed), rank), scale=0.5)
         return params, opt.step(total, reduce=reduce, **options)
 
-    for options in ({"max_grad_norm": 0.5}, {}):
+    for options in ({"max_grad_norm": 0.5}, {}, {"stats": True}):
         runs = Ranks().run(lambda rank, reduce, o=options: work(rank, reduce, o))
         params, whole = arrays(0), [(a + b) / 2 for a, b in zip(arrays(1), arrays(2), strict=True)]
         result = fusedopt.SGD(params, lr=0.1).step(whole, **options)
         for a, b in zip(params, joined([run[0] for run in runs]), strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
         for _, mine in runs:
-            if options:
+            if "stats" in options:
+                np.testing.assert_allclose(mine.stats.grad_norm, result.stats.grad_norm, rtol=1e-6)
+                np.testing.assert_allclose(mine.stats.update_norm, result.stats.update_norm, 2e-5)
+            if "max_grad_norm" in options:
                 assert mine.grad_norm == pytest.approx(result.grad_norm, rel=1e-6)
             else:
                 assert mine.grad_norm is None  # that of a part would mislead

@@ -407,7 +407,7 @@ cdef class ArrayList(LeafList):
                 return StepResult(number, updated)
             stats = None
             if options.measure == _options.LEAF:
-                stats = self.statistics(options, reduction, how.has_grad)
+                stats = self.statistics(options, reduction)
             return StepResult(
                 number, updated, False, verdict.grad_norm, verdict.clip_factor, stats)
         finally:

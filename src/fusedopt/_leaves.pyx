@@ -263,7 +263,7 @@ cdef class LeafList:
             (<dict>(<tuple>write)[0])[(<tuple>write)[1]] = (<tuple>write)[2]
         return 0
 
-    cdef object statistics(self, options, reduction, bint has_grad):
+    cdef object statistics(self, options, reduction):
         """What was measured, as `StepStats`."""
         cdef ptrdiff_t i
         present = [i for i in range(self.n) if self.has_grad(i)]
@@ -273,7 +273,7 @@ cdef class LeafList:
             rows = present
         else:
             table, rows = self.table(), [self.row(i) for i in present]
-            if not has_grad:
+            if not reduction.knows_gradients:
                 reduction.gradients(table, self.sizes())
             reduction.steps(table)
             sizes = reduction.sizes[rows]
