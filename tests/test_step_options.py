@@ -211,6 +211,20 @@ def test_norms_of_what_is_not_finite(odd):
 # ------------------------------------------------------------------ finite or not
 
 
+@pytest.mark.parametrize("module", [fusedopt, reference], ids=["fused", "reference"])
+def test_the_least_factor_of_a_clip_for_each_tensor(module):
+    """NaN if one is, wherever it stands; of leaves with a gradient alone."""
+    opt = module.SGD([np.ones(3, np.float32) for _ in range(3)], lr=0.0)
+    grads = [np.full(3, fill, np.float32) for fill in (np.nan, 5, 1)]
+    for turn in range(3):
+        result = opt.step(grads[turn:] + grads[:turn], max_grad_norm=1.0, per_tensor=True)
+        assert np.isnan(result.clip_factor)
+    tiny = {"max_grad_norm": 1e-7, "per_tensor": True}
+    assert opt.step([None] * 3, **tiny).clip_factor == 1
+    grads = [None, np.ones(3, np.float32), None]
+    assert opt.step(grads, **tiny).clip_factor == pytest.approx(1e-7 / 3**0.5)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, BF16, np.float64])
 def test_a_limit_below_the_least_number(dtype):
     """One that is 0 in float32 limits to 0, with the gradient's sign; in float64 it is itself."""

@@ -246,7 +246,8 @@ cdef class LeafList:
             if options.per_tensor and self.leaves[i].grad.data != NULL:
                 factor = options.factor(
                     options.norm(self.sums.stats[i].grad, self.sums.stats[i].largest_grad))
-                least = factor if not factor >= least else least
+                if factor < least or factor != factor:  # NaN stays
+                    least = factor
             self.leaves[i].grad_scale = scale * factor
         return decide(False, norm, least)
 

@@ -195,9 +195,16 @@ _GO_ON = Verdict(False, None, 1.0)
 
 
 def _judge(
-    how: StepOptions, table: Array, names: Sequence[str], sizes: Sequence[int]
+    how: StepOptions,
+    table: Array,
+    names: Sequence[str],
+    sizes: Sequence[int],
+    present: Sequence[bool],
 ) -> tuple[Verdict, list[float] | None]:
-    """Decide on a step by the sums of its gradients; return the scale of each leaf too."""
+    """Decide on a step by the sums of its gradients; return the scale of each leaf too.
+
+    `present` says which leaves have a gradient.
+    """
     squares_of_all = float(_fold(_in_lanes(table["grad"])))
     norm = how.norm(squares_of_all, float(table["largest_grad"].max(initial=0)))
     if table["nonfinite"].any() and how.nonfinite == "skip":
@@ -212,7 +219,8 @@ def _judge(
         factors = [how.factor(how.norm(*sums)) for sums in columns]
     else:
         factors = [how.factor(norm)] * len(table)
-    least = float(np.min(factors, initial=1.0))  # NaN if one is
+    used = [factor for factor, is_present in zip(factors, present, strict=True) if is_present]
+    least = float(np.min(used if how.per_tensor else factors, initial=1.0))  # NaN if one is
     return Verdict(False, norm, least), [how.grad_scale * factor for factor in factors]
 
 
@@ -256,8 +264,11 @@ class Plain(Optimizer):
                     table[_GRAD][i] = self._grad_sums(i, grad)
             if reduction is not None:
                 reduction.gradients(table, sizes)
+        present = [grad is not None for grad in flat_grads]
         verdict, scales = (
-            _judge(how, table, work.grad_names, sizes.tolist()) if measured else (_GO_ON, None)
+            _judge(how, table, work.grad_names, sizes.tolist(), present)
+            if measured
+            else (_GO_ON, None)
         )
         for i, grad in enumerate(flat_grads):
             copy = None if copies is None else copies[i]
@@ -279,11 +290,10 @@ class Plain(Optimizer):
             if reduction is not None:
                 reduction.steps(table)
                 sizes = reduction.sizes
-            rows = [i for i, grad in enumerate(flat_grads) if grad is not None]
+            rows = np.flatnonzero(present)
             names = [work.names[i] for i in rows]
             stats = StepStats(names, sizes[rows], table[rows], how.grad_scale)
-        present = sum(grad is not None for grad in flat_grads)
-        return StepResult(work.count, present, *verdict, stats)
+        return StepResult(work.count, sum(present), *verdict, stats)
 
     def _grad_sums(self, number: int, grad: Array) -> GradSums:
         param = self._work.params[number]
