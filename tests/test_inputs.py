@@ -280,15 +280,21 @@ FUNCTIONAL_FAULTS = [
     ),
     (lambda a: ([a], [ones(3)], [a], [ones(3)]), ValueError, "share memory"),
     (lambda a: ([a], [a], [ones(3)], [ones(3)]), ValueError, "shares memory with params"),
+    (
+        lambda a: ([a, ones(2)], [ones(3), ones(5)], *([ones(3), ones(2)] for _ in "mv")),
+        ValueError,
+        r"grads\[1\]: shape \(5,\) does not fit",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("make", "error", "message"), FUNCTIONAL_FAULTS)
-def test_functional_faults(make, error, message):
+@pytest.mark.parametrize("module", [functional, reference], ids=["functional", "reference"])
+def test_functional_faults(module, make, error, message):
     a = ones(3)
     params, grads, exp_avgs, exp_avg_sqs = make(a)
     with pytest.raises(error, match=message):
-        functional.adam(params, grads, exp_avgs, exp_avg_sqs, step=1)
+        module.adam(params, grads, exp_avgs, exp_avg_sqs, step=1)
     assert (a == 1).all()
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from fusedopt import _check, _core, formats
 from fusedopt._arrays import ArrayList
 from fusedopt._check import Array
-from fusedopt._functional import Step, function
+from fusedopt._functional import Step, function, listed
 from fusedopt._ieee import ieee
 from fusedopt._options import LEAF, Reduction, StepOptions, StepResult, StepStats
 from fusedopt.formats import BLOCK, Stored, flat
@@ -348,6 +348,7 @@ def reference(fast: type[Optimizer], update: Callable[..., None]) -> tuple[type[
     """
 
     def take(rule: Rule, params: Any, grads: Any, states: Any, step: int, options: Options) -> None:
+        listed(rule, params, states, step).check(list(grads), _NOTHING, None)
         rows = zip(params, grads, *states, strict=True)
         for number, (param, grad, *its) in enumerate(rows):
             if grad is not None:
