@@ -214,6 +214,42 @@ def test_a_reduction_that_fails_changes_nothing(case, module):
     assert opt.step(arrays(2)).step == 2
 
 
+@pytest.mark.parametrize("options", [{}, *OPTIONS], ids=str)
+@pytest.mark.parametrize("case", RULES, ids=str)
+def test_a_reduction_that_fails_at_any_call(case, options):
+    """Before the first write nothing has changed; the last call with `stats` is behind it."""
+    shapes, after = [], []
+    for module in (fusedopt, reference):
+
+        def failing(at, module=module):
+            params, calls = arrays(0), []
+
+            def reduce(array):
+                calls.append(array.shape)
+                if len(calls) == at:
+                    raise OSError("the network is gone")
+
+            opt = getattr(module, case.cls)(params, **case.options, **case.class_options)
+            try:
+                opt.step([*arrays(1)[:-1], None], reduce=reduce, **options)
+            except OSError:
+                assert len(calls) == at
+            return opt.state["params[0]"]["step"], [canonical(a) for a in params], calls
+
+        full = failing(0)
+        shapes.append(full[2])
+        late = options.get("stats", False) * (1 if "max_grad_norm" in options else 2)
+        for at in range(1, 1 + len(full[2])):
+            step, params, _ = failing(at)
+            if at <= len(full[2]) - late:
+                assert (step, params) == (0, [canonical(a) for a in arrays(0)])
+            else:
+                assert (step, params) == full[:2]
+        after.append(full[1])
+    assert shapes[0] == shapes[1]
+    assert after[0] == after[1]
+
+
 def test_bad_reductions():
     opt, grads = fusedopt.Adam(arrays(0)), arrays(1)
     with pytest.raises(TypeError, match="^reduce: expected a callable, got str"):
