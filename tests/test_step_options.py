@@ -197,6 +197,13 @@ def test_norms_of_any_size(magnitudes, storage, dtype):
         np.testing.assert_allclose(ours, norms, rtol=1e-6)
 
 
+@pytest.mark.filterwarnings("error")
+def test_norms_of_infinities_without_a_scale():
+    p = np.ones(3, np.float32)
+    result = fusedopt.SGD(p).step(np.full(3, np.inf, np.float32), grad_scale=0.0, stats=True)
+    assert np.isnan(result.stats["params"]["grad_norm"]) and np.isnan(p).all()
+
+
 @pytest.mark.parametrize("odd", [np.inf, np.nan])
 def test_norms_of_what_is_not_finite(odd):
     for module in (fusedopt, reference):

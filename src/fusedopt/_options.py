@@ -221,10 +221,10 @@ class StepStats:
     def __init__(self, names: Sequence[str], sizes: Array, table: Array, grad_scale: float) -> None:
         """Compute the columns from a table of `_core.STATS`, a row for each name."""
         self.names = tuple(names)
-        self.grad_norm = abs(grad_scale) * np.sqrt(table["grad"])
-        self.param_norm = np.sqrt(table["param"])
-        self.update_norm = np.sqrt(table["update"])
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(all="ignore"):
+            self.grad_norm = abs(grad_scale) * np.sqrt(table["grad"])
+            self.param_norm = np.sqrt(table["param"])
+            self.update_norm = np.sqrt(table["update"])
             self.update_ratio = self.update_norm / self.param_norm
         self.max_update = table["largest_update"].copy()
         self.zero_fraction = table["zeros"] / np.maximum(sizes, 1)
