@@ -432,7 +432,15 @@ def replaced(tree):
 
 
 REBINDINGS = {
+def under_each_others_names(tree):
+    """In the same order as they were."""
+    a, b = tree.values()
+    tree.clear()
+    tree["b"], tree["a"] = a, b
+
+
     "array": (rebound, r"params\['a'\]: is another object .* write into the array, params\['a'\]"),
+    "names": (under_each_others_names, r"params\['a'\]: is another object"),
     "in a list": (rebound_inside, r"params\['b'\]\['c'\]\[0\]: is another object"),
     "container": (replaced, r"params\['b'\]: is another object"),
     "added": (lambda tree: tree.update(new=ones(1)), r"params\['new'\]: was added"),
