@@ -280,15 +280,21 @@ FUNCTIONAL_FAULTS = [
     ),
     (lambda a: ([a], [ones(3)], [a], [ones(3)]), ValueError, "share memory"),
     (lambda a: ([a], [a], [ones(3)], [ones(3)]), ValueError, "shares memory with params"),
+    (
+        lambda a: ([a, ones(2)], [ones(3), ones(5)], *([ones(3), ones(2)] for _ in "mv")),
+        ValueError,
+        r"grads\[1\]: shape \(5,\) does not fit",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("make", "error", "message"), FUNCTIONAL_FAULTS)
-def test_functional_faults(make, error, message):
+@pytest.mark.parametrize("module", [functional, reference], ids=["functional", "reference"])
+def test_functional_faults(module, make, error, message):
     a = ones(3)
     params, grads, exp_avgs, exp_avg_sqs = make(a)
     with pytest.raises(error, match=message):
-        functional.adam(params, grads, exp_avgs, exp_avg_sqs, step=1)
+        module.adam(params, grads, exp_avgs, exp_avg_sqs, step=1)
     assert (a == 1).all()
 
 
@@ -351,9 +357,10 @@ def test_cannot_be_copied():
     import pickle
 
     opt = fusedopt.Adam([ones(2)])
-    for f in (copy.copy, copy.deepcopy, pickle.dumps):
-        with pytest.raises(TypeError, match="cannot be copied or pickled"):
-            f(opt)
+    for one in (opt, fusedopt.GradAccumulator([ones(2)])):
+        for f in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match=f"^{type(one).__name__} .*cannot be copied or pi"):
+                f(one)
 
 
 def test_repr_says_what_it_is():
@@ -425,7 +432,15 @@ def replaced(tree):
     tree["b"] = {"c": [tree["b"]["c"][0]]}
 
 
+def under_each_others_names(tree):
+    """In the same order as they were."""
+    a, b = tree.values()
+    tree.clear()
+    tree["b"], tree["a"] = a, b
+
+
 REBINDINGS = {
+    "names": (under_each_others_names, r"params\['a'\]: is another object"),
     "array": (rebound, r"params\['a'\]: is another object .* write into the array, params\['a'\]"),
     "in a list": (rebound_inside, r"params\['b'\]\['c'\]\[0\]: is another object"),
     "container": (replaced, r"params\['b'\]: is another object"),

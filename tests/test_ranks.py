@@ -180,14 +180,17 @@ def test_accumulated_gradients():
             total.add(part(arrays(seed), rank), scale=0.5)
         return params, opt.step(total, reduce=reduce, **options)
 
-    for options in ({"max_grad_norm": 0.5}, {}):
+    for options in ({"max_grad_norm": 0.5}, {}, {"stats": True}):
         runs = Ranks().run(lambda rank, reduce, o=options: work(rank, reduce, o))
         params, whole = arrays(0), [(a + b) / 2 for a, b in zip(arrays(1), arrays(2), strict=True)]
         result = fusedopt.SGD(params, lr=0.1).step(whole, **options)
         for a, b in zip(params, joined([run[0] for run in runs]), strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
         for _, mine in runs:
-            if options:
+            if "stats" in options:
+                np.testing.assert_allclose(mine.stats.grad_norm, result.stats.grad_norm, rtol=1e-6)
+                np.testing.assert_allclose(mine.stats.update_norm, result.stats.update_norm, 2e-5)
+            if "max_grad_norm" in options:
                 assert mine.grad_norm == pytest.approx(result.grad_norm, rel=1e-6)
             else:
                 assert mine.grad_norm is None  # that of a part would mislead
@@ -209,6 +212,42 @@ def test_a_reduction_that_fails_changes_nothing(case, module):
         opt.step(arrays(2), max_grad_norm=1.0, zero_grads=True, reduce=fail)
     assert [canonical(a) for a in params] == before
     assert opt.step(arrays(2)).step == 2
+
+
+@pytest.mark.parametrize("options", [{}, *OPTIONS], ids=str)
+@pytest.mark.parametrize("case", RULES, ids=str)
+def test_a_reduction_that_fails_at_any_call(case, options):
+    """Before the first write nothing has changed; the last call with `stats` is behind it."""
+    shapes, after = [], []
+    for module in (fusedopt, reference):
+
+        def failing(at, module=module):
+            params, calls = arrays(0), []
+
+            def reduce(array):
+                calls.append(array.shape)
+                if len(calls) == at:
+                    raise OSError("the network is gone")
+
+            opt = getattr(module, case.cls)(params, **case.options, **case.class_options)
+            try:
+                opt.step([*arrays(1)[:-1], None], reduce=reduce, **options)
+            except OSError:
+                assert len(calls) == at
+            return opt.state["params[0]"]["step"], [canonical(a) for a in params], calls
+
+        full = failing(0)
+        shapes.append(full[2])
+        late = options.get("stats", False) * (1 if "max_grad_norm" in options else 2)
+        for at in range(1, 1 + len(full[2])):
+            step, params, _ = failing(at)
+            if at <= len(full[2]) - late:
+                assert (step, params) == (0, [canonical(a) for a in arrays(0)])
+            else:
+                assert (step, params) == full[:2]
+        after.append(full[1])
+    assert shapes[0] == shapes[1]
+    assert after[0] == after[1]
 
 
 def test_bad_reductions():

@@ -197,6 +197,13 @@ def test_norms_of_any_size(magnitudes, storage, dtype):
         np.testing.assert_allclose(ours, norms, rtol=1e-6)
 
 
+@pytest.mark.filterwarnings("error")
+def test_norms_of_infinities_without_a_scale():
+    p = np.ones(3, np.float32)
+    result = fusedopt.SGD(p).step(np.full(3, np.inf, np.float32), grad_scale=0.0, stats=True)
+    assert np.isnan(result.stats["params"]["grad_norm"]) and np.isnan(p).all()
+
+
 @pytest.mark.parametrize("odd", [np.inf, np.nan])
 def test_norms_of_what_is_not_finite(odd):
     for module in (fusedopt, reference):
@@ -209,6 +216,50 @@ def test_norms_of_what_is_not_finite(odd):
 
 
 # ------------------------------------------------------------------ finite or not
+
+
+@pytest.mark.parametrize("module", [fusedopt, reference], ids=["fused", "reference"])
+def test_the_least_factor_of_a_clip_for_each_tensor(module):
+    """NaN if one is, wherever it stands; of leaves with a gradient alone."""
+    opt = module.SGD([np.ones(3, np.float32) for _ in range(3)], lr=0.0)
+    grads = [np.full(3, fill, np.float32) for fill in (np.nan, 5, 1)]
+    for turn in range(3):
+        result = opt.step(grads[turn:] + grads[:turn], max_grad_norm=1.0, per_tensor=True)
+        assert np.isnan(result.clip_factor)
+    tiny = {"max_grad_norm": 1e-7, "per_tensor": True}
+    assert opt.step([None] * 3, **tiny).clip_factor == 1
+    grads = [None, np.ones(3, np.float32), None]
+    assert opt.step(grads, **tiny).clip_factor == pytest.approx(1e-7 / 3**0.5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, BF16, np.float64])
+def test_a_limit_below_the_least_number(dtype):
+    """One that is 0 in float32 limits to 0, with the gradient's sign; in float64 it is itself."""
+    found = []
+    for module in (fusedopt, reference):
+        p = np.zeros(70, dtype)
+        opt = module.SGD(p, lr=1.0, momentum=0.5)
+        opt.step(np.repeat([-2.0, 3.0, -0.0, 0.0, np.inf], 14).astype(dtype), clip_value=1e-60)
+        limit = 1e-60 if dtype == np.float64 else 0.0
+        expected = np.repeat([-limit, limit, -0.0, 0.0, limit], 14)
+        buffer = opt.state["params"]["momentum_buffer"]
+        np.testing.assert_array_equal(buffer, expected)
+        np.testing.assert_array_equal(np.signbit(buffer), np.signbit(expected))
+        np.testing.assert_array_equal(p, -expected)
+        found.append(canonical(p) + canonical(buffer))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", ["weight_decay", "l1"])
+@pytest.mark.parametrize("module", [fusedopt, reference], ids=["fused", "reference"])
+def test_a_penalty_below_the_least_number(module, name):
+    """One that is 0 in float32 is none: it makes no NaN of an infinite parameter."""
+    p = np.array([np.inf, -np.inf, np.nan, 1.0], np.float32)
+    opt = module.SGD(p, lr=1.0, momentum=0.5, **{name: 1e-60})
+    opt.step(np.full(4, -0.0, np.float32))
+    buffer = opt.state["params"]["momentum_buffer"]
+    assert (buffer == 0).all() and np.signbit(buffer).all()
+    np.testing.assert_array_equal(p, [np.inf, -np.inf, np.nan, 1.0])
 
 
 def problem(cls=fusedopt.Adam, **options):

@@ -100,24 +100,16 @@ cdef bint has_same_items(dict container, dict before) except -1:
     return True
 
 
-cdef bint has_same_values(object container, list before) except -1:
-    """Whether a list or dict has the same objects in it as before, in the same order."""
-    cdef Py_ssize_t i = 0, at = 0
-    cdef PyObject *key
-    cdef PyObject *value
-    if isinstance(container, list):
-        if PyList_Size(container) != PyList_Size(before):
-            return False
-        for i in range(PyList_Size(before)):
-            if PyList_GetItem(container, i) != PyList_GetItem(before, i):
-                return False
-        return True
-    if PyDict_Size(container) != PyList_Size(before):
+cdef bint has_same_values(object container, object before) except -1:
+    """Whether a list or dict has the same objects in the same places as before."""
+    cdef Py_ssize_t i
+    if isinstance(container, dict):
+        return has_same_items(<dict>container, <dict>before)
+    if PyList_Size(container) != PyList_Size(before):
         return False
-    while PyDict_Next(container, &at, &key, &value):
-        if value != PyList_GetItem(before, i):
+    for i in range(PyList_Size(before)):
+        if PyList_GetItem(container, i) != PyList_GetItem(before, i):
             return False
-        i += 1
     return True
 
 
@@ -410,7 +402,7 @@ cdef class ArrayList(LeafList):
                 return result(number, updated, False, None, 1.0, None)
             stats = None
             if options.measure == _options.LEAF:
-                stats = self.statistics(options, reduction, how.has_grad)
+                stats = self.statistics(options, reduction)
             return result(
                 number, updated, False, verdict.grad_norm, verdict.clip_factor, stats)
         finally:

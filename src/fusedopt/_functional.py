@@ -140,15 +140,21 @@ def _check_lists(
             )
 
 
-def _step_in_c(
-    rule: Rule, params: _List, grads: _List, states: list[_List], step: int, options: Options
-) -> None:
+def listed(rule: Rule, params: _List, states: list[_List], step: int) -> _arrays.ArrayList:
+    """Return the leaves, checked, before the step of this number."""
     rows = list(zip(*states, strict=True)) or [()] * len(params)
     names = [f"params[{i}]" for i in range(len(params))]
     grad_names = [f"grads[{i}]" for i in range(len(params))]
-    threads = _threads.get_num_threads()
     work = _arrays.ArrayList(rule.name, rule.state_names)
+    threads = _threads.get_num_threads()
     work.add(names, grad_names, list(params), rows, group=0, zero=False, threads=threads)
     work.set_steps(step - 1, [step - 1] * len(params))
+    return work
+
+
+def _step_in_c(
+    rule: Rule, params: _List, grads: _List, states: list[_List], step: int, options: Options
+) -> None:
+    work, threads = listed(rule, params, states, step), _threads.get_num_threads()
     plan = (rule.at(options), options["seed"])
     work.step(lambda grads: (list(grads), [plan]), grads, threads)

@@ -93,7 +93,7 @@ cdef class LeafList:
     cdef Verdict judge(self, options, reduction, fo_run *how, int threads)
     cdef void zero_gradients(self) noexcept
     cdef int make_writes(self) except -1
-    cdef object statistics(self, options, reduction, bint has_grad)
+    cdef object statistics(self, options, reduction)
     cdef object table(self)
     cdef object sizes(self)
     cdef int take_table(self, table) except -1

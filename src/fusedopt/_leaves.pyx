@@ -248,7 +248,8 @@ cdef class LeafList:
             if options.per_tensor and self.leaves[i].grad.data != NULL:
                 factor = options.factor(
                     options.norm(self.sums.stats[i].grad, self.sums.stats[i].largest_grad))
-                least = factor if not factor >= least else least
+                if factor < least or factor != factor:  # NaN stays
+                    least = factor
             self.leaves[i].grad_scale = scale * factor
         return decide(False, norm, least)
 
@@ -265,7 +266,7 @@ cdef class LeafList:
             (<dict>(<tuple>write)[0])[(<tuple>write)[1]] = (<tuple>write)[2]
         return 0
 
-    cdef object statistics(self, options, reduction, bint has_grad):
+    cdef object statistics(self, options, reduction):
         """What was measured, as `StepStats`."""
         cdef ptrdiff_t i
         present = [i for i in range(self.n) if self.has_grad(i)]
@@ -275,7 +276,7 @@ cdef class LeafList:
             rows = present
         else:
             table, rows = self.table(), [self.row(i) for i in present]
-            if not has_grad:
+            if not reduction.knows_gradients:
                 reduction.gradients(table, self.sizes())
             reduction.steps(table)
             sizes = reduction.sizes[rows]

@@ -140,7 +140,8 @@ class Reduction:
         """Begin a step."""
         self._add, self._most = add, most
         self._add_total, self._most_total = add_total, most_total
-        self.sizes: Array  # elements of the whole leaves, once the gradients are summed
+        self.knows_gradients = False  # whether their sums have been summed
+        self.sizes: Array  # elements of the whole leaves, from then on
 
     def gradients(self, table: Array, sizes: Array) -> tuple[float, float, float]:
         """Sum what is known of the gradients; return squares, largest and nonfinite of all."""
@@ -156,7 +157,7 @@ class Reduction:
         self._add(columns)
         for name, column in zip(("grad", "zeros", "nonfinite"), columns.T, strict=False):
             table[name] = column
-        self.sizes = columns[:, 3].astype(np.int64)
+        self.sizes, self.knows_gradients = columns[:, 3].astype(np.int64), True
         table["largest_grad"] = _largest(table["largest_grad"], columns[:, 4], self._most)
         total = _core.total(table)
         values = [total["grad"], total["nonfinite"], np.isnan(total["largest_grad"])]
@@ -220,10 +221,10 @@ class StepStats:
     def __init__(self, names: Sequence[str], sizes: Array, table: Array, grad_scale: float) -> None:
         """Compute the columns from a table of `_core.STATS`, a row for each name."""
         self.names = tuple(names)
-        self.grad_norm = abs(grad_scale) * np.sqrt(table["grad"])
-        self.param_norm = np.sqrt(table["param"])
-        self.update_norm = np.sqrt(table["update"])
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(all="ignore"):
+            self.grad_norm = abs(grad_scale) * np.sqrt(table["grad"])
+            self.param_norm = np.sqrt(table["param"])
+            self.update_norm = np.sqrt(table["update"])
             self.update_ratio = self.update_norm / self.param_norm
         self.max_update = table["largest_update"].copy()
         self.zero_fraction = table["zeros"] / np.maximum(sizes, 1)

@@ -327,7 +327,7 @@ cdef class TensorList(LeafList):
             self.n_done = self.n
             self.finish(state)
             if options is not None and options.measure:
-                stats = self.statistics(options, reduction, how.has_grad)
+                stats = self.statistics(options, reduction)
             return self.written + self.touched, len(self.written), verdict, stats
         finally:
             for i in range(self.n):

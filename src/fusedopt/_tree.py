@@ -11,7 +11,8 @@ from typing import Any
 
 DEEPEST = 100  # containers in containers; more are taken for a cycle
 
-Node = tuple[str, Any, list[Any], list[str]]
+# a container, what was in it, as a list or dict, and the names of that
+Node = tuple[str, Any, list[Any] | dict[Any, Any], list[str]]
 
 
 def _children(name: str, tree: Any) -> Iterator[tuple[str, Any]] | None:
@@ -48,14 +49,17 @@ def nodes(name: str, tree: Any) -> Iterator[Node]:
     """Yield the lists and dicts of a tree: name, container, what is in it now, and the names."""
     inside = dict(_children(name, tree) or ())
     if isinstance(tree, (dict, list)):
-        yield name, tree, list(inside.values()), list(inside)
+        yield name, tree, dict(tree) if isinstance(tree, dict) else list(tree), list(inside)
     for inner, node in inside.items():
         yield from nodes(inner, node)
 
 
-def refuse_change(name: str, container: Any, values: list[Any], names: list[str]) -> None:
+def refuse_change(
+    name: str, container: Any, before: list[Any] | dict[Any, Any], names: list[str]
+) -> None:
     """Raise ValueError for a container that has other objects in it than it had."""
     now = dict(_children(name, container) or ())
+    values = before.values() if isinstance(before, dict) else before
     for inner, value in zip(names, values, strict=True):
         if inner not in now:
             raise ValueError(f"{inner}: was removed; make another optimizer, of what is left")

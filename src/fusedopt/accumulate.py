@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -68,6 +68,13 @@ class GradAccumulator:
         self._work.keep_sums()
         self._rebuild = _tree.rebuilder(tree)
         self.zero()
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled or copied: two would share the buffers."""
+        raise TypeError(
+            "GradAccumulator cannot be copied or pickled; make another one and add copies of "
+            "`grads` to it"
+        )
 
     def add(self, grads: Any, *, scale: float = 1.0) -> None:
         """Add the gradients of a micro-batch, times `scale`: all of them, or none.

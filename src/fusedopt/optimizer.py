@@ -308,8 +308,9 @@ class Optimizer:
             does. For leaves of which each rank steps a part, all in the same order: the norms that
             a step needs or returns (the clip's, trust ratios, statistics) are then those of the
             whole leaves, and ranks agree on what to skip. Called before the first write, and again
-            behind the last with `stats`; not at all where the step needs no such sum. A largest
-            magnitude is no sum: `norm_type` inf is refused, and ``max_update`` remains this rank's.
+            behind the last with `stats`: what it raises then comes from a step that has been taken
+            and counted. It is not called where the step needs no such sum. A largest magnitude is
+            no sum: `norm_type` inf is refused, and ``max_update`` remains this rank's.
 
         Returns
         -------

@@ -1,6 +1,8 @@
 """The optimizers in plain NumPy: the oracle of the fast ones, bit for bit, and their documentation.
 
-Functions and classes have the names and signatures of `fusedopt.functional` and `fusedopt`.
+Functions and classes have the names and signatures of `fusedopt.functional` and `fusedopt`, and
+make the same checks before the first write. From there on they go leaf by leaf: an exception in the
+middle of a step, of a signal's handler or for want of memory, leaves it half done.
 """
 
 from fusedopt.reference.adagrad import Adagrad, adagrad

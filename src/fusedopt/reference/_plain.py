@@ -13,7 +13,7 @@ import numpy as np
 from fusedopt import _check, _core, formats
 from fusedopt._arrays import ArrayList
 from fusedopt._check import Array
-from fusedopt._functional import Step, function
+from fusedopt._functional import Step, function, listed
 from fusedopt._ieee import ieee
 from fusedopt._options import LEAF, Reduction, StepOptions, StepResult, StepStats
 from fusedopt.formats import BLOCK, Stored, flat
@@ -45,10 +45,11 @@ def _terms(g: Array, p: Array, hyper: dict[str, float]) -> Array:
     c = p.dtype.type
     if hyper["grad_scale"] < 0:
         g = -g
-    if hyper["l2"] != 0:
-        g = g + c(hyper["l2"]) * p
-    if hyper["l1"] != 0:
-        g = g + c(hyper["l1"]) * np.sign(p)
+    l2, l1 = c(hyper["l2"]), c(hyper["l1"])
+    if l2 != 0:
+        g = g + l2 * p
+    if l1 != 0:
+        g = g + l1 * np.sign(p)
     return g
 
 
@@ -67,7 +68,7 @@ def leaf(
     how: StepOptions = _NOTHING,
     ema: Array | None = None,
     copy: Array | None = None,
-    reduction: Reduction | None = None,
+    norms: Norms | None = None,
 ) -> StepSums:
     """Decode what is stored, update in place, ``update(p, g, *states, step=, **options)``, encode.
 
@@ -87,9 +88,8 @@ def leaf(
     if scale != 1:
         g = c(scale) * g
     if how.clip_value is not None:
-        g = np.clip(g, -c(how.clip_value), c(how.clip_value))
-    norms = partial(_norms, reduction)
-    update(p, _terms(g, p, hyper), *tensors, step=step, norms=norms, **options)
+        g = np.where(np.abs(g) > c(how.clip_value), np.copysign(c(how.clip_value), g), g)
+    update(p, _terms(g, p, hyper), *tensors, step=step, norms=norms or _norms, **options)
     if ema is not None:
         ema[...] = ema + c(hyper["ema_weight"]) * (p - ema)
     if copy is not None:
@@ -101,13 +101,21 @@ def leaf(
     return (0.0, 0.0, 0.0) if before is None else step_sums(p, p - before)
 
 
-def _norms(reduction: Reduction | None, p: Array, direction: Array) -> tuple[float, float]:
-    """Return the norms of a leaf and of where a layer-wise rule would go, over ranks if asked."""
-    row = np.zeros(1, _core.STATS)
-    row["param"], row["update"] = squares(p), squares(direction)
-    if reduction is not None:
-        reduction.directions(row)
-    return math.sqrt(row["param"][0]), math.sqrt(row["update"][0])
+def _norms(p: Array, direction: Array) -> tuple[float, float]:
+    """Return the norms of a leaf and of where a layer-wise rule would go."""
+    return math.sqrt(squares(p)), math.sqrt(squares(direction))
+
+
+def _known_norms(param: float, way: float, p: Array, direction: Array) -> tuple[float, float]:
+    """Return them as they were summed over ranks."""
+    return param, way
+
+
+def _twin(array: Array | Stored | None) -> Array | Stored | None:
+    """Return a copy in the same memory order."""
+    if isinstance(array, Stored):
+        return Stored(array.format, *(part.copy(order="K") for part in array.parts()))
+    return None if array is None else array.copy(order="K")
 
 
 def _write_copy(copy: Array, p: Array) -> None:
@@ -194,9 +202,16 @@ _GO_ON = Verdict(False, None, 1.0)
 
 
 def _judge(
-    how: StepOptions, table: Array, names: Sequence[str], sizes: Sequence[int]
+    how: StepOptions,
+    table: Array,
+    names: Sequence[str],
+    sizes: Sequence[int],
+    present: Sequence[bool],
 ) -> tuple[Verdict, list[float] | None]:
-    """Decide on a step by the sums of its gradients; return the scale of each leaf too."""
+    """Decide on a step by the sums of its gradients; return the scale of each leaf too.
+
+    `present` says which leaves have a gradient.
+    """
     squares_of_all = float(_fold(_in_lanes(table["grad"])))
     norm = how.norm(squares_of_all, float(table["largest_grad"].max(initial=0)))
     if table["nonfinite"].any() and how.nonfinite == "skip":
@@ -211,7 +226,8 @@ def _judge(
         factors = [how.factor(how.norm(*sums)) for sums in columns]
     else:
         factors = [how.factor(norm)] * len(table)
-    least = float(np.min(factors, initial=1.0))  # NaN if one is
+    used = [factor for factor, is_present in zip(factors, present, strict=True) if is_present]
+    least = float(np.min(used if how.per_tensor else factors, initial=1.0))  # NaN if one is
     return Verdict(False, norm, least), [how.grad_scale * factor for factor in factors]
 
 
@@ -255,18 +271,24 @@ class Plain(Optimizer):
             for i, grad in enumerate(flat_grads):
                 if grad is not None:
                     table[_GRAD][i] = self._grad_sums(i, grad)
-            if reduction is not None:
+            if measured and reduction is not None:
                 reduction.gradients(table, sizes)
+        present = [grad is not None for grad in flat_grads]
         verdict, scales = (
-            _judge(how, table, work.grad_names, sizes.tolist()) if measured else (_GO_ON, None)
+            _judge(how, table, work.grad_names, sizes.tolist(), present)
+            if measured
+            else (_GO_ON, None)
         )
+        scales = scales or [how.grad_scale] * len(work)
+        norms: list[Norms | None] = [None] * len(work)
+        if self._is_layerwise and reduction is not None and not verdict.skipped:
+            norms = self._norms_over_ranks(flat_grads, by_leaf, scales, how, reduction)
         for i, grad in enumerate(flat_grads):
             copy = None if copies is None else copies[i]
             if grad is None or verdict.skipped:
                 self._copy(i, copy)
                 continue
-            scale = how.grad_scale if scales is None else scales[i]
-            table[_STEP][i] = self._step_leaf(i, grad, by_leaf[i], scale, how, copy, reduction)
+            table[_STEP][i] = self._step_leaf(i, grad, by_leaf[i], scales[i], how, copy, norms[i])
         for grad in flat_grads if how.zero_grads else ():
             if grad is not None:
                 grad[...] = 0
@@ -278,13 +300,18 @@ class Plain(Optimizer):
         stats = None
         if how.measure == LEAF:
             if reduction is not None:
+                if not reduction.knows_gradients:
+                    reduction.gradients(table, sizes)
                 reduction.steps(table)
                 sizes = reduction.sizes
-            rows = [i for i, grad in enumerate(flat_grads) if grad is not None]
+            rows = np.flatnonzero(present)
             names = [work.names[i] for i in rows]
             stats = StepStats(names, sizes[rows], table[rows], how.grad_scale)
-        present = sum(grad is not None for grad in flat_grads)
-        return StepResult(work.count, present, *verdict, stats)
+        return StepResult(work.count, sum(present), *verdict, stats)
+
+    @property
+    def _is_layerwise(self) -> bool:
+        return _core.RULES[self.rule.name][3]
 
     def _grad_sums(self, number: int, grad: Array) -> GradSums:
         param = self._work.params[number]
@@ -305,16 +332,26 @@ class Plain(Optimizer):
         scale: float,
         how: StepOptions,
         copy: Array | None,
-        reduction: Reduction | None,
+        norms: Norms | None,
+        *,
+        keep: bool = True,
     ) -> StepSums:
-        *arrays, average = self._work.states[number]
-        used = zip(self.rule.uses(options), arrays, strict=True)
+        """Step a leaf; unless `keep`, one like it."""
+        param, (*arrays, average) = self._work.stored[number], self._work.states[number]
+        states = [
+            array if use else None
+            for use, array in zip(self.rule.uses(options), arrays, strict=True)
+        ]
+        if not keep:
+            twin = _twin(param)
+            assert twin is not None
+            param, states, average = twin, list(map(_twin, states)), None
         return leaf(
             self.rule,
             self._update,
-            self._work.stored[number],
+            param,
             grad,
-            [array if use else None for use, array in used],
+            states,
             number=number,
             step=self._work.get_step(number) + 1,
             options=options,
@@ -322,8 +359,32 @@ class Plain(Optimizer):
             how=how,
             ema=average,  # type: ignore[arg-type]
             copy=copy,
-            reduction=reduction,
+            norms=norms,
         )
+
+    def _norms_over_ranks(
+        self,
+        grads: Sequence[Array | None],
+        options: Sequence[Options],
+        scales: Sequence[float],
+        how: StepOptions,
+        reduction: Reduction,
+    ) -> list[Norms | None]:
+        """Return the norms of each leaf and of where it would go, summed before any is written."""
+        table = np.zeros(len(grads), _core.STATS)
+
+        def note(i: int, p: Array, direction: Array) -> tuple[float, float]:
+            table["param"][i], table["update"][i] = squares(p), squares(direction)
+            return _norms(p, direction)
+
+        for i, grad in enumerate(grads):
+            if grad is not None:
+                self._step_leaf(
+                    i, grad, options[i], scales[i], how, None, partial(note, i), keep=False
+                )
+        reduction.directions(table)
+        summed = np.sqrt([table["param"], table["update"]]).T.tolist()
+        return [partial(_known_norms, *row) for row in summed]
 
 
 def reference(fast: type[Optimizer], update: Callable[..., None]) -> tuple[type[Optimizer], Step]:
@@ -339,6 +400,7 @@ def reference(fast: type[Optimizer], update: Callable[..., None]) -> tuple[type[
     """
 
     def take(rule: Rule, params: Any, grads: Any, states: Any, step: int, options: Options) -> None:
+        listed(rule, params, states, step).check(list(grads), _NOTHING, None)
         rows = zip(params, grads, *states, strict=True)
         for number, (param, grad, *its) in enumerate(rows):
             if grad is not None:
