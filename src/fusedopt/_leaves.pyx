@@ -215,6 +215,8 @@ cdef class LeafList:
         cdef double scale = options.grad_scale, factor = 1, least = 1
         for i in range(self.n):
             self.leaves[i].grad_scale = scale
+        if options.skip:
+            return decide(True, None, 1.0)
         if not options.must_measure and not (how.has_grad and reduction is None):
             return decide(False, None, 1.0)
         if not how.has_grad:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, ClassVar, NoReturn
 
@@ -181,7 +181,8 @@ class Fused(StateKeeper):
         if closure is not None:
             loss = copier.call(True, closure)
         found_inf = getattr(self, "found_inf", None)  # set by GradScaler, and so is grad_scale
-        if found_inf is not None and found_inf.item() != 0:
+        skip = found_inf is not None and found_inf.item() != 0
+        if skip and copy_out is None and not {**self.defaults, **options}.get("zero_grads"):
             self.last_step = StepResult(self.last_step.step, 0, skipped=True)
             return loss
         if self._leaves is None:
@@ -199,6 +200,9 @@ class Fused(StateKeeper):
             how = StepOptions()
         if self._rule.advance is not None:
             self._leaves.writes = self._advance()
+        if skip:
+            assert how is not None
+            how = replace(how, skip=True)
         written, updated, verdict, stats = self._leaves.step(
             self, groups, self._is_counted(), self.state, _threads.of(self._threads), how, copies,
         )  # fmt: skip
