@@ -127,7 +127,9 @@ class Fused(StateKeeper):
             for i, group in enumerate(self.param_groups):
                 self._plan(i, group)
                 for k, param in enumerate(group["params"]):
-                    self.state[param] = self._make_state(i, k, param, None)[0]
+                    own = self._make_state(i, k, param, None)[0]
+                    own.pop("ema", None)  # which begins with the first step
+                    self.state[param] = own
 
     def __init_subclass__(cls) -> None:
         """Show the base's arguments, and then ours, where the signature is asked for."""
