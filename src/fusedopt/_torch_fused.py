@@ -319,8 +319,11 @@ class Fused(StateKeeper):
         return self._rule_of(options).hyper(step, options, count)
 
     def _rule_of(self, options: Mapping[str, Any]) -> Rule:
-        decoupled = options.get("decoupled_weight_decay")  # of torch's Adam: AdamW's rule or not
-        return self._rule if decoupled is None else _adam.ADAMW if decoupled else _adam.ADAM
+        """Return the rule of a group: of torch's Adam an option says whether it is AdamW's."""
+        decoupled = options.get("decoupled_weight_decay")
+        if decoupled is None or self._rule.name != _adam.ADAM.name:
+            return self._rule
+        return _adam.ADAMW if decoupled else _adam.ADAM
 
     def _plan(self, i: int, group: Mapping[str, Any]) -> tuple[list[Any], _tensors.GroupPlan]:
         """Return the parameters of a group, and what the list must know of it."""
