@@ -200,11 +200,11 @@ class Fused(StateKeeper):
         copies = None if copy_out is None else self._copies(copy_out)
         if how is None and copies is not None:
             how = StepOptions()
-        if self._rule.advance is not None:
-            self._leaves.writes = self._advance()
         if skip:
             assert how is not None
             how = replace(how, skip=True)
+        if self._rule.advance is not None:
+            self._leaves.writes = self._advance()
         written, updated, verdict, stats = self._leaves.step(
             self, groups, self._is_counted(), self.state, _threads.of(self._threads), how, copies,
         )  # fmt: skip
@@ -298,14 +298,14 @@ class Fused(StateKeeper):
         return checked
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy or a pickle keeps: torch's, and the number of threads."""
+        """Return what a copy or a pickle keeps: torch's, number of threads, and the last step."""
         if self._process_group is not None:
             raise TypeError(
                 f"{type(self).__name__} with a process_group cannot be copied or pickled; make one "
                 "on the other parameters and give it state_dict()"
             )
         state: Any = super().__getstate__()
-        return {**state, "_threads": self._threads}
+        return {**state, "_threads": self._threads, "last_step": self.last_step}
 
     # -------------------------------------------------------------- asked by TensorList.step
 
