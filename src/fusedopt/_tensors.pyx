@@ -675,11 +675,13 @@ cdef class TensorList(LeafList):
 
     cdef int make_extras(self, LeafRecord *record) except -1:
         """Make what the storage of a leaf needs beside its state and is not there."""
+        if record.tensors[GRAD] == NULL:  # which is not stepped, but copied
+            return 0
         param = <object>record.tensors[PARAM]
         made = self.owner._make_extras(
             record.group, param, [held(record, place) for place in self.plan.places[:self.plan.n]],
             record.tensors[ARRAYS + PARAM] != NULL, record.tensors[COUNT] != NULL)
-        if made and record.tensors[GRAD] != NULL:
+        if made:
             self.made.append((param, made))
             if "residual" in made:
                 hold(record, ARRAYS + PARAM, made["residual"])
