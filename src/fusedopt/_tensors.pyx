@@ -175,11 +175,17 @@ cdef class Copier:
         off.)
         """
         before = self.is_grad()
-        self.set_grad(grad)
         try:
+            self.enable_grad(grad)
             return function(*args)
         finally:
-            self.set_grad(before)
+            self.enable_grad(before)
+
+    cdef int enable_grad(self, grad) except -1:
+        """Set autograd on or off; no mode written in Python is asked, which a signal could cut."""
+        with self.plainly():
+            self.set_grad(grad)
+        return 0
 
     cdef int run(self, list targets, list sources) except -1:
         cdef Py_ssize_t i
@@ -243,7 +249,7 @@ cdef class Swap:
                 self.restore()
                 raise
         finally:
-            self.copier.set_grad(grad)
+            self.copier.enable_grad(grad)
 
     def __exit__(self, *exc):
         fault = self.restore()
@@ -273,7 +279,7 @@ cdef class Swap:
                 break
             except BaseException as exc:
                 fault = fault or exc
-        self.copier.set_grad(grad)
+        self.copier.enable_grad(grad)
         self.targets = self.kept = self.names = None
         self.owner._is_swapped = False
         return fault
@@ -422,7 +428,7 @@ cdef class TensorList(LeafList):
         before = fo_enter_ieee()
         grad = self.copier.is_grad()
         try:
-            self.copier.set_grad(False)
+            self.copier.enable_grad(False)
             self.owner = owner
             self.n = self.n_arrays = self.hypers.n = self.at = 0
             self.number = -1
@@ -465,9 +471,9 @@ cdef class TensorList(LeafList):
                 let_go(&self.records[i])
             self.capsules = self.targets = self.copies = self.labels = self.made = None
             self.owner = self.plan = None
-            self.copier.set_grad(grad)
             fo_leave_ieee(before)
             self.release()
+            self.copier.enable_grad(grad)
 
     cdef int finish(self, state) except -1:
         """Count the step, write what was done on copies, and take over new state."""
