@@ -490,6 +490,81 @@ def test_last_step_after_one_that_grad_scaler_skipped(name, options):
     assert (history.steps, history.skipped) == (([1, 2], [1]) if "stats" in options else ([], []))
 
 
+@pytest.mark.parametrize("name", ["Adam", "SGD", "Adagrad"])
+def test_a_step_that_grad_scaler_skipped_copies_and_zeroes(name):
+    """Else gradients that are accumulated in place stay infinite, and no step follows."""
+    p = leaf(3)
+    opt = getattr(fo, name)([p], lr=0.125, fused=True, zero_grads=True, max_grad_norm=1e9)
+    scaler, copy_out = torch.amp.GradScaler("cpu", init_scale=4.0), torch.zeros(3)
+    p.grad.zero_()
+    for value, expected in ((np.inf, (0, 0, True)), (1.0, (1, 1, False))):
+        before = p.detach().clone()
+        scaler.scale(torch.zeros(()))
+        p.grad += value
+        scaler.step(opt, copy_out=[copy_out])
+        scaler.update()
+        assert opt.last_step[:3] == expected and not p.grad.any()
+        assert torch.equal(copy_out, p) and torch.equal(p, before) == opt.last_step.skipped
+
+
+@pytest.mark.parametrize(
+    ("copy_out", "error", "match"),
+    [
+        (torch.zeros(2), ValueError, r"shape \(2,\) does not fit the parameter's \(3,\)"),
+        (torch.zeros(1).expand(3), ValueError, "elements share memory"),
+        (torch.zeros(3, dtype=torch.float64), TypeError, "not as torch.float64"),
+        (torch.zeros(3, device="meta"), TypeError, "is on device meta"),
+        ([0.0, 0.0, 0.0], TypeError, "is a list; expected a tensor"),
+    ],
+    ids=str,
+)
+def test_copies_without_gradient_that_do_not_fit(copy_out, error, match):
+    frozen, p = leaf(3), leaf(3)
+    frozen.grad = None
+    opt, before = fo.AdamW([frozen, p]), p.detach().clone()
+    with pytest.raises(error, match=rf"^copy_out of param_groups\[0\]\['params'\]\[0\]: .*{match}"):
+        opt.step(copy_out=[copy_out, None])
+    assert torch.equal(p, before) and not opt.state
+
+
+def test_copies_without_gradient_that_are_not_plain():
+    frozen, target = leaf(3), torch._neg_view(torch.zeros(3))
+    frozen.grad = None
+    fo.AdamW([frozen]).step(copy_out=[target])
+    assert torch.equal(target, frozen)
+
+
+@pytest.mark.parametrize("name", fo.__all__)
+def test_the_average_begins_with_the_first_step(name):
+    """With the parameter of then, also where torch makes state in the constructor."""
+    p = leaf(3)
+    opt = getattr(fo, name)([p], lr=0.0, ema=0.5)
+    with torch.no_grad():
+        p.fill_(8.0)
+    with pytest.raises(ValueError, match="no average yet: it begins with the first step"):
+        opt.ema_params()
+    opt.step()
+    assert torch.equal(opt.ema_params()[p], torch.full((3,), 8.0))
+
+
+def test_a_signal_under_a_mode_while_a_step_ends():
+    """A mode's Python code is asked of no autograd switch: the list is let go, autograd is on."""
+
+    class Interrupted(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is torch._C._set_grad_enabled and args[0]:
+                signal.raise_signal(signal.SIGINT)
+            return function(*args, **(kwargs or {}))
+
+    p = leaf(3)
+    opt = fo.SGD([p], lr=0.5)
+    with Interrupted():
+        opt.step()
+    assert torch.is_grad_enabled()
+    opt.step()
+    assert opt.last_step.step == 2
+
+
 def test_threads_of_its_own():
     """Checked; used by the steps, and no part of a checkpoint."""
     p = torch.nn.Parameter(torch.ones(3))
@@ -521,7 +596,10 @@ def test_copies_keep_every_option_of_our_own(name, clone):
     }  # fmt: skip
     own = list(inspect.signature(getattr(fo, name)).parameters)
     assert {*options, "process_group"} == set(own[own.index("state_dtype") :])
-    opt = clone(getattr(fo, name)([leaf(3)], lr=0.1, **options))
+    given = getattr(fo, name)([leaf(3)], lr=0.1, **options)
+    given.step()
+    opt = clone(given)
+    assert opt.last_step.step == 1 and opt.last_step.stats.names == given.last_step.stats.names
     found = {**opt.defaults, **opt.param_groups[0], "threads": opt._threads}
     assert {key: found[key] for key in options} == options
     opt.add_param_group({"params": [leaf(2)]})

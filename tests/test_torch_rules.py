@@ -104,6 +104,27 @@ def test_remembered_numbers():
         opt.step()
 
 
+@pytest.mark.parametrize("peer", [torch.optim.Adam, torch.optim.AdamW])
+def test_state_of_another_optimizer_of_torch(peer):
+    """Adam's moments are LAMB's; an option that is none of LAMB's says nothing of its rule."""
+    params = [torch.nn.Parameter(torch.ones(300)) for _ in range(2)]
+    theirs, ours = peer([params[0]], lr=0.1), fo.LAMB([params[0]])
+    params[0].grad = torch.ones(300)
+    theirs.step()
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    plain = fo.LAMB([params[1]])
+    state = copy.deepcopy(theirs.state_dict())
+    for group in state["param_groups"]:
+        group.pop("decoupled_weight_decay", None)
+    plain.load_state_dict(state)
+    with torch.no_grad():
+        params[1].copy_(params[0])
+    params[1].grad = torch.ones(300)
+    ours.step()
+    plain.step()
+    assert torch.equal(*params)
+
+
 @pytest.mark.parametrize("name", [name for name in fo.__all__ if not hasattr(torch.optim, name)])
 def test_options_of_our_own_optimizers(name):
     """Checked as in fusedopt where torch has no class: at once, and as edited."""

@@ -206,6 +206,50 @@ def trust_ratios():
             torch.testing.assert_close(a, b.detach(), rtol=0, atol=2e-5)
 
 
+def placements():
+    """Gradients that lie on the ranks otherwise than the parameter; shards of a shard."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    mesh, start = init_device_mesh("cpu", (WORLD,)), torch.arange(16.0).reshape(4, 4)
+    for ours in (Replicate(), Shard(0), Shard(1)):
+        for theirs in (Partial(), Replicate(), Shard(0), Shard(1)):
+            p = torch.nn.Parameter(distribute_tensor(start.clone(), mesh, [ours]))
+            is_sum = isinstance(theirs, Partial)
+            make = DTensor.from_local if is_sum else distribute_tensor
+            p.grad = make(start.clone(), mesh, [theirs])
+            expected = start * (WORLD if is_sum else 1)
+            opt = fo.SGD([p], lr=0.5, zero_grads=True, max_grad_norm=math.inf)
+            opt.step()
+            assert torch.equal(p.full_tensor(), start - 0.5 * expected), (ours, theirs)
+            torch.testing.assert_close(opt.last_step.grad_norm, expected.double().norm().item())
+            assert not p.grad.full_tensor().any() and p.grad.placements == (theirs,)
+    p = torch.nn.Parameter(distribute_tensor(start.clone(), mesh, [Shard(0)]))
+    p.grad = distribute_tensor(start.clone(), mesh, [Shard(0)])
+    before = p.full_tensor().clone()
+    try:
+        fo.SGD([p]).step(copy_out=[distribute_tensor(start.half(), mesh, [Replicate()])])
+        raise AssertionError("written")
+    except ValueError as exc:
+        assert "copy_out of param_groups[0]['params'][0]: lies on the ranks as" in str(exc), exc
+    assert torch.equal(p.full_tensor(), before)
+    q = torch.nn.Parameter(before.clone())
+    q.grad = p.grad
+    try:
+        fo.SGD([q]).step()
+        raise AssertionError("written")
+    except TypeError as exc:
+        assert "params'][0].grad: is a DTensor, its parameter is not" in str(exc), exc
+    strided = [_StridedShard(0, split_factor=2)]  # as of FSDP2 over tensor parallelism
+    p = torch.nn.Parameter(DTensor.from_local(start.chunk(WORLD)[RANK].clone(), mesh, strided))
+    p.grad = DTensor.from_local(start.chunk(WORLD)[RANK].clone(), mesh, strided)
+    opt = fo.SGD([p], lr=0.5)
+    opt.step(max_grad_norm=math.inf, stats=True)
+    norm = start.double().norm().item()
+    torch.testing.assert_close(opt.last_step.grad_norm, norm)
+    torch.testing.assert_close(opt.last_step.stats.param_norm[0], 0.5 * norm)
+
+
 def averages():
     """What is evaluated on averages leaves no trace, whoever keeps gathered weights by then."""
     from torch.distributed.fsdp import fully_shard

@@ -23,7 +23,7 @@ from fusedopt._c cimport *
 from fusedopt._core cimport *
 from fusedopt._layout cimport Axes, axes_of_buffer, is_dense, same_order, same_shape
 from fusedopt._leaves cimport (
-    ARRAYS, COPY, EMA, FORMATS, GRAD, PARAM, LeafList, Verdict, array_at, locate,
+    ARRAYS, COPY, EMA, FORMATS, GRAD, PARAM, LeafList, Verdict, array_at, locate, step_result,
 )
 from fusedopt._spans cimport Span, alias
 
@@ -38,14 +38,7 @@ cdef object float64 = numpy.dtype(numpy.float64)
 cdef object float16 = numpy.dtype(numpy.float16)
 cdef object bfloat16 = None  # the dtype of ml_dtypes, once an array of it was seen
 
-cdef object StepResult = _options.StepResult
-cdef object new_tuple = tuple.__new__
 cdef list FORMAT_NAMES = list(_formats.FORMATS)  # in the order of the C table
-
-
-cdef inline object result(number, updated, skipped, norm, factor, stats):
-    """A `StepResult`, in half the time of its constructor, which is a Python function."""
-    return new_tuple(StepResult, (number, updated, skipped, norm, factor, stats))
 
 
 cdef inline int format_of(object array) except? -1:
@@ -390,7 +383,7 @@ cdef class ArrayList(LeafList):
             if source is not None:
                 source.forget()
             if verdict is not None and verdict.skipped:
-                return result(self.count, 0, True, verdict.grad_norm, verdict.clip_factor, None)
+                return step_result(self.count, 0, True, verdict.grad_norm, verdict.clip_factor, None)
             for i in range(n):
                 if self.leaves[i].grad.data != NULL:
                     self.records[i].step += 1
@@ -399,11 +392,11 @@ cdef class ArrayList(LeafList):
             self.count = number
             self.make_writes()
             if verdict is None:
-                return result(number, updated, False, None, 1.0, None)
+                return step_result(number, updated, False, None, 1.0, None)
             stats = None
             if options.measure == _options.LEAF:
                 stats = self.statistics(options, reduction)
-            return result(
+            return step_result(
                 number, updated, False, verdict.grad_norm, verdict.clip_factor, stats)
         finally:
             self.let_go()

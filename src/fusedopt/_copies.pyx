@@ -13,6 +13,7 @@ cdef class Copier:
 
         self.copy, self.plainly = torch.Tensor.copy_, torch._C.DisableTorchFunction
         self.set_grad, self.is_grad = torch._C._set_grad_enabled, torch.is_grad_enabled
+        self.count_modes = torch._C._len_torch_function_stack
 
     def call(self, bint grad, function, *args):
         """Call a function with autograd on or off; it is as before however the call ends.
@@ -21,11 +22,20 @@ cdef class Copier:
         off.)
         """
         before = self.is_grad()
-        self.set_grad(grad)
         try:
+            self.enable_grad(grad)
             return function(*args)
         finally:
-            self.set_grad(before)
+            self.enable_grad(before)
+
+    cdef int enable_grad(self, grad) except -1:
+        """Set autograd on or off; no mode written in Python is asked, which a signal could cut."""
+        if not self.count_modes():
+            self.set_grad(grad)
+        else:
+            with self.plainly():
+                self.set_grad(grad)
+        return 0
 
     cdef int run(self, list targets, list sources) except -1:
         cdef Py_ssize_t i
@@ -89,7 +99,7 @@ cdef class Swap:
                 self.restore()
                 raise
         finally:
-            self.copier.set_grad(grad)
+            self.copier.enable_grad(grad)
 
     def __exit__(self, *exc):
         fault = self.restore()
@@ -119,7 +129,7 @@ cdef class Swap:
                 break
             except BaseException as exc:
                 fault = fault or exc
-        self.copier.set_grad(grad)
+        self.copier.enable_grad(grad)
         self.targets = self.kept = self.names = None
         self.owner._is_swapped = False
         return fault

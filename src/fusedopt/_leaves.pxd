@@ -15,6 +15,8 @@ cdef enum:
     GRAD = 2 * ARRAYS
     COPY = 2 * ARRAYS + 1
 
+cdef object step_result(number, updated, skipped, norm, factor, stats)
+
 cdef const fo_format_info *FORMATS  # of the C library, by fo_format
 
 

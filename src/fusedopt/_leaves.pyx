@@ -29,6 +29,15 @@ from fusedopt import _check, _core, _options
 FORMATS = format_table()
 
 
+cdef object StepResult = _options.StepResult
+cdef object new_tuple = tuple.__new__
+
+
+cdef object step_result(number, updated, skipped, norm, factor, stats):
+    """A `StepResult`, in half the time of its constructor, which is a Python function."""
+    return new_tuple(StepResult, (number, updated, skipped, norm, factor, stats))
+
+
 @cython.final
 cdef class Verdict:
     """What a step decided before its first write; see `StepResult`."""
@@ -217,6 +226,8 @@ cdef class LeafList:
         cdef double scale = options.grad_scale, factor = 1, least = 1
         for i in range(self.n):
             self.leaves[i].grad_scale = scale
+        if options.skip:
+            return decide(True, None, 1.0)
         if not options.must_measure and not (how.has_grad and reduction is None):
             return decide(False, None, 1.0)
         if not how.has_grad:

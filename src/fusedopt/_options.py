@@ -26,7 +26,7 @@ NOTHING, LEAF, PARAM = range(3)  # fo_measures
 
 @dataclass(frozen=True, slots=True)
 class StepOptions:
-    """The options of a step, checked."""
+    """The options of a step, checked; `skip` says that others found what is not finite."""
 
     grad_scale: float = 1.0
     max_grad_norm: float | None = None
@@ -36,6 +36,7 @@ class StepOptions:
     nonfinite: str = "propagate"
     measure: int = NOTHING
     zero_grads: bool = False
+    skip: bool = False
 
     @property
     def must_measure(self) -> bool:

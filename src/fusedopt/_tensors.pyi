@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any, final
 
 from fusedopt._copies import Copier
-from fusedopt._leaves import LeafList, Verdict
-from fusedopt._options import StepOptions, StepStats
+from fusedopt._leaves import LeafList
+from fusedopt._options import StepOptions
 
 @final
 class GroupPlan:
@@ -30,6 +30,7 @@ class TensorList(LeafList):
         is_neg: Callable[[], bool],
         exchange: object,
         export: Callable[[Any], object],
+        mark: Callable[[list[Any]], object],
         copier: Copier,
     ) -> TensorList: ...
     def step(
@@ -41,4 +42,4 @@ class TensorList(LeafList):
         threads: int,
         options: StepOptions | None = None,
         copies: dict[int, Any] | None = None,
-    ) -> tuple[list[Any], int, Verdict | None, StepStats | None]: ...
+    ) -> None: ...

@@ -25,7 +25,7 @@ from fusedopt._layout cimport (
     MAX_AXES, Axes, count_elements, is_dense, repeats, same_order, same_shape,
 )
 from fusedopt._leaves cimport (
-    ARRAYS, COPY, EMA, FORMATS, GRAD, PARAM, LeafList, Verdict, array_at, locate,
+    ARRAYS, COPY, EMA, FORMATS, GRAD, PARAM, LeafList, Verdict, array_at, locate, step_result,
 )
 from fusedopt._spans cimport Span, Spans, alias, overlap
 
@@ -176,9 +176,12 @@ cdef class TensorList(LeafList):
         DLPack's C exchange API of those types; without it each tensor is exported through `export`.
     export : callable(tensor) -> capsule
         torch.utils.dlpack.to_dlpack, or the like.
+    mark : callable(list of tensor)
+        Raises their version counters; a builtin function.
     copier : Copier
         Writes back what was stepped on copies.
     """
+    cdef object mark
     cdef object tensor, parameter, export, is_plain_type
     cdef dict types           # of other types: whether they are plain
     cdef Copier copier
@@ -209,10 +212,11 @@ cdef class TensorList(LeafList):
     cdef dict seen            # (group, step, count) -> index of its constants
 
     def __cinit__(self, str rule, tuple state_names, tuple kinds, is_plain, is_neg, exchange,
-                  export, Copier copier not None):
+                  export, mark, Copier copier not None):
         self.set_rule(rule, state_names)
         self.tensor, self.parameter = kinds
         self.export, self.is_plain_type, self.copier = export, is_plain, copier
+        self.mark = mark
         self.types = {}
         if PyCFunction_GetFlags(<PyObject *>is_neg) != METH_NOARGS:
             raise TypeError("is_neg: expected a builtin method without arguments")
@@ -273,14 +277,8 @@ cdef class TensorList(LeafList):
         copies : dict of int -> tensor, optional
             By the number of a parameter, a tensor that gets a rounded copy of it; with `options`.
 
-        Returns
-        -------
-        list of tensor
-            The tensors that were written, for their version counters.
-        int
-            Leaves that were updated.
-        Verdict, StepStats
-            With `options`, the latter if asked; else None.
+        What was done is the owner's ``last_step`` then: noted here, with the version counters, as a
+        signal's exception may come as soon as this returns.
         """
         cdef Verdict verdict = None
         cdef fo_status status
@@ -291,8 +289,8 @@ cdef class TensorList(LeafList):
         before = fo_enter_ieee()
         grad = self.copier.is_grad()
         try:
-            self.copier.set_grad(False)
-            self.owner = owner
+            self.copier.enable_grad(False)
+            self.owner, number = owner, owner.last_step.step
             self.n = self.n_arrays = self.hypers.n = self.at = 0
             self.number = -1
             self.n_asked, self.n_done = self.n_done, 0
@@ -301,8 +299,8 @@ cdef class TensorList(LeafList):
             self.zeroes = options is not None and options.zero_grads
             self.capsules, self.written, self.touched, self.seen = [], [], [], {}
             self.targets, self.copies, self.labels, self.made = [], [], [], []
-            for number, (params, plan) in enumerate(groups):
-                self.gather(number, params, plan, counted, state, copies)
+            for group, (params, plan) in enumerate(groups):
+                self.gather(group, params, plan, counted, state, copies)
             reduction = stats = None
             self.check_memory(copies is not None)
             if (self.has_others or owner._process_group is not None) and (
@@ -317,7 +315,10 @@ cdef class TensorList(LeafList):
                 verdict = self.run(options, reduction, &how, threads)
                 if verdict.skipped:
                     self.write_back()
-                    return self.touched, 0, verdict, None
+                    self.mark(self.touched)
+                    owner.last_step = step_result(
+                        number, 0, True, verdict.grad_norm, verdict.clip_factor, None)
+                    return
             else:
                 with nogil:
                     status = run_step(
@@ -326,17 +327,25 @@ cdef class TensorList(LeafList):
                 check(status)
             self.n_done = self.n
             self.finish(state)
-            if options is not None and options.measure:
+            number, updated = number + 1, len(self.written)
+            self.mark(self.written + self.touched)
+            if verdict is None:
+                owner.last_step = step_result(number, updated, False, None, 1.0, None)
+                return
+            owner.last_step = step_result(
+                number, updated, False, verdict.grad_norm, verdict.clip_factor, None)
+            if options.measure:  # which may ask other ranks, and fail
                 stats = self.statistics(options, reduction)
-            return self.written + self.touched, len(self.written), verdict, stats
+                owner.last_step = step_result(
+                    number, updated, False, verdict.grad_norm, verdict.clip_factor, stats)
         finally:
             for i in range(self.n):
                 let_go(&self.records[i])
             self.capsules = self.targets = self.copies = self.labels = self.made = None
             self.owner = self.plan = None
-            self.copier.set_grad(grad)
             fo_leave_ieee(before)
             self.release()
+            self.copier.enable_grad(grad)
 
     cdef int finish(self, state) except -1:
         """Count the step, write what was done on copies, and take over new state."""
@@ -544,11 +553,13 @@ cdef class TensorList(LeafList):
 
     cdef int make_extras(self, LeafRecord *record) except -1:
         """Make what the storage of a leaf needs beside its state and is not there."""
+        if record.tensors[GRAD] == NULL:  # which is not stepped, but copied
+            return 0
         param = <object>record.tensors[PARAM]
         made = self.owner._make_extras(
             record.group, param, [held(record, place) for place in self.plan.places[:self.plan.n]],
             record.tensors[ARRAYS + PARAM] != NULL, record.tensors[COUNT] != NULL)
-        if made and record.tensors[GRAD] != NULL:
+        if made:
             self.made.append((param, made))
             if "residual" in made:
                 hold(record, ARRAYS + PARAM, made["residual"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, ClassVar, NoReturn
 
@@ -128,7 +128,9 @@ class Fused(StateKeeper):
             for i, group in enumerate(self.param_groups):
                 self._plan(i, group)
                 for k, param in enumerate(group["params"]):
-                    self.state[param] = self._make_state(i, k, param, None)[0]
+                    own = self._make_state(i, k, param, None)[0]
+                    own.pop("ema", None)  # which begins with the first step
+                    self.state[param] = own
 
     def __init_subclass__(cls) -> None:
         """Show the base's arguments, and then ours, where the signature is asked for."""
@@ -175,14 +177,16 @@ class Fused(StateKeeper):
             Naming the gradients that are not finite, where `nonfinite` is "raise"; alike.
         RuntimeError
             If another thread is inside `step` of the same optimizer, or within `swap_ema`; nothing
-            has been written.
+            has been written. From torch.distributed, where another rank fails: nothing has been
+            written, unless it is `stats` alone that is summed, which it is behind the step.
         """
         _copies.refuse_within_swap(self)
         loss = None
         if closure is not None:
             loss = copier.call(True, closure)
         found_inf = getattr(self, "found_inf", None)  # set by GradScaler, and so is grad_scale
-        if found_inf is not None and found_inf.item() != 0:
+        skip = found_inf is not None and found_inf.item() != 0
+        if skip and copy_out is None and not {**self.defaults, **options}.get("zero_grads"):
             self.last_step = StepResult(self.last_step.step, 0, skipped=True)
             return loss
         if self._leaves is None:
@@ -198,20 +202,14 @@ class Fused(StateKeeper):
         copies = None if copy_out is None else self._copies(copy_out)
         if how is None and copies is not None:
             how = StepOptions()
+        if skip:
+            assert how is not None
+            how = replace(how, skip=True)
         if self._rule.advance is not None:
             self._leaves.writes = self._advance()
-        written, updated, verdict, stats = self._leaves.step(
-            self, groups, self._is_counted(), self.state, _threads.of(self._threads), how, copies,
-        )  # fmt: skip
-        _mark_written(written)
-        number = self.last_step.step
-        if verdict is None:
-            self.last_step = StepResult(number + 1, updated)
-        else:
-            self.last_step = StepResult(
-                number + (not verdict.skipped), updated, verdict.skipped, verdict.grad_norm,
-                verdict.clip_factor, stats,
-            )  # fmt: skip
+        self._leaves.step(
+            self, groups, self._is_counted(), self.state, _threads.of(self._threads), how, copies
+        )
         return loss
 
     def _advance(self) -> list[tuple[dict[str, Any], str, Any]]:
@@ -292,14 +290,14 @@ class Fused(StateKeeper):
         return checked
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy or a pickle keeps: torch's, and the number of threads."""
+        """Return what a copy or a pickle keeps: torch's, number of threads, and the last step."""
         if self._process_group is not None:
             raise TypeError(
                 f"{type(self).__name__} with a process_group cannot be copied or pickled; make one "
                 "on the other parameters and give it state_dict()"
             )
         state: Any = super().__getstate__()
-        return {**state, "_threads": self._threads}
+        return {**state, "_threads": self._threads, "last_step": self.last_step}
 
     # -------------------------------------------------------------- asked by TensorList.step
 
@@ -312,8 +310,11 @@ class Fused(StateKeeper):
         return self._groups[group].constants(step, count)
 
     def _rule_of(self, options: Mapping[str, Any]) -> Rule:
-        decoupled = options.get("decoupled_weight_decay")  # of torch's Adam: AdamW's rule or not
-        return self._rule if decoupled is None else _adam.ADAMW if decoupled else _adam.ADAM
+        """Return the rule of a group: of torch's Adam an option says whether it is AdamW's."""
+        decoupled = options.get("decoupled_weight_decay")
+        if decoupled is None or self._rule.name != _adam.ADAM.name:
+            return self._rule
+        return _adam.ADAMW if decoupled else _adam.ADAM
 
     def _plan(self, i: int, group: Mapping[str, Any]) -> tuple[list[Any], _tensors.GroupPlan]:
         """Return the parameters of a group, and what the list must know of it."""
@@ -409,7 +410,8 @@ def _refuse_of_no_group(where: str, group: Mapping[str, Any]) -> None:
     for name in _OF_NO_GROUP:
         if name in group:
             raise ValueError(
-                f"{where}.{name}: is of the optimizer, not of a group: {name}=... beside lr"
+                f"{where}.{name}: is of the optimizer, not of a group: {name}=... beside lr; where "
+                f"an engine makes groups of all options, functools.partial(CLASS, {name}=...)"
             )
 
 
@@ -456,6 +458,7 @@ def _new_list(rule: Rule) -> _tensors.TensorList:
         is_neg=torch.empty(0, device="cpu").is_neg,
         exchange=getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
         export=lambda tensor: torch.utils.dlpack.to_dlpack(tensor.detach()),
+        mark=_mark_written,
         copier=copier,
     )
 

@@ -183,6 +183,8 @@ def stand_ins(
         Saying `where` it is, if there can be none.
     """
     back = []
+    given = tensors[1]
+    tensors = placed(where, tensors)
     known = [(torch.uint8,) if name.endswith(CODES) else STATE_DTYPES for name in where[3:]]
     own: list[Any] = [
         tensor if tensor is None else local(name, tensor, dtypes)
@@ -206,10 +208,15 @@ def stand_ins(
             back.append((tensor, copy, name))
         return copy
 
+    is_moved = tensors[1] is not given  # then it is another's memory that is set to zero
     plain: list[Any] = [
-        tensor if tensor is None else fit(name, tensor, k != 1 or zeroes)
+        tensor if tensor is None else fit(name, tensor, k != 1 or (zeroes and not is_moved))
         for k, (name, tensor) in enumerate(zip(where, own, strict=True))
     ]
+    if zeroes and is_moved:
+        plain[1] = plain[1].clone()  # it may be a part of the gradient's memory
+        given = local(where[1], given)
+        back.append((given, torch.zeros_like(given), where[1]))
     if target is not None and target.dtype == (torch.float32 if is_double else torch.float64):
         raise TypeError(
             f"{where[2]}: a copy of {param.dtype} is written as float16, bfloat16 or in the dtype "
@@ -238,6 +245,35 @@ def stand_ins(
         if extras[k] is not blocks:
             back.append((blocks, extras[k], name))
     return plain, extras, back
+
+
+def placed(where: list[str], tensors: list[Any]) -> list[Any]:
+    """Return [parameter, gradient, copy, *state] with the gradient on the ranks as the parameter.
+
+    A DTensor's gradient can be a sum that is still to be taken (tensor parallelism makes such), or
+    lie in other shards: it is redistributed, as by torch.optim, by all ranks together.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the gradient cannot be, or another tensor lies on the ranks in another way.
+    """
+    param, grad, *others = tensors
+    ours = getattr(param, "placements", None)
+    for name, tensor in zip(where[1:], tensors[1:], strict=True):
+        theirs = getattr(tensor, "placements", None)
+        if theirs is None:
+            continue
+        if ours is None:
+            raise TypeError(f"{name}: is a DTensor, its parameter is not; pass its full_tensor()")
+        if tensor.device_mesh != param.device_mesh or (theirs != ours and tensor is not grad):
+            raise ValueError(
+                f"{name}: lies on the ranks as {theirs} of {tensor.device_mesh}, its parameter as "
+                f"{ours} of {param.device_mesh}; redistribute it"
+            )
+    if getattr(grad, "placements", ours) != ours:
+        grad = grad.redistribute(placements=ours)
+    return [param, grad, *others]
 
 
 def shared(members: list[tuple[Any, ...]], n_written: int) -> tuple[int, int] | None:

@@ -53,7 +53,11 @@ def _shards(params: Sequence[Any]) -> list[tuple[list[Any], list[int]]]:
         placements = getattr(param, "placements", None)
         if placements is None:
             continue
-        dims = tuple(dim for dim, placement in enumerate(placements) if placement.is_shard())
+        dims = tuple(
+            dim
+            for dim, placement in enumerate(placements)
+            if not (placement.is_replicate() or placement.is_partial())
+        )  # beside Shard there is _StridedShard, of FSDP2 over tensor parallelism
         if dims:
             found.setdefault((param.device_mesh, dims), []).append(number)
     return [

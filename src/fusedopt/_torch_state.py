@@ -248,6 +248,13 @@ class StateKeeper:
         self._missing(name, own, used, bool(saved))
         return own
 
+    def share_memory(self) -> None:
+        """Move all state into shared memory, as a class of torch's does."""
+        for own in self.state.values():
+            for tensor in own.values():
+                if isinstance(tensor, torch.Tensor):
+                    tensor.share_memory_()
+
     def ema_params(self) -> dict[Any, Any]:
         """Return the running averages by parameter: the live tensors.
 
