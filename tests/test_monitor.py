@@ -219,7 +219,7 @@ def test_scaler_of_two_optimizers():
 
 def test_scaler_steps_with_what_it_can():
     scaler, opt = fusedopt.GradScaler(), fusedopt.SGD(np.ones(3), lr=1.0)
-    with pytest.raises(TypeError, match="optimizer: expected one, got ndarray"):
+    with pytest.raises(TypeError, match="optimizer: expected an optimizer, got ndarray"):
         scaler.step(np.ones(3), opt)
     scaler.scale = 0.0
     with pytest.raises(ValueError, match="scale: must be > 0"):

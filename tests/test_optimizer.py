@@ -1,4 +1,4 @@
-"""Groups, state, schedules, and what is known in closed form."""
+"""Groups, state, schedules, and results that are known in closed form."""
 
 import numpy as np
 import pytest
@@ -175,8 +175,8 @@ A = "params['a']"
 DAMAGE = [
     (damage(["step"], None), "expected 'step', 'state' and 'param_groups'"),
     (damage(["step"], -1), "state dict: step: must be >= 0"),
-    (damage(["state", A], None), r"other parameters .* missing \[\"params\['a'\]\"\]"),
-    (damage(["state", "x"], {}), r"foreign \['x'\]"),
+    (damage(["state", A], None), r"not those of this .* missing \[\"params\['a'\]\"\]"),
+    (damage(["state", "x"], {}), r"unexpected \['x'\]"),
     (damage(["state", A, "exp_avg"], None), r"params\['a'\] should have step, exp_avg, exp_avg_sq"),
     (damage(["state", A, "step"], 1.5), r"params\['a'\].step: expected a whole number"),
     (damage(["state", A, "exp_avg"], np.ones(3, "f4")), r"exp_avg: float32\[3\] does not fit"),
@@ -186,7 +186,7 @@ DAMAGE = [
     (damage(["param_groups"], [{}, {}]), "2 param_groups for this optimizer's 1"),
     (damage(["param_groups", 0, "lr"], None), r"param_groups\[0\]: expected lr, betas"),
     (damage(["param_groups", 0, "lr"], -1.0), r"param_groups\[0\].lr: must be >= 0"),
-    (damage(["param_groups", 0, "amsgrad"], True), "need other state than this optimizer has"),
+    (damage(["param_groups", 0, "amsgrad"], True), "need state that this optimizer does not have"),
 ]
 
 

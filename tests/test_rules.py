@@ -431,7 +431,7 @@ def test_functions_take_what_is_remembered_as_it_is_now(step_of):
         opt.step(g)
         step_of([theirs], [g], [buffer], step=step, **memory(opt))
     assert_same([ours], [theirs], ["params"])
-    with pytest.raises(TypeError, match="averages: needs k, weight_sum, as in this step"):
+    with pytest.raises(TypeError, match="averages: needs k, weight_sum: values in this step"):
         step_of([theirs], [g], [buffer], step=4, lr_max=0.5)
     with pytest.raises(ValueError, match="weight_sum: must be finite"):
         step_of([theirs], [g], [buffer], step=4, lr_max=0.5, k=1, weight_sum=np.nan)

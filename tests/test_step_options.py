@@ -562,7 +562,7 @@ def test_wrong_arrays():
     with pytest.raises(ValueError, match=r"grads\[0\] and grads\[1\] share memory"):
         both.step([shared, shared], zero_grads=True)
     fortran = np.asfortranarray(np.ones((2, 3), np.float32))
-    with pytest.raises(ValueError, match=r"grads\[0\]: in another memory order"):
+    with pytest.raises(ValueError, match=r"grads\[0\]: its memory order differs"):
         both.step([fortran, None], zero_grads=True)
     frozen = np.ones((2, 3), np.float32)
     frozen.flags.writeable = False
