@@ -378,12 +378,12 @@ def test_interrupted(folder):
     """After some epochs: status 130, and the checkpoint is there."""
     words = ["train", "--data", "data.npz", "--epochs", "1000000", "--save", "run.npz"]
     process = subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    told = b""
-    while b"epoch 3/" not in told:
-        told += (byte := process.stderr.read(1))
-        assert byte, told
+    err = b""
+    while b"epoch 3/" not in err:
+        err += (byte := process.stderr.read(1))
+        assert byte, err
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert told.endswith(b"fusedopt train: interrupted\n")
+    assert err.endswith(b"fusedopt train: interrupted\n")
     assert (folder / "run.npz").exists()

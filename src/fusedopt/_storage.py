@@ -31,8 +31,8 @@ def refuse_change(where: str, old: Mapping[str, Any], new: Mapping[str, Any]) ->
     for name in FIXED:
         if new[name] != old[name]:
             raise ValueError(
-                f"{where}{name}: changed from {old[name]!r} to {new[name]!r} after the arrays were "
-                "made; make another optimizer and load the state with convert=True"
+                f"{where}{name}: {new[name]!r}, but the arrays were made with {old[name]!r}; make "
+                "another optimizer and load the state with convert=True"
             )
     if (new["ema"] is None) != (old["ema"] is None):
         raise ValueError(

@@ -208,7 +208,7 @@ class one_cycle(_Checked):  # noqa: N801
 
 @dataclass(frozen=True)
 class warmup(_Checked):  # noqa: N801
-    """Rise in a line from `start` to ``then(1)`` over `steps` steps, then go on with `then`.
+    """Rise in a line from `start` to ``then(1)`` over `steps` steps, then continue with `then`.
 
     The first step is already above `start`; step number `steps` is at the top, and the one after it
     is the second of `then`.
