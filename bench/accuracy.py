@@ -207,7 +207,7 @@ TASKS = {f.__name__: f for f in (digits, transformer, embedding)}
 
 @dataclass(frozen=True)
 class Format:
-    """How the model holds its parameters, and what Adam is asked for."""
+    """The dtype of a model's parameters, and options of Adam."""
 
     dtype: str = "float32"  # of parameters and gradients
     options: dict[str, Any] = field(default_factory=dict)

@@ -32,7 +32,7 @@ PER_CORE = (4, 6, 8, 10, 15, 20, 30, 40, 50)  # GB/s: servers have 4 to 10, smal
 
 @dataclass(frozen=True)
 class Format:
-    """How parameters and gradients are kept, and what Adam is asked for."""
+    """The dtype of parameters and gradients, and options of Adam."""
 
     dtype: str = "float32"
     options: dict[str, Any] = field(default_factory=dict)

@@ -187,7 +187,8 @@ def sizes(
 
 def cost_table(recording: Recording) -> Table:
     """Return the fit of time to size for each contender that has enough sizes."""
-    head = ["", "fixed", "ns / element", "when larger", "than elements", "largest error"]
+    large = ["large: ns / element", "large: elements >"]
+    head = ["", "fixed", "ns / element", *large, "largest error"]
     table = [head]
     for name, (n, t) in sizes(recording, "warm").items():
         cost = stats.fit_cost(n, t)

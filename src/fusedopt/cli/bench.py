@@ -77,16 +77,16 @@ def progress_bar(total: int) -> Iterator[Any]:
     try:
         from tqdm import tqdm
     except ModuleNotFoundError:
-        told = ""
+        shown = ""
 
-        def tell(text: str, share: float) -> None:
-            nonlocal told
+        def show_case(text: str, share: float) -> None:
+            nonlocal shown
             case = text.partition(":")[0].partition(",")[0]
-            if case not in ("", told):
-                told = case
+            if case not in ("", shown):
+                shown = case
                 print(case, file=sys.stderr, flush=True)
 
-        yield tell
+        yield show_case
         return
     form = "{percentage:3.0f}%|{bar:24}| {elapsed} {desc}"
     with tqdm(total=total, bar_format=form, leave=False) as bar:
@@ -113,7 +113,7 @@ def prepare(options: argparse.Namespace) -> Callable[[], None]:
             files.to_write("--report", options.report)
     if options.load is not None:
         recording = loaded(options.load)
-        return lambda: tell(recording, options)
+        return lambda: publish(recording, options)
     bench = make_bench(options)
     jobs = plan(bench, options)
     return lambda: run(bench, jobs, options)
@@ -139,7 +139,7 @@ def run(bench: Bench, jobs: Sequence[Job], options: argparse.Namespace) -> None:
         bench.recording.complete = True
     finally:
         if any(e.rounds or e.skipped for e in bench.recording.entries) or bench.recording.memory:
-            tell(bench.recording, options)
+            publish(bench.recording, options)
 
 
 def make_bench(options: argparse.Namespace) -> Bench:
@@ -226,7 +226,7 @@ def thread_counts(most: int) -> list[int]:
     return sorted({2**i for i in range(most.bit_length()) if 2**i <= most} | {most})
 
 
-def tell(recording: Recording, options: argparse.Namespace) -> None:
+def publish(recording: Recording, options: argparse.Namespace) -> None:
     """Print a recording, and write the files that the options name."""
     print(report.text(recording))
     if options.json is not None:

@@ -290,14 +290,14 @@ def run(state: Run, opt: Any, data: Data, o: argparse.Namespace, tqdm: Any) -> N
                 save(o.save, state, opt, data, o)
     report(state, None if twin is None else shadow, data)
     if o.monitor is not None and monitor.steps:  # resuming a finished run takes none
-        tell(monitor, o.monitor)
+        report_layers(monitor, o.monitor)
     if o.plot is not None:
         title = f"{type(opt).__name__}, {o.schedule} schedule, batches of {o.batch_size}"
         save_plot(o.plot, state.history, title)
         print(f"plot: {o.plot}")
 
 
-def tell(monitor: History, path: Path) -> None:
+def report_layers(monitor: History, path: Path) -> None:
     """Print the last statistics of every layer and what looks wrong; draw them into a file."""
     columns = {
         name: monitor.column(name) for name in ("grad_norm", "update_ratio", "zero_fraction")
