@@ -1,7 +1,7 @@
 """Checks an installed fusedopt with nothing but NumPy and the standard library.
 
-Started with an empty PATH, in an environment that has no more than `pip install fusedopt` brings.
-Prints what is worth recording: versions, import time, size.
+Runs with an empty PATH, in an environment with only what `pip install fusedopt` installs. Prints
+what is worth recording: versions, import time, size.
 """
 
 import importlib.metadata
@@ -19,7 +19,7 @@ print(time.perf_counter() - start)
 
 
 def import_seconds() -> float:
-    """Return the median time to import fusedopt where NumPy is imported already."""
+    """Return the median time to import fusedopt after NumPy."""
     runs = [
         subprocess.run([sys.executable, "-I", "-c", IMPORT], capture_output=True, check=True)
         for _ in range(7)
@@ -74,7 +74,7 @@ def main() -> None:
     check_steps()
     print(
         f"fusedopt {info['version']}, CPython {sys.version.split()[0]}, NumPy {numpy.__version__}, "
-        f"{info['available']}: right; import {seconds * 1e3:.0f} ms beside NumPy, "
+        f"{info['available']}: correct; import {seconds * 1e3:.0f} ms after NumPy, "
         f"{size / 1e3:.0f} kB installed"
     )
 

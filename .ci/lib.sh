@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# What the stages of CI, and campaigns, share; sourced by each of them from the root of a checkout.
+# What the stages of CI and the campaigns share; they source it from the root of a checkout.
 set -euo pipefail
 say() { printf '\n== %s\n' "$*"; }
 
-# need PACKAGE...: Debian packages, where this user may install any.
+# need PACKAGE...: installs Debian packages, if this user may.
 need() {
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! dpkg -s "$@" >/dev/null 2>&1; then
     apt-get update -qq >/dev/null
@@ -11,14 +11,14 @@ need() {
   fi
 }
 
-# environment FOLDER [PYTHON]: makes it a fresh virtual environment, and enters it.
+# environment FOLDER [PYTHON]: makes a fresh virtual environment in a folder, and activates it.
 environment() {
   "${2:-$(interpreter 3.11)}" -m venv "$1"
   # shellcheck disable=SC1091
   . "$1/bin/activate"
 }
 
-# interpreter VERSION: the path of that CPython, on PATH or among pyenv's; nothing if there is none.
+# interpreter VERSION: prints the path of that CPython, on PATH or of pyenv; nothing if there is none.
 interpreter() {
   local python
   for python in "python$1" "${PYENV_ROOT:-$HOME/.pyenv}"/versions/"$1".*/bin/python /usr/bin/python3; do
@@ -29,13 +29,13 @@ interpreter() {
   done
 }
 
-# install ARGUMENT...: pip, without its chatter unless it fails.
+# install ARGUMENT...: pip install, quietly unless it fails.
 install() {
   pip install -q "$@" 2>&1 | { grep -v 'WARNING: Location' || true; }
 }
 
-# before a command that is watched: sanitizers' runtimes want their part of the address space, which a system may
-# place other things into
+# prefix of commands with sanitizers, whose runtimes need a range of addresses that randomisation may give to
+# something else
 fixed=() && setarch -R true 2>/dev/null && fixed=(setarch -R)
 
 # fuzz_by_coverage FOLDER SECONDS: builds and runs preset libfuzzer in a folder; its report is FOLDER/covered.

@@ -3,11 +3,11 @@
     python bench/accuracy.py [--seeds 5] [--task embedding] [--format float32] [--markdown FILE]
                              [--json FILE]
 
-A format passes a task where the mean loss over the seeds differs from float32's by less than the
+A format passes a task if its mean loss over the seeds differs from float32's by less than the
 standard deviation of float32's loss over the same seeds. All formats see the same initial weights
 and the same batches, so the difference is a mean of pairs; its standard error is printed too.
-A lower loss is a difference like any other: a biased second moment is a hidden learning rate, and
-may well look like an improvement.
+A lower loss is a difference too: a biased second moment acts as another learning rate, and may look
+like an improvement.
 
 torch computes losses and gradients; fusedopt steps NumPy arrays: pip install ".[test,peers]". The
 text is Python's own (pydoc_data.topics), so losses depend on the version of Python.
@@ -112,7 +112,7 @@ def sample(rows: np.ndarray, size: int, length: int, rng: np.random.Generator) -
 
 
 def text() -> str:
-    """Return the topics of Python's help(), about 700 kB."""
+    """Return the text of all topics of Python's help(), about 700 kB."""
     return "\n".join(topics[name] for name in sorted(topics))
 
 
@@ -168,8 +168,8 @@ def transformer() -> Task:
 def embedding() -> Task:
     """Predict the next word from four: a step touches at most 256 of the table's 4,096 rows.
 
-    The other rows have a zero gradient, dense as it is, so within a block of state some elements
-    are thousands of steps older than others. A row has 48 elements: blocks straddle rows.
+    The gradient is dense, and 0 in the other rows, so within a block of state some elements are
+    thousands of steps older than others. A row has 48 elements: blocks straddle rows.
     """
     words = re.findall(r"\w+|[^\w\s]", text())
     known = Counter(words).most_common(4095)
@@ -207,14 +207,14 @@ TASKS = {f.__name__: f for f in (digits, transformer, embedding)}
 
 @dataclass(frozen=True)
 class Format:
-    """How the model holds its parameters, and what Adam is asked for."""
+    """The dtype of a model's parameters, and options of Adam."""
 
     dtype: str = "float32"  # of parameters and gradients
     options: dict[str, Any] = field(default_factory=dict)
 
 
 FORMATS = {
-    "float32": Format(),  # the measure of the others: the first row
+    "float32": Format(),  # the baseline, in the first row
     "bfloat16 moments": Format(options={"state_dtype": "bfloat16"}),
     "8-bit moments": Format(options={"state_dtype": "int8"}),
     "8-bit moments of all sizes": Format(options={"state_dtype": "int8", "min_8bit_size": 0}),
@@ -241,12 +241,12 @@ def train(task: Task, form: Format, seed: int) -> float:
 
 
 def as_tensor(array: np.ndarray) -> Tensor:
-    """Return a float32 tensor: the array's own memory, or a copy of what it rounds to."""
+    """Return a float32 tensor: the array's own memory, or a converted copy."""
     return torch.from_numpy(array.astype(np.float32, copy=False))
 
 
 def run(job: tuple[str, str, int]) -> float:
-    """Return the loss of (task, format, seed); called in a process of its own thread."""
+    """Return the loss of (task, format, seed); called in worker processes."""
     task, form, seed = job
     return train(TASKS[task](), FORMATS[form], seed)
 
@@ -291,11 +291,11 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS, action="append", help="all of them by default")
     parser.add_argument("--format", choices=FORMATS, action="append", help="float32 is always run")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--markdown", type=Path, help="write what is printed to this file too")
-    parser.add_argument("--json", type=Path, help="keep every loss here; those it has are not run")
+    parser.add_argument("--markdown", type=Path, help="also write the output to this file")
+    parser.add_argument("--json", type=Path, help="keep losses here; losses in it are not rerun")
     options = parser.parse_args()
     if options.seeds < 2:
-        parser.error("--seeds: a spread takes at least 2")
+        parser.error("--seeds: a standard deviation needs at least 2")
     formats = [f for f in FORMATS if f == "float32" or f in (options.format or FORMATS)]
     command = "python " + " ".join(["bench/accuracy.py", *sys.argv[1:]])
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"

@@ -1,9 +1,9 @@
-"""`python -m fusedopt bench` with the contenders that few have installed, each in its own process.
+"""`python -m fusedopt bench` with contenders that few have installed, each in its own process.
 
     pip install deepspeed ninja tensorflow
     python bench/compare.py --quick
 
-takes the command's options. DeepSpeed builds its optimizer when it is first used (a C++ compiler).
+It has the options of that command. DeepSpeed compiles its optimizer when it is first used (C++).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class DeepSpeed(OnTensors):
 class TensorFlow(Contender):
     """The operations behind TensorFlow's optimizers, for all variables in one tf.function.
 
-    ResourceApplyAdam adds epsilon to a root that has no bias correction, so it is given another.
+    ResourceApplyAdam adds epsilon to a root without bias correction, so epsilon is adapted.
     """
 
     def __init__(self, problem: Problem, params: list[np.ndarray]) -> None:
@@ -103,6 +103,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    import compare  # workers find the classes there, and would not in __main__
+    import compare  # workers can import classes from there, but not from __main__
 
     sys.exit(compare.main())

@@ -4,7 +4,7 @@
 
 With offload, DeepSpeed keeps float32 copies of the (bfloat16) parameters on the CPU and lets a
 client optimizer step them. Two settings let that be fusedopt: ``zero_force_ds_cpu_optimizer:
-false``, because DeepSpeed would else insist on its own, which it compiles at run time, and
+false``, because DeepSpeed otherwise requires its own, which it compiles at run time, and
 ``zero_allow_untested_optimizer: true``. With `--compare` the same run is made with torch.optim, and
 the losses must be equal within 1e-6.
 """
@@ -22,7 +22,7 @@ import fusedopt.torch as fo
 
 
 def config(stage: int) -> dict[str, Any]:
-    """Return what a run needs beside its own settings."""
+    """Return the configuration of DeepSpeed for a run."""
     return {
         "train_micro_batch_size_per_gpu": 8,
         "bf16": {"enabled": True},
@@ -52,7 +52,7 @@ def train(optimizer: type[torch.optim.Optimizer], stage: int, steps: int) -> lis
 
 
 def main() -> None:
-    """Run as one rank, unless a launcher has said otherwise."""
+    """Run as one rank, unless a launcher has set more."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--stage", type=int, default=3, choices=(1, 2, 3))
     parser.add_argument("--steps", type=int, default=8)

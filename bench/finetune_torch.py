@@ -1,12 +1,12 @@
-"""Fine-tune a small transformer on text, in a loop of one's own: fusedopt.torch beside torch.optim.
+"""Fine-tune a small transformer on text, in a custom loop: fusedopt.torch beside torch.optim.
 
     python bench/finetune_torch.py [--steps 60] [--width 192] [--threads 2] [--optimizers ...]
 
 The text ships with Python: the model is first trained on sources of the standard library, then
 fine-tuned on the documentation of its keywords and topics (pydoc_data). The fine-tuning runs once
-with each optimizer from the same weights on the same batches, the turns of the optimizers mixed
-step by step, so that times compare; printed are the held-out loss, and the time of a step of the
-optimizer and of the rest.
+with each optimizer from the same weights on the same batches. The optimizers take turns at each
+step, so that times are comparable. Prints the held-out loss, and the time of the optimizer's step
+and of the rest.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def as_bytes(texts: Iterable[str]) -> Tensor:
 
 
 def batches(data: Tensor, count: int, size: int, seed: int) -> list[Tensor]:
-    """Return pieces at random places."""
+    """Return batches of pieces from random positions."""
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(data) - CONTEXT - 1, (count, size), generator=generator)
     return [torch.stack([data[s : s + CONTEXT + 1] for s in row.tolist()]) for row in starts]

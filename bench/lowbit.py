@@ -1,9 +1,9 @@
-"""What fewer bytes bring: Adam steps in the narrow formats against float32 steps, in one run.
+"""The gain from fewer bytes: Adam steps in the narrow formats against float32 steps, in one run.
 
     python bench/lowbit.py [--elements 50_000_000] [--threads 2] [--markdown FILE]
 
-In cache a step takes what its arithmetic takes, in memory what moving its bytes takes, or the
-longer of the two: from both the last table says what to expect at a given memory bandwidth. All
+In cache the time of a step is that of its arithmetic; in memory it is that, or the time of moving
+its bytes if longer. From both the last table computes the speed-up at a given memory bandwidth. All
 contenders of a table take turns, and ratios are medians over the rounds. Needs ml_dtypes.
 """
 
@@ -32,14 +32,14 @@ PER_CORE = (4, 6, 8, 10, 15, 20, 30, 40, 50)  # GB/s: servers have 4 to 10, smal
 
 @dataclass(frozen=True)
 class Format:
-    """How parameters and gradients are kept, and what Adam is asked for."""
+    """The dtype of parameters and gradients, and options of Adam."""
 
     dtype: str = "float32"
     options: dict[str, Any] = field(default_factory=dict)
 
 
 FORMATS = {
-    BASE: Format(),  # the measure of the others
+    BASE: Format(),  # the baseline
     "bfloat16 moments": Format(options={"state_dtype": "bfloat16"}),
     "8-bit moments": Format(options={"state_dtype": "int8"}),
     "bfloat16 weights, gradients; 16 more bits": Format("bfloat16", {"master_bits": 32}),
@@ -63,12 +63,12 @@ class Contender:
         self.optimizer.step(self.grads)
 
     def stream(self) -> None:
-        """Read and write what a step does, and hardly compute; leaves the arrays without use."""
+        """Read and write the bytes of a step, and hardly compute; the arrays' values are lost."""
         self.optimizer._work.stream(self.grads, fusedopt.get_num_threads())
 
 
 def in_turns(acts: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each act in each round, after two rounds that do not count."""
+    """Return the seconds of each act in each round, after two warm-up rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in acts}
     for number in range(-2, rounds):
         order = list(acts)
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--elements", type=int, default=50_000_000, help="of the steps in memory")
     parser.add_argument("--threads", type=int, default=2, help="of the steps in memory")
     parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--markdown", type=Path, help="write what is printed to this file too")
+    parser.add_argument("--markdown", type=Path, help="also write the output to this file")
     options = parser.parse_args()
     fusedopt.set_num_threads(1)
     cache, ns = in_cache(options.rounds)
@@ -178,7 +178,7 @@ def main() -> None:
         f"## In memory: {options.elements:,} elements, {options.threads} threads",
         "",
         *memory,
-        "The limit reads and writes what a float32 step does, with next to no arithmetic:",
+        "The limit reads and writes the bytes of a float32 step, with hardly any arithmetic:",
         f"{rate:.0f} GB/s.",
         "",
         "## Speed-up over float32 by memory bandwidth",

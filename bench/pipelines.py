@@ -1,7 +1,7 @@
-"""What surrounds a step, as passes of torch and inside ours: `python bench/pipelines.py`.
+"""Step options as passes of torch and inside our step: `python bench/pipelines.py`.
 
-Each pipeline is timed against torch's own sequence on the same shapes, in turns, round by round:
-the median of the ratios, with the bytes that each moves for a parameter, by count. With
+Each pipeline is timed against torch's own sequence on the same shapes, in turns, round by round.
+Prints the median of the ratios, and the bytes that each moves for a parameter, by count. With
 --markdown FILE the table is written too.
 """
 
@@ -22,13 +22,13 @@ from fusedopt.bench import machine
 from fusedopt.bench.cases import CASES, Problem
 
 DECAY = 0.999
-# read p g m v, write p m v; clip: read g, read and write g; unscale: read and write g, twice the
-# read for its look at what is not finite is one pass; EMA: read p and e, write e
+# step: read p g m v, write p m v; clip: read g, read and write g; unscale: read g twice (once for
+# the finite check), write g; EMA: read p and e, write e
 BYTES = {"step": (28, 28), "clip + step": (32, 40), "all": (40, 64), "stats": (28, 28)}
 
 
 class Torch:
-    """torch.optim.Adam(fused=True) with foreach clip, GradScaler-like unscale and foreach EMA."""
+    """torch.optim.Adam(fused=True) with foreach clip, GradScaler's unscale and foreach EMA."""
 
     def __init__(self, problem: Problem) -> None:
         self.params = [torch.nn.Parameter(torch.tensor(p)) for p in problem.params()]
@@ -41,7 +41,7 @@ class Torch:
         self.found, self.one = torch.zeros(()), torch.ones(())
 
     def step(self) -> None:
-        """Step, bare."""
+        """Step without options."""
         self.optimizer.step()
 
     def clip_step(self) -> None:
@@ -50,7 +50,7 @@ class Torch:
         self.optimizer.step()
 
     def everything(self) -> None:
-        """Unscale, look for what is not finite, clip, step, average."""
+        """Unscale, check for non-finite elements, clip, step, average."""
         torch._amp_foreach_non_finite_check_and_unscale_(self.grads, self.found, self.one)
         if not self.found.item():
             torch.nn.utils.clip_grad_norm_(self.params, 1e6, foreach=True)
@@ -66,7 +66,7 @@ class Ours:
         self.optimizer = fusedopt.Adam(problem.params(), **options)
 
     def step(self) -> None:
-        """Step, bare."""
+        """Step without options."""
         self.optimizer.step(self.grads)
 
     def clip_step(self) -> None:
@@ -74,7 +74,7 @@ class Ours:
         self.optimizer.step(self.grads, max_grad_norm=1e6)
 
     def everything(self) -> None:
-        """Unscale, look for what is not finite, clip, step, average."""
+        """Unscale, check for non-finite elements, clip, step, average."""
         self.optimizer.step(self.grads, grad_scale=1.0, max_grad_norm=1e6, nonfinite="skip")
 
     def stats(self) -> None:
@@ -89,7 +89,7 @@ def clock(act: Callable[[], None]) -> float:
 
 
 def ratio(ours: Callable[[], None], theirs: Callable[[], None], rounds: int, each: int) -> str:
-    """Median of ours / theirs over rounds of `each` steps, with the middle half of them."""
+    """Median of ours / theirs over rounds of `each` steps, with the quartiles."""
 
     def turn(act: Callable[[], None]) -> float:
         act()
@@ -138,8 +138,8 @@ def main() -> None:
     if o.markdown:
         about = machine.describe()
         o.markdown.write_text(
-            f"# What surrounds a step\n\n`python bench/pipelines.py`: {o.threads} threads of "
-            f"{about['processor']}, torch {torch.__version__}, medians and middle halves of "
+            f"# Step options\n\n`python bench/pipelines.py`: {o.threads} threads of "
+            f"{about['processor']}, torch {torch.__version__}, medians and quartiles of "
             f"{o.rounds} rounds.\n\n{table}\n"
         )
 

@@ -28,7 +28,7 @@ class Case:
     cls: str
     states: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
-    class_options: dict[str, Any] = field(default_factory=dict)  # what the class needs beside them
+    class_options: dict[str, Any] = field(default_factory=dict)  # more options, of the class
 
     @property
     def fast(self) -> Callable[..., None]:
@@ -119,7 +119,7 @@ CASES = [
 ]
 
 
-# what a step may do around a rule: the rows of the tests of every adapter
+# step options: the rows of the tests of every adapter
 ALL_STEP_OPTIONS = {
     "grad_scale": 0.25,
     "max_grad_norm": 0.5,
@@ -152,15 +152,15 @@ def values(n: int, dtype: Any, seed: int, hostile: bool = True) -> np.ndarray:
     x = (rng.standard_normal(n) * 10.0 ** rng.integers(-12, 5, n)).astype(dtype)
     if hostile:
         info = np.finfo(dtype)
-        odd = [np.inf, -np.inf, np.nan, 0.0, -0.0, info.smallest_subnormal, -info.tiny / 3]
-        odd += [info.max, -info.max, info.tiny, 1.0]
-        where = rng.permutation(n)[: min(n // 3, 4 * len(odd))]
-        x[where] = np.resize(np.array(odd, dtype), where.size)
+        edge = [np.inf, -np.inf, np.nan, 0.0, -0.0, info.smallest_subnormal, -info.tiny / 3]
+        edge += [info.max, -info.max, info.tiny, 1.0]
+        where = rng.permutation(n)[: min(n // 3, 4 * len(edge))]
+        x[where] = np.resize(np.array(edge, dtype), where.size)
     return x
 
 
 def canonical(x: np.ndarray) -> bytes:
-    """The bytes of x with one NaN for all: their payloads are not promised."""
+    """The bytes of x with all NaNs made the same: their payloads are not promised."""
     if x.dtype.kind not in "f":
         return x.tobytes()
     return np.where(np.isnan(x), x.dtype.type(np.nan), x).tobytes()

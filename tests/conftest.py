@@ -1,12 +1,12 @@
-"""Before the first test: settle torch's vector library, and let Ctrl-C through.
+"""Before the first test: make torch's vector library choose its kernels, and enable Ctrl-C.
 
-MKL, which torch calls, chooses the kernel of a function at the first call, not safely between
-threads: a first `sqrt` in several threads may compute one thread's share to 12 bits, once in
-hundreds of processes (pytorch/pytorch#188792). A first call of one element in one thread makes the
-choice for all.
+MKL, which torch calls, chooses the kernel of a function at its first call, which is not safe in
+several threads: a first `sqrt` there may compute one thread's share to 12 bits, once in hundreds of
+processes (pytorch/pytorch#188792). A first call of one element in one thread makes the choice for
+all.
 
 A shell starts background jobs with SIGINT ignored, and children inherit that, so the tests that
-interrupt themselves or a child would wait for ever. A handler here is the default in children.
+interrupt themselves or a child would wait for ever. With a handler here, children have the default.
 """
 
 import signal

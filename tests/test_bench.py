@@ -1,4 +1,4 @@
-"""The comparison measures what it says: its data, its statistics, its answers to bad input."""
+"""The benchmark: its cases, its statistics, its reports, and errors for bad input."""
 
 import dataclasses
 import json
@@ -48,7 +48,7 @@ def test_shapes_are_those_of_the_models(name, arrays, parameters):
 
 
 def test_interval_covers_the_median():
-    """Of 200 samples around 1.3, about 95% of the intervals hold 1.3, and all are short."""
+    """Of 200 samples with median 1.3, about 95% of the intervals hold 1.3, and all are short."""
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(200):
@@ -66,7 +66,7 @@ def test_disturbed_rounds_do_not_count():
         entry.add_round({OURS: 1.0, LIMIT: 1.0 - busy / 2} | rare, busy)
     assert stats.calm(entry, OURS, LIMIT) == [0, 2, 3, 5]
     assert stats.quotients(entry, LIMIT, OURS) == [[1.0, 0.95], [1.0, 0.9]]
-    assert stats.quotients(entry, "rare", OURS) == [[3.0], [3.0]]  # it has no better ones
+    assert stats.quotients(entry, "rare", OURS) == [[3.0], [3.0]]  # it has no calm ones
     assert stats.disturbance(entry) == pytest.approx(0.075)
 
 
@@ -80,7 +80,7 @@ def test_unknown_names_list_the_known_ones(option):
 
 
 def test_run_writes_what_it_measured(tmp_path):
-    """Who is not installed is listed, whose numbers are narrow moves what it should."""
+    """Missing libraries are listed, and narrow formats move the right number of bytes."""
     (tmp_path / "numba.py").write_text("raise ModuleNotFoundError('No module named numba')")
     path = tmp_path / "x.json"
     contenders = "numpy,numba,fusedopt-bf16,fusedopt-int8,fusedopt-short"
@@ -103,7 +103,7 @@ def test_run_writes_what_it_measured(tmp_path):
 
 
 def test_developers_contenders_run_by_the_same_command(tmp_path):
-    """A worker finds their classes; here it finds that what they need is not there."""
+    """A worker finds their classes, and reports here that their libraries are missing."""
     for name in ("torch", "tensorflow"):
         (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('no {name}')")
     script = Path(__file__).parents[1] / "bench" / "compare.py"
@@ -120,13 +120,13 @@ def test_interrupted_run_keeps_what_it_measured(tmp_path):
     process = subprocess.Popen(
         [*COMMAND, *options, "--json", path], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    told = b""
-    while b"1M" not in told:  # the first case is done
-        told += (byte := process.stderr.read(1))
-        assert byte, told
+    err = b""
+    while b"1M" not in err:  # the first case is done
+        err += (byte := process.stderr.read(1))
+        assert byte, err
     process.send_signal(signal.SIGINT)
-    out, told = process.communicate(timeout=60)
-    assert process.returncode == 130 and b"interrupted" in told
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"interrupted" in err
     assert b"1k in one array" in out and b"NumPy, in place" in out
     recorded = json.loads(path.read_text())
     assert not recorded["complete"]
@@ -136,13 +136,13 @@ def test_interrupted_run_keeps_what_it_measured(tmp_path):
 def test_case_that_does_not_fit_is_skipped(monkeypatch, capsys):
     monkeypatch.setattr(machine, "available_memory", lambda: 10**9)
     assert cli.main(["bench", "--case", "50M", "--contender", "numpy"]) == 0
-    told = capsys.readouterr().out
-    assert "50M in one array" in told
-    assert "skipped: needs 3.1 GB of memory, 0.9 GB are free" in told
+    out = capsys.readouterr().out
+    assert "50M in one array" in out
+    assert "skipped: needs 3.1 GB of memory, 0.9 GB are free" in out
 
 
 def test_teams_fit_into_memory():
-    """Each holds those of every round; who would not fit even alone beside them is left out."""
+    """Each holds those of every round; contenders that do not fit beside them are left out."""
     problem = Problem(CASES["50M"], "adam", "float32", 1)
     rows = [ROWS[name] for name in (LIMIT, OURS, AGAIN, "numpy", "reference", "functional")]
     budget = 5.4e9  # 3.9 GB for all teams; 1 or 1.6 more for numpy and the reference
@@ -165,10 +165,10 @@ def test_memory_is_measured(tmp_path):
     assert 4 * 10**6 <= found["reference"]["temporary"] < 40 * 10**6
 
 
-def test_report_is_whole(tmp_path):
+def test_report_is_complete(tmp_path):
     folder = tmp_path / "report"
     folder.mkdir()
-    (folder / "notes.md").write_text("not the tool's")
+    (folder / "notes.md").write_text("another file")
     options = ("--case", "mlp", "--contender", "numpy", "--cache", "warm", "--seconds", "0.2")
     done = run(*options, "--threads", "1", "--report", folder)
     assert done.returncode == 0, done.stderr
@@ -186,8 +186,8 @@ def test_report_is_whole(tmp_path):
 
 @pytest.mark.parametrize("name", ["numpy", "fusedopt-short"])
 def test_another_update_is_refused(name):
-    """What is timed has computed the reference's update, within the row's tolerance."""
-    problem = Problem(CASES["mlp"], "adam", "float32", fusedopt.get_num_threads())  # is set
+    """Only contenders that computed the reference's update, within a tolerance, are timed."""
+    problem = Problem(CASES["mlp"], "adam", "float32", fusedopt.get_num_threads())  # gets set
     other = dataclasses.replace(problem, optimizer="adamw")
     worker.build(ROWS[name], problem)
     cls = type("Other", (ROWS[name].cls,), {})
@@ -200,7 +200,7 @@ def test_another_update_is_refused(name):
 
 
 @pytest.mark.parametrize("name", sorted(ROWS))
-def test_a_rule_that_a_contender_does_not_know_is_refused(name):
+def test_a_rule_that_a_contender_lacks_is_refused(name):
     unknown = [rule for rule in OPTIMIZERS if rule not in ROWS[name].optimizers] or ["other"]
     for rule in unknown:
         with pytest.raises(ValueError, match=f"{name}: has no {rule} of this form"):
@@ -208,14 +208,14 @@ def test_a_rule_that_a_contender_does_not_know_is_refused(name):
 
 
 class Slow:
-    """A session in which every step takes as long as it says, and nothing is really run."""
+    """A session whose steps take given times and are not run."""
 
     def __init__(self, seconds):
         self.rows = self.step_seconds = seconds
         self.workers = self
 
     def cpu_seconds(self):
-        return math.nan  # as where the system does not say: no round counts as disturbed
+        return math.nan  # as on systems that do not report it: no round counts as disturbed
 
     def turn(self, name, warm):
         return self.step_seconds[name]
@@ -223,7 +223,7 @@ class Slow:
 
 @pytest.mark.parametrize("late", [False, True])
 def test_slow_contenders_are_never_dropped(late, monkeypatch):
-    """All are in the first round, so that a run that ends early has a figure of each."""
+    """All are in the first round, so that a run that ends early has measured each."""
     if late:
         monkeypatch.setattr(measure, "_PATIENCE", 0)
     entry = Entry("x", "x", "size", 1, 1, 1, 1, 1, "warm")

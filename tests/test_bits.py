@@ -38,7 +38,7 @@ def arrays(case, n, dtype, hostile=True):
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_sizes(case, dtype, name):
-    """Around the borders of vectors and tiles, on one thread, on each ISA."""
+    """Sizes near the borders of vectors and tiles, on one thread, on each ISA."""
     with isa(name), threads(1):
         for n in [0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, TILE - 1, TILE, TILE + 1, 5 * TILE + 3]:
             compare(case, lambda n=n: arrays(case, n, dtype))
@@ -56,13 +56,13 @@ def test_threads(case, name, count):
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_alignments(case, dtype):
-    """Any byte offset of each array, also those that no float can be addressed at."""
+    """Any byte offset of each array, also unaligned ones."""
 
     def make(offsets):
         out = []
         for x, offset in zip(arrays(case, 2 * TILE + 5, dtype), offsets, strict=True):
-            room = np.zeros(x.nbytes + 64, np.uint8)
-            y = room[offset : offset + x.nbytes].view(dtype)
+            memory = np.zeros(x.nbytes + 64, np.uint8)
+            y = memory[offset : offset + x.nbytes].view(dtype)
             y[...] = x
             out.append(y)
         return out
@@ -90,7 +90,7 @@ SHAPES = [(), (1,), (0,), (3, 5), (TILE,), (7, TILE - 1), (2, 3, 4), (1, 1), (60
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_classes(case, dtype):
-    """Many leaves of many shapes in one call, some left out in some steps."""
+    """Many leaves of many shapes in one call, some skipped in some steps."""
 
     def run(module):
         params = [values(int(np.prod(s)), dtype, i).reshape(s) for i, s in enumerate(SHAPES)]
@@ -102,7 +102,7 @@ def test_classes(case, dtype):
             grads = [
                 None if i % 5 == step else rng.standard_normal(p.shape).astype(dtype)
                 for i, p in enumerate(params)
-            ]  # in C order: the last two are laid anew
+            ]  # in C order: the last two are copied to the parameters' order
             opt.step([g if g is None else np.asarray(g, dtype) for g in grads])
         state = [a for s in opt.state.values() for a in s.values()]
         return params + [np.asarray(a, np.float64 if np.isscalar(a) else None) for a in state]
@@ -113,7 +113,7 @@ def test_classes(case, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)
 def test_constant_divisor(dtype):
-    """sqrt(v) / root is the quotient's float for hard values, where a product stands in for it."""
+    """sqrt(v) / root is rounded as a division for hard values, though computed by a product."""
     rng = np.random.default_rng(3)
     for step in [1, 2, 3, 10, 1000, 10**6]:
         for beta2 in [0.0, 0.5, 0.9, 0.99, 0.999, 0.9999999]:
@@ -153,7 +153,7 @@ print(h.hexdigest(), fusedopt.info()["isa"].split()[0], fusedopt.get_num_threads
 
 
 def test_environment_choices_keep_the_bits():
-    """FUSEDOPT_ISA and FUSEDOPT_NUM_THREADS take effect, and change nothing."""
+    """FUSEDOPT_ISA and FUSEDOPT_NUM_THREADS take effect, and change no bit."""
     digests = set()
     for name in _core.available_isas():
         for count in ["1", "3"]:

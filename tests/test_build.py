@@ -1,4 +1,4 @@
-"""What the compiler made: wide instructions in kernels alone, none that change bits."""
+"""The compiled code: wide instructions in kernels only, none that change bits."""
 
 import importlib
 import platform
@@ -53,12 +53,12 @@ def code_of(functions, name):
 
 
 def is_avx(instruction):
-    # VEX and EVEX forms begin with v; verr and verw are system instructions that none uses
+    # VEX and EVEX forms begin with v; verr and verw are system instructions, which are not used
     return re.match(r"v[a-z]", instruction) or re.search(r"%[yz]mm|%k[0-7]", instruction)
 
 
 def test_names_are_there(functions):
-    """The wheel is not stripped of names, so that this file can tell kernels from the rest."""
+    """The wheel keeps its symbols, so that this file can distinguish kernels."""
     for isa in WIDEST:
         for rule, kind, loop in product(_core.RULES, ("f32", "f64"), ("whole", "blocks")):
             name = f"{rule}_{kind}_{isa}_{loop}"
@@ -84,12 +84,12 @@ def test_each_isa_keeps_to_its_registers(functions):
 
 
 def test_fused_multiply_add_only_in_divisions(functions):
-    """It rounds once where the reference rounds twice: divide.inc alone uses it, in pairs."""
+    """It rounds once where the reference rounds twice: only divide.inc uses it, in pairs."""
     fused = set()
     for name, code in functions.items():
-        rests = sum(bool(re.match("vfnmadd", i)) for i in code)
-        assert sum(bool(re.match("vfn?m(add|sub)", i)) for i in code) == 2 * rests, name
-        fused |= {name.partition("_")[0]} if rests else set()
+        remainders = sum(bool(re.match("vfnmadd", i)) for i in code)
+        assert sum(bool(re.match("vfn?m(add|sub)", i)) for i in code) == 2 * remainders, name
+        fused |= {name.partition("_")[0]} if remainders else set()
     # those whose constants have a root to divide by
     assert fused == {rule for rule, (_, scalars, *_) in _core.RULES.items() if "root" in scalars}
 
@@ -108,7 +108,7 @@ def test_rules_are_vectorised(functions, rule, kind, isa):
 
 @pytest.mark.parametrize("isa", WIDEST)
 def test_formats_are_vectorised(functions, isa):
-    """Decoding and encoding in the loop of a rule, in packed integers."""
+    """Decoding and encoding within the loop of a rule use packed integers."""
     for name in (f"adam_f32_{isa}_bf16_state", f"adam_f32_{isa}_int8_state"):
         code = code_of(functions, name)
         widening = [i for i in code if re.match(r"v?(pmov[sz]x(bd|wd)|punpck[lh](bw|wd))", i)]
@@ -139,7 +139,7 @@ def test_the_library_is_linked_once(module):
 
 
 def test_stable_abi():
-    """Named so that every CPython from 3.11 on finds them, whichever built them."""
+    """File names that every CPython from 3.11 on finds, whichever built them."""
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
         pytest.skip("no stable ABI")
     assert len(MODULES) == 5

@@ -148,7 +148,7 @@ def test_foreign_npz(tmp_path):
         make().load(path)
     with open(path, "wb") as file:
         np.save(file, np.ones(3))
-    with pytest.raises(ValueError, match="not a checkpoint of fusedopt.*one array, no archive"):
+    with pytest.raises(ValueError, match="not a checkpoint of fusedopt.*a single array, not an ar"):
         make().load(path)
     np.savez(path, fusedopt=np.array([{"a": 1}], object))  # would need unpickling
     with pytest.raises(ValueError, match="not a checkpoint of fusedopt"):
@@ -181,7 +181,7 @@ def test_names_and_folders(tmp_path):
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_interrupted_save_keeps_the_old_file(tmp_path, suffix, monkeypatch):
-    """Whatever goes wrong before the rename, the old file is whole and no debris is left."""
+    """If anything fails before the rename, the old file is complete and no other file is left."""
     path = tmp_path / f"checkpoint{suffix}"
     opt = make()
     opt.save(path)
@@ -218,7 +218,7 @@ def test_file_mode_follows_umask(tmp_path):
 
 @pytest.mark.parametrize("convert", [False, True])
 def test_state_that_cannot_be_converted_changes_nothing(convert):
-    """The last array of all does not fit; those before it have not been copied."""
+    """The last array does not fit; those before it have not been copied."""
     p = np.ones(5, ml_dtypes.bfloat16)
     opt = fusedopt.SGD([p], momentum=0.9, master_bits=24)
     opt.step([np.ones(5, np.float32)])
@@ -252,17 +252,17 @@ def test_impossible_step_counts(steps):
     assert contents(opt) == before
 
 
-@pytest.mark.filterwarnings("ignore")  # of archives with two members of one name, made on purpose
+@pytest.mark.filterwarnings("ignore")  # some archives have two members of one name on purpose
 def test_hostile_files(tmp_path):
     """A short run of campaigns/checkpoints.py."""
     campaign = checkpoints.Campaign(tmp_path)
     for seed in range(600):
         campaign.one(10**9 + seed)
     campaign.check_memory()
-    assert campaign.taken > 20 and campaign.refused > 300
+    assert campaign.loaded > 20 and campaign.refused > 300
 
 
-# ------------------------------------------------------------------ what a step takes, a file holds
+# ------------------------------------------------------------------ files hold all valid options
 
 NAMES = [cls.__name__ for cls in CLASSES]
 
@@ -284,7 +284,7 @@ def unusual(value):
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("cls", NAMES)
 def test_options_of_any_numeric_type(tmp_path, cls, suffix):
-    """Each option, in each form that a step takes: a file is written, loads, and goes on alike."""
+    """Each option in each form that a step accepts: a saved and loaded run continues equally."""
     p = np.linspace(-1, 1, 50, dtype=np.float32)
     make = getattr(fusedopt, cls)
     for name, default in make(p.copy()).param_groups[0].items():
@@ -304,7 +304,7 @@ def test_options_of_any_numeric_type(tmp_path, cls, suffix):
             assert contents(opts[0]) == contents(opts[1])
 
 
-SWITCHED_OFF = [  # class, state, made with, then set, so that the state is left over
+SWITCHED_OFF = [  # class, state, options when made, options set later that do not use the state
     (cls.__name__, state.name, {state.needs: type(default)(0.9)}, {state.needs: default})
     for cls in CLASSES
     for state in cls.rule.states
@@ -316,7 +316,7 @@ SWITCHED_OFF = [  # class, state, made with, then set, so that the state is left
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize(("cls", "state", "made", "then"), SWITCHED_OFF, ids=str)
 def test_options_switched_off(tmp_path, cls, state, made, then, suffix):
-    """State that is used no more is in the file, and need not have a place where that is loaded."""
+    """Unused state is in the file, and the optimizer that loads it may lack that state."""
     path, g = tmp_path / f"x{suffix}", [np.ones(4), np.ones((2, 3))]
     params = [np.ones(4), np.ones((2, 3))]
     opt = getattr(fusedopt, cls)(params, **made)
@@ -337,13 +337,13 @@ def test_options_switched_off(tmp_path, cls, state, made, then, suffix):
         assert_same(others, twins, ["0", "1"])
     opt.param_groups[0].update(made)
     opt.save(path)
-    with pytest.raises(ValueError, match=f"need other state than this optimizer has: {state}"):
+    with pytest.raises(ValueError, match=f"that this optimizer does not have: {state}"):
         getattr(fusedopt, cls)(params).load(path)
 
 
 @pytest.mark.parametrize(("cls", "state", "made", "then"), SWITCHED_OFF, ids=str)
 def test_options_that_were_never_on(tmp_path, cls, state, made, then):
-    """State that the file has not, and that its options do not use, is as it began."""
+    """State that the file lacks and its options do not use gets its initial value."""
     path = tmp_path / "x.npz"
     getattr(fusedopt, cls)([np.ones(4)]).save(path)
     opt = getattr(fusedopt, cls)([np.ones(4)], **made)
@@ -366,8 +366,8 @@ def test_names_that_no_file_can_hold(tmp_path, name, suffix):
 
 
 @pytest.mark.parametrize("value", [np.nan, -1.0, "fast", None])
-def test_a_rate_that_no_step_takes(tmp_path, value):
-    """What is saved in need has the rate of the last step; that here is replaced by a file's."""
+def test_an_invalid_rate(tmp_path, value):
+    """A checkpoint gets the last valid rate; a load replaces the invalid one."""
     path = tmp_path / "x.npz"
     opt = make(lr=0.25)
     opt.param_groups[0]["lr"] = value
@@ -400,7 +400,7 @@ def test_the_file_of_another_class(tmp_path, saved, suffix):
             assert repr(opt) == before
 
     class Mine(getattr(fusedopt, saved)):
-        """One's own subclass has the rule of its base."""
+        """A subclass has the rule of its base."""
 
     Mine([np.ones(2)]).load(path)
 
@@ -424,7 +424,7 @@ COPIES = {
 @pytest.mark.parametrize("there", ORDERS)
 @pytest.mark.parametrize("here", ORDERS)
 def test_state_of_other_memory_orders(tmp_path, here, there, state_dtype, suffix):
-    """8-bit blocks follow the memory: in another order they are encoded anew, or refused."""
+    """8-bit blocks follow the memory: in another order they are encoded again, or refused."""
     rng = np.random.default_rng(0)
     start = rng.standard_normal((8, 12, 10)).astype(np.float32)
     grad = start * np.logspace(-3, 0, 8, dtype=np.float32)[:, None, None]
@@ -462,7 +462,7 @@ def test_state_of_other_memory_orders(tmp_path, here, there, state_dtype, suffix
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_many_small_arrays(tmp_path, suffix):
-    """They share members; large ones beside them do not."""
+    """They share members; large arrays do not."""
     path = tmp_path / f"x{suffix}"
 
     def many(seed):
@@ -503,7 +503,7 @@ def test_many_small_arrays(tmp_path, suffix):
 
 
 def test_safetensors_reads_what_we_write(tmp_path):
-    """Its own reader finds every array, in C order, aligned."""
+    """The reader of safetensors finds every array, in C order, aligned."""
     numpy = pytest.importorskip("safetensors.numpy")
     opt = make()
     opt.save(tmp_path / "x.safetensors")
@@ -525,7 +525,7 @@ def test_save_goes_through_links(tmp_path, suffix):
     disk = tmp_path / "disk"
     disk.mkdir()
     target, link = disk / f"run{suffix}", tmp_path / f"latest{suffix}"
-    link.symlink_to(target)  # of a file that is not there yet
+    link.symlink_to(target)  # the file does not exist yet
     make().save(link)
     assert link.is_symlink() and target.is_file()
     before = target.read_bytes()
@@ -572,7 +572,7 @@ def test_pipes_are_refused(tmp_path, suffix):
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_leftovers_of_killed_saves(tmp_path, suffix, monkeypatch):
-    """The next save of the same path removes them, but not the file of a save that is under way."""
+    """The next save to the same path removes them, but not the file of a running save."""
     path, ready = tmp_path / f"x{suffix}", tmp_path / "ready"
     opt = make()
     child = os.fork()
@@ -582,12 +582,12 @@ def test_leftovers_of_killed_saves(tmp_path, suffix, monkeypatch):
         os._exit(0)
     while not ready.exists():
         time.sleep(0.01)
-    other = tmp_path / f".y{suffix}.0123456789abcdef.tmp"  # another path's
+    other = tmp_path / f".y{suffix}.0123456789abcdef.tmp"  # of another path
     other.write_bytes(b"x")
     opt.save(path)
     left = set(os.listdir(tmp_path)) - {path.name, ready.name, other.name}
     assert len(left) == 1
-    empty = tmp_path / f".x{suffix}.0123456789abcdef.tmp"  # of one that was killed at once
+    empty = tmp_path / f".x{suffix}.0123456789abcdef.tmp"  # of a save killed at once
     empty.touch()
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)

@@ -1,4 +1,4 @@
-"""The command line in processes of its own: bad input is one line and status 2, before any work."""
+"""The command line in its own processes: bad input gives one line and status 2, before any work."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def members(path, content):
 
 
 def claims(path, shape):
-    """A file whose x_train says that it is larger than it is."""
+    """A file whose x_train claims a larger size than it has."""
     data(path)
     with zipfile.ZipFile(path) as file:
         kept = {name: file.read(name) for name in file.namelist()}
@@ -103,7 +103,7 @@ DATA = {
 
 
 def assert_refused(done, command, message):
-    """One line that says what is wrong, and nothing else."""
+    """The output is one line that says what is wrong."""
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"fusedopt {command}: "), line
@@ -125,7 +125,7 @@ def recording(**changes):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Some files of every kind to name; the command runs beside them."""
+    """Files of every kind in the working directory of the command."""
     monkeypatch.chdir(tmp_path)
     data(tmp_path / "data.npz")
     for name in ("folder.npz", "folder.png", "folder.json"):
@@ -167,7 +167,7 @@ OPTIONS = [
     ("train --data data.npz --resume text.npz", "text.npz: not a checkpoint of fusedopt"),
     (
         "train --data data.npz --resume other.npz",
-        "other.npz: not a checkpoint that this run can go on from",
+        "other.npz: not a checkpoint that this run can continue",
     ),
     ("train --data data.npz --lr nan", "lr: must be finite"),
     ("train --data data.npz --lr -1", "lr: must be >= 0"),
@@ -211,15 +211,15 @@ def test_bad_options(folder, words, message):
     [
         ("train --data shut.npz", r"Permission denied: '?shut.npz"),
         ("train --resume shut.npz", r"Permission denied: '?shut.npz"),
-        ("train --save shut/x.npz", "--save shut/x.npz: may not be written"),
-        ("train --plot shut/x.png", "--plot shut/x.png: may not be written"),
-        ("train --plot shut.png", "--plot shut.png: may not be written"),
-        ("bench --json shut/x.json", "--json shut/x.json: may not be written"),
+        ("train --save shut/x.npz", "--save shut/x.npz: no permission to write"),
+        ("train --plot shut/x.png", "--plot shut/x.png: no permission to write"),
+        ("train --plot shut.png", "--plot shut.png: no permission to write"),
+        ("bench --json shut/x.json", "--json shut/x.json: no permission to write"),
         ("bench --load shut.json", r"Permission denied: '?shut.json"),
     ],
 )
-def test_files_of_others(capsys, monkeypatch, words, message):
-    """In this process, as another user where this one is root."""
+def test_files_without_permission(capsys, monkeypatch, words, message):
+    """In this process, as another user if this one is root."""
     root = os.geteuid() == 0
     with tempfile.TemporaryDirectory() as folder:
         monkeypatch.chdir(folder)
@@ -251,7 +251,7 @@ def resumable(folder):
 
 
 def test_damaged_checkpoints(folder, capsys):
-    """What belongs to the program, beside the optimizer's part, is checked as well."""
+    """The program's own entries are checked too, not only the optimizer's."""
     from fusedopt import _checkpoint
 
     words, arrays, meta = resumable(folder)
@@ -293,7 +293,7 @@ def test_a_finished_run_has_nothing_to_monitor(folder, capsys):
 
 
 def test_failures_half_way(folder, capsys, monkeypatch):
-    """A full disk is a line and status 1; a fault of ours shows where it is."""
+    """A full disk gives one line and status 1; a bug gives a traceback."""
     words = ["train", "--data", "data.npz", "--save", "x.npz"]
 
     def full(*_):
@@ -355,8 +355,8 @@ def test_closed_and_full_streams(folder, kind):
 @posix
 @pytest.mark.parametrize("unbuffered", [False, True])
 @pytest.mark.parametrize("words", ["info", "--version", "train --help", TRAIN])
-def test_nobody_reads(folder, words, unbuffered):
-    """A reader that has gone, as in `| head`: silence, and the status of such a death."""
+def test_reader_is_gone(folder, words, unbuffered):
+    """A closed pipe, as of `| head`: no message, and the status of SIGPIPE."""
     reading, writing = os.pipe()
     os.close(reading)
     env = os.environ | {"PYTHONUNBUFFERED": "1" if unbuffered else ""}
@@ -368,22 +368,22 @@ def test_nobody_reads(folder, words, unbuffered):
     silent = unbuffered and words in (
         "--version",
         "train --help",
-    )  # argparse passes over its own failures to write
+    )  # argparse ignores its own failures to write
     assert done.returncode == (0 if silent else 141)
     assert "rror" not in done.stderr and "Exception" not in done.stderr, done.stderr
 
 
 @posix
 def test_interrupted(folder):
-    """After some epochs, and what was saved can be gone on from."""
+    """After some epochs: status 130, and the checkpoint is there."""
     words = ["train", "--data", "data.npz", "--epochs", "1000000", "--save", "run.npz"]
     process = subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    told = b""
-    while b"epoch 3/" not in told:
-        told += (byte := process.stderr.read(1))
-        assert byte, told
+    err = b""
+    while b"epoch 3/" not in err:
+        err += (byte := process.stderr.read(1))
+        assert byte, err
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert told.endswith(b"fusedopt train: interrupted\n")
+    assert err.endswith(b"fusedopt train: interrupted\n")
     assert (folder / "run.npz").exists()

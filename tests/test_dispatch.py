@@ -48,7 +48,7 @@ def test_unknown_or_unsupported_is_an_import_error(name):
     )
 
 
-def test_info_says_all():
+def test_info_is_complete():
     info = fusedopt.info()
     assert info["available"].split(", ") == _core.available_isas()
     assert info["threads"].split()[0] == str(fusedopt.get_num_threads())

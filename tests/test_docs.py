@@ -1,4 +1,4 @@
-"""What the documentation says is true."""
+"""Examples, commands and links of the documentation work."""
 
 import doctest
 import importlib
@@ -46,7 +46,7 @@ def test_readme_code_runs():
 
 
 def test_readme_commands_are_cis():
-    """CI runs the README's commands, letter for letter."""
+    """CI runs the README's commands exactly."""
     commands = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     ci = (ROOT / ".ci/run").read_text()
     for command in (line for block in commands for line in block.splitlines()):

@@ -1,4 +1,4 @@
-"""What fails in the middle of a call leaves all as it was; numbers that fail stay in place."""
+"""A call that fails in the middle changes nothing; NaN and infinities step as in the reference."""
 
 import os
 import platform
@@ -18,7 +18,7 @@ linux = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="replaces g
 unix = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and limits of processes")
 SUFFIXES = [".npz", ".safetensors"]
 old_numpy = int(np.__version__.partition(".")[0]) < 2
-# where a write fails, NumPy 1 leaves a ZipFile open, which complains when it is collected
+# if a write fails, NumPy 1 leaves a ZipFile open, which warns when it is collected
 left_open = pytest.mark.filterwarnings(
     f"{'ignore' if old_numpy else 'error'}::pytest.PytestUnraisableExceptionWarning"
 )
@@ -45,7 +45,7 @@ def test_every_allocation_fails_once(malloc):
     if malloc == "pymalloc":
         assert counts["step"] == [0, 0, 0]  # a step allocates nothing
     for name, (failed, raised, late) in counts.items():
-        assert late <= 2, name  # once, where a step that is done cannot return its result
+        assert late <= 2, name  # once, when a finished step cannot return its result
         assert raised >= 0.9 * failed, name
         assert malloc == "pymalloc" or failed >= 10, name
 
@@ -53,7 +53,7 @@ def test_every_allocation_fails_once(malloc):
 @unix
 @left_open
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_out_of_room(suffix):
+def test_out_of_disk_space(suffix):
     assert faults.full_disk(suffix, stride=199) > 20
 
 
@@ -85,7 +85,7 @@ def test_killed_while_saving(suffix):
 
 
 def test_loading_ones_own_arrays_in_another_order():
-    """The arrays of a state dict are the live ones: one is not written before it is read."""
+    """The arrays of a state dict are the live ones: each is read before it is overwritten."""
     opt = fusedopt.SGD({"a": np.ones(5), "b": np.ones(5)}, lr=0.1, momentum=0.9)
     opt.step({"a": np.full(5, 1.0), "b": np.full(5, 2.0)})
     state = opt.state_dict()
@@ -99,7 +99,7 @@ def test_loading_ones_own_arrays_in_another_order():
 @pytest.mark.parametrize("storage", [{}, {"state_dtype": "bfloat16"}, {"state_dtype": "int8"}])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_storms(case, storage):
-    """Gradients of nothing but NaN, infinities, the largest and the smallest, then fair ones."""
+    """Gradients of mostly NaN, infinities, largest and smallest numbers, then normal ones."""
     finite = np.finfo(np.float32)
     storm = [np.nan, np.inf, -np.inf, finite.max, -finite.max, finite.tiny, 0.0, 1.0]
     rng = np.random.default_rng(0)

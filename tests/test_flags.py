@@ -1,4 +1,4 @@
-"""A compiler that may change bits is refused: by csrc/flags.h and by CMakeLists.txt."""
+"""Compiler flags that may change bits are refused by csrc/flags.h and CMakeLists.txt."""
 
 import re
 import shutil
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C co
 
 
 def compile_with(source, flags):
-    """Whether a file of the library compiles with some flags; what is said."""
+    """Whether a file of the library compiles with some flags, and the compiler's messages."""
     command = [
         "cc", "-std=c11", "-O3", "-fsyntax-only", *flags.split(), "-ffp-contract=off",
         "-fno-math-errno", "-fno-trapping-math", "-D_DEFAULT_SOURCE", "-DFO_ISA=any", source,
@@ -35,25 +35,25 @@ def compile_with(source, flags):
 def test_refused(source, flags):
     version = subprocess.run(["cc", "--version"], capture_output=True, text=True, check=True)
     if flags in GCC and "Free Software Foundation" not in version.stdout:
-        pytest.skip("GCC tells by a macro, others by their flags alone")
-    accepted, said = compile_with(source, flags)
+        pytest.skip("GCC defines a macro for it; other compilers only have the flag")
+    accepted, messages = compile_with(source, flags)
     assert not accepted
-    assert "would change the bits of a step" in said
+    assert "would change the bits of a step" in messages
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_excess_precision_is_refused(source):
-    accepted, said = compile_with(source, "-U__FLT_EVAL_METHOD__ -D__FLT_EVAL_METHOD__=2")
+    accepted, messages = compile_with(source, "-U__FLT_EVAL_METHOD__ -D__FLT_EVAL_METHOD__=2")
     assert not accepted
-    assert "float must be computed in float" in said
+    assert "float must be computed in float" in messages
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_harmless_flags(source):
-    """Also what undoes a flag, as packagers do."""
+    """Including flags that undo others, as packagers use them."""
     for flags in ("", "-O2 -g -fno-fast-math -fwrapv", "-ffast-math -fno-fast-math"):
-        accepted, said = compile_with(source, flags)
-        assert accepted, said
+        accepted, messages = compile_with(source, flags)
+        assert accepted, messages
 
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="needs CMake")
@@ -70,8 +70,8 @@ def test_harmless_flags(source):
         ("-ffast-mathematics", True),
     ],
 )
-def test_cmake_looks_between_all_that_separates(flag, ok, before, kind, tmp_path):
-    """The lines of CMakeLists.txt that look for such flags, run alone."""
+def test_cmake_finds_flags_after_any_separator(flag, ok, before, kind, tmp_path):
+    """Runs only the lines of CMakeLists.txt that search for such flags."""
     text = (SOURCES[0].parents[1] / "CMakeLists.txt").read_text()
     lines = re.search(r"string\(CONCAT bad_flags.*?endforeach\(\)", text, re.DOTALL)
     after = {'"': '"', "'": "'"}.get(before, before[2:])

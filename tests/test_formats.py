@@ -1,4 +1,4 @@
-"""Narrow formats: the bits of the reference, no bias, and nothing poisoned or lost."""
+"""Narrow formats: the reference's bits, no bias, and no element damaged or lost."""
 
 import itertools
 
@@ -17,15 +17,15 @@ NARROW = [name for name, row in FORMATS.items() if row[0] not in (np.float32, np
 PARAMS = ["float32", *(name for name in NARROW if name not in ("int8", "uint8"))]
 GRADS = [np.float32, np.float64, np.float16, BF16]
 STATES = ["float32", "bfloat16", "int8"]
-STOCHASTIC = ["bfloat16+int8", "int8", "uint8"]  # and what says so in its name
+STOCHASTIC = ["bfloat16+int8", "int8", "uint8"]  # and those with it in their name
 
 
 def make(name, n, fill=None, offset=0):
     """An array of n zeros in a format, its parts at a byte offset; `fill` is encoded into it."""
 
     def zeros(count, dtype):
-        room = np.zeros(count * np.dtype(dtype).itemsize + 64, np.uint8)
-        return room[offset : offset + count * np.dtype(dtype).itemsize].view(dtype)
+        memory = np.zeros(count * np.dtype(dtype).itemsize + 64, np.uint8)
+        return memory[offset : offset + count * np.dtype(dtype).itemsize].view(dtype)
 
     dtype, extra, per = FORMATS[name]
     data = zeros(n, BF16 if dtype is None else dtype)
@@ -39,7 +39,7 @@ def make(name, n, fill=None, offset=0):
 
 
 def raw(array):
-    """The arrays of one as a list with one NaN for all in those that hold floats."""
+    """The parts of an array as a list, 16-bit floats as float32."""
     parts = array.parts() if isinstance(array, Stored) else [array]
     out = []
     for x in parts:
@@ -89,8 +89,8 @@ def test_table_is_that_of_c():
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("param", PARAMS)
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
-def test_steps_of_nothing_are_finite(cls, param, state):
-    """With a gradient of 0 and state that is 0, in every format, and as the default epsilon is."""
+def test_steps_from_zero_are_finite(cls, param, state):
+    """With a gradient of 0 and state of 0, in every format, with the default epsilon."""
     p = make(param, BLOCK + 3, np.linspace(-2, 2, BLOCK + 3, dtype=np.float32))
     needed = {s.needs: 0.9 for s in cls.rule.states if s.needs == "momentum"}
     opt = cls([p], state_dtype=state, min_8bit_size=0, **needed)
@@ -105,7 +105,7 @@ def test_steps_of_nothing_are_finite(cls, param, state):
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_bits(case, state, name):
-    """Every parameter and gradient format with every state format, around the borders of blocks."""
+    """Every parameter and gradient format with every state format, near borders of blocks."""
     sizes = [0, 1, 2, BLOCK - 1, BLOCK, BLOCK + 1, TILE - 1, TILE, TILE + 1, 3 * TILE + 77]
     mixes = itertools.cycle(itertools.product(PARAMS, GRADS))
     with isa(name), threads(1):
@@ -152,7 +152,7 @@ def test_alignments(param):
 @pytest.mark.parametrize("state_dtype", [None, "bfloat16", "int8"])
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
 def test_classes(cls, state_dtype, master_bits):
-    """Many leaves of several dtypes and layouts, some left out in some steps."""
+    """Many leaves of several dtypes and layouts, some skipped in some steps."""
 
     def train(module):
         params = [values(n, np.float32, n, hostile=False).astype(BF16) for n in (3, 70, 5000)]
@@ -193,7 +193,7 @@ def test_classes(cls, state_dtype, master_bits):
 
 @pytest.mark.parametrize("name", NARROW)
 def test_codes_are_stable(name):
-    """What a format holds it holds: decoding and encoding again changes no bit."""
+    """Decoding and encoding again changes no bit."""
     fill = np.abs(values(5 * BLOCK + 3, np.float32, 4, hostile=False)) % np.float32(7) + 1
     array = make(name, fill.size, fill)
     before = array.decode()
@@ -237,7 +237,7 @@ def between(dtype):
 @pytest.mark.parametrize("module", [fusedopt, reference], ids=["fast", "reference"])
 @pytest.mark.parametrize("dtype", [np.float16, BF16], ids=str)
 def test_doubles_are_rounded_once(dtype, module, name):
-    """Not to float32 first: a middle of that is no middle of the number itself."""
+    """Not to float32 first, which may round a number to the middle of its neighbours."""
     x, expected = between(dtype)
     copy = np.empty(x.size + 3, dtype)
     x3 = np.append(x, [np.nan, 1.0, 2.0])
@@ -249,7 +249,7 @@ def test_doubles_are_rounded_once(dtype, module, name):
 
 
 def test_doubles_are_rounded_once_in_conversions():
-    """State of a float64 parameter that moves to a narrow format: the bits of its truth."""
+    """State of a float64 parameter that is converted to a narrow format is rounded once."""
     x, expected = between(BF16)
     stored = Stored("bfloat16", np.empty(x.size, BF16))
     stored.encode(x)
@@ -267,7 +267,7 @@ def test_residual_restores_float32_exactly():
     assert ((visible == nearest) | is_tie | np.isnan(x)).all()
 
 
-def test_short_residual_is_one_of_the_two_floats_of_24_bits():
+def test_short_residual_is_a_neighbour_in_24_bits():
     x = values(50_000, np.float32, 3, hostile=False)
     array = make("bfloat16+int8", x.size, x)
     got = array.decode()
@@ -275,12 +275,12 @@ def test_short_residual_is_one_of_the_two_floats_of_24_bits():
     assert not low.any()
     assert (np.abs(got.view(np.uint32).astype(np.int64) - bits) < 256).all()
     error = np.abs(array.data.astype(np.float32) - got)
-    assert (error <= np.abs(got) * np.float32(2.0**-8)).all()  # what shows is the nearest bfloat16
+    assert (error <= np.abs(got) * np.float32(2.0**-8)).all()  # the bfloat16 is the nearest
 
 
 @pytest.mark.parametrize("name", [row[0] for row in _core.formats() if row[4]])
 def test_rounding_has_no_bias(name):
-    """The mean over many keys is the number itself, within 5 standard errors of all of them."""
+    """The mean over many keys is the number itself, within 5 standard errors."""
     n, rounds = 1024, 400
     bits = {"float16-stochastic": 10, "bfloat16-stochastic": 7, "bfloat16+int8": 15}
     step = 2.0 ** -bits.get(name, 3)  # of numbers in [1, 2)
@@ -297,7 +297,7 @@ def test_rounding_has_no_bias(name):
 
 
 def test_noise_is_random_enough():
-    """Uniform, and not correlated with neighbours, the other half, another key or another step."""
+    """Uniform, and uncorrelated with neighbours, the other half, another key or another step."""
     n = 1 << 19
     counter = np.arange(n, dtype=np.uint32)
     before = None
@@ -322,7 +322,7 @@ def test_noise_is_random_enough():
 @pytest.mark.parametrize("master_bits", [16, 24, 32])
 @pytest.mark.parametrize("module", [fusedopt, reference], ids=["fast", "reference"])
 def test_updates_below_half_a_unit_are_not_lost(module, master_bits):
-    """Many of them move a parameter as far as they should; of mean 0 they do not move it."""
+    """Many of them move a parameter by their sum, and not at all if their mean is 0."""
     rng = np.random.default_rng(0)
     steps = 1000
     p, q, r = (np.ones(4096, BF16) for _ in range(3))
@@ -333,7 +333,7 @@ def test_updates_below_half_a_unit_are_not_lost(module, master_bits):
         drift.step(np.full(4096, (-1.0) ** i, np.float32))
         noisy.step(rng.standard_normal(4096).astype(np.float32))
     means = [opt.master_params()["params"].mean(dtype=float) for opt in (still, drift, noisy)]
-    # 5 standard errors: of Adam's walk, and of rounding to the unit below 1 so many times
+    # 5 standard errors: of Adam's random walk, and of so many roundings to the unit below 1
     unit = 2.0 ** -(master_bits - 8)
     error = 5e-5 + 5 * np.sqrt(1e-5 * unit * steps / 4096)
     np.testing.assert_allclose(means, [1 - 0.5e-5 * steps, 1, 1], rtol=0, atol=error)
@@ -355,11 +355,11 @@ def test_relative_error_of_8_bits(name):
 
 
 @pytest.mark.parametrize("name", ["int8", "uint8"])
-@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
-def test_a_non_finite_element_poisons_no_other(name, odd):
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_non_finite_element_changes_no_other(name, bad):
     x = np.linspace(0.5, 2, 3 * BLOCK).astype(np.float32)
     clean = make(name, x.size, x).decode()
-    x[70] = odd
+    x[70] = bad
     got = make(name, x.size, x).decode()
     assert np.isnan(got[70])
     assert np.array_equal(np.delete(got, 70), np.delete(clean, 70))
@@ -367,7 +367,7 @@ def test_a_non_finite_element_poisons_no_other(name, odd):
 
 @pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])
 def test_second_moment_follows_a_change_of_scale(state_dtype):
-    """Where round-to-nearest would stand still, the mean of v comes down with the gradient."""
+    """The mean of v falls with the gradient; rounded to nearest, it would stop changing."""
     rng = np.random.default_rng(0)
     n = 8192
     opt = fusedopt.Adam([np.zeros(n, np.float32)], state_dtype=state_dtype)
@@ -420,14 +420,14 @@ def test_bad_input(make_it, error, message):
 def test_formats_cannot_change_later():
     opt = fusedopt.Adam([np.ones(5000, np.float32)], state_dtype="int8")
     opt.param_groups[0]["state_dtype"] = "bfloat16"
-    with pytest.raises(ValueError, match="the arrays are made"):
+    with pytest.raises(ValueError, match="'bfloat16', but the arrays were made with 'int8'"):
         opt.step([np.ones(5000, np.float32)])
 
 
 @pytest.mark.parametrize("suffix", ["npz", "safetensors"])
 @pytest.mark.parametrize("state_dtype", [None, "bfloat16", "int8"])
 def test_checkpoints(tmp_path, state_dtype, suffix):
-    """Saved and loaded, training goes on as if it had not been interrupted."""
+    """After save and load, training continues as if it had not been interrupted."""
 
     def make_opt(seed):
         params = [values(5000, np.float32, seed, False).astype(BF16), np.ones(70, np.float32)]
@@ -498,7 +498,7 @@ def test_small_tensors_keep_float32():
     assert isinstance(state["params[0]"]["exp_avg"], Stored)
 
 
-def test_master_is_longer_than_what_is_seen():
+def test_master_has_more_bits_than_the_parameter():
     p = np.ones(100, BF16)
     opt = fusedopt.SGD([p], lr=1e-4)
     for _ in range(10):

@@ -1,4 +1,4 @@
-"""An import that is interrupted, or finds other modules than it should, ends as Python's do."""
+"""An import that is interrupted or finds wrong modules ends with an exception, not a crash."""
 
 import os
 import signal
@@ -32,10 +32,10 @@ except BaseException as exc:  # NumPy, and CPython where it makes a class, raise
 
 
 def run(code, **kwargs):
-    """What a fresh interpreter did; it may end as Python ends it, but not by another signal."""
+    """The result of a fresh interpreter, which must not be ended by a signal other than SIGINT."""
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
-    # an interrupt of code that was run by exec(), as dataclasses do, ends in SIGINT, caught or not
+    # an interrupt of code run by exec(), as in dataclasses, ends in SIGINT, caught or not
     assert done.returncode >= 0 or done.returncode == -signal.SIGINT, (done.returncode, done.stderr)
     return done
 
@@ -43,7 +43,7 @@ def run(code, **kwargs):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="interrupts by a timer")
 @pytest.mark.parametrize("first", ["", "import numpy", "import dataclasses, numpy"])
 def test_interrupted(first):
-    """At many moments: no crash, whichever module was just being made."""
+    """At many moments: no crash, whichever module was being initialised."""
     ends = []
     for i in range(24):
         done = run(INTERRUPTED.format(first=first, delay=0.0002 + 0.04 * (0.618 * i % 1)))
@@ -54,7 +54,7 @@ def test_interrupted(first):
 
 @pytest.mark.parametrize("name", ["ast", "dis", "inspect"])
 def test_modules_of_the_same_name(name, tmp_path):
-    """A beginner's own file that stands before one of Python's: an exception, as from NumPy."""
+    """A user's file that shadows a module of Python: an exception, as from NumPy."""
     (tmp_path / f"{name}.py").write_text("x = 1\n")
     code = """
 try:
@@ -70,5 +70,5 @@ else:
 
 @pytest.mark.parametrize("module", [_arrays, _core, _tensors], ids=lambda m: m.__name__)
 def test_the_compiled_modules_need_no_inspect(module):
-    """Cython imports it in each of them, and takes a failure for a module."""
+    """Cython imports it in each of them, and mistakes a failed import for a module."""
     assert b"inspect" not in Path(module.__file__).read_bytes()

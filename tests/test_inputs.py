@@ -20,7 +20,7 @@ def ones(*shape, dtype=f32):
 
 
 class Tensor:
-    """Stands for an array of another library."""
+    """An array of another library."""
 
     def __array__(self, dtype=None, copy=None):
         return np.ones(3, f32)
@@ -41,16 +41,16 @@ def read_only():
 
 
 BAD_ARRAYS = {
-    "tensor": (Tensor(), TypeError, r"expected a NumPy array, got .*Tensor; pass numpy.asarray"),
-    "float": (1.0, TypeError, r"expected a NumPy array, got float; .* numpy.array\(...\) of it"),
-    "buffer": (memoryview(b"1234"), TypeError, ".*got memoryview; pass numpy.asarray"),
-    "generator": ((x for x in ()), TypeError, r".*got generator; pass a list, list\(...\) of it"),
-    "set": ({1}, TypeError, r".*got set; pass a list, list\(...\) of it"),
-    "mapping": (MappingProxyType({}), TypeError, r".*got mappingproxy; pass a dict, dict\(...\)"),
+    "tensor": (Tensor(), TypeError, r"expected a NumPy array, got .*Tensor; .* numpy.asarray"),
+    "float": (1.0, TypeError, r"expected a NumPy array, got float; .* numpy.array\(...\)"),
+    "buffer": (memoryview(b"1234"), TypeError, ".*got memoryview; convert it with numpy.asarray"),
+    "generator": ((x for x in ()), TypeError, r".*got generator; convert it with list\(...\)"),
+    "set": ({1}, TypeError, r".*got set; convert it with list\(...\)"),
+    "mapping": (MappingProxyType({}), TypeError, r".*got mappingproxy; .* with dict\(...\)"),
     "dataclass": (
         Layer(ones(3)),
         TypeError,
-        r".*Layer; pass the dict of its arrays, .*vars\(...\)",
+        r".*Layer; pass a dict of its arrays, .*vars\(...\)",
     ),
     "class": (Layer, TypeError, ".*got type; pass arrays, or lists, tuples and dicts of them"),
     "text itself": ("W", TypeError, ".*got str; pass arrays, or lists, tuples and dicts of them"),
@@ -125,7 +125,7 @@ def test_bad_nesting(grads, message):
     unchanged(opt, params)
 
 
-def test_none_leaves_out_leaves_and_parts():
+def test_none_skips_leaves_and_parts():
     params = {"a": ones(2), "b": {"W": ones(2), "c": ones(1)}, "d": [ones(1)]}
     opt = fusedopt.SGD(params, lr=1.0)
     assert opt.step({"a": ones(2), "b": None, "d": [None]})[:2] == (1, 1)
@@ -262,7 +262,7 @@ def test_arrays_that_must_work(tmp_path):
         g.flags.writeable = False
     assert opt.step(grads).updated == 6
     assert all((p == 0).all() for p in params)
-    grad = np.arange(12, dtype=f32).reshape(3, 4)  # laid anew, element by element
+    grad = np.arange(12, dtype=f32).reshape(3, 4)  # copied to the parameter's memory order
     params[4][...] = 0
     opt.step([None] * 4 + [grad, None])
     assert (params[4] == -grad).all()
@@ -314,7 +314,7 @@ def test_parameters_stay_exported():
 
 
 def test_same_optimizer_from_two_threads(tmp_path):
-    """Any second call of the same optimizer is refused; the first is not disturbed."""
+    """Any second call of the same optimizer is refused; the first one succeeds."""
     params, inside, go = [ones(3)], threading.Event(), threading.Event()
 
     def rate(step):
@@ -385,7 +385,7 @@ def deep(depth):
 
 
 class Key:
-    """Two of these are different keys that look alike."""
+    """Two of these are different keys with the same repr."""
 
     def __repr__(self):
         return "key"
@@ -403,7 +403,7 @@ BAD_TREES = {
 def test_bad_trees(kind, take):
     tree, message = BAD_TREES[kind]
     if kind == "names" and take is fusedopt.GradAccumulator:
-        take(tree)  # which tells leaves by their place
+        take(tree)  # which identifies leaves by position
         return
     with pytest.raises(ValueError, match=message):
         take(tree)
@@ -457,7 +457,7 @@ REBINDINGS = {
 @pytest.mark.parametrize("kind", REBINDINGS)
 @pytest.mark.parametrize("module", [fusedopt, reference], ids=["fusedopt", "reference"])
 def test_parameters_that_were_exchanged(module, kind, grouped):
-    """A step on arrays that the caller's tree no longer has would be lost."""
+    """A step on arrays that are no longer in the caller's tree would be lost."""
     change, message = REBINDINGS[kind]
     tree = {"a": ones(2), "b": {"c": [ones(2)]}}
     arrays = [tree["a"], tree["b"]["c"][0]]
@@ -471,7 +471,7 @@ def test_parameters_that_were_exchanged(module, kind, grouped):
 
 
 def test_what_is_no_exchange():
-    """In-place operators, another order of the keys, and what a tuple cannot do."""
+    """In-place operators and another order of keys are accepted; tuples cannot change."""
     tree = {"a": ones(2), "b": (ones(2), [ones(2)])}
     opt = fusedopt.SGD(tree, lr=0.0)
     tree["a"] += 1
@@ -523,7 +523,7 @@ def test_groups_changed_badly(module, kind):
         with pytest.raises(error, match=message):
             opt.load_state_dict(saved)
     assert (p == 1).all()
-    assert opt.state_dict()["param_groups"][0]["lr"] == 1.0  # what an emergency save has
+    assert opt.state_dict()["param_groups"][0]["lr"] == 1.0  # what an emergency save holds
 
 
 @pytest.mark.parametrize("module", [fusedopt, reference], ids=["fusedopt", "reference"])
@@ -547,7 +547,7 @@ def test_options_changed_in_place_are_seen(module):
 
 
 def test_groups_that_are_kinds_of_dicts(tmp_path):
-    """A load into them is whole, too."""
+    """A load into them is complete, too."""
     arrays = [ones(2), ones(2)]
     groups = [OrderedDict(params=a, lr=0.1) for a in arrays]
     opt, other = fusedopt.SGD(groups), fusedopt.SGD([{"params": a.copy()} for a in arrays], lr=0.5)
@@ -570,7 +570,7 @@ def test_the_base_class():
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.states], ids=str)
 def test_functional_state_that_is_none(case):
-    """Each state in turn is a list of None; where gradients are None too, all are."""
+    """Each state in turn is a list of None; if gradients are None too, all states may be."""
     p, g, none = [ones(2), ones(2)], [ones(2), ones(2)], [None, None]
     for k, name in enumerate(case.states):
         states = [[ones(2), ones(2)] for _ in case.states]
@@ -578,9 +578,9 @@ def test_functional_state_that_is_none(case):
         with pytest.raises(ValueError, match=rf"{name}s\[0\]: is None; these options need it"):
             step_of(case, p, g, states)
         assert all((a == 1).all() for a in p)
-    with pytest.raises(TypeError, match="lr: expected a number, that of this step"):
+    with pytest.raises(TypeError, match="lr: expected a number, the rate of this step"):
         step_of(case, p, g, states, lr=lambda step: 0.1)
-    step_of(case, p, none, [none] * len(case.states))  # as of tensors that are frozen
+    step_of(case, p, none, [none] * len(case.states))  # as for frozen tensors
     assert all((a == 1).all() for a in p)
 
 

@@ -1,4 +1,4 @@
-"""An exception from a signal's handler at any moment: all of a call has happened, or none of it."""
+"""A signal handler that raises at any moment: a call has happened completely or not at all."""
 
 import signal
 
@@ -7,7 +7,7 @@ from test_processes import run
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs interval timers")
 
-# name -> made first; done again and again; holds after each interruption; done at the end
+# name -> setup; the repeated call; what holds after each interruption; what is done at the end
 PROGRAMS = {
     "step": (
         """
@@ -93,7 +93,7 @@ longest = (time.perf_counter() - start) / 10  # twice a call
 alarms, end = 0, time.monotonic() + 2
 while time.monotonic() < end:
     try:
-        # again after a while, as one that falls into a destructor is lost
+        # repeated, because an exception within a destructor is lost
         signal.setitimer(signal.ITIMER_REAL, 1e-5 + longest * ((alarms * 0.618) % 1), 0.5)
         while True:
             {act}

@@ -1,7 +1,7 @@
-"""Any sequence of calls: ours and the reference go through it side by side and never differ.
+"""Any sequence of calls: ours and the reference take it in parallel and never differ.
 
-Hypothesis chooses the calls, the wrong ones among them. After each one all parameters, states and
-step counts are compared. FUSEDOPT_EXAMPLES sets how many sequences are tried.
+Hypothesis chooses the calls, including invalid ones. After each one all parameters, states and step
+counts are compared. FUSEDOPT_EXAMPLES sets how many sequences are tried.
 """
 
 import copy
@@ -80,7 +80,7 @@ def contents(opt):
 
 
 class Lockstep(RuleBasedStateMachine):
-    """`self.opts` are ours and the reference's; wrong calls go to both."""
+    """`self.opts` are ours and the reference's; invalid calls go to both."""
 
     @initialize(make=MAKES, storage=STORAGE, sizes=st.lists(SIZES, min_size=1, max_size=4),
                 data=st.data())  # fmt: skip
@@ -121,7 +121,7 @@ class Lockstep(RuleBasedStateMachine):
             groups.append({"params": arrays, "lr": lr})
 
     def grads(self, seed, skip, hostile=False):
-        """Gradients of any float dtype; `skip` are bits of the leaves without."""
+        """Gradients of any float dtype; `skip` has a bit for each leaf without one."""
         found, bit = [], 0
         for group in self.groups[0]:
             found.append([])
@@ -133,7 +133,7 @@ class Lockstep(RuleBasedStateMachine):
         return found
 
     def refuse(self, call, error=(ValueError, TypeError)):
-        """Both raise, for the same reason, and are as before."""
+        """Both raise the same error, and have not changed."""
         texts = []
         for opt in self.opts:
             before = contents(opt)
@@ -143,7 +143,7 @@ class Lockstep(RuleBasedStateMachine):
             texts.append(str(caught.value))
         assert texts[0] == texts[1]
 
-    # ------------------------------------------------------------ what is right
+    # ------------------------------------------------------------ valid calls
 
     @rule(seed=st.integers(0, 10**6), skip=st.integers(0, 63), count=st.integers(1, 4),
           hostile=st.sampled_from([False, False, False, True]))  # fmt: skip
@@ -171,7 +171,7 @@ class Lockstep(RuleBasedStateMachine):
 
     @rule(suffix=st.sampled_from([".npz", ".safetensors"]))
     def resume(self, suffix):
-        """Both go on in new optimizers from the file that ours has written."""
+        """Both continue in new optimizers from the file that ours has written."""
         path = Path(self.folder.name, f"state{suffix}")
         self.opts[0].save(path)
         self.opts = self.fresh()
@@ -180,7 +180,7 @@ class Lockstep(RuleBasedStateMachine):
 
     @rule(storage=STORAGE)
     def convert(self, storage):
-        """Both go on in new optimizers that keep their state in another format."""
+        """Both continue in new optimizers that keep their state in another format."""
         if any(p.dtype == np.float64 for group in self.groups[0] for p in group["params"]):
             return
         dicts = [opt.state_dict() for opt in self.opts]
@@ -198,7 +198,7 @@ class Lockstep(RuleBasedStateMachine):
     @precondition(lambda self: self.snapshot is not None)
     @rule()
     def go_back(self):
-        """To what was remembered; refused by optimizers that have other arrays since."""
+        """To the snapshot; refused by optimizers that have other arrays since."""
         state, params = self.snapshot
         try:
             for opt in self.fresh():
@@ -229,7 +229,7 @@ class Lockstep(RuleBasedStateMachine):
         assert in_child(check)
         assert contents(self.opts[0]) == before
 
-    # ------------------------------------------------------------ what is wrong
+    # ------------------------------------------------------------ invalid calls
 
     @rule(group=st.integers(0, 9), name=st.sampled_from(sorted(BAD)), data=st.data())
     def change_badly(self, group, name, data):
@@ -247,7 +247,7 @@ class Lockstep(RuleBasedStateMachine):
     @rule(kind=st.sampled_from(["shape", "dtype", "alias", "list", "groups"]),
           at=st.integers(0, 99))  # fmt: skip
     def step_badly(self, kind, at):
-        """One gradient of all is wrong, the last as likely as the first."""
+        """Any one of the gradients is invalid."""
         leaves = [(i, k) for i, g in enumerate(self.groups[0]) for k in range(len(g["params"]))]
         i, k = leaves[at % len(leaves)]
 
@@ -325,7 +325,7 @@ Lockstep.TestCase.settings = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-# from 3.12 on CPython warns of any fork with threads alive: that is what is tested here
+# from 3.12 on CPython warns of any fork with threads alive, which is tested here
 TestLockstep = pytest.mark.filterwarnings(
     "ignore:This process .* is multi-threaded:DeprecationWarning"
 )(Lockstep.TestCase)

@@ -1,4 +1,4 @@
-"""The mode of the caller's arithmetic (rounding, subnormals) changes no bit, and stays as it is."""
+"""The arithmetic mode of the caller (rounding, subnormals) changes no bit and is not changed."""
 
 import ctypes
 import platform
@@ -30,7 +30,7 @@ BIG = 130 * TILE + 77  # split over threads
 
 
 def mode(new=None):
-    """The control word of this thread, after changing its bits, if asked."""
+    """The control word of this thread, after setting its bits to `new` if given."""
     env = (ctypes.c_uint32 * 8)()
     LIBM.fegetenv(env)
     if new is not None:
@@ -41,7 +41,7 @@ def mode(new=None):
 
 @contextmanager
 def in_mode(name):
-    """Another library's mode, for a block that must leave it as it is."""
+    """Set another library's mode for a block, which must not change it."""
     mode(MODES[name])
     try:
         yield
@@ -62,8 +62,8 @@ def rate(step):
     return 0.1 / (step + 2) ** 0.7
 
 
-def trained(case, around, module, dtype, storage, sizes):
-    """All that three steps of a class leave behind, each taken in a mode."""
+def trained(case, context, module, dtype, storage, sizes):
+    """The results of three steps of a class, each taken in a mode."""
     params = [some(n, dtype, i) for i, n in enumerate(sizes)]
     grads = [[some(n, dtype, 10 * k + i) for i, n in enumerate(sizes)] for k in range(3)]
     copies = [np.zeros_like(p, np.float16) for p in params]
@@ -72,7 +72,7 @@ def trained(case, around, module, dtype, storage, sizes):
     )
     results = []
     for some_grads in grads:
-        with around():
+        with context():
             result = opt.step(
                 some_grads, grad_scale=1 / 3, max_grad_norm=0.7, stats=True, copy_out=copies
             )
@@ -112,13 +112,13 @@ def test_references(case, dtype, storage):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_functions(case):
-    """On each instruction set; floats as such, and rounded by chance."""
+    """On each instruction set; with float32, and with stochastic rounding."""
 
-    def step(function, around, kind):
+    def step(function, context, kind):
         p, g = some(3000, kind, 1), some(3000, kind, 2)
         states = [[some(3000, np.float32, 3 + k) ** 2] for k in range(len(case.states))]
         for number in (1, 2):
-            with around():
+            with context():
                 function([p], [g], *states, step=number, **case.options)
         return [canonical(a) for a in (p, *(s for (s,) in states))]
 
@@ -133,14 +133,14 @@ def test_functions(case):
 
 @pytest.mark.parametrize("name", MODES)
 def test_accumulator(name):
-    def accumulate(around):
+    def accumulate(context):
         params = {"a": np.zeros(BIG, np.float32), "b": np.zeros(5)}
         acc, opt = fusedopt.GradAccumulator(params), fusedopt.AdamW(params)
         for k in range(3):
             grads = {"a": some(BIG, np.float32, k), "b": some(5, np.float64, k)}
-            with around():
+            with context():
                 acc.add(grads, scale=1 / 3)
-        with around():
+        with context():
             result = opt.step(acc, max_grad_norm=1e-3, stats=True)
         return tree_bytes([list(result), params])
 
@@ -149,7 +149,7 @@ def test_accumulator(name):
 
 @pytest.mark.parametrize("name", MODES)
 def test_scaler(name):
-    def scale(around):
+    def scale(context):
         p = np.ones(70, np.float32)
         opt, scaler = (
             fusedopt.Adam(p),
@@ -157,7 +157,7 @@ def test_scaler(name):
         )
         for k in range(4):
             grads = some(70, np.float32, k)
-            with around():
+            with context():
                 scaler.step(opt, grads)
                 scaler.update()
         return p.tobytes(), scaler.scale
@@ -170,13 +170,13 @@ def test_scaler(name):
 def test_codecs(form, name):
     dtype, extra, per = FORMATS[form]
 
-    def coded(around):
+    def coded(context):
         out = []
         for kind in (np.float32, np.float64):
             x = some(640, kind, 1)
             data = np.zeros(640, np.uint16 if dtype is None else dtype)
             stored = Stored(form, data, None if extra is None else np.zeros(640 // per, extra))
-            with around():
+            with context():
                 stored.encode(x, key=5)
                 back = stored.decode()
             out += [a.tobytes() for a in (*stored.parts(), back)]
@@ -193,7 +193,7 @@ def test_torch(rule, name):
 
     cls, options = rule
 
-    def train(around):
+    def train(context):
         params = [torch.nn.Parameter(torch.from_numpy(some(n, np.float32, n))) for n in (BIG, 7)]
         params.append(torch.nn.Parameter(torch.from_numpy(some(70, np.float16, 3))))
         opt = getattr(fo, cls)(
@@ -204,7 +204,7 @@ def test_torch(rule, name):
         for k in range(3):
             for p in params:
                 p.grad = torch.from_numpy(some(p.numel(), np.float32, k)).to(p.dtype)
-            with around():
+            with context():
                 opt.step()
             results.append(list(opt.last_step))
         state = [t.numpy() for s in opt.state.values() for t in s.values()]
@@ -231,7 +231,7 @@ def test_errors_leave_the_mode(name, module):
 
 @pytest.mark.parametrize("name", MODES)
 def test_a_callback_may_change_the_mode(name):
-    """What a schedule sets while it is asked stays, as it would without us."""
+    """A mode that a schedule sets when it is called stays set."""
 
     def lr(step):
         mode(MODES[name])
@@ -262,7 +262,7 @@ def step(count):
 one = step(1)
 mode(MODES[{name!r}])
 fusedopt.set_num_threads(3)
-fusedopt.Adam(np.ones(400_000, np.float32))  # starts threads, which have this mode for good
+fusedopt.Adam(np.ones(400_000, np.float32))  # starts threads, which keep this mode
 mode(0)
 print(step(3) == one)
 """

@@ -1,4 +1,4 @@
-"""History's words and pictures, and the loss scale."""
+"""The messages and plots of History, and the loss scale."""
 
 import numpy as np
 import pytest
@@ -9,12 +9,12 @@ from fusedopt.monitor import History
 
 
 def run(grads_of, steps=60, lr=1e-3, **options):
-    """Record steps on one leaf of 100 ones and one of 10 whose gradient is usual."""
-    params = {"odd": np.ones(100, np.float32), "usual": np.ones(10, np.float32)}
+    """Record steps on one leaf of 100 ones, and on one of 10 with a usual gradient."""
+    params = {"tested": np.ones(100, np.float32), "usual": np.ones(10, np.float32)}
     opt, history = fusedopt.SGD(params, lr=lr), History()
     for step in range(steps):
-        odd = np.broadcast_to(np.asarray(grads_of(step), np.float32), 100).copy()
-        grads = {"odd": odd, "usual": np.ones(10, np.float32)}
+        tested = np.broadcast_to(np.asarray(grads_of(step), np.float32), 100).copy()
+        grads = {"tested": tested, "usual": np.ones(10, np.float32)}
         history.record(opt.step(grads, stats=True, **options))
     return history
 
@@ -41,7 +41,7 @@ def test_troubles(grads_of, options, words):
     if words is None:
         assert found == []
     else:
-        assert any(words in line and line.startswith("params['odd']: ") for line in found), found
+        assert any(words in line and line.startswith("params['tested']: ") for line in found), found
         assert not any("params['usual']" in line for line in found)
 
 
@@ -59,7 +59,7 @@ SCHEDULES = {
     "one_cycle, late peak": schedules.one_cycle(1.0, STEPS, pct_start=0.95),
     "warmup": schedules.warmup(STEPS // 2, schedules.cosine(1.0, STEPS // 2)),
 }
-# name -> what makes the optimizer, with a rate of which a usual step is 1e-3 to 1e-2
+# name -> function that makes the optimizer, with a rate that gives usual steps of 1e-3 to 1e-2
 RULES = {
     "adam": lambda p, lr: fusedopt.Adam(p, lr=lambda step: 3e-3 * lr(step)),
     "sgd": lambda p, lr: fusedopt.SGD(p, lr=lambda step: 0.05 * lr(step), momentum=0.9),
@@ -70,7 +70,7 @@ RULES = {
 
 
 def regression(make, rate, noise, steps=STEPS):
-    """Fit a linear map and an offset, which begins at 0, with noise on the targets."""
+    """Fit a linear map, and an offset that begins at 0, with noise on the targets."""
     rng = np.random.default_rng(0)
     true = rng.standard_normal((8, 4)).astype(np.float32)
     p = {"W": rng.standard_normal((8, 4)).astype(np.float32), "b": np.zeros(4, np.float32)}
@@ -83,7 +83,7 @@ def regression(make, rate, noise, steps=STEPS):
     return history
 
 
-@pytest.mark.parametrize("noise", [0.0, 1.0])  # without, gradients fall to 0 as it succeeds
+@pytest.mark.parametrize("noise", [0.0, 1.0])  # without noise, gradients fall to 0
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("rule", RULES)
 def test_healthy_runs_have_no_trouble(rule, schedule, noise):
@@ -92,8 +92,8 @@ def test_healthy_runs_have_no_trouble(rule, schedule, noise):
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "one_cycle", "warmup"])
 @pytest.mark.parametrize(("factor", "words"), [(1e-4, "too small; raise"), (500, "too large; low")])
-def test_wrong_rates_are_told_whatever_the_schedule(schedule, factor, words):
-    """A gradient that alternates: a step moves the parameter by the rate times its norm."""
+def test_wrong_rates_are_reported_for_any_schedule(schedule, factor, words):
+    """A gradient of alternating sign: a step moves the parameter by the rate times its norm."""
     p = np.random.default_rng(0).standard_normal((30, 30)).astype(np.float32)
     g, rate = p.copy(), SCHEDULES[schedule]
     opt, history = fusedopt.SGD(p, lr=lambda step: 1e-3 * factor * rate(step)), History()
@@ -107,21 +107,21 @@ def test_wrong_rates_are_told_whatever_the_schedule(schedule, factor, words):
 @pytest.mark.parametrize("places", [1, 50])
 @pytest.mark.parametrize("since", [0, 7, 59])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_parameters_that_are_not_finite_are_told(value, places, since, dtype):
-    params = {"odd": np.ones(50, dtype), "usual": np.ones(50, dtype)}
+def test_non_finite_parameters_are_reported(value, places, since, dtype):
+    params = {"tested": np.ones(50, dtype), "usual": np.ones(50, dtype)}
     opt, history = fusedopt.SGD(params, lr=1e-3), History()
     for step in range(60):
         if step == since:
-            params["odd"][:places] = value
+            params["tested"][:places] = value
         grads = {name: np.ones(50, dtype) for name in params}
         history.record(opt.step(grads, stats=True))
     more = "" if since == 59 else f", and in {59 - since} more"
     assert history.troubles() == [
-        f"params['odd']: infinite or NaN parameter in step {since + 1}{more}"
+        f"params['tested']: infinite or NaN parameter in step {since + 1}{more}"
     ]
 
 
-def test_skipped_steps_are_told():
+def test_skipped_steps_are_reported():
     history = run(lambda step: np.inf if step % 3 else 0.5, nonfinite="skip")
     assert len(history.steps) == 20 and len(history.skipped) == 40
     assert "40 of 60 steps were skipped" in history.troubles()[0]
@@ -201,7 +201,7 @@ def test_wrong_scaler(options, error):
 
 
 def test_scaler_of_two_optimizers():
-    """Both see the scale that their losses had; one skip lowers it once."""
+    """Both use the scale of the iteration; one skipped step lowers it once."""
     a, b = np.zeros(3, np.float32), np.zeros(3, np.float32)
     scaler = fusedopt.GradScaler(init_scale=4.0)
     one, two = fusedopt.SGD(a, lr=1.0), fusedopt.SGD(b, lr=1.0)
@@ -217,9 +217,9 @@ def test_scaler_of_two_optimizers():
     assert (a == 0).all() and (b == -2).all() and scaler.scale == 1.0
 
 
-def test_scaler_steps_with_what_it_can():
+def test_scaler_refuses_bad_arguments():
     scaler, opt = fusedopt.GradScaler(), fusedopt.SGD(np.ones(3), lr=1.0)
-    with pytest.raises(TypeError, match="optimizer: expected one, got ndarray"):
+    with pytest.raises(TypeError, match="optimizer: expected an optimizer, got ndarray"):
         scaler.step(np.ones(3), opt)
     scaler.scale = 0.0
     with pytest.raises(ValueError, match="scale: must be > 0"):

@@ -1,4 +1,4 @@
-"""Beside other libraries that have threads, in any order of import."""
+"""With other libraries that have threads, in any order of import."""
 
 import importlib.util
 import json
@@ -16,7 +16,7 @@ PARALLEL = _core.backend() != "serial"
 
 
 def run(code):
-    """Run code in a fresh interpreter; what it printed as JSON. A deadlock is a time-out."""
+    """Run code in a fresh interpreter; return the JSON that it printed. A deadlock times out."""
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
     )
@@ -49,7 +49,7 @@ def test_threadpoolctl_is_not_imported_for_that():
     assert run(code) is False
 
 
-def test_a_broken_or_old_threadpoolctl_is_let_be(tmp_path):
+def test_a_broken_or_old_threadpoolctl_is_ignored(tmp_path):
     (tmp_path / "threadpoolctl.py").write_text("x = 1\n")
     code = f"""
 import sys, json, fusedopt
@@ -90,7 +90,7 @@ print(json.dumps(counts))
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in Linux's /proc")
 @pytest.mark.skipif(not PARALLEL, reason="a serial build starts no thread")
-def test_threadpool_limits_rule():
+def test_threadpool_limits_apply():
     """Under a limit of one a step starts no thread; the limit ends with its block."""
     counts = run(LIMITED)
     assert counts == [1, 0, "1 (threadpoolctl)", 2, 1, 3, 3, 2, "3 (set_num_threads)"]
@@ -141,7 +141,7 @@ print(json.dumps([before, inside, after, same, same_limited, apis]))
     ],
 )
 def test_torch_and_sklearn_in_one_process(imports):
-    """All work, none changes another's number of threads, all bow to threadpoolctl."""
+    """All work, none changes another's number of threads, and all obey threadpoolctl."""
     before, inside, after, same, same_limited, apis = run(NEIGHBOURS.format(imports=imports))
     assert before == after
     assert inside == [1, 1]

@@ -1,4 +1,4 @@
-"""Groups, state, schedules, and what is known in closed form."""
+"""Groups, state, schedules, and results that are known in closed form."""
 
 import numpy as np
 import pytest
@@ -89,7 +89,7 @@ def test_groups_have_their_own_options():
     assert [len(s) for s in opt.state.values()] == [1, 2, 1]
 
 
-def test_groups_split_is_the_whole():
+def test_splitting_into_groups_changes_no_bit():
     """The same leaves in one group or in three give the same bits."""
     arrays = [values(n, np.float32, n, hostile=False) for n in (10, 700, 5000)]
     grads = [values(n, np.float32, n + 1, hostile=False) for n in (10, 700, 5000)]
@@ -107,7 +107,7 @@ def test_schedule_gets_the_step_from_1():
 
     def rate(step):
         seen.append(step)
-        return np.float32(step)  # any number will do, a JAX or NumPy scalar too
+        return np.float32(step)  # any number is accepted, also a JAX or NumPy scalar
 
     opt = fusedopt.SGD([p], lr=rate)
     for expected in [-1.0, -3.0, -6.0]:
@@ -121,7 +121,7 @@ def test_schedule_gets_the_step_from_1():
 
 
 def test_leaf_steps_set_the_bias_correction():
-    """A leaf that was left out continues where it was, as in torch."""
+    """A leaf that was skipped continues with its own step count, as in torch."""
     a, b = np.zeros(3), np.zeros(3)
     both = fusedopt.Adam([a, b], lr=0.1)
     g = np.array([1.0, 2.0, 3.0])
@@ -175,8 +175,8 @@ A = "params['a']"
 DAMAGE = [
     (damage(["step"], None), "expected 'step', 'state' and 'param_groups'"),
     (damage(["step"], -1), "state dict: step: must be >= 0"),
-    (damage(["state", A], None), r"other parameters .* missing \[\"params\['a'\]\"\]"),
-    (damage(["state", "x"], {}), r"foreign \['x'\]"),
+    (damage(["state", A], None), r"not those of this .* missing \[\"params\['a'\]\"\]"),
+    (damage(["state", "x"], {}), r"unexpected \['x'\]"),
     (damage(["state", A, "exp_avg"], None), r"params\['a'\] should have step, exp_avg, exp_avg_sq"),
     (damage(["state", A, "step"], 1.5), r"params\['a'\].step: expected a whole number"),
     (damage(["state", A, "exp_avg"], np.ones(3, "f4")), r"exp_avg: float32\[3\] does not fit"),
@@ -186,7 +186,7 @@ DAMAGE = [
     (damage(["param_groups"], [{}, {}]), "2 param_groups for this optimizer's 1"),
     (damage(["param_groups", 0, "lr"], None), r"param_groups\[0\]: expected lr, betas"),
     (damage(["param_groups", 0, "lr"], -1.0), r"param_groups\[0\].lr: must be >= 0"),
-    (damage(["param_groups", 0, "amsgrad"], True), "need other state than this optimizer has"),
+    (damage(["param_groups", 0, "amsgrad"], True), "need state that this optimizer does not have"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Forks, shutdown, subinterpreters, control groups: each ends, in time, with the right bits."""
+"""Forks, shutdown, subinterpreters, control groups: each ends in time, with the right bits."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ import fusedopt
 from fusedopt import _core, reference
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-# from 3.12 on CPython warns of any fork with threads alive: that is what is tested here
+# from 3.12 on CPython warns of any fork with threads alive, which is tested here
 quiet_fork = pytest.mark.filterwarnings(
     "ignore:This process .* is multi-threaded:DeprecationWarning"
 )
@@ -186,7 +186,7 @@ sys.exit(3)
 
 @pytest.mark.parametrize("kind", SHUTDOWN)
 def test_exit(kind):
-    """The process ends, with its own exit code, and what can still step steps."""
+    """The process ends with its own exit code, and steps that can still run do."""
     done = run(WORK + SHUTDOWN[kind])
     assert done.returncode == 3, done.stderr
     assert done.stdout in ("True\n", "") if "daemons" in kind else done.stdout == "True\n"
@@ -216,7 +216,7 @@ print(work() == expected)
 
 
 def test_subinterpreter_refuses_or_works():
-    """Never a crash, and the main interpreter is not disturbed."""
+    """Never a crash, and the main interpreter still works."""
     done = run(WORK + SUBINTERPRETER)
     assert done.returncode == 0, done.stderr
     first, last = done.stdout.splitlines()
@@ -225,10 +225,10 @@ def test_subinterpreter_refuses_or_works():
 
 
 @pytest.mark.skipif(
-    not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this CPython has a lock for all"
+    not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this CPython has a global lock"
 )
 def test_free_threading_stays_free():
-    """Importing fusedopt does not bring the lock back."""
+    """Importing fusedopt does not enable the global lock."""
     done = run("import sys, fusedopt; print(sys._is_gil_enabled())")
     assert done.stdout == "False\n", done.stderr
 
@@ -238,7 +238,7 @@ CGROUP = Path("/sys/fs/cgroup/cpu")
 
 @pytest.fixture
 def control_group():
-    """A real control group (v1) with half a CPU's time."""
+    """A real control group (v1) with the time of 1.5 CPUs."""
     group = CGROUP / f"fusedopt-test-{os.getpid()}"
     try:
         group.mkdir()
@@ -251,7 +251,7 @@ def control_group():
 
 
 def test_a_real_control_group(control_group):
-    """1.5 CPUs' time are two threads at most, and info says why."""
+    """The time of 1.5 CPUs allows two threads, and info says why."""
     code = """
 import os, sys, pathlib
 pathlib.Path(sys.argv[1], "cgroup.procs").write_text(str(os.getpid()))

@@ -1,4 +1,4 @@
-"""What must hold for any data: hypothesis chooses it."""
+"""Properties that hold for any data, which hypothesis chooses."""
 
 import inspect
 
@@ -36,7 +36,7 @@ def leaves(draw):
     count=st.integers(1, 4),
 )
 def test_is_the_reference(case, data, skips, count):
-    """Any leaves, any of them left out in any step, any number of threads."""
+    """Any leaves, any of them skipped in any step, any number of threads."""
     ours, theirs = ([p.copy(order="K") for p, _ in data] for _ in range(2))
     with threads(count):
         a, b = case.make(ours), case.make(theirs, reference)
@@ -65,7 +65,7 @@ VALUES = {  # by the check of an option
 @settings(max_examples=30, deadline=None)
 @given(data=st.data(), dtype=FLOATS, step=st.integers(1, 10**7))
 def test_any_options(function, data, dtype, step):
-    """Options that the function takes, each of any value that its check lets pass."""
+    """Options of the function, each with any value that its check accepts."""
     fast, plain = getattr(functional, function), getattr(reference, function)
     (rule,) = {cls.rule for cls in CLASSES if cls.__name__.lower() == function}
     known = inspect.signature(fast).parameters
@@ -91,7 +91,7 @@ def test_any_options(function, data, dtype, step):
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 3 * TILE), min_size=1, max_size=40), st.integers(2, 8))
 def test_any_sizes_many_leaves(sizes, count):
-    """The split over threads meets every leaf and tile exactly once."""
+    """The split over threads steps every leaf and tile exactly once."""
     whole = np.arange(sum(sizes) + 200 * TILE, dtype=np.float64)
     parts = np.split(whole.copy(), np.cumsum(sizes))
     with threads(count):
@@ -99,7 +99,7 @@ def test_any_sizes_many_leaves(sizes, count):
     assert np.array_equal(np.concatenate(parts), whole - 1)
 
 
-# layer-wise rules sum over the elements, in their order
+# layer-wise rules sum over the elements in order
 @pytest.mark.parametrize("case", [c for c in CASES if c.rule not in LAYERWISE], ids=str)
 @settings(max_examples=20, deadline=None)
 @given(scale=st.sampled_from([2.0**k for k in range(-8, 9)]), data=st.data())

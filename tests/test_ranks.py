@@ -1,4 +1,4 @@
-"""Sums over ranks between the read and the write of a step: each rank has a part of every leaf."""
+"""Sums over ranks between the reads and writes of a step: each rank has a part of every leaf."""
 
 import threading
 
@@ -9,7 +9,7 @@ from cases import CASES, CLASSES, LAYERWISE, canonical
 import fusedopt
 from fusedopt import reference
 
-SHAPES = [(6, 70), (9,), (1, 5), (1300,)]  # of (1, 5) one rank has nothing
+SHAPES = [(6, 70), (9,), (1, 5), (1300,)]  # one rank has nothing of (1, 5)
 # one case of each class: its last, with most options
 RULES = list({case.cls: case for case in CASES}.values())
 OPTIONS = [
@@ -143,7 +143,7 @@ def test_ranks_agree_on_what_to_skip(case, value, module):
     def grads(seed):
         found = arrays(seed)
         if seed == 2:
-            found[2][0, 1] = value  # which rank 0 alone has
+            found[2][0, 1] = value  # which only rank 0 has
         return found
 
     runs, _ = on_ranks(module, case, {"nonfinite": "skip"}, grads)
@@ -171,7 +171,7 @@ def test_leaves_without_a_gradient_on_one_rank():
 
 
 def test_accumulated_gradients():
-    """Sums that an accumulator knows are of this rank, and are summed as measured ones."""
+    """An accumulator's sums are of this rank, and are summed over ranks like measured ones."""
 
     def work(rank, reduce, options):
         params = part(arrays(0), rank)
@@ -193,7 +193,7 @@ def test_accumulated_gradients():
             if "max_grad_norm" in options:
                 assert mine.grad_norm == pytest.approx(result.grad_norm, rel=1e-6)
             else:
-                assert mine.grad_norm is None  # that of a part would mislead
+                assert mine.grad_norm is None  # the norm of a part would mislead
 
 
 @pytest.mark.parametrize("module", [fusedopt, reference], ids=["fast", "reference"])

@@ -35,18 +35,18 @@ def files(rule):
     return [f"csrc/rules/{rule}.h", f"{package}/optim/{rule}.py", f"{package}/reference/{rule}.py"]
 
 
-def test_guide_says_how_long_rules_are():
+def test_guide_gives_the_length_of_rules():
     """Within a tenth, or 3 lines."""
     guide = (ROOT / "CONTRIBUTING.md").read_text()
     rows = re.findall(r"^\| (\w+) \| (\d+) \| (\d+) \| (\d+) \| \d+ \|$", guide, re.M)
     assert {"lion", "rmsprop", "adagrad"} == {rule for rule, *_ in rows}
     for rule, *counts in rows:
-        for name, told in zip(files(rule), map(int, counts), strict=True):
+        for name, count in zip(files(rule), map(int, counts), strict=True):
             lines = len((ROOT / name).read_text().splitlines())
-            assert lines == pytest.approx(told, rel=0.1, abs=3), name
+            assert lines == pytest.approx(count, rel=0.1, abs=3), name
 
 
-LISTS = {  # the lists of rules; and benchmarks' peers, which have some
+LISTS = {  # the lists of rules; the benchmark's peers, which have some of them
     "csrc/rules/index.h",
     "src/fusedopt/__init__.py",
     "src/fusedopt/bench/contenders/__init__.py",

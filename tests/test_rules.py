@@ -1,6 +1,6 @@
-"""What a rule may declare, with made-up rules on loops that exist.
+"""What a rule may declare, with made-up rules on existing C loops.
 
-What its state begins as, and numbers that it remembers of a group.
+Initial values of its state, and numbers that it remembers for a group.
 """
 
 import threading
@@ -77,7 +77,7 @@ STORAGE = [(np.float64, {"state_dtype": None})] + [
 
 @pytest.mark.parametrize(("dtype", "options"), STORAGE)
 def test_state_begins_as_declared(dtype, options):
-    """In every format, and with the reference's bits, then and after some steps."""
+    """In every format, with the reference's bits, at first and after some steps."""
     dtype = bfloat16() if dtype is bfloat16 else dtype
     state_dtype = options["state_dtype"]
     options = {"amsgrad": True, "seed": 5, "begin": 0.3} | options
@@ -90,7 +90,7 @@ def test_state_begins_as_declared(dtype, options):
         for key in ("exp_avg_sq", "max_exp_avg_sq"):
             got = numbers(own[key])
             np.testing.assert_allclose(got, 0.3, rtol=error)
-            if got.size > PIECE and state_dtype is not None:  # rounded by chance, the mean is right
+            if got.size > PIECE and state_dtype is not None:  # random: the mean is right
                 assert abs(got.mean(dtype=np.float64) / 0.3 - 1) <= error / 50
         scale = np.abs(param).max(initial=0)
         smallest = scale * 2.0**-12 if state_dtype == "int8" else 0
@@ -129,7 +129,7 @@ def test_leaves_of_later_groups_have_noise_of_their_own():
     np.testing.assert_allclose(third.decode(), 2, rtol=2**-3)
 
 
-def test_large_state_takes_no_memory_beside_its_own():
+def test_large_state_takes_no_temporary_memory():
     p = np.ones(1 << 22, np.float32)
     for state_dtype in ("int8", "bfloat16", "float32"):
         tracemalloc.start()
@@ -140,7 +140,7 @@ def test_large_state_takes_no_memory_beside_its_own():
 
 
 def test_state_that_a_checkpoint_lacks_begins_anew():
-    """As if it had never been used: what the dict lacks is what a new optimizer has."""
+    """State that the dict lacks is as in a new optimizer."""
     for state_dtype in (None, "bfloat16", "int8"):
         ours, theirs = np.ones(5000, np.float32), np.ones(5000, np.float32)
         g = values(5000, np.float32, 1, False)
@@ -157,14 +157,14 @@ def test_state_that_a_checkpoint_lacks_begins_anew():
         opt.step(g)
 
 
-def test_state_that_is_switched_on_is_as_it_was_left():
+def test_state_that_is_switched_on_again_is_unchanged():
     opt = Begins(np.ones(9, np.float32), amsgrad=True, begin=4.0)
     opt.param_groups[0]["amsgrad"] = False
     opt.step(np.ones(9, np.float32))
     assert (opt.state["params"]["max_exp_avg_sq"] == 4).all()
     opt.param_groups[0]["amsgrad"] = True
     opt.step(np.ones(9, np.float32))
-    assert (opt.state["params"]["max_exp_avg_sq"] == 4).all()  # of a mean that fell since
+    assert (opt.state["params"]["max_exp_avg_sq"] == 4).all()  # kept
     assert (opt.state["params"]["exp_avg_sq"] < 4).all()
 
 
@@ -247,7 +247,7 @@ def snapshot(opt):
 
 
 def test_remembered_numbers_advance_with_the_steps():
-    """By group, also where leaves are left out; readable, and with the reference's bits."""
+    """By group, also if leaves are skipped; readable, and with the reference's bits."""
     ours, theirs = ([values(n, np.float32, n, False) for n in (700, 5, 9)] for _ in range(2))
     expected = [{"k": 0, "weight_sum": 0.0, "lr_max": 0.125}, dict(k=0, weight_sum=0.0, lr_max=0.5)]
     made = []
@@ -385,14 +385,14 @@ def test_edits_by_hand_are_checked():
         group["weight_sum"] = value
         with pytest.raises(error, match=r"param_groups\[0\].weight_sum"):
             opt.step([np.ones(3)])
-        assert opt.state_dict()["param_groups"][0]["weight_sum"] == 0  # as the last step took it
+        assert opt.state_dict()["param_groups"][0]["weight_sum"] == 0  # the last step's
     del group["weight_sum"]
     with pytest.raises(ValueError, match=r"param_groups\[0\]: has no 'weight_sum'"):
         opt.step([np.ones(3)])
     group["weight_sum"] = np.float32(2)
     opt.step([np.ones(3)])
     assert group["weight_sum"] == 2 + 0.5 * 0.75
-    group["betas"] = [0.5, 0.75]  # a list may change in place, so that each step reads all anew
+    group["betas"] = [0.5, 0.75]  # a list may change in place, so each step reads all options
     opt.step([np.ones(3)])
     opt.step([np.ones(3)])
     assert memory(opt) == {"k": 3, "weight_sum": 2 + 3 * 0.5 * 0.75, "lr_max": 0.5}
@@ -403,7 +403,7 @@ def test_edits_by_hand_are_checked():
     assert "weight_sum" not in repr(opt)
 
 
-def test_threads_that_meet_remember_each_step_once():
+def test_concurrent_threads_remember_each_step_once():
     opt, taken, meet = Averages(np.ones(1000)), [], threading.Barrier(2)
 
     def work():
@@ -423,7 +423,7 @@ def test_threads_that_meet_remember_each_step_once():
 
 
 @pytest.mark.parametrize("step_of", [averages, plain_averages])
-def test_functions_take_what_is_remembered_as_it_is_now(step_of):
+def test_functions_take_the_remembered_numbers_of_a_step(step_of):
     ours, theirs = np.ones(9, np.float32), np.ones(9, np.float32)
     opt, buffer = Averages(ours), np.zeros(9, np.float32)
     for step in range(1, 4):
@@ -431,7 +431,7 @@ def test_functions_take_what_is_remembered_as_it_is_now(step_of):
         opt.step(g)
         step_of([theirs], [g], [buffer], step=step, **memory(opt))
     assert_same([ours], [theirs], ["params"])
-    with pytest.raises(TypeError, match="averages: needs k, weight_sum, as in this step"):
+    with pytest.raises(TypeError, match="averages: needs k, weight_sum: values in this step"):
         step_of([theirs], [g], [buffer], step=4, lr_max=0.5)
     with pytest.raises(ValueError, match="weight_sum: must be finite"):
         step_of([theirs], [g], [buffer], step=4, lr_max=0.5, k=1, weight_sum=np.nan)

@@ -89,7 +89,7 @@ def test_from_optax_counts_from_0():
 
 @pytest.mark.parametrize("schedule", ALL, ids=repr)
 def test_is_a_value(schedule):
-    """It prints as it was made, compares by value, and can be pickled."""
+    """Its repr makes an equal one, it compares by value, and it can be pickled."""
     assert pickle.loads(pickle.dumps(schedule)) == schedule
     assert eval(repr(schedule), vars(s)) == schedule
 

@@ -1,4 +1,4 @@
-"""What a step does around the rule: the same bits as the reference, and as one by one in NumPy."""
+"""Step options: the bits of the reference, and the results of separate operations in NumPy."""
 
 import threading
 
@@ -25,7 +25,7 @@ STORAGE = [
 
 
 def tree_bytes(x):
-    """All bytes of what a run leaves, with one NaN for all."""
+    """All bytes of the results of a run, with all NaNs made the same."""
     if isinstance(x, dict):
         return {key: tree_bytes(value) for key, value in x.items()}
     if isinstance(x, (list, tuple)):
@@ -40,8 +40,8 @@ def tree_bytes(x):
 
 def run(module, case, options, storage, shapes, dtype=np.float32, grad_dtype=None, copies=None,
         steps=3, hostile=False):  # fmt: skip
-    """All that three steps with these options leave behind."""
-    # a norm of hostile values is NaN and makes all of them so: they have a test of their own
+    """The results of three steps with these options."""
+    # hostile values have a NaN norm, which makes all values NaN: they have a test of their own
     params = [values(int(np.prod(s)), np.float32, i, hostile).reshape(s) for i, s in
               enumerate(shapes)]  # fmt: skip
     params = [p.astype(dtype) for p in params]
@@ -97,7 +97,7 @@ def test_double(grad_dtype, copies):
 @pytest.mark.parametrize("name", _core.available_isas())
 @pytest.mark.parametrize("case", [CASES[0], CASES[-3], CASES[-1]], ids=str)
 def test_isas_and_threads(case, name):
-    """Sums do not depend on registers, on who adds them, or on how many do."""
+    """Sums do not depend on the width of registers or the number of threads."""
     wanted = run(reference, case, ALL, {"ema": 0.9}, BIG, copies=BF16, steps=2)
     for count in range(1, 9):
         with isa(name), threads(count):
@@ -107,7 +107,7 @@ def test_isas_and_threads(case, name):
 @pytest.mark.parametrize("name", _core.available_isas())
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_hostile_values(options, name):
-    """Infinities, NaN and subnormals give what IEEE says."""
+    """Infinities, NaN and subnormals give the results of IEEE 754."""
     with isa(name):
         same(CASES[0], options, {"ema": 0.9}, SHAPES, copies=np.float16, hostile=True)
 
@@ -128,7 +128,7 @@ def test_alignments():
 
 
 def test_clip_is_torchs():
-    """As clip_grad_norm_ and then a step, within the rounding of the factor."""
+    """Like clip_grad_norm_ and then a step, within the rounding of the factor."""
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)
     start = [rng.standard_normal(s).astype("f4") for s in [(30, 40), (7,)]]
@@ -153,14 +153,14 @@ def test_clip_is_torchs():
             np.testing.assert_allclose(a, b.detach().numpy(), rtol=1e-6, atol=1e-7)
 
 
-# ------------------------------------------------------------------ sizes of what is measured
+# ------------------------------------------------------------------ magnitudes of measured values
 
 MAGNITUDES = [1e-45, 1e-38, 1e-30, 1e-24, 1e-19, 1e-12, 1.0, 1e12, 1e18, 1e20, 1e30, 3e37]
 LENGTHS = [1, 15, 16, 17, 63, 64, 65, TILE - 1, TILE, TILE + 65, 5 * TILE + 3]
 
 
 def measured(module, dtype, storage, magnitudes):
-    """Norms of parameters and updates by a step, and by NumPy in float64."""
+    """Norms of parameters and updates, from a step and from NumPy in float64."""
     rng = np.random.default_rng(1)
 
     def some(n, kind):
@@ -188,7 +188,7 @@ def measured(module, dtype, storage, magnitudes):
 )
 @pytest.mark.parametrize("magnitudes", [*([m] for m in MAGNITUDES), MAGNITUDES, [0.0]], ids=str)
 def test_norms_of_any_size(magnitudes, storage, dtype):
-    """Squares that no float holds: over tiles and blocks, whole ones and the last."""
+    """Squares beyond the range of float: over full and partial tiles and blocks."""
     theirs, _ = measured(reference, dtype, storage, magnitudes)
     for name in _core.available_isas():
         with isa(name):
@@ -204,15 +204,15 @@ def test_norms_of_infinities_without_a_scale():
     assert np.isnan(result.stats["params"]["grad_norm"]) and np.isnan(p).all()
 
 
-@pytest.mark.parametrize("odd", [np.inf, np.nan])
-def test_norms_of_what_is_not_finite(odd):
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_norms_of_non_finite_parameters(bad):
     for module in (fusedopt, reference):
         p = np.ones(700, np.float32)
-        p[100] = odd
+        p[100] = bad
         stats = module.SGD({"p": p, "q": np.ones(9, np.float32)}, lr=1.0).step(
             {"p": np.zeros(700, np.float32), "q": np.zeros(9, np.float32)}, stats=True
         ).stats  # fmt: skip
-        np.testing.assert_equal(stats.param_norm, [odd, 3.0])
+        np.testing.assert_equal(stats.param_norm, [bad, 3.0])
 
 
 # ------------------------------------------------------------------ finite or not
@@ -287,7 +287,7 @@ def test_skip_and_raise(bad, module):
     assert opt.step(grads, nonfinite="raise").step == 2
 
 
-def test_large_finite_gradients_are_no_infinity():
+def test_large_finite_gradients_are_finite():
     """Squares that overflow float32 do not overflow here."""
     p = np.zeros(3, np.float32)
     g = np.array([3e38, -3e38, 0], np.float32)
@@ -399,7 +399,7 @@ def test_ema_in_checkpoints(tmp_path, suffix):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, BF16])
 def test_accumulator(dtype):
-    """The sum is NumPy's, its norm that of a step on it, and a step uses it up."""
+    """The sum is NumPy's, its norm that of a step on it, and a step consumes it."""
     params, _, opt = problem()
     sums = fusedopt.GradAccumulator(params)
     rng = np.random.default_rng(0)
@@ -423,7 +423,7 @@ def test_accumulator(dtype):
     assert opt.step(sums).updated == 1
 
 
-def test_accumulator_finds_what_is_not_finite():
+def test_accumulator_finds_non_finite_gradients():
     params, grads, opt = problem()
     sums = fusedopt.GradAccumulator(params)
     grads["a"][3] = np.inf
@@ -455,7 +455,7 @@ def test_accumulator_of_groups():
 
 
 def test_accumulator_whose_buffers_were_written():
-    """What others add or scale counts; what was measured before does not."""
+    """A step uses what others add or scale, not what was measured before."""
     for change, options, wanted in [
         (0.01, {"max_grad_norm": 10.0}, (3**0.5, False)),
         (np.nan, {"nonfinite": "skip"}, (np.nan, True)),
@@ -469,14 +469,14 @@ def test_accumulator_whose_buffers_were_written():
         assert repr((result.grad_norm, result.skipped)) == repr(wanted)
         assert (p == (0 if result.skipped else -1)).all() and not kept.any()
         sums.add(np.full(3, 100, np.float32))
-        kept *= np.float32(change)  # through what was handed out before
+        kept *= np.float32(change)  # through the view read before
         result = opt.step(sums, **options)
         assert repr((result.grad_norm, result.skipped)) == repr(wanted)
 
 
 @pytest.mark.parametrize("per_tensor", [False, True])
 def test_accumulator_of_another_order(per_tensor):
-    """Its sums are those of its leaves, whatever their order; never of others."""
+    """Its sums belong to its own leaves, in any order."""
 
     def run(make):
         p = {"a": np.zeros(4, np.float32), "b": np.zeros(4, np.float32)}
@@ -495,7 +495,7 @@ def test_accumulator_of_another_order(per_tensor):
 
 
 def test_accumulator_of_fewer_leaves():
-    """A leaf of it that got nothing may stand for a whole part of the parameters."""
+    """A leaf of it without gradients may stand for a whole part of the parameters."""
     tree = [[np.zeros(4, np.float32) for _ in range(1000)], np.zeros(4, np.float32)]
     sums = fusedopt.GradAccumulator([np.zeros(4, np.float32), np.zeros(4, np.float32)])
     sums.add([None, np.full(4, 3, np.float32)])
@@ -504,7 +504,7 @@ def test_accumulator_of_fewer_leaves():
 
 
 def test_accumulator_between_threads():
-    """Whoever comes second is refused, and no gradient is lost."""
+    """The second of two concurrent calls is refused, and no gradient is lost."""
     p, g = np.zeros(300_000, np.float32), np.ones(300_000, np.float32)
     opt, sums = fusedopt.SGD(p, lr=1.0), fusedopt.GradAccumulator(p)
     added = []
@@ -536,7 +536,7 @@ def test_accumulator_between_threads():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, BF16])
 @pytest.mark.parametrize("copies", [np.float16, BF16])
 def test_copies_are_written_always(module, dtype, copies):
-    """Of leaves without gradient and of skipped steps too: what was in them is never left."""
+    """Also of leaves without gradient and in skipped steps: old contents never stay."""
     params = [values(n, np.float32, n, False).astype(dtype) for n in (0, 5, 3 * TILE + 7)]
     for grads in ([None] * 3, [None, np.full(5, np.inf, dtype), None]):
         opt = module.AdamW(params, lr=0.0, weight_decay=0.0, ema=0.5)
@@ -613,7 +613,7 @@ def test_wrong_arrays():
     with pytest.raises(ValueError, match=r"grads\[0\] and grads\[1\] share memory"):
         both.step([shared, shared], zero_grads=True)
     fortran = np.asfortranarray(np.ones((2, 3), np.float32))
-    with pytest.raises(ValueError, match=r"grads\[0\]: in another memory order"):
+    with pytest.raises(ValueError, match=r"grads\[0\]: its memory order differs"):
         both.step([fortran, None], zero_grads=True)
     frozen = np.ones((2, 3), np.float32)
     frozen.flags.writeable = False

@@ -10,7 +10,7 @@ ROOT = Path(fusedopt.__file__).parent
 
 
 def imports(path):
-    """Modules of the package that a file imports, anywhere in it."""
+    """Modules that a file imports, anywhere in it."""
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -21,8 +21,8 @@ def imports(path):
                 yield f"{node.module}.{alias.name}" if is_module else node.module
 
 
-def test_no_module_imports_itself_by_way_of_others():
-    """Neither at once nor for types: who needs whom is a tree to be read from below."""
+def test_no_import_cycles():
+    """Also among imports within functions or for types only."""
     graph = {}
     for path in ROOT.rglob("*.py"):
         parts = path.relative_to(ROOT.parent).with_suffix("").parts
@@ -30,4 +30,4 @@ def test_no_module_imports_itself_by_way_of_others():
         found = {n for n in imports(path) if n.startswith("fusedopt.")}
         graph[name] = found - {name}
     assert len(graph) > 50 and "fusedopt.rule" in graph["fusedopt.optimizer"]
-    TopologicalSorter(graph).prepare()  # CycleError names the circle
+    TopologicalSorter(graph).prepare()  # CycleError names the cycle

@@ -1,4 +1,4 @@
-"""How many threads, and that they end: forks, concurrent callers, signals."""
+"""The number of threads, and that they end: forks, concurrent callers, signals."""
 
 import multiprocessing
 import os
@@ -30,7 +30,7 @@ def test_set_and_get():
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_an_optimizers_own(cls):
-    """Checked, the same bits, and no part of a checkpoint or of a group."""
+    """It is checked, changes no bit, and is not in groups or checkpoints."""
     results = []
     for count in (None, 1, 3):
         p = np.ones(SPLIT, np.float32)
@@ -62,7 +62,7 @@ for own in (1, None, 4):
     opt.step([g])
     counts.append(tasks() - before)
     import threadpoolctl
-    with threadpoolctl.threadpool_limits(1):  # rules over all
+    with threadpoolctl.threadpool_limits(1):  # limits all
         opt.step([g])
     counts.append(tasks() - before)
 print(*counts)
@@ -152,10 +152,10 @@ def send_work(pipe):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-# from 3.12 on CPython warns of any fork with threads alive: that is what is tested here
+# from 3.12 on CPython warns of any fork with threads alive, which is tested here
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_child_processes_finish(method):
-    """A child steps after its parent did, and again the parent: both end, with the same bits."""
+    """The parent steps, then the child, then the parent: all end, with the same bits."""
     with threads(4):
         expected = work()
         context = multiprocessing.get_context(method)
@@ -186,7 +186,7 @@ def test_concurrent_optimizers():
 
 
 def test_interrupt_is_seen_after_the_step():
-    """Ctrl-C in the middle of a step: the step is whole, then KeyboardInterrupt."""
+    """Ctrl-C in the middle of a step: the step is completed, then KeyboardInterrupt."""
     p = np.zeros(4_000_000, np.float32)
     g = np.ones_like(p)
     opt = fusedopt.SGD([p], lr=1.0)

@@ -1,4 +1,4 @@
-"""Agreement with torch.optim, and with who made a rule known, over 100 steps, within bounds."""
+"""Agreement with torch.optim, or a rule's original library, over 100 steps, within bounds."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ ROWS = [
     ("Lion", {}),
     ("Lion", {"lr": 0.01, "betas": (0.5, 0.9), "weight_decay": 0.1}),
 ]
-PACKAGES = {"Lion": "lion_pytorch"}  # where it is not torch.optim
+PACKAGES = {"Lion": "lion_pytorch"}  # if it is not torch.optim
 
 
 def peer_of(name, tensors, options):

@@ -1,4 +1,4 @@
-"""fusedopt.torch: torch's behaviour around a step of ours."""
+"""fusedopt.torch: the behaviour of torch's optimizers, with our step."""
 
 import copy
 import pickle
@@ -27,7 +27,7 @@ IDS = [f"{name}-{'-'.join(options) or 'default'}" for name, options in ROWS]
 @pytest.mark.parametrize(("name", "options"), ROWS, ids=IDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_agrees_and_exchanges_checkpoints(name, options, dtype):
-    """Ten steps here, ten in torch.optim and back, against thirty in torch.optim."""
+    """Ten steps of ours, ten of torch.optim and ten of ours, against thirty of torch.optim."""
     ours, theirs = model(dtype=dtype), model(dtype=dtype)
     cls, peer_cls = getattr(fo, name), getattr(torch.optim, name)
     peer = peer_cls(theirs.parameters(), **options, foreach=False)
@@ -77,7 +77,7 @@ def test_bits_are_those_of_the_reference():
 
 
 def test_without_the_exchange_api(monkeypatch):
-    """As in a torch that has none: tensors are exported one by one, with the same result."""
+    """As in a torch without it: tensors are exported one by one, with the same result."""
     results = []
     for have in (True, False):
         if not have:
@@ -167,7 +167,7 @@ def test_decoupled_weight_decay_of_adam():
 @pytest.mark.parametrize(
     "clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
 )
-def test_copies_go_on_alike(clone):
+def test_copies_continue_equally(clone):
     net = model()
     opt = fo.AdamW(net.parameters(), amsgrad=True)
     train(net, opt, range(3))
@@ -211,8 +211,8 @@ def test_optimizer_in_backward():
 
 @pytest.mark.parametrize("fused", [True, False, None])
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])
-def test_who_takes_off_the_scale_is_as_in_torch(name, fused):
-    """GradScaler leaves it to an optimizer with this attribute, and Lightning does not clip it."""
+def test_unscaling_is_done_where_torch_does_it(name, fused):
+    """GradScaler leaves it to an optimizer with this attribute; Lightning does not clip such."""
     found = []
     for module in (fo, torch.optim):
         opt = getattr(module, name)([leaf(3)], lr=0.1, fused=fused)
@@ -229,7 +229,7 @@ def test_who_takes_off_the_scale_is_as_in_torch(name, fused):
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("unscale", [False, True])
 def test_grad_scaler(unscale, fused):
-    """With fused=True the scale is taken off on the fly; an infinite gradient changes nothing."""
+    """With fused=True the step divides by the scale; an infinite gradient changes nothing."""
     net, peer_net = model(), model()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
     opt = fo.AdamW(net.parameters(), fused=fused)
@@ -257,9 +257,9 @@ def test_grad_scaler(unscale, fused):
     close(net, peer_net)
 
 
-@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler
 def test_compile():
-    """Around the model, and around the step: the graph breaks there, and the result is right."""
+    """Of the model, and of the step: the graph breaks there, and the result is right."""
     nets = []
     for compiled in (False, True):
         torch._dynamo.reset()
@@ -310,7 +310,7 @@ def test_parameters_in_a_tuple_and_unknown_options():
     assert torch.equal(p, q)
 
 
-def test_parameters_without_gradient_are_left():
+def test_parameters_without_gradient_are_skipped():
     p, q = leaf(5), leaf(5, seed=1)
     q.grad = None
     before = q.detach().clone()

@@ -30,7 +30,7 @@ def made(order, name, options, start=None):
 
 
 def steps(net, opt, seeds):
-    """Gradients whose channels differ in size, as they do."""
+    """Steps with gradients whose channels differ in size."""
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         for p in net.parameters():
@@ -45,7 +45,7 @@ def by_file(net, opt, other, other_opt, folder):
 
 
 def by_contiguous_tensors(net, opt, other, other_opt, folder):
-    """As safetensors wants them."""
+    """As safetensors requires."""
     saved = copy.deepcopy(opt.state_dict())
     saved["state"] = {
         number: {key: value.contiguous() for key, value in own.items()}
@@ -69,7 +69,7 @@ def by_dcp(net, opt, other, other_opt, folder, **how):
 WAYS = [by_file, by_contiguous_tensors]
 if torch.distributed.is_available():
     WAYS.append(by_dcp)
-ignore_torchs_own = pytest.mark.filterwarnings("ignore")  # deprecations within the checkpoints
+ignore_torchs_own = pytest.mark.filterwarnings("ignore")  # deprecations in torch's checkpoints
 
 
 @ignore_torchs_own
@@ -103,7 +103,7 @@ def test_memory_order_changed_within_a_run(before, after, name, options, state):
     steps(net, opt, range(2))
     net[0].weight.data = ORDERS[after](net[0].weight.data)
     steps(net, opt, range(2, 3))
-    for own in opt.state.values():  # and whoever changes that of the state
+    for own in opt.state.values():  # and if the memory order of state changes
         for key, value in own.items():
             own[key] = ORDERS[before](value) if value.dim() == 4 else value
     steps(net, opt, range(3, 4))
@@ -130,7 +130,7 @@ def stepped(name="AdamW", state_dtype=None, shape=(500,), steps=3, **options):
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
 @pytest.mark.parametrize(("before", "after"), [*itertools.product(FORMATS, FORMATS)])
 def test_converted(before, after, name, shape):
-    """Exactly where the new format holds the numbers of the old, else within its precision."""
+    """Exactly if the new format holds the numbers of the old, else within its precision."""
     p, opt = stepped(name, before, shape)
     q, other = stepped(name, after, shape, steps=1)
     other.load_state_dict(copy.deepcopy(opt.state_dict()))
@@ -151,7 +151,7 @@ def test_converted(before, after, name, shape):
 
 
 def test_codes_under_the_names_of_torch_still_load():
-    """As they were written once, with blocks in memory order."""
+    """As an older version wrote them, with blocks in memory order."""
     for order in (lambda x: x, lambda x: x.t().contiguous().t()):
         p, opt = stepped("AdamW", "int8", (20, 30))
         numbers_before = {name: numbers(opt, p, name) for name in ("exp_avg", "exp_avg_sq")}
@@ -240,7 +240,7 @@ def test_what_does_not_fit_changes_nothing(spoil, match, state_dtype):
 @pytest.mark.parametrize("name", ["step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"])
 @pytest.mark.parametrize("module", [fo, torch.optim], ids=lambda m: m.__name__)
 def test_a_part_of_the_state_is_missing(module, name, keep):
-    """Of the second parameter; also of what torch.optim has saved."""
+    """Of the second parameter; also of a state dict of torch.optim."""
     params = [leaf(5), leaf(6)]
     source = module.AdamW(params, amsgrad=True)
     source.step()
@@ -256,7 +256,7 @@ def test_a_part_of_the_state_is_missing(module, name, keep):
 
 @pytest.mark.parametrize("entries", [{}, {"momentum_buffer": None}])
 def test_momentum_may_be_missing(entries):
-    """As in torch, which begins it anew."""
+    """As in torch, which starts a new buffer."""
     p, opt = stepped("SGD")
     saved = copy.deepcopy(opt.state_dict())
     saved["state"][0] = entries
@@ -286,7 +286,7 @@ def test_entries_of_others_stay_as_they_are():
     assert opt.state["of no parameter"] == 5 and "momentum_buffer" in opt.state[p]
 
 
-def test_torchs_own_faults_change_nothing():
+def test_torchs_own_errors_change_nothing():
     p, opt = stepped("SGD")
     saved = copy.deepcopy(opt.state_dict())
     before = opt.state, opt.param_groups
@@ -299,7 +299,7 @@ def test_torchs_own_faults_change_nothing():
 @pytest.mark.parametrize("state_dtype", FORMATS)
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
 def test_a_load_is_interrupted_at_any_moment(name, state_dtype):
-    """In each line of Python code that runs within: all is loaded or nothing, and no hook stays."""
+    """At each line of Python code in it: all is loaded or nothing, and no hook stays."""
     p, opt = stepped(name, state_dtype)
     _, other = stepped(name, None, steps=5, ema=0.9)
     saved = [copy.deepcopy(opt.state_dict()), copy.deepcopy(other.state_dict())]
@@ -346,7 +346,7 @@ def test_a_load_is_interrupted_at_any_moment(name, state_dtype):
         assert not opt._optimizer_load_state_dict_pre_hooks
         assert not opt._optimizer_load_state_dict_post_hooks
         if when > 40:
-            when += 6  # the later lines are much alike
+            when += 6  # the later lines are similar
     assert outcomes >= {1} and when > 100
     opt.load_state_dict(copy.deepcopy(saved[1]))
     assert alike(look(), states[0])
@@ -356,8 +356,8 @@ def test_a_load_is_interrupted_at_any_moment(name, state_dtype):
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])
-def test_torch_takes_no_codes_for_numbers(name):
-    """It misses its own names. (SGD's step takes no buffer for the first step, and begins anew.)"""
+def test_torch_does_not_read_codes_as_numbers(name):
+    """It finds no state of its names. (SGD without a buffer steps as in the first step.)"""
     p, opt = stepped(name, "int8")
     options = {"momentum": 0.9} if name == "SGD" else {}
     peer = getattr(torch.optim, name)([p], lr=0.01, **options)
@@ -388,7 +388,7 @@ def test_torch_takes_no_codes_for_numbers(name):
     ids=lambda x: f"{x[0].__name__.split('.')[0]}-{x[1]}" if isinstance(x, tuple) else "",
 )
 def test_dcp_between_formats(name, before, after, missing, tmp_path):
-    """The numbers, or an error with the name of what is missing; never codes for numbers."""
+    """The numbers, or an error that names the missing key; never codes as numbers."""
 
     def build(module, state_dtype):
         torch.manual_seed(0)
@@ -415,7 +415,7 @@ def test_dcp_between_formats(name, before, after, missing, tmp_path):
 @ignore_torchs_own
 @pytest.mark.skipif(by_dcp not in WAYS, reason="this torch has no torch.distributed")
 def test_dcp_of_torchs_bfloat16(tmp_path):
-    """torch has no residual bits: by a partial load alone, so that none of ours is ever lost."""
+    """torch has no residual bits: only a partial load works, so that none of ours is lost."""
     from torch.distributed.checkpoint import DefaultLoadPlanner
 
     def build(module, **options):
@@ -439,7 +439,7 @@ def test_dcp_of_torchs_bfloat16(tmp_path):
 
 
 def test_numpy_and_torch_keep_the_same_codes():
-    """Of a transposed parameter too, whose blocks follow the index here."""
+    """Also for a transposed parameter; blocks follow the index here."""
     p, opt = stepped("AdamW", "int8", (20, 30))
     q = p.detach().t().contiguous().t()
     array = leaf(20, 30).detach().numpy()

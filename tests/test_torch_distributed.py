@@ -1,4 +1,4 @@
-"""torch's distributed engines around our step, in 2 gloo processes: equal to torch.optim's."""
+"""torch's distributed engines with our step, in 2 gloo processes: equal to torch.optim's."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).with_name("torch_ranks.py")
 
 
 def ranks(world, folder, *scenarios):
-    """Run scenarios on `world` processes; all of them must say that each has passed."""
+    """Run scenarios on `world` processes; each process must report that each has passed."""
     processes = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", SCRIPT, str(rank), str(world), folder, *scenarios],

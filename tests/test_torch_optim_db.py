@@ -28,19 +28,19 @@ ERRORS = [
 
 
 def test_all_are_there():
-    """torch lists an optimizer by its class: of each namesake."""
+    """torch's list has every optimizer that is in both modules."""
     assert set(INFOS) == {name for name in fo.__all__ if hasattr(torch.optim, name)}
     assert len(INPUTS) >= 50 and len(ERRORS) >= 10
 
 
 def fresh(entry):
-    """The options, with tensors of their own: schedulers and steps may write into them."""
+    """The options, with copies of tensors: schedulers and steps may write into them."""
     return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in entry.kwargs.items()}
 
 
 @pytest.mark.parametrize(("name", "entry", "dtype"), INPUTS)
 def test_agrees_with_single_tensor(name, entry, dtype):
-    """As torch's test_foreach_matches_forloop: seven steps of a small net, states compared too."""
+    """Like torch's test_foreach_matches_forloop: seven steps of a small net, with states."""
     results = []
     for module in (fo, torch.optim):
         torch.manual_seed(0)

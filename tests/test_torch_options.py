@@ -42,17 +42,17 @@ def test_formats_have_the_bits_of_the_numpy_interface(rule, dtype, options):
     options = {"lr": 0.1, **own, **options}
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(n).to(dtype)) for n in (700, 30)]
-    plain = [as_numpy(p.detach().clone()) for p in params]
+    arrays = [as_numpy(p.detach().clone()) for p in params]
     if ml_dtypes is not None:
-        plain = [a.view(ml_dtypes.bfloat16) for a in plain]
-    opt, peer = getattr(fo, name)(params, **options), getattr(fusedopt, name)(plain, **options)
+        arrays = [a.view(ml_dtypes.bfloat16) for a in arrays]
+    opt, peer = getattr(fo, name)(params, **options), getattr(fusedopt, name)(arrays, **options)
     for _ in range(5):
         for p in params:
             p.grad = torch.randn(p.shape).to(dtype)
         grads = [as_numpy(p.grad) for p in params]
-        peer.step([g.view(plain[0].dtype) for g in grads])
+        peer.step([g.view(arrays[0].dtype) for g in grads])
         opt.step()
-    for p, a, state in zip(params, plain, peer.state.values(), strict=True):
+    for p, a, state in zip(params, arrays, peer.state.values(), strict=True):
         assert as_numpy(p.detach()).tobytes() == a.tobytes()
         for key, value in opt.state[p].items():
             if key == "step":
@@ -101,7 +101,7 @@ def test_formats_resume_exactly(name, dtype, options, tmp_path):
 
 @pytest.mark.parametrize("state_dtype", [None, "bfloat16", "int8"])
 def test_state_of_torch_is_converted(state_dtype):
-    """torch keeps bfloat16 state of a bfloat16 parameter; ours is what was asked for."""
+    """torch keeps bfloat16 state of a bfloat16 parameter; ours has the format asked for."""
     p = torch.nn.Parameter(torch.randn(5000).bfloat16())
     p.grad = torch.randn(5000).bfloat16()
     peer = torch.optim.Adam([p])
@@ -147,7 +147,7 @@ def test_state_of_torch_is_converted(state_dtype):
         ({"exp_avg_codes": None, "exp_avg_sq_codes": None}, ValueError, "no exp_avg, exp_avg_sq,"),
     ],
 )
-def test_state_that_fits_no_more(spoil, error, match):
+def test_state_that_no_longer_fits(spoil, error, match):
     p = leaf(300)
     opt = fo.Adam([p], state_dtype="int8", min_8bit_size=1)
     opt.step()
@@ -161,8 +161,8 @@ def test_state_that_fits_no_more(spoil, error, match):
 
 
 @pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "ema", "mine"])
-def test_none_is_as_nothing(name):
-    """Beside codes; and an average that is None begins anew."""
+def test_none_counts_as_missing(name):
+    """With codes present; an average that is None starts again."""
     params = [leaf(300), leaf(300)]
     opts = [fo.Adam([p], state_dtype="int8", min_8bit_size=1, ema=0.5) for p in params]
     for p, opt in zip(params, opts, strict=True):
@@ -189,12 +189,12 @@ def test_wrong_storage_options():
         opt.add_param_group({"params": [leaf(2)], "master_bits": 17})
 
 
-# ------------------------------------------------------------------ around the rule
+# ------------------------------------------------------------------ step options
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])
 def test_clip_is_that_of_torch(name):
-    """As clip_grad_norm_ before the step, but for rounding; gradients stay as they are."""
+    """Like clip_grad_norm_ before the step, except for rounding; gradients are not changed."""
     torch.manual_seed(0)
     ours, theirs = ([leaf(30, 20), leaf(7)] for _ in range(2))
     opt = getattr(fo, name)(ours, lr=0.1, max_grad_norm=0.5)
@@ -219,7 +219,7 @@ def test_clip_is_that_of_torch(name):
 
 @pytest.mark.parametrize("wrong", [float("inf"), float("nan")])
 def test_an_infinite_limit_clips_nothing(wrong):
-    """Not even where the norm is no number: torch's clip makes all of them NaN."""
+    """Not even if the norm is NaN or infinite; torch's clip makes all gradients NaN."""
     params = [leaf(3), leaf(2)]
     params[1].grad[0] = wrong
     opt = fo.SGD(params, lr=1.0, max_grad_norm=float("inf"))
@@ -232,7 +232,7 @@ def test_an_infinite_limit_clips_nothing(wrong):
 
 @pytest.mark.parametrize("fused", [True, False, None])
 def test_clip_and_scaled_gradients(fused):
-    """Whoever takes the scale off, the norm is that of the gradients without it."""
+    """Whichever side divides by the scale, the norm is that of the unscaled gradients."""
     torch.manual_seed(0)
     params = [leaf(30), leaf(7)]
     norm = sum(float(p.grad.square().sum()) for p in params) ** 0.5
@@ -275,7 +275,7 @@ def test_averages(name, dtype):
 
 
 def test_average_begins_with_a_checkpoint_of_torch():
-    """Momentum that torch has gathered goes on, and the average begins as the parameter is."""
+    """Momentum of torch continues, and the average begins as the parameter."""
     p, q = leaf(5), leaf(5)
     q.data.copy_(p.data)
     theirs = torch.optim.SGD([q], lr=0.1, momentum=0.9)
@@ -300,7 +300,7 @@ def test_average_begins_with_a_checkpoint_of_torch():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("how", ["later", "lost"])
 def test_a_new_momentum_buffer_begins_as_the_gradient(how, dtype, state_dtype, ema):
-    """As in torch, whatever was counted till then; in one of two parameters, or in both."""
+    """As in torch, whatever the step count; in one of two parameters, or in both."""
     late = {"momentum": 0.9, "dampening": 0.5, "nesterov": False}
     params = [leaf(100, dtype=dtype), leaf(100, seed=1, dtype=dtype)]
     first = {} if how == "later" else late
@@ -397,7 +397,7 @@ EDITS = [
 @pytest.mark.parametrize("when", [0, 2])
 @pytest.mark.parametrize(("cls", "name", "value", "error", "match"), EDITS, ids=str)
 def test_options_edited_in_a_group(cls, name, value, error, match, when):
-    """Named, whenever it is; right again, the run goes on."""
+    """The error names the option at any time; once it is corrected, the run continues."""
     params, twins = ([leaf(3), leaf(4, seed=1)] for _ in range(2))
     groups = [[{"params": [p]} for p in both] for both in (params, twins)]
     opt, peer = (getattr(fo, cls)(both, lr=0.1) for both in groups)
@@ -446,7 +446,7 @@ def test_options_taken_out_of_a_group(cls, name):
     ],
 )
 def test_options_edited_take_effect(name, values):
-    """Also those that change in place, which are the same object."""
+    """Also those that change in place, in the same object."""
     p, q = leaf(5), leaf(5)
     opt = fo.AdamW([p], lr=0.1)
     opt.step()
@@ -475,7 +475,7 @@ def test_options_edited_take_effect(name, values):
 @pytest.mark.parametrize("options", [{"max_grad_norm": 1.0}, {"stats": True}, {}], ids=str)
 @pytest.mark.parametrize("name", ["Adam", "SGD"])
 def test_last_step_after_one_that_grad_scaler_skipped(name, options):
-    """With fused=True the step learns of it; else GradScaler does not call it."""
+    """With fused=True the step is told of it; otherwise GradScaler does not call it."""
     p = leaf(3)
     opt = getattr(fo, name)([p], lr=0.1, fused=True, **options)
     scaler, history = torch.amp.GradScaler("cpu", init_scale=4.0), fusedopt.monitor.History()
@@ -566,7 +566,7 @@ def test_a_signal_under_a_mode_while_a_step_ends():
 
 
 def test_threads_of_its_own():
-    """Checked; used by the steps, and no part of a checkpoint."""
+    """The option is checked, used by the steps, and not in checkpoints."""
     p = torch.nn.Parameter(torch.ones(3))
     opt = fo.SGD([p], lr=0.5, threads=1)
     p.grad = torch.ones(3)
@@ -608,7 +608,7 @@ def test_copies_keep_every_option_of_our_own(name, clone):
     assert opt._threads == 1
 
 
-# ------------------------------------------------------------------ averages for a while
+# ------------------------------------------------------------------ averages in a block
 
 
 def averaged(*shapes, **options):
@@ -657,7 +657,7 @@ def test_parameters_are_back_whatever_happens_within(error):
 
 @pytest.mark.parametrize("when", [[1], [2], [2, 3], [1, 2]], ids=str)
 def test_a_signal_while_averages_come_or_go(when, monkeypatch):
-    """In Python code on the way, with autograd off: raised when all is as it was."""
+    """In Python code of the swap, with autograd off: raised after all is restored."""
     params, opt, kept = averaged((3,), (2, 2))
     calls = []
 
@@ -671,12 +671,12 @@ def test_a_signal_while_averages_come_or_go(when, monkeypatch):
     with pytest.raises(KeyboardInterrupt), opt.swap_ema():
         assert 1 not in when
     assert same(params, kept) and torch.is_grad_enabled()
-    assert len(calls) > max(when)  # also what engines hold was dropped, in the end
+    assert len(calls) > max(when)  # weights that engines hold were dropped, too
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer")
 def test_a_signal_at_any_time():
-    """The whole of entry, block and exit is swept by a timer whose handler raises."""
+    """A timer whose handler raises goes off at any time of entry, block and exit."""
     params, opt, kept = averaged(*[(20_000,)] * 40)
 
     def handler(*_):
@@ -755,7 +755,7 @@ WITHIN = {
 @pytest.mark.parametrize("act", WITHIN.values(), ids=WITHIN)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_needs_the_parameters_is_refused_within(dtype, act):
-    """A step from averages would leave the residual bits of the parameters wrong, for one."""
+    """For example, a step from averages would make the residual bits of parameters wrong."""
     p, peer = leaf(1000, dtype=dtype), leaf(1000, dtype=dtype)
     opts = [fo.AdamW([x], lr=0.01, ema=0.9) for x in (p, peer)]
     for opt in opts:
@@ -774,7 +774,7 @@ def test_what_needs_the_parameters_is_refused_within(dtype, act):
 
 CHANGES = {
     "fewer": lambda p: torch.zeros(1),
-    "more": lambda p: torch.zeros(5, *p.shape),  # into which copy_ would go, repeated
+    "more": lambda p: torch.zeros(5, *p.shape),  # to which copy_ would broadcast
     "as many": lambda p: torch.zeros(1, p.numel()),
 }
 
@@ -782,7 +782,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_one_shape_changed_within(which, change):
-    """The others are back, and the exception names the one that is not."""
+    """The others are restored, and the exception names the one that is not."""
     params, opt, kept = averaged((3,), (4,), (6,))
     with pytest.raises(RuntimeError, match=rf"\['params'\]\[{which}\]: cannot take back"):
         with opt.swap_ema():

@@ -1,6 +1,6 @@
-"""What a rule may declare, in fusedopt.torch: what state begins as, and what is remembered.
+"""What a rule may declare, in fusedopt.torch: initial values of state, and remembered numbers.
 
-With the made-up rules of test_rules.py, and against their references in NumPy.
+With the made-up rules of test_rules.py, against their references in NumPy.
 """
 
 import copy
@@ -52,16 +52,16 @@ def test_state_that_torch_makes_in_its_constructor():
     p = torch.nn.Parameter(torch.ones(5000))
     opt = fo.Adagrad([p], initial_accumulator_value=0.5, state_dtype="int8")
     assert opt.state[p].keys() == {"step", "sum_codes", "sum_blocks"}
-    plain = fo.Adagrad([p], initial_accumulator_value=0.5)
-    assert torch.equal(plain.state[p]["sum"], torch.full((5000,), 0.5))
+    wide = fo.Adagrad([p], initial_accumulator_value=0.5)
+    assert torch.equal(wide.state[p]["sum"], torch.full((5000,), 0.5))
     peer = torch.optim.Adagrad([p], initial_accumulator_value=0.5)
-    peer.load_state_dict(plain.state_dict())
+    peer.load_state_dict(wide.state_dict())
     p.grad = torch.ones(5000)
-    plain.step()
+    wide.step()
     opt.step()
-    plain.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})  # made in its first step
-    plain.param_groups[1]["params"][0].grad = torch.ones(3)
-    plain.step()
+    wide.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})  # made in its first step
+    wide.param_groups[1]["params"][0].grad = torch.ones(3)
+    wide.step()
 
 
 def memory(opt, i):
@@ -73,7 +73,7 @@ def make(kind, params):
 
 
 def test_remembered_numbers():
-    """By group, with the reference's bits; not of skipped steps; in copies and state dicts."""
+    """By group, with the reference's bits; not in skipped steps; in copies and state dicts."""
     params = [torch.nn.Parameter(p) for p in parameters(torch.float32)]
     arrays = [as_numpy(p) for p in parameters(torch.float32)]
     opt, peer = make(TorchAverages, params), make(PlainAverages, arrays)
@@ -127,7 +127,7 @@ def test_state_of_another_optimizer_of_torch(peer):
 
 @pytest.mark.parametrize("name", [name for name in fo.__all__ if not hasattr(torch.optim, name)])
 def test_options_of_our_own_optimizers(name):
-    """Checked as in fusedopt where torch has no class: at once, and as edited."""
+    """Without a class of torch, options are checked as in fusedopt, given or edited."""
     p = torch.nn.Parameter(torch.ones(3))
     cls = getattr(fo, name)
     assert issubclass(cls, torch.optim.Optimizer)

@@ -15,7 +15,7 @@ from fusedopt import reference
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 
-# every case that the class for torch has the options of (L1 is of no torch optimizer)
+# every case whose options the class for torch has (no torch optimizer has L1)
 RULES = [
     (case.cls, case.options | case.class_options)
     for case in CASES
@@ -34,8 +34,8 @@ STORAGE = [
     (torch.bfloat16, {"state_dtype": "int8", "min_8bit_size": 64}),
 ]
 AVERAGES = [{}, {"ema": 0.9}, {"ema": 0.9, "ema_warmup": True}]
-# (averages, options of the step): each case of a rule takes some of them, all of its cases most
-AROUND = [
+# (averages, options of the step): each case of a rule takes some rows, all its cases together most
+OPTION_ROWS = [
     *itertools.product(AVERAGES, [{}, {"stats": True}, {"max_grad_norm": 0.5}]),
     *zip(itertools.cycle(AVERAGES), STEP_OPTIONS, strict=False),
 ]
@@ -54,7 +54,7 @@ def raw(array):
 
 
 def check_state(own, theirs):
-    """Every entry of a leaf's state against the reference's, and none too many."""
+    """Every entry of a leaf's state against the reference's; there are no others."""
     seen = set()
     for key, value in own.items():
         if key == "step":
@@ -81,13 +81,13 @@ def test_all_optimizers_are_here():
 def test_bits(name, options, dtype, storage, shapes):
     """Options of a step are given to the constructor, or to the step; with copies or without."""
     turn = RULES.index((name, options)) + STORAGE.index((dtype, storage))
-    for row, (averages, around) in list(enumerate(AROUND))[turn % 4 :: 4]:
+    for row, (averages, step_options) in list(enumerate(OPTION_ROWS))[turn % 4 :: 4]:
         generator = torch.Generator().manual_seed(0)
         start = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
         params = [torch.nn.Parameter(p.clone()) for p in start]
         arrays = [as_numpy(p.clone()) for p in start]
-        now = dict(around)
-        made = {} if row % 3 else {k: now.pop(k) for k in around if k != "grad_scale"}
+        now = dict(step_options)
+        made = {} if row % 3 else {k: now.pop(k) for k in step_options if k != "grad_scale"}
         narrow = torch.bfloat16 if row % 3 else torch.float16
         copies = [torch.zeros(p.shape, dtype=narrow) for p in start] if row // 4 % 2 else None
         theirs = copies and [as_numpy(copy.clone()) for copy in copies]
@@ -100,15 +100,15 @@ def test_bits(name, options, dtype, storage, shapes):
                 params[-1].grad = None
             grads = [None if p.grad is None else as_numpy(p.grad.clone()) for p in params]
             opt.step(copy_out=copies, **now)
-            result = peer.step(grads, copy_out=theirs, **around)
-            case = f"{averages} {around}"
+            result = peer.step(grads, copy_out=theirs, **step_options)
+            case = f"{averages} {step_options}"
             for p, a, g in zip(params, arrays, grads, strict=True):
                 assert raw(as_numpy(p.detach())) == raw(a), case
                 assert g is None or raw(as_numpy(p.grad)) == raw(g), case
             for a, b in zip(copies or [], theirs or [], strict=True):
                 assert raw(as_numpy(a)) == raw(b), case
             assert opt.last_step[:-1] == result[:-1], case
-            if around.get("stats"):
+            if step_options.get("stats"):
                 for column in result.stats.COLUMNS:
                     a, b = getattr(opt.last_step.stats, column), getattr(result.stats, column)
                     np.testing.assert_array_equal(a, b, column)
@@ -119,7 +119,7 @@ def test_bits(name, options, dtype, storage, shapes):
 @pytest.mark.parametrize(("dtype", "storage"), STORAGE, ids=str)
 @pytest.mark.parametrize(("name", "options"), RULES, ids=str)
 def test_another_default_device(name, options, dtype, storage):
-    """State lies beside its parameter, a count of steps on the CPU; also where copies stand in."""
+    """State is on its parameter's device, step counts on the CPU; also if copies are stepped."""
     results = []
     for device in ("cpu", "meta"):
         torch.manual_seed(0)

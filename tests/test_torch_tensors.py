@@ -1,4 +1,4 @@
-"""fusedopt.torch: every trap on the way from a tensor to its memory."""
+"""fusedopt.torch: tensors of all kinds, layouts and overlaps, and their memory."""
 
 import copy
 import gc
@@ -114,7 +114,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("g_layout", LAYOUTS)
 @pytest.mark.parametrize("state_layout", LAYOUTS)
 def test_layouts(p_layout, g_layout, state_layout):
-    """Any mix of memory orders; where they differ, copies stand in, and state stays in place."""
+    """Any mix of memory orders; if they differ, copies are stepped, and state stays in place."""
     torch.manual_seed(0)
     start, grad = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
 
@@ -150,7 +150,7 @@ def test_pointers_are_not_kept():
 
 
 def test_data_exchanged_for_a_negative():
-    """A parameter is asked for its sign again when its data is another's."""
+    """The sign of a parameter is read again when its data is exchanged."""
     p, q = leaf(6), leaf(6)
     opt, peer = fo.Adam([p]), torch.optim.Adam([q])
     for _ in range(2):
@@ -252,7 +252,7 @@ def test_long_runs_go_on():
         torch.testing.assert_close(p, q)
 
 
-# ------------------------------------------------------------------ kinds that need no closer look
+# ------------------------------------------------------------------ kinds that C handles alone
 
 
 class Mine(torch.nn.Parameter):
@@ -274,8 +274,8 @@ KINDS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("api", [True, False], ids=["api", "capsules"])
-def test_kinds_and_layouts_stay_on_the_way_through_c(api, kind, layout, options, monkeypatch):
-    """With the bits of a plain, contiguous parameter, and no look at it in Python."""
+def test_kinds_and_layouts_are_handled_in_c(api, kind, layout, options, monkeypatch):
+    """With the bits of an ordinary, contiguous parameter, and no check in Python."""
     if not api:
         monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__", raising=False)
     torch.manual_seed(0)
@@ -294,20 +294,20 @@ def test_kinds_and_layouts_stay_on_the_way_through_c(api, kind, layout, options,
 
 
 def test_subclass_with_a_dispatch_of_its_own():
-    """It may mean something else by its memory, and is refused as before."""
+    """Its memory may have another meaning, so it is refused."""
 
-    class Odd(torch.Tensor):
+    class Strange(torch.Tensor):
         @classmethod
         def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
             raise AssertionError("not to be called")
 
-    p = torch.Tensor._make_subclass(Odd, torch.zeros(3), True)
+    p = torch.Tensor._make_subclass(Strange, torch.zeros(3), True)
     q = leaf(3)
     q.grad = torch.ones(3)
     opt = fo.SGD([q], lr=0.1, momentum=0.9)
     opt.step()
     opt.state[q]["momentum_buffer"] = p
-    with pytest.raises(TypeError, match="momentum_buffer: is a Odd without memory of its own"):
+    with pytest.raises(TypeError, match="momentum_buffer: is a Strange without memory of its own"):
         opt.step()
 
 
@@ -315,7 +315,7 @@ def test_subclass_with_a_dispatch_of_its_own():
     "options", [{}, {"amsgrad": True, "ema": 0.9}, {"state_dtype": "int8", "min_8bit_size": 1}]
 )
 def test_state_can_be_swapped(options):
-    """torch.utils.swap_tensors needs tensors that nobody else holds."""
+    """torch.utils.swap_tensors needs tensors without other references."""
     p = leaf(70)
     opt = fo.AdamW([p], **options)
     opt.step()
@@ -433,7 +433,7 @@ def test_elements_that_share_memory(view, role):
 
 
 def test_many_axes():
-    """torch copies up to 64; without a copy there is no limit."""
+    """torch copies up to 64 axes; without a copy there is no limit."""
     shape = (1,) * 69 + (5,)
     p = torch.nn.Parameter(torch.zeros(shape))
     p.grad = torch.ones(shape)
@@ -477,7 +477,7 @@ def test_overlapping_parameters():
 
 
 def test_columns_of_one_buffer():
-    """Their ranges of memory have bytes in common, but no element."""
+    """Their ranges of memory overlap, but they share no element."""
     for dtype in (torch.float32, torch.bfloat16):
         base = torch.zeros(5, 12, dtype=dtype)
         views = [base[:, :4], base[:, 4:7], base[:, 8:]]
@@ -513,7 +513,7 @@ OVERLAPS = {
 @pytest.mark.parametrize("views", OVERLAPS.values(), ids=OVERLAPS)
 @pytest.mark.parametrize("when", [0, 1])
 def test_overlaps_with_gaps(when, views, role):
-    """Of what was stepped on copies, or beside it: in the first step, or a later one."""
+    """Of tensors that are stepped on copies, and of others; in the first step or a later one."""
     dtypes = {"param": torch.float32, "residual": torch.int16}
     base = torch.zeros(6, 8, dtype=dtypes.get(role, torch.float32))
     shared = [view.detach() for view in views(base)]
@@ -577,7 +577,7 @@ def test_random_views_of_one_buffer(dtype):
 
 @pytest.mark.parametrize("layout", [lambda b: b[:, :4], lambda b: b.t()[:4]])
 def test_a_gradient_in_a_parameter_with_gaps(layout):
-    """Refused where it has an element of it; in the gaps it may lie."""
+    """Refused if they share an element; it may lie in the gaps."""
     for at, ok in ((0, False), (5, True)):
         base = torch.zeros(8, 8)
         base[:, 5] = 1
@@ -622,7 +622,7 @@ def test_extras_overlap(dtype, options, key, gaps, other):
         memory = opt.state[q][next(k for k in opt.state[q] if k.startswith("exp_avg_sq"))]
         memory = memory.view(opt.state[p][key].dtype)
     n = opt.state[p][key].numel()
-    if gaps:  # of every other element, the first shared
+    if gaps:  # every other element, the first one shared
         wide = torch.zeros(2 * memory.numel(), dtype=memory.dtype)
         if other == "extra":
             opt.state[q][key] = memory = wide[: memory.numel()]
@@ -687,8 +687,8 @@ def test_two_threads():
 
 @pytest.mark.parametrize("options", [{}, {"ema": 0.9}, {"state_dtype": "int8", "min_8bit_size": 1}])
 def test_a_signal_in_the_first_step(options, monkeypatch):
-    """At any of the moments in which Python code runs: nothing is written, or all is there."""
-    plain = torch.Tensor.__hash__
+    """At any moment at which Python code runs: nothing is written, or everything."""
+    original = torch.Tensor.__hash__
     outcomes = set()
     for when in range(1, 20):
         p, q = leaf(5), leaf(70, seed=1)
@@ -700,7 +700,7 @@ def test_a_signal_in_the_first_step(options, monkeypatch):
             calls.append(None)
             if len(calls) == when:
                 raise KeyboardInterrupt
-            return plain(tensor)
+            return original(tensor)
 
         monkeypatch.setattr(torch.Tensor, "__hash__", interrupted)
         try:
@@ -720,7 +720,7 @@ def test_a_signal_in_the_first_step(options, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("outside", [torch.enable_grad, torch.no_grad])
 def test_autograd_after_a_first_step_that_was_interrupted(outside, dtype, options):
-    """In each line of Python code in which the state is made."""
+    """At each line of the Python code that makes the state."""
     when, lines = 0, [0]
 
     def trace(frame, event, arg):

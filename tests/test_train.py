@@ -37,13 +37,13 @@ def test_defaults_reach_96_percent(capsys, seed):
     start = time.perf_counter()
     out = run(capsys, "--seed", seed)
     assert accuracy(out) >= 96
-    assert time.perf_counter() - start < 60  # far above its usual second: a hang, not a benchmark
+    assert time.perf_counter() - start < 60  # far above its usual second: detects hangs
     assert "the same bits" in out
     assert re.search(r"forward\+backward .* s .*%\n .*optimizer .* s .*%", out)
     assert len(re.findall(r"^ +\d  +\d+ / \d+", out, re.M)) == 10
 
 
-LEAST = {"adamw": 96, "lamb": 96, "lars": 96, "sgd": 96, "gd": 90}  # per cent; of others 95
+LEAST = {"adamw": 96, "lamb": 96, "lars": 96, "sgd": 96, "gd": 90}  # per cent; 95 for others
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_choices_learn(capsys, options, least):
 
 
 def test_same_weights_for_any_threads_and_isa():
-    """Bit for bit, in processes of their own."""
+    """Bit for bit, each in its own process."""
     found = set()
     for isa in _core.available_isas():
         for count in ("1", "2"):
@@ -175,7 +175,7 @@ def test_resume_with_other_settings(capsys, tmp_path):
     state = fusedopt.SGD([np.ones(2)])
     state.save(path)
     assert cli.main(["train", "--resume", str(path)]) == 2
-    assert "not a checkpoint that this run can go on from" in capsys.readouterr().err
+    assert "not a checkpoint that this run can continue" in capsys.readouterr().err
 
 
 def test_unknown_choice_lists_the_known(capsys):
@@ -194,10 +194,10 @@ def test_info(capsys):
 
 
 def test_monitor(capsys, tmp_path):
-    """Measuring changes no bit, says what it saw, and draws it."""
-    plain = run(capsys, "--epochs", 2, "--no-reference")
+    """Monitoring changes no bit, prints its findings, and draws them."""
+    without = run(capsys, "--epochs", 2, "--no-reference")
     out = run(capsys, "--epochs", 2, "--no-reference", "--monitor", tmp_path / "m.png")
-    assert weights(out) == weights(plain)
+    assert weights(out) == weights(without)
     assert re.search(r"params\['dense1'\]\['W'\] +\d\.\d\de[-+]\d\d", out)
     assert (tmp_path / "m.png").stat().st_size > 10_000
     dead = run(capsys, "--epochs", 2, "--no-reference", "--monitor", "--lr", 1e-9)

@@ -9,7 +9,7 @@ from fusedopt.formats import Stored  # noqa: E402
 
 
 def since(version):
-    """Mark a test of what torch has since a version, as "2.6"."""
+    """Mark a test that needs at least a version of torch, e.g. "2.6"."""
     parts = [tuple(map(int, v.split(".")[:2])) for v in (torch.__version__, version)]
     return pytest.mark.skipif(parts[0] < parts[1], reason=f"needs torch {version}")
 
@@ -55,7 +55,7 @@ def twins(make):
 
 
 def numbers(opt, p, name):
-    """The numbers of a state array, however it is kept."""
+    """The numbers of a state array in any format."""
     own = opt.state[p]
     if name in own:
         return own[name].float()

@@ -36,7 +36,7 @@ def net():
 
 
 def batch(seed, world=WORLD):
-    """This rank's part of a batch that is the same for any number of ranks."""
+    """This rank's part of a batch; the whole batch is the same for any number of ranks."""
     x = torch.randn(8, 10, generator=torch.Generator().manual_seed(seed))
     return x.chunk(world)[RANK if world > 1 else 0]
 
@@ -57,7 +57,7 @@ def full(model):
 
 
 def agree(run: Callable):
-    """run(module) -> model, with both modules."""
+    """Compare the models that run(module) returns for both modules."""
     ours, theirs = (full(run(MODULES[name])) for name in ("fusedopt", "torch"))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
@@ -77,7 +77,7 @@ def ddp_buckets():
 
 
 def zero():
-    """Each rank steps its part of the parameters; the state comes together on rank 0."""
+    """Each rank steps its part of the parameters; rank 0 gathers the state."""
 
     def run(module):
         model = DistributedDataParallel(net())
@@ -119,7 +119,7 @@ def fsdp():
 
 
 def whole_norm(run):
-    """run(module, **options) -> (model, norms) on shards, against torch on whole tensors."""
+    """Compare (model, norms) of run(**options), on shards, with torch on whole tensors."""
     for options in ({"max_grad_norm": 0.05}, {"max_grad_norm": 0.02, "norm_type": math.inf}):
         model, norms = run(**options)
         peer = net()
@@ -138,7 +138,7 @@ def whole_norm(run):
 
 
 def norms_of_shards():
-    """FSDP2: the clip's norm, statistics and decisions are of whole tensors, with nothing asked."""
+    """FSDP2: the clip's norm, statistics and decisions are of whole tensors by default."""
 
     def run(**options):
         model, opt = sharded(fo, stats=True, **options)
@@ -160,14 +160,14 @@ def norms_of_shards():
     train(model, opt, [0])
     before = full(model)
     model(batch(1)).square().mean().backward()
-    if RANK == 1:  # one rank's fault
+    if RANK == 1:  # NaN on one rank
         next(model.parameters()).grad.to_local().view(-1)[0] = math.nan
     opt.step()
     assert opt.last_step.skipped and opt.last_step.step == 1
     assert all(torch.equal(a, b) for a, b in zip(full(model), before, strict=True))
     assert all(not p.grad.full_tensor().any() for p in model.parameters())
     model(batch(1)).square().mean().backward()
-    if RANK == 1:  # which has no gradient at all: the sums are still asked for together
+    if RANK == 1:  # this rank has no gradient, but takes part in the sums
         for p in model.parameters():
             p.grad = None
     opt.step(max_grad_norm=1.0)
@@ -175,7 +175,7 @@ def norms_of_shards():
 
 
 def norms_of_parts():
-    """ZeRO: each rank steps other parameters; process_group makes the norm that of all."""
+    """ZeRO: each rank steps other parameters; with process_group the norm is over all."""
 
     def run(**options):
         model = DistributedDataParallel(net())
@@ -191,7 +191,7 @@ def norms_of_parts():
 
 
 def trust_ratios():
-    """LAMB and LARS: a leaf's rate is that of the whole leaf, with and without a clip."""
+    """LAMB and LARS: the rate of a leaf is that of the whole tensor, with and without a clip."""
     for name, options in (
         ("LAMB", {"lr": 0.05}),
         ("LAMB", {"lr": 0.05, "weight_decay": 0.3, "max_grad_norm": 0.1}),
@@ -251,17 +251,17 @@ def placements():
 
 
 def averages():
-    """What is evaluated on averages leaves no trace, whoever keeps gathered weights by then."""
+    """Evaluation on averages changes no later step, even if engines keep gathered weights."""
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (WORLD,))
 
     def computes_with(model, weights):
-        plain = net()
+        whole = net()
         with torch.no_grad():
-            for p, q in zip(plain.parameters(), weights, strict=True):
+            for p, q in zip(whole.parameters(), weights, strict=True):
                 p.copy_(q)
-            torch.testing.assert_close(model(batch(99)), plain(batch(99)), rtol=0, atol=1e-6)
+            torch.testing.assert_close(model(batch(99)), whole(batch(99)), rtol=0, atol=1e-6)
 
     for layers in (False, True):
         losses = {}
@@ -331,7 +331,7 @@ def middle():
 
 
 def end():
-    """Third part (2 ranks again), and the whole way against one that was never saved."""
+    """Third part (2 ranks again); compares the result with an uninterrupted run."""
     go_on("middle", "end", range(6, 9))
     model, opt = sharded(fo)
     load(model, opt, "end-fusedopt.torch")
@@ -362,6 +362,6 @@ def main():
 
 if __name__ == "__main__":
     main()
-    # gloo's threads may hold work with tensors, and abort while the interpreter is taken down
-    # (pytorch/pytorch#179291); how we ourselves end is for test_processes.py
+    # gloo's threads may hold work with tensors, and abort while the interpreter shuts down
+    # (pytorch/pytorch#179291); test_processes.py tests how we end
     os._exit(0)

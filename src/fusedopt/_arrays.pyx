@@ -383,7 +383,8 @@ cdef class ArrayList(LeafList):
             if source is not None:
                 source.forget()
             if verdict is not None and verdict.skipped:
-                return step_result(self.count, 0, True, verdict.grad_norm, verdict.clip_factor, None)
+                return step_result(
+                    self.count, 0, True, verdict.grad_norm, verdict.clip_factor, None)
             for i in range(n):
                 if self.leaves[i].grad.data != NULL:
                     self.records[i].step += 1

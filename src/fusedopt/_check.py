@@ -1,7 +1,7 @@
 """Every input check and its message.
 
-A check either returns the value in the form that the rest of the package works with, or raises an
-error that names the leaf or the option and says the way out. Nothing here writes to the caller's
+A check either returns the value in the form that the rest of the package uses, or raises an error
+that names the leaf or the option and says what to pass instead. Nothing here writes to the caller's
 data.
 """
 
@@ -26,14 +26,14 @@ _NAMES = "float32, float64, float16 or ml_dtypes.bfloat16"
 
 
 def array(name: str, value: object) -> Array:
-    """Return `value` if it is a plain NumPy array (or memory map) of a supported dtype."""
+    """Return `value` if it is an ordinary NumPy array (or memory map) of a supported dtype."""
     if not isinstance(value, np.ndarray):
         kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
         raise TypeError(f"{name}: expected a NumPy array, got {kind}; {_way_out(value)}")
     if type(value) not in (np.ndarray, np.memmap):
         raise TypeError(
-            f"{name}: {type(value).__name__} is a subclass of array with a meaning of its own, "
-            "which an update in place would pass by; pass its plain data, numpy.asarray(...)"
+            f"{name}: {type(value).__name__} is a subclass of array with semantics of its own, "
+            "which an update in place would ignore; pass its data, numpy.asarray(...)"
         )
     if value.dtype not in SUPPORTED and not is_bfloat16(value.dtype):
         if value.dtype.newbyteorder("=") in SUPPORTED:
@@ -42,7 +42,7 @@ def array(name: str, value: object) -> Array:
                 f"convert it, .astype(numpy.{value.dtype.newbyteorder('=').name})"
             )
         way_out = (
-            "bits of bfloat16 are taken as .view(ml_dtypes.bfloat16)"
+            "pass bits of bfloat16 as .view(ml_dtypes.bfloat16)"
             if value.dtype == np.uint16
             else "convert it, e.g. .astype(numpy.float32)"
         )
@@ -51,19 +51,19 @@ def array(name: str, value: object) -> Array:
 
 
 def _way_out(value: object) -> str:
-    """Return what to pass in the place of something that is no array."""
+    """Return what to pass instead of a value that is not an array."""
     if type(value).__module__.partition(".")[0] == "torch":
         return "fusedopt.torch steps tensors; or pass its memory, .detach().numpy()"
     if isinstance(value, Mapping):
-        return "pass a dict, dict(...) of it"
+        return "convert it with dict(...)"
     if isinstance(value, Iterator) or isinstance(value, Set):
-        return "pass a list, list(...) of it"
+        return "convert it with list(...)"
     if hasattr(value, "__array__") or hasattr(value, "__array_interface__") or _is_buffer(value):
-        return "pass numpy.asarray(...) of it"
+        return "convert it with numpy.asarray(...)"
     if hasattr(value, "__dict__") and not isinstance(value, type) and not callable(value):
-        return "pass the dict of its arrays, e.g. vars(...) of it"
+        return "pass a dict of its arrays, e.g. vars(...)"
     if isinstance(value, (int, float)):
-        return "pass an array, which can be updated in place: numpy.array(...) of it"
+        return "pass an array, which can be updated in place: numpy.array(...)"
     return "pass arrays, or lists, tuples and dicts of them"
 
 
@@ -133,7 +133,7 @@ def _same_shape(name: str, value: Array, param: Array) -> None:
 
 
 def state(name: str, value: object, param: Array) -> Array | Stored:
-    """Return `value` if it can serve as state of `param`: its shape, memory order, a format."""
+    """Return `value` if it can be state of `param`: same shape and memory order, a format."""
     held = parameter(name, value)
     data = held.data if isinstance(held, Stored) else held
     _same_shape(name, data, param)
@@ -180,7 +180,7 @@ def copy_target(name: str, value: object, param: Array) -> Array:
         )
     if not same_layout(target, param):
         raise ValueError(
-            f"{name}: strides {target.strides} lie otherwise than the parameter's {param.strides}; "
+            f"{name}: strides {target.strides} differ from the parameter's {param.strides}; "
             "make it with numpy.empty_like(param, dtype=...)"
         )
     return target
@@ -192,8 +192,8 @@ def zeroed(name: str, value: Array, param: Array) -> Array:
         raise ValueError(f"{name}: read-only array; zero_grads writes to it, pass a writable one")
     if not same_layout(value, param):
         raise ValueError(
-            f"{name}: in another memory order than its parameter, so that a copy of it is stepped; "
-            "zero_grads needs them alike, or set it to zero yourself"
+            f"{name}: its memory order differs from the parameter's, so a step reads a copy of it; "
+            "zero_grads needs the same order, or set it to zero yourself"
         )
     return value
 
@@ -269,12 +269,12 @@ def decay_rate(name: str, value: Any) -> float:
 
 
 def optional(check: Any) -> Any:
-    """Return a check that lets None pass."""
+    """Return a check that also accepts None."""
     return lambda name, value: None if value is None else check(name, value)
 
 
 def or_callable(check: Any) -> Any:
-    """Return a check that lets a callable pass: a schedule, which each step calls."""
+    """Return a check that also accepts a callable: a schedule, which each step calls."""
     return lambda name, value: value if callable(value) else check(name, value)
 
 
@@ -295,7 +295,7 @@ def count(name: str, value: Any, least: int = 0) -> int:
 
 
 def steps(name: str, value: Any, least: int = 0) -> int:
-    """Return `value` as a number of steps: a count with room to go on in 64 bits."""
+    """Return `value` as a number of steps: a count that can still grow in 64 bits."""
     result = count(name, value, least)
     if result >= 2**62:
         raise ValueError(f"{name}: must be below 2**62, got {value}")

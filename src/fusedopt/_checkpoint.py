@@ -1,12 +1,12 @@
-"""Named arrays and a little metadata in one file that is there whole or not at all.
+"""Named arrays and a little metadata in one file, written completely or not at all.
 
-The file is .npz (NumPy's own) or .safetensors (an extra). It is written beside its final place,
+The file is .npz (NumPy's own) or .safetensors (an extra). It is written beside its final path,
 synced and renamed, so that an interruption at any point leaves the old file. Reading never
 unpickles.
 
-What a killed save leaves is removed by the next one of the same path, which knows it by a lock that
-no process holds. Thousands of small arrays share one member for each dtype, because opening a
-member takes longer than reading it.
+The next save to the same path removes what a killed save left: a temporary file whose lock no
+process holds. Thousands of small arrays share one member for each dtype, because opening a member
+takes longer than reading it.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ except ModuleNotFoundError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _META = "fusedopt"  # the key of the metadata; no array has it
-_EXTRA = ":extra"  # ends the key of the second array of one in a narrow format
+_EXTRA = ":extra"  # ends the key of `Stored.extra`, the second array of a narrow format
 _VERSION = 1
 _SUFFIXES = (".npz", ".safetensors")
 _TEMPORARY = ".tmp"  # ends the name of a file that is being written
-_SMALL, _FEW = 4096, 1000  # arrays of so many bytes share a member if there are more of them
+_SMALL, _FEW = 4096, 1000  # arrays of up to 4096 bytes share members if there are over 1000
 
 StrPath = str | os.PathLike[str]
 
@@ -49,7 +49,7 @@ def pack(state_dict: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Any
     arrays: dict[str, Array] = {}
     steps: dict[str, int] = {}
     formats: dict[str, str] = {}
-    orders: dict[str, list[int]] = {}  # of the axes of blocks, which follow the memory
+    orders: dict[str, list[int]] = {}  # of axes in memory, which 8-bit blocks follow
     for leaf, state in state_dict["state"].items():
         steps[leaf] = state["step"]
         for name, a in state.items():
@@ -79,7 +79,7 @@ def pack(state_dict: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Any
 
 
 def unpack(arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Put together what `pack` took apart; ValueError if that is not what it is."""
+    """Rebuild the state dict that `pack` split; ValueError if these are not its parts."""
     try:
         state: dict[str, dict[str, Any]] = {
             leaf: {"step": step} for leaf, step in meta["steps"].items()
@@ -109,7 +109,7 @@ def write(path: StrPath, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -
         If the name ends in neither .npz nor .safetensors, or an array has a name that no file can
         hold.
     OSError
-        Naming the file, if it cannot be written; what was there before is still there.
+        Naming the file, if it cannot be written; an old file is unchanged.
     """
     target = _known(path)
     for name in arrays:
@@ -120,7 +120,7 @@ def write(path: StrPath, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -
     try:
         with _replacing(target) as file:
             _WRITERS[target.suffix](file, arrays, text)
-    except OSError as exc:  # a full disk's, from a write, names no file
+    except OSError as exc:  # a write to a full disk raises one that names no file
         raise OSError(exc.errno, exc.strerror, str(target)) from exc
 
 
@@ -129,12 +129,12 @@ def _is_text(name: str) -> bool:
 
 
 class _Archive(zipfile.ZipFile):
-    # in C, where no signal's exception can come and be lost
+    # a C function: in a Python one the exception of a signal could be raised and lost
     __del__ = object.__hash__  # type: ignore[assignment]
 
 
 def _write_npz(file: IO[bytes], arrays: Mapping[str, Array], text: str) -> None:
-    """Write what numpy.savez does, which would hide Ctrl-C behind an error of its archive's."""
+    """Write as numpy.savez does, which would hide Ctrl-C behind an error of its archive."""
     archive = _Archive(file, "w")
     try:
         for name, array in {_META: np.array(text), **arrays}.items():
@@ -142,14 +142,14 @@ def _write_npz(file: IO[bytes], arrays: Mapping[str, Array], text: str) -> None:
                 np.lib.format.write_array(member, array, allow_pickle=False)
         archive.close()
     except BaseException:
-        archive.fp = None  # given up: close() would complain of a member that is still open
+        archive.fp = None  # abandoned: close() would raise for a member that is still open
         raise
 
 
 def _write_safetensors(file: IO[bytes], arrays: Mapping[str, Array], text: str) -> None:
     """Write the format of safetensors 0.4 in one pass, to a file that we can lock and sync.
 
-    Its own writer makes a temporary file of its own, which a killed process would leave.
+    The writer of safetensors makes a temporary file, which a killed process would leave behind.
     """
     header: dict[str, Any] = {"__metadata__": {_META: text}}
     # readers map the file, so wide elements come first and all are aligned
@@ -167,11 +167,11 @@ def _write_safetensors(file: IO[bytes], arrays: Mapping[str, Array], text: str) 
 
 
 _WRITERS = {".npz": _write_npz, ".safetensors": _write_safetensors}
-_KINDS = {"f": "F", "i": "I", "u": "U"}  # of NumPy's dtypes, as safetensors calls them
+_KINDS = {"f": "F", "i": "I", "u": "U"}  # NumPy's kind of a dtype -> safetensors' name
 
 
 def _join(arrays: Mapping[str, Array]) -> tuple[Mapping[str, Array], dict[str, list[Any]]]:
-    """Return the arrays, small ones joined if there are many; and what is in each joint one."""
+    """Return the arrays, small ones joined if there are many, and the contents of each join."""
     rows: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
     for name, a in arrays.items():
         if a.nbytes <= _SMALL:
@@ -208,10 +208,10 @@ def read(path: StrPath) -> tuple[dict[str, Array], dict[str, Any]]:
     """
     source = _known(path)
     reader = _read_npz if source.suffix == ".npz" else _read_safetensors
-    mode = source.stat().st_mode  # not there: an OSError that names it
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # to open a pipe would wait for a writer
+    mode = source.stat().st_mode  # if missing, an OSError that names it
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a pipe would wait for a writer
         raise ValueError(f"{source}: not a regular file")
-    source.open("rb").close()  # not ours to read, or a folder: the same
+    source.open("rb").close()  # unreadable, or a folder: the same
     try:
         arrays, text = reader(source)
         meta = json.loads(text)
@@ -222,7 +222,7 @@ def read(path: StrPath) -> tuple[dict[str, Array], dict[str, Any]]:
         raise
     except MemoryError as exc:
         raise ValueError(f"{source}: claims more data than memory can hold") from exc
-    except Exception as exc:  # the parsers of others meet hostile bytes here, and raise anything
+    except Exception as exc:  # third-party parsers may raise anything on hostile bytes
         raise ValueError(f"{source}: not a checkpoint of fusedopt, or damaged ({exc})") from exc
     return arrays, meta
 
@@ -231,21 +231,21 @@ def _read_npz(path: Path) -> tuple[dict[str, Array], str]:
     with open(path, "rb") as raw:
         loaded = np.load(raw, allow_pickle=False)
         if not isinstance(loaded, np.lib.npyio.NpzFile):
-            raise ValueError("one array, no archive")
+            raise ValueError("a single array, not an archive")
         return _read_archive(raw, loaded)
 
 
 def _read_archive(raw: IO[bytes], loaded: Any) -> tuple[dict[str, Array], str]:
     with loaded as file:
         size = os.fstat(raw.fileno()).st_size
-        # what savez writes is not compressed: so a small file cannot fill the memory
+        # `write` does not compress; refusing compression keeps a small file from filling the memory
         if sum(member.file_size for member in file.zip.infolist()) > size:
             raise ValueError("its arrays are larger than the file")
         arrays = {name: file[name] for name in file.files}
-    if not all(isinstance(a, np.ndarray) for a in arrays.values()):  # NumPy's answer is bytes
+    if not all(isinstance(a, np.ndarray) for a in arrays.values()):  # NumPy returns others as bytes
         raise ValueError("a member is not an array")
     if _META not in arrays:
-        raise ValueError("no metadata of fusedopt in it")
+        raise ValueError("it has no metadata of fusedopt")
     return arrays, str(arrays.pop(_META)[()])
 
 
@@ -296,7 +296,7 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
             if mode is not None:
                 temporary.chmod(mode)
             os.fsync(file.fileno())
-            if os.name == "nt":  # which renames no open file
+            if os.name == "nt":  # Windows cannot rename an open file
                 file.close()
             temporary.replace(target)
     except BaseException:
@@ -306,8 +306,8 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _create(target: Path, mode: int | None) -> tuple[Path, IO[bytes]]:
-    """Return a temporary file beside a target, locked: where no process has the lock it is left."""
-    # a new file's permissions are the system's affair; those of an old one are copied in the end
+    """Return a temporary file beside a target, locked: an unlocked one counts as a leftover."""
+    # a new file gets the system's permissions; those of an old file are copied at the end
     create = partial(os.open, mode=0o666 if mode is None else 0o600)
     while True:
         temporary = target.with_name(f".{target.name}.{os.urandom(8).hex()}{_TEMPORARY}")
@@ -316,7 +316,7 @@ def _create(target: Path, mode: int | None) -> tuple[Path, IO[bytes]]:
             if fcntl is not None:
                 with suppress(OSError):  # a file system without locks
                     fcntl.flock(file, fcntl.LOCK_EX)
-                if os.fstat(file.fileno()).st_nlink == 0:  # was taken for a leftover before that
+                if os.fstat(file.fileno()).st_nlink == 0:  # removed as a leftover before the lock
                     file.close()
                     continue
             return temporary, file
@@ -326,7 +326,7 @@ def _create(target: Path, mode: int | None) -> tuple[Path, IO[bytes]]:
 
 
 def _mode(target: Path) -> int | None:
-    """Return a file's permissions, None if there is none; OSError if it must not be replaced."""
+    """Return a file's permissions, None if it is missing; OSError if it must not be replaced."""
     try:
         mode = target.stat().st_mode
     except FileNotFoundError:
@@ -339,20 +339,20 @@ def _mode(target: Path) -> int | None:
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove the temporary files of saves of this path that were killed."""
+    """Remove the temporary files of killed saves to this path."""
     if fcntl is None:
         return
     ours = re.compile(re.escape(f".{target.name}.") + "[0-9a-f]{16}" + re.escape(_TEMPORARY))
     with suppress(OSError):
         for path in [path for path in target.parent.iterdir() if ours.fullmatch(path.name)]:
             with suppress(OSError), open(path, "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError: somebody writes to it
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError: a process is writing it
                 path.unlink()
 
 
 def _sync(folder: Path) -> None:
     if os.name == "nt":
-        return  # Windows has no handle to sync a folder with
+        return  # Windows cannot sync a folder
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

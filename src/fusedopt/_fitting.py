@@ -1,4 +1,4 @@
-"""Whether a state dict fits an optimizer: all is checked and made ready before the first write."""
+"""Whether a state dict fits an optimizer: all is checked and prepared before the first write."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def fit(
     state_dict: Mapping[str, Any],
     convert: bool,
 ) -> tuple[list[tuple[Array, Array]], list[int], list[Options]]:
-    """Return each array with what it shall hold, step counts and options; write nothing.
+    """Return (array, new contents) pairs, step counts and options; write nothing.
 
     `now` are the options of the groups, `params` and `ours` the parameter and the state of each
     leaf.
@@ -42,19 +42,19 @@ def _states(
     options: Sequence[Options],
     convert: bool,
 ) -> tuple[list[int], list[tuple[Array, Array]]]:
-    """Return the step counts, and each array with what it shall hold.
+    """Return the step counts, and (array, new contents) pairs.
 
-    State that the new options do not use, as of momentum that was switched off, is ignored where
-    the optimizer has none, and as it began where the dict has none.
+    State that the new options do not use (e.g. of momentum that was switched off) is ignored if the
+    optimizer does not have it, and gets its initial value if the dict does not.
     """
     if state.keys() != ours.keys():
         missing = [name for name in ours if name not in state]
-        foreign = [name for name in state if name not in ours]
+        unexpected = [name for name in state if name not in ours]
         raise ValueError(
-            "state dict: other parameters than this optimizer's; "
-            f"missing {missing[:3]}, foreign {foreign[:3]}"
+            "state dict: its parameters are not those of this optimizer; "
+            f"missing {missing[:3]}, unexpected {unexpected[:3]}"
         )
-    slots = {name: 1 + k for k, name in enumerate(rule.slots)}  # of others it is 0
+    slots = {name: 1 + k for k, name in enumerate(rule.slots)}  # 0 for other arrays
     steps: list[int] = []
     pairs: list[tuple[Array, Array]] = []
     for leaf, (name, arrays) in enumerate(ours.items()):
@@ -69,7 +69,7 @@ def _states(
         step = _check.steps(f"state dict: {name}.step", given["step"])
         steps.append(step)
         for key, array in arrays.items():
-            if key not in given:  # as if it had never been used
+            if key not in given:  # as in a new optimizer
                 new, slot = _storage.zeros_like(array), slots[key]
                 begun = rule.states[slot - 1]
                 _storage.begin(f"{name}.{key}", new, begun, params[leaf], its, (leaf, slot))
@@ -103,7 +103,7 @@ def _options(
         lacking = group.lacks(rule, rule.uses(checked))
         if lacking is not None:
             raise ValueError(
-                f"{where}: its options need other state than this optimizer has: {lacking}"
+                f"{where}: its options need state that this optimizer does not have: {lacking}"
             )
         fitted.append(checked)
     return fitted

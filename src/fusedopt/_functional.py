@@ -1,4 +1,4 @@
-"""A step on lists of arrays that the caller keeps: a function for each rule, made of its value."""
+"""A step on lists of arrays that the caller keeps: a function for each rule, made from a `Rule`."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _DOC = """Take one `{cls}` step on lists of arrays, in place.
 Parameters
 ----------
 params, grads, {states} : list of array
-    One entry for each tensor. All but `grads` are updated; a gradient of None leaves its tensor
-    out. An entry is an array or a `fusedopt.formats.Stored`; a float16 or bfloat16 array is
+    One entry for each tensor. All but `grads` are updated; a tensor whose gradient is None is
+    skipped. An entry is an array or a `fusedopt.formats.Stored`; a float16 or bfloat16 array is
     rounded stochastically.{optional}
 step : int
     The number of this step, from 1.
 {options}
     As for `{cls}`; `lr` is a number.{remembered}
 seed : int
-    Of stochastic rounding.
+    Seed of stochastic rounding.
 
 Raises
 ------
@@ -42,15 +42,15 @@ TypeError, ValueError
 def function(cls: type[Optimizer], engine: _Engine | None = None) -> Step:
     """Return the functional form of a class: ``f(params, grads, *states, *, step, **options)``.
 
-    A state array has a list, named in the plural. A flag that asks for one (`amsgrad`) is no
-    argument: its list is given or not. Nor is what one begins as. What the rule remembers is an
-    argument: its value in this step. `engine` takes the step, in the place of C.
+    Each state has a list, named in the plural. A flag that asks for a state (`amsgrad`) is not an
+    argument: giving the list sets it. Nor is an option with an initial value of state. What the
+    rule remembers is an argument: its value in this step. `engine` replaces the step in C.
     """
     rule, take = cls.rule, engine or _step_in_c
     plurals = [f"{state.name}s" for state in rule.states]
     rows = list(zip(rule.states, plurals, strict=True))
     flags = {s.needs: plural for s, plural in rows if rule.defaults.get(s.needs) is False}
-    begins = {state.init for state in rule.states}  # state is the caller's, who has begun it
+    begins = {state.init for state in rule.states}  # the caller has initialised the state
     own = [option for option in rule.options if option.name not in flags.keys() | begins]
     remembered = [row.name for row in rule.memory]
     known = {"seed", *remembered, *(option.name for option in own)}
@@ -71,13 +71,13 @@ def function(cls: type[Optimizer], engine: _Engine | None = None) -> Step:
             unknown = ", ".join(options.keys() - known)
             raise TypeError(f"{name}: unknown option, or a list given twice: {unknown}")
         if absent := [key for key in remembered if key not in options]:
-            raise TypeError(f"{name}: needs {', '.join(absent)}, as in this step")
+            raise TypeError(f"{name}: needs {', '.join(absent)}: values in this step")
         step = _check.steps("step", step, least=1)
         for flag, plural in flags.items():
             options[flag] = given[plural] is not None
         checked = rule.check(rule.defaults | options)
         if callable(checked["lr"]):
-            raise TypeError("lr: expected a number, that of this step; schedules are for classes")
+            raise TypeError("lr: expected a number, the rate of this step; only classes schedule")
         used = rule.uses(checked)
         _check_lists(rule, params, grads, given, used)
         nothing = [None] * len(params)
@@ -91,7 +91,7 @@ def function(cls: type[Optimizer], engine: _Engine | None = None) -> Step:
     step_function.__module__ = cls.__module__
     step_function.__signature__ = _signature(rule, plurals, own)  # type: ignore[attr-defined]
     optional = [plural for state, plural in rows if state.needs]
-    as_now = f"\n{', '.join(remembered)}\n    What `{cls.__name__}` remembers, as in this step."
+    as_now = f"\n{', '.join(remembered)}\n    What `{cls.__name__}` remembers: values in this step."
     step_function.__doc__ = _DOC.format(
         cls=cls.__name__,
         states=", ".join(plurals),
@@ -119,7 +119,7 @@ def _signature(rule: Rule, plurals: Sequence[str], own: Sequence[Option]) -> ins
 def _check_lists(
     rule: Rule, params: Any, grads: Any, states: Mapping[str, Any], used: Sequence[bool]
 ) -> None:
-    """Raise TypeError or ValueError, naming it, for a list that is missing or does not fit."""
+    """Raise TypeError or ValueError that names a list which is missing or does not fit."""
     lists = {"params": params, "grads": grads, **states}
     for name, values in lists.items():
         if values is None and name in states:
@@ -135,8 +135,8 @@ def _check_lists(
         if use and (i := _arrays.find_none(values, grads)) >= 0:
             way = ways.get(state.init, "numpy.full_like")
             raise ValueError(
-                f"{name}[{i}]: is None; these options need it, pass {way} of the parameter where "
-                "there is none yet"
+                f"{name}[{i}]: is None; these options need it, pass {way} of the parameter in the "
+                "first step"
             )
 
 

@@ -1,4 +1,4 @@
-"""What an optimizer knows of one of its `param_groups`: its leaves and its checked options."""
+"""What an optimizer knows about one of its `param_groups`: its leaves and its checked options."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Group:
     options : dict
         As last checked, with `lr` as a number; and what the rule remembers.
     seen : dict or None
-        The dict in `param_groups` as it was then; None if a value may change in place, so that it
-        must be looked at in each step.
+        The dict in `param_groups` when it was last checked; None if a value may change in place,
+        so that each step must check it.
     schedule : callable(step) -> float, or None
-        What `lr` is, where it is no number.
+        `lr`, if it is not a number.
     plan : (callable, int)
         The constants of a step, see `Rule.at`, and the seed of the noise.
     """
@@ -52,7 +52,7 @@ class Group:
     plan: Plan | None = None
 
     def note(self, rule: Rule, given: Mapping[str, Any], options: Options) -> None:
-        """Take over checked `options`, made of `given`."""
+        """Store checked `options`, made from `given`."""
         values = [value for name, value in given.items() if name != "params"]
         self.seen = dict(given) if all(map(_is_constant, values)) else None
         self.options, lr = options, options["lr"]
@@ -72,7 +72,7 @@ class Group:
         return next((name for name, use, kept in rows if use and not kept), None)
 
     def valid(self, rule: Rule, given: Mapping[str, Any]) -> Options:
-        """Return the options; in the place of one that no step takes, the last step's."""
+        """Return the options, with the last step's value in the place of an invalid one."""
         options = {}
         for name, check in rule.checks.items():
             try:
@@ -89,7 +89,7 @@ def _is_constant(value: Any) -> bool:
 
 
 def refuse_unknown(where: str, given: Mapping[str, Any], checks: Mapping[str, Check]) -> None:
-    """Raise TypeError if a group has a key that is no option."""
+    """Raise TypeError if a group has a key that is not an option."""
     unknown = [repr(name) for name in given if name not in checks and name != "params"]
     if unknown:
         raise TypeError(f"{where}: unknown option {', '.join(unknown)}; known: {', '.join(checks)}")

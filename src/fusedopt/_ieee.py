@@ -1,7 +1,7 @@
 """Arithmetic in IEEE 754's default mode: rounding to nearest, subnormal numbers kept.
 
-The thread that calls may be in another, which another library has set: csrc/ieee.h says more. Steps
-enter it by themselves; this is for what is computed beside them, in NumPy.
+Another library may have set another mode for the calling thread; see csrc/ieee.h. Steps enter the
+default mode by themselves; this file is for NumPy computations outside a step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def ieee(function: Callable[P, T]) -> Callable[P, T]:
-    """Let a function run in that mode, and give the thread its own back."""
+    """Run a function in the default mode, then restore the thread's own."""
 
     @functools.wraps(function)
     def inside(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -1,7 +1,7 @@
 """In which format each array of a leaf is kept, and how state moves between formats.
 
 The options of this file are the same for every rule: a rule computes on float32 or float64 and
-never learns how its arrays are stored.
+does not know how its arrays are stored.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fusedopt.rule import Options, Rule, State
 
 Spec = tuple[tuple[int, ...], Any, tuple[int, ...] | None]  # an array's shape, dtype, strides
 
-FIXED = ("state_dtype", "master_bits", "min_8bit_size")  # once the arrays are made
+FIXED = ("state_dtype", "master_bits", "min_8bit_size")  # cannot change once the arrays are made
 
 # the format of a bfloat16 parameter, by its master bits
 MASTERS = {None: "bfloat16+int16", 32: "bfloat16+int16", 24: "bfloat16+int8",
@@ -29,12 +29,12 @@ MASTERS = {None: "bfloat16+int16", 32: "bfloat16+int16", 24: "bfloat16+int8",
 
 
 def refuse_change(where: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Raise ValueError if an option that chose the arrays is another now."""
+    """Raise ValueError if an option that determines the arrays has changed."""
     for name in FIXED:
         if new[name] != old[name]:
             raise ValueError(
-                f"{where}{name}: {new[name]!r} instead of {old[name]!r}, but the arrays are made; "
-                "make another optimizer and load the state with convert=True"
+                f"{where}{name}: {new[name]!r}, but the arrays were made with {old[name]!r}; make "
+                "another optimizer and load the state with convert=True"
             )
     if (new["ema"] is None) != (old["ema"] is None):
         raise ValueError(
@@ -55,15 +55,15 @@ def state_format(is_double: bool, size: int, is_square: bool, options: Mapping[s
 
 
 def _param_format(name: str, param: Array, options: Mapping[str, Any]) -> str | None:
-    """Return the format of a 16-bit parameter, or None of any other."""
+    """Return the format of a 16-bit parameter, or None for any other."""
     bits = options["master_bits"]
     if is_bfloat16(param.dtype):
         return MASTERS[bits]
     if param.dtype == np.float16:
         if bits not in (None, 16):
             raise ValueError(
-                f"{name}: master_bits={bits} needs bfloat16, the upper half of a float32; "
-                "a float16 parameter has none: master_bits=16"
+                f"{name}: master_bits={bits} needs bfloat16, which is the upper half of a float32; "
+                "for a float16 parameter use master_bits=16"
             )
         return "float16-stochastic"
     return None
@@ -77,8 +77,8 @@ def allocate(
 ) -> tuple[list[Array | Stored], list[list[Array | Stored | None]]]:
     """Check the parameters and allocate their states; return both, as arrays or `Stored`.
 
-    Behind a leaf's state comes its average, or None; it begins as the parameter. All arrays lie on
-    one block of memory, leaf by leaf, but for averages not yet written.
+    The states of a leaf are followed by its average, or None. All arrays lie in one block of
+    memory, leaf by leaf; only averages and residual bits are initialised.
     """
     specs: list[Spec] = []
     plans: list[tuple[Array | Stored, str | None, list[str | None]]] = []
@@ -135,10 +135,10 @@ def begin(
     options: Options,
     place: tuple[int, int],
 ) -> None:
-    """Write what a state, all zero, begins as.
+    """Write the initial value of a state, which is all zero before.
 
-    Narrow formats round it by the noise of step 0 at `place`, the leaf and slot. A large array is
-    written in pieces, so that it takes little memory beside its own.
+    Narrow formats round it with the noise of step 0 at `place`, the leaf and slot. A large array is
+    written in pieces, so that it takes little extra memory.
     """
     value = state.first(options)
     if value == 0:
@@ -165,7 +165,7 @@ def begin_all(
     options: Options,
     first: int,
 ) -> None:
-    """Do so with all states of some leaves, numbered from `first`."""
+    """Write the initial values of all states of some leaves, numbered from `first`."""
     rows = [(k, state) for k, state in enumerate(rule.states) if state.init != "zeros"]
     for leaf, (name, param, arrays) in enumerate(zip(names, params, states, strict=True), first):
         for k, state in rows:
@@ -238,16 +238,16 @@ def pairs(
     convert: bool,
     place: tuple[int, int, int],
 ) -> list[tuple[Array, Array]]:
-    """Return the parts of `ours`, each with what of `theirs` it shall hold; raise if none fits.
+    """Return (part of `ours`, its new contents from `theirs`) pairs; raise if they do not fit.
 
-    The second of a pair has the bytes, in the memory order of the first. `place`, the leaf, step
-    and slot, keys the noise of a conversion.
+    The contents are in the memory order of the part. `place`, the leaf, step and slot, keys the
+    noise of a conversion.
     """
     if (
         type(ours) is type(theirs) is np.ndarray
         and ours.dtype == theirs.dtype
         and ours.shape == theirs.shape
-    ):  # as usual: the rest takes 5 us
+    ):  # the usual case: the rest takes 5 us
         return [(ours, _laid_as(ours, theirs))]
     if isinstance(theirs, Stored):
         theirs = _check.stored(where, theirs)
@@ -272,7 +272,7 @@ def pairs(
             raise ValueError(
                 f"{where}: its blocks of {FORMATS[mine][2]} follow the memory order of a parameter "
                 f"with strides {theirs.data.strides}, here {ours.data.strides}; convert=True "
-                "encodes them anew"
+                "encodes them again"
             )
         theirs = _converted(where, ours, theirs, place)
     return [(a, _laid_as(a, b)) for a, b in zip(parts(ours), parts(theirs), strict=True)]
@@ -289,7 +289,7 @@ def _laid_as(a: Array, b: Array) -> Array:
 def _converted(
     where: str, ours: Array | Stored, theirs: Array | Stored, place: tuple[int, int, int]
 ) -> Array | Stored:
-    """Return the numbers of `theirs` in a new array of the kind of `ours`."""
+    """Return the numbers of `theirs` in a new array in the format of `ours`."""
     values = theirs.decode() if isinstance(theirs, Stored) else theirs
     target = np.float32 if isinstance(ours, Stored) else ours.dtype
     if not np.can_cast(values.dtype, target, "same_kind"):
@@ -305,7 +305,7 @@ def _converted(
 
 
 def zeros_like(array: Array | Stored) -> Array | Stored:
-    """Return an array of the same kind, shape and memory order, all zero."""
+    """Return an array of the same format, shape and memory order, all zero."""
     zeros = [np.zeros_like(part, subok=False) for part in parts(array)]
     return Stored(array.format, *zeros) if isinstance(array, Stored) else zeros[0]
 
@@ -315,5 +315,5 @@ def _kind(array: Array | Stored) -> str:
 
 
 def parts(array: Array | Stored) -> list[Array]:
-    """Return the arrays that one consists of."""
+    """Return the NumPy arrays that an array consists of."""
     return array.parts() if isinstance(array, Stored) else [array]

@@ -1,7 +1,7 @@
-"""Shows the number of threads to threadpoolctl, and lets its limits rule here.
+"""Shows the number of threads to threadpoolctl, and obeys its limits.
 
-threadpoolctl is not imported for that: it takes milliseconds and writes to the environment. The
-controller is registered when somebody else imports it, before or after fusedopt.
+threadpoolctl is not imported for that: importing it takes milliseconds and writes to the
+environment. The controller is registered when other code imports it, before or after fusedopt.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _register(threadpoolctl: ModuleType) -> None:
 
 
 class _OnImport:
-    """Finds threadpoolctl as the others would, once, and registers the controller after it ran."""
+    """Finds threadpoolctl once, like other finders, and registers the controller after it ran."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != _NAME:

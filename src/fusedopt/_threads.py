@@ -1,8 +1,8 @@
 """How many threads a step may use, and why that many.
 
-The default is the least of what the system grants this process: the CPUs of its affinity mask, the
-CPU quota of its control groups (a container's ``--cpus``), rounded up, and ``OMP_NUM_THREADS``.
-Ranks that torchrun starts on one host share the first two alike (``LOCAL_WORLD_SIZE``).
+The default is the smallest limit on this process: the CPUs of its affinity mask, the CPU quota of
+its control groups (a container's ``--cpus``), rounded up, and ``OMP_NUM_THREADS``. Ranks that
+torchrun starts on one host share the first two equally (``LOCAL_WORLD_SIZE``).
 ``FUSEDOPT_NUM_THREADS`` overrides it, `set_num_threads` both, and an optimizer's ``threads=`` all.
 """
 
@@ -37,7 +37,7 @@ def _group_folders(root: Path, controller: str) -> Iterator[Path]:
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """Return the CPUs' worth of time that control groups v1 and v2 grant, or None if all."""
+    """Return the quota of control groups v1 and v2 in CPUs, or None if there is no limit."""
     quotas = []
     for folder in _group_folders(root, ""):  # v2: "<quota or max> <period>"
         match _read(folder / "cpu.max").split():
@@ -78,11 +78,11 @@ def default_threads(
     quota = cpu_quota(root)
     if quota is not None:
         limits.append((max(1, math.ceil(quota)), "CPU quota of the control group"))
-    ranks = environ.get("LOCAL_WORLD_SIZE", "")  # of this host, as torchrun says
+    ranks = environ.get("LOCAL_WORLD_SIZE", "")  # on this host; set by torchrun
     if ranks.isascii() and ranks.isdigit() and int(ranks) > 1:
         count, why = min(limits, key=lambda limit: limit[0])
         limits.append((max(1, count // int(ranks)), f"{why}, divided by LOCAL_WORLD_SIZE"))
-    openmp = environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # a list: one for each level
+    openmp = environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # may list one per level
     if openmp.isascii() and openmp.isdigit() and int(openmp) > 0:
         limits.append((int(openmp), "OMP_NUM_THREADS"))
     count, why = min(limits, key=lambda limit: limit[0])
@@ -118,20 +118,20 @@ def check(name: str, value: Any) -> int:
 
 
 def of(own: int | None) -> int:
-    """Return the most threads of an optimizer with `threads=own`; threadpoolctl rules over it."""
+    """Return the most threads of an optimizer with `threads=own`; threadpoolctl may lower it."""
     if own is None:
         return _count
     return min(own, _count) if _why == _LIMIT else own
 
 
 def use(count: int, why: str) -> None:
-    """Set the number of threads of the process, and what `info` shall say ruled it."""
+    """Set the number of threads of the process, and the reason that `info` gives."""
     global _count, _why
     _count, _why = count, why
 
 
 def limit(count: int) -> None:
-    """Take a limit of threadpoolctl; once it sets the number from before, that rules again."""
+    """Apply a limit of threadpoolctl; setting the number from before it ends the limit."""
     global _unlimited
     if _why != _LIMIT:
         _unlimited = _count, _why

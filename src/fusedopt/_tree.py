@@ -1,4 +1,4 @@
-"""Nestings of lists, tuples and dicts: from a tree of arrays to a flat list, and to names.
+"""Nested lists, tuples and dicts: from a tree of arrays to a flat list, and to names.
 
 A leaf's name is the expression that leads to it: ``params['dense1']['W']``.
 """
@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
 from typing import Any
 
-DEEPEST = 100  # containers in containers; more are taken for a cycle
+DEEPEST = 100  # containers in containers; deeper nesting is treated as a cycle
 
 # a container, what was in it, as a list or dict, and the names of that
 Node = tuple[str, Any, list[Any] | dict[Any, Any], list[str]]
 
 
 def _children(name: str, tree: Any) -> Iterator[tuple[str, Any]] | None:
-    """Return what is directly in a list, tuple or dict, with names; None of any other object."""
+    """Return the items of a list, tuple or dict with their names; None for any other object."""
     if isinstance(tree, dict):
         return ((f"{name}[{key!r}]", node) for key, node in tree.items())
     if isinstance(tree, (list, tuple)):
@@ -30,7 +30,7 @@ def leaves(name: str, tree: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
     Raises
     ------
     ValueError
-        If the nesting is deeper than `DEEPEST`, as that of a list which contains itself.
+        If the nesting is deeper than `DEEPEST`, e.g. because a list contains itself.
     """
     children = _children(name, tree)
     if children is None:
@@ -46,7 +46,7 @@ def leaves(name: str, tree: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
 
 
 def nodes(name: str, tree: Any) -> Iterator[Node]:
-    """Yield the lists and dicts of a tree: name, container, what is in it now, and the names."""
+    """Yield (name, container, its items now, their names) for each list and dict of a tree."""
     inside = dict(_children(name, tree) or ())
     if isinstance(tree, (dict, list)):
         yield name, tree, dict(tree) if isinstance(tree, dict) else list(tree), list(inside)
@@ -57,21 +57,21 @@ def nodes(name: str, tree: Any) -> Iterator[Node]:
 def refuse_change(
     name: str, container: Any, before: list[Any] | dict[Any, Any], names: list[str]
 ) -> None:
-    """Raise ValueError for a container that has other objects in it than it had."""
+    """Raise ValueError if a container no longer has the objects of `before`."""
     now = dict(_children(name, container) or ())
     values = before.values() if isinstance(before, dict) else before
     for inner, value in zip(names, values, strict=True):
         if inner not in now:
-            raise ValueError(f"{inner}: was removed; make another optimizer, of what is left")
+            raise ValueError(f"{inner}: was removed; make another optimizer without it")
         if now.pop(inner) is not value:
             raise ValueError(
-                f"{inner}: is another object than when this optimizer was made, which steps would "
-                f"not reach; write into the array, {inner}[...] = value, or make another optimizer"
+                f"{inner}: is another object than when this optimizer was made, so steps would not "
+                f"update it; write into the array, {inner}[...] = value, or make another optimizer"
             )
     if now:
         raise ValueError(
-            f"{', '.join(now)}: was added after this optimizer was made; take it out of there and "
-            "give it to add_param_group"
+            f"{', '.join(now)}: was added after this optimizer was made; remove it and pass it to "
+            "add_param_group"
         )
 
 
@@ -90,8 +90,8 @@ Reader = Callable[[str, Any, list[Any]], None]
 def reader(tree: Any) -> Reader:
     """Return a function (name, other, out) that appends to `out` the leaves of `other`.
 
-    `other` must be nested as `tree` is, but None may stand for any part, and then for each leaf of
-    it. Built once, because a step reads its gradients through it each time.
+    `other` must be nested like `tree`; None in the place of a part stands for all its leaves. Built
+    once, because every step reads its gradients with it.
     """
     if isinstance(tree, dict):
         return _dict_reader({key: reader(node) for key, node in tree.items()})
@@ -101,7 +101,7 @@ def reader(tree: Any) -> Reader:
 
 
 def _read_leaf(name: str, other: Any, out: list[Any]) -> None:
-    out.append(other)  # whether it is an array is for _check to say
+    out.append(other)  # _check tests whether it is an array
 
 
 def _dict_reader(parts: dict[Any, Reader]) -> Reader:
@@ -157,7 +157,7 @@ def _list_reader(parts: list[Reader]) -> Reader:
 
 
 def rebuilder(tree: Any) -> Callable[[list[Any]], Any]:
-    """Return a function that nests a flat list of leaves as `tree` is; tuples become lists."""
+    """Return a function that nests a flat list of leaves like `tree`; tuples become lists."""
 
     def build(node: Any, values: Iterator[Any]) -> Any:
         if isinstance(node, dict):

@@ -16,19 +16,19 @@ _ADD_PLAN = _ADD.at({})
 
 
 class GradAccumulator:
-    """Adds gradients of micro-batches into buffers, and measures the sum as it goes.
+    """Adds gradients of micro-batches to buffers, and measures the sum at the same time.
 
-    Each `add` reads the micro-batch's gradients and updates the buffers in one pass, in which it
-    also takes the sum's squares and counts what is not finite: a step with a clip or a look for
-    what is not finite then needs no pass of its own. ``opt.step(accumulator)`` uses the sum up: the
-    buffers are zeroed in the pass that reads them. A call that raises has changed nothing; one that
-    is interrupted has done all or nothing.
+    Each `add` reads the micro-batch's gradients and updates the buffers in one pass, which also
+    sums the squares and counts non-finite elements: a step that clips or checks for them then needs
+    no extra pass. ``opt.step(accumulator)`` consumes the sum: the buffers are zeroed in the pass
+    that reads them. A call that raises has changed nothing; one that is interrupted has done all or
+    nothing.
 
     Parameters
     ----------
     params : array or nesting of arrays, or list of groups
-        As they were given to the optimizer; only shapes and memory orders count. Buffers are
-        float32, of float64 arrays float64.
+        As given to the optimizer; only dtypes, shapes and memory orders matter. Buffers are
+        float32, for float64 arrays float64.
 
     Raises
     ------
@@ -82,9 +82,9 @@ class GradAccumulator:
         Parameters
         ----------
         grads : array or nesting of arrays
-            Nested as `params`, of any dtype that a step takes; None leaves a leaf out.
+            Nested like `params`, of any dtype that a step takes; a leaf with None is skipped.
         scale : float, default 1
-            Multiplies them, in the buffers' dtype.
+            Multiplies the gradients, in the buffers' dtype.
 
         Raises
         ------
@@ -107,10 +107,10 @@ class GradAccumulator:
 
     @property
     def grads(self) -> Any:
-        """The sums, nested as `params`: the live buffers, None for a leaf that got nothing.
+        """The sums, nested like `params`: the live buffers, None for a leaf without gradients.
 
-        They may be written to, say to add those of other ranks. Once they were asked for, a step
-        does not rely on what `add` has measured, and reads them where it needs a norm.
+        They may be written, for example to add those of other ranks. After this has been read, a
+        step does not use what `add` measured, and reads the buffers if it needs a norm.
         """
         self._work.drop_sums()
         return self._sums()

@@ -11,18 +11,18 @@ format                 an element                                               
 ``float16``            5 exponent and 10 mantissa bits                             2
 ``bfloat16+int16``     the bfloat16 nearest to a float32, and the bits to restore  4
                        that float32 exactly
-``bfloat16+int8``      the same of a float with 15 mantissa bits                   3
+``bfloat16+int8``      the same for a float with 15 mantissa bits                  3
 ``int8``               sign, 4 exponent and 3 mantissa bits in a block's window    1 + 1 / 64
 ``uint8``              5 exponent and 3 mantissa bits, no sign                     1 + 1 / 64
 =====================  ==========================================================  ===========
 
-The last three, and the first two with ``-stochastic`` in their name, round up or down by chance, so
-that the mean is kept: what moves by less than a step in each update would stand still if rounded to
-nearest. The relative error of one rounding is below 1/8 (8-bit, within the window of 13 or 29
-powers of two below the block's largest element), 1/128 (bfloat16) or 2**-15 (with 8 residual bits),
-with mean 0. Below the window ``int8`` is 0; ``uint8``, which holds second moments, is the window's
-smallest number, so that no update divides by a moment that was lost. An infinite or NaN element of
-an 8-bit block is stored as NaN, and the other elements of the block as if it were not there.
+The last three, and the first two with ``-stochastic`` in their name, round up or down at random, so
+that the mean is kept: rounded to nearest, a value that moves by less than half a unit in each
+update would stop changing. The relative error of one rounding is below 1/8 (8-bit, within the
+window of 13 or 29 powers of two below the block's largest element), 1/128 (bfloat16) or 2**-15
+(with 8 residual bits), with mean 0. Below the window ``int8`` is 0; ``uint8``, which holds second
+moments, is the window's smallest number, so that no update divides by a moment that was lost. An
+infinite or NaN element of an 8-bit block is stored as NaN, and does not affect the other elements.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from fusedopt._ieee import ieee
 Array = NDArray[Any]
 
 BLOCK = 64
-PIECE = 1024 * BLOCK  # elements that are encoded at a time where a large array shall cost no memory
+PIECE = 1024 * BLOCK  # elements encoded at a time, so that a large array needs little extra memory
 INFINITE, QUIET_NAN = np.uint32(0x7F800000), np.uint32(0x7FC00000)
 
-# name -> dtype of the data (None: bfloat16), dtype of the extra, elements for one entry of it
+# name -> dtype of the data (None: bfloat16), dtype of the extra, elements per entry of the extra
 FORMATS: dict[str, tuple[Any, Any, int]] = {
     "float32": (np.float32, None, 1),
     "float64": (np.float64, None, 1),
@@ -59,7 +59,7 @@ FORMATS: dict[str, tuple[Any, Any, int]] = {
 
 
 def is_bfloat16(dtype: np.dtype[Any]) -> bool:
-    """Whether this is the dtype that ml_dtypes registers, which need not be installed here."""
+    """Whether this is the dtype that ml_dtypes registers; ml_dtypes need not be installed."""
     return dtype.itemsize == 2 and dtype.type.__name__ == "bfloat16"
 
 
@@ -95,7 +95,7 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes."""
+        """Bytes of data and extra."""
         return self.data.nbytes + (0 if self.extra is None else self.extra.nbytes)
 
     def parts(self) -> list[Array]:
@@ -103,7 +103,7 @@ class Stored:
         return [self.data] if self.extra is None else [self.data, self.extra]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Keep the memory order in copies and pickles, as blocks follow it; NumPy's would not."""
+        """Keep the memory order in copies and pickles, because blocks follow it; NumPy does not."""
         order = memory_order(self.data)
         return in_order, (self.format, self.data.transpose(order), self.extra, order)
 
@@ -116,13 +116,13 @@ class Stored:
     def encode(self, values: Array, key: int = 0) -> None:
         """Store `values`, float32 or float64 in the same shape and memory order, rounded once.
 
-        Noise is that of `key`.
+        `key` selects the noise.
         """
         encode(self, flat(values), key)
 
 
 def in_order(name: str, data: Array, extra: Array | None, order: list[int]) -> Stored:
-    """Return codes that lie in memory as `data` does, where its axes are in `order`."""
+    """Return the array whose axes, taken in `order`, give `data`; its memory is that of `data`."""
     return Stored(name, data.transpose(np.argsort(order)), extra)
 
 
@@ -136,13 +136,13 @@ def memory_order(array: Array) -> list[int]:
 def flat(array: Array) -> Array:
     """Return a one-dimensional view of a dense array, in memory order."""
     view = array.transpose(memory_order(array)).reshape(-1)
-    if array.size and not np.may_share_memory(view, array):  # a copy: what is written would be lost
+    if array.size and not np.may_share_memory(view, array):  # a copy: writes to it would be lost
         raise ValueError(f"array of strides {array.strides} has gaps: it has no flat view")
     return view
 
 
 def pieces(array: Array | Stored) -> Iterator[tuple[int, Array | Stored]]:
-    """Yield where each piece of an array begins, and a flat view of it; they are whole blocks."""
+    """Yield (first element, flat view) of each piece of an array; pieces are whole blocks."""
     data = array.data if isinstance(array, Stored) else array
     view = flat(data)
     for start in range(0, view.size, PIECE):
@@ -158,7 +158,7 @@ def pieces(array: Array | Stored) -> Iterator[tuple[int, Array | Stored]]:
 
 
 def extra_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of `Stored.extra` for a format with one, and an array of this shape."""
+    """Return the shape of `Stored.extra` for a format that has one and an array of `shape`."""
     per = FORMATS[name][2]
     return shape if per == 1 else (-(-math.prod(shape) // per),)
 
@@ -192,7 +192,7 @@ def noise(key: int, counter: NDArray[np.uint32]) -> NDArray[np.uint32]:
 
 
 def random16(key: int, blocks: int, first: int = 0) -> NDArray[np.uint32]:
-    """Return 16 random bits for each element of blocks from the first on, in rows of one block."""
+    """Return 16 random bits for each element, in one row per block, from block `first` on."""
     counter = np.arange(blocks * BLOCK // 2, dtype=np.uint32)
     counter += np.uint32(first * BLOCK // 2 % 2**32)
     random = noise(key, counter).reshape(blocks, BLOCK // 2)
@@ -230,10 +230,10 @@ def decode(stored: Stored) -> NDArray[np.float32]:
 def encode(stored: Stored, values: Array, key: int, start: int = 0) -> None:
     """Store float32 or float64 `values`, in memory order, in `stored`.
 
-    That may be the piece of a larger array that begins at element `start`, where a block does.
+    `stored` may be a piece of a larger array that begins at element `start`, a multiple of a block.
     """
     name, extra, n = stored.format, stored.extra, stored.size
-    if values.dtype == np.float64 and name != "bfloat16+int16":  # which is a float32
+    if values.dtype == np.float64 and name != "bfloat16+int16":  # which holds a whole float32
         values = _to_odd(values)
     bits = _rows(np.ascontiguousarray(values, np.float32), np.uint32)
     random = random16(key, len(bits), start // BLOCK)
@@ -260,9 +260,9 @@ def encode(stored: Stored, values: Array, key: int, start: int = 0) -> None:
 
 
 def _to_odd(values: Array) -> NDArray[np.float32]:
-    """Return float64 `values` cut to float32, with the last bit set where anything was lost.
+    """Return float64 `values` truncated to float32, with the last bit set if that is inexact.
 
-    What rounds this to 22 bits or less gives the bits of one rounding (Boldo & Melquiond, 2008).
+    Rounding this to 22 bits or fewer gives the bits of one rounding (Boldo & Melquiond, 2008).
     """
     with np.errstate(all="ignore"):
         near = values.astype(np.float32)
@@ -306,8 +306,8 @@ def _decode_8bit(codes: Array, about: Array, signed: bool) -> NDArray[np.uint32]
     bits = np.where(size != 0, (size << np.uint32(20)) + base, np.uint32(0))
     if signed:
         bits |= (codes.astype(np.uint32) & np.uint32(0x80)) << np.uint32(24)
-    is_odd = (about & np.uint8(1)).astype(bool)[:, None]
-    return np.where(is_odd & (size == top), QUIET_NAN, bits)
+    has_nonfinite = (about & np.uint8(1)).astype(bool)[:, None]
+    return np.where(has_nonfinite & (size == top), QUIET_NAN, bits)
 
 
 def _encode_8bit(

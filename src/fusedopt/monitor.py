@@ -1,4 +1,4 @@
-r"""What training looks like from the optimizer: statistics over steps, the usual troubles in words.
+r"""Training as an optimizer sees it: statistics over steps, and common problems in words.
 
 >>> import numpy as np, fusedopt
 >>> w = {"W": np.ones((3, 3), np.float32), "b": np.ones(3, np.float32)}
@@ -21,8 +21,8 @@ from fusedopt import _check
 from fusedopt._check import Array
 from fusedopt._options import StepResult, StepStats
 
-RATIOS = (1e-5, 1e-1)  # of update and parameter: a factor of 100 around the 1e-3 of a healthy run
-GROWTH = 100.0  # of a gradient's norm, between the first and the last steps, that is trouble
+RATIOS = (1e-5, 1e-1)  # update / parameter, within a factor of 100 of a healthy run's 1e-3
+GROWTH = 100.0  # of a gradient's norm, from the first to the last steps, that is a problem
 
 
 class History:
@@ -31,25 +31,25 @@ class History:
     Parameters
     ----------
     window : int, default 20
-        Steps that `troubles` looks at, at the end and, to compare, at the beginning.
+        Number of steps that `troubles` looks at, at the end and, to compare, at the beginning.
 
     Attributes
     ----------
     steps : list of int
         The optimizer's step count at each record.
     skipped : list of int
-        The same, of steps that were skipped.
+        The same at each skipped step.
     """
 
     def __init__(self, window: int = 20) -> None:
-        """Begin without records."""
+        """See the class."""
         self.window = _check.count("window", window, least=1)
         self.steps: list[int] = []
         self.skipped: list[int] = []
         self._records: list[StepStats] = []
 
     def record(self, result: StepResult) -> StepResult:
-        """Take in what a step with ``stats=True`` returned; return it.
+        """Add the result of a step with ``stats=True``; return it.
 
         Raises
         ------
@@ -67,7 +67,7 @@ class History:
 
     @property
     def names(self) -> list[str]:
-        """Names of all leaves that were seen, in the order in which they were."""
+        """Names of all recorded leaves, in the order of their first record."""
         return list(dict.fromkeys(name for stats in self._records for name in stats.names))
 
     def column(self, name: str) -> dict[str, Array]:
@@ -90,20 +90,20 @@ class History:
         return dict(zip(names, table.T, strict=True))
 
     def troubles(self) -> list[str]:
-        """Return what looks wrong, a sentence for each; empty if nothing does.
+        """Return what looks wrong, one sentence each; empty if nothing does.
 
-        Looked for: infinite or NaN gradients and parameters; layers whose gradient is 0, or nearly
-        everywhere; gradient norms that grew by a factor of 100, or fell by one, and by 10 against
-        the norm of all gradients (which fall together where training succeeds); steps that in no
-        part of the run moved a parameter by 1e-5 of its norm (a schedule may end at 0), or that
-        move it by more than 1e-1, now or in most of the run; steps that were skipped.
+        Checks for infinite or NaN gradients and parameters; layers whose gradient is 0, everywhere
+        or nearly so; gradient norms that grew by a factor of 100, or fell by 100 and by 10 relative
+        to the norm of all gradients (successful training lowers them together); updates below 1e-5
+        of a parameter's norm in every part of the run (a schedule may end at 0), or above 1e-1 now
+        or in most of the run; many skipped steps.
         """
         found = []
         total = len(self.steps) + len(self.skipped)
         if len(self.skipped) * 10 > total:
             found.append(
-                f"{len(self.skipped)} of {total} steps were skipped for gradients that are not "
-                "finite: lower the loss scale or the learning rate"
+                f"{len(self.skipped)} of {total} steps were skipped because of non-finite "
+                "gradients: lower the loss scale or the learning rate"
             )
         columns = {name: self.column(name) for name in StepStats.COLUMNS}
         steps = np.asarray(self.steps)
@@ -188,12 +188,12 @@ def _drift(norms: Array, overall: Array, window: int) -> list[str]:
 def _pace(seen: dict[str, Array], window: int) -> list[str]:
     ratios, norms = seen["update_ratio"], seen["param_norm"]
     usual = "of its norm (1e-3 is usual): too"
-    # a rate may rise from 0 and fall to it: what counts is the window that moved it most
+    # a rate may rise from 0 and fall to 0: only the window with the largest updates counts
     parts = np.array_split(ratios, len(ratios) // window)
     most = max(float(np.median(part)) for part in parts)
     if most < RATIOS[0]:
         return [f"a step moves it by {most:.1g} {usual} small; raise the learning rate"]
-    # where it began at 0 any update is large at first, and one of n steps is 1/sqrt(n) of a walk
+    # from 0 any update is large at first, and a step is 1/sqrt(n) of a random walk of n steps
     from_zero = seen["update_norm"][0] > 0.99 * norms[0]
     limit = max(RATIOS[1], 2 / np.sqrt(len(ratios))) if from_zero else RATIOS[1]
     large = max(float(np.median(part)) for part in (ratios[-window:], ratios))

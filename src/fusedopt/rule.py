@@ -1,4 +1,4 @@
-"""What a rule is: one value that says all about it but its formula.
+"""What a rule is: one value that holds everything about it except its formula.
 
 The formula is in csrc/rules/NAME.h and, in plain NumPy, in reference/NAME.py. Classes, functions,
 adapters, references and the benchmark read a rule's options, state and constants from here.
@@ -25,13 +25,13 @@ class Option:
     Attributes
     ----------
     name : str
-        As the library has it that made the rule known.
+        As in the library that made the rule known.
     default
-        Where it is not given.
+        Its value if it is not given.
     check : callable(name, value) -> value
-        Returns the value in the form that the package works with; raises, beginning with the name.
+        Returns the value in the form that the package uses; its errors begin with the name.
     term : {"", "l1", "l2"}
-        The term of the gradient that it weighs, before the rule: ``l1 * sign(p)`` or ``l2 * p``.
+        The term of the gradient that it weights, before the rule: ``l1 * sign(p)`` or ``l2 * p``.
     """
 
     name: str
@@ -47,13 +47,13 @@ class State:
     Attributes
     ----------
     name : str
-        As torch has it.
+        As in torch.
     squared : bool
         Whether it is a mean or sum of squares: never negative, and unsigned in 8 bits.
     needs : str
-        The option without which it is not kept: one that is False or 0. Empty: always kept.
+        The option that asks for it: not kept if that is False or 0. Empty: always kept.
     init : str
-        What it begins as: "zeros", "param" (the parameter's value), or the name of the option that
+        Its initial value: "zeros", "param" (the parameter's value), or the name of the option that
         holds the value of every element.
     """
 
@@ -63,7 +63,7 @@ class State:
     init: str = "zeros"
 
     def first(self, options: Mapping[str, Any]) -> float | None:
-        """Return the number that every element begins as; None where that is the parameter's."""
+        """Return the initial value of every element; None if it is the parameter's."""
         if self.init == "param":
             return None
         return 0.0 if self.init == "zeros" else options[self.init]
@@ -71,19 +71,19 @@ class State:
 
 @dataclass(frozen=True)
 class Scalar:
-    """A number that a rule remembers of a group from step to step.
+    """A number that a rule remembers for a group from step to step.
 
-    It stands in `param_groups` and in checkpoints beside the options, and is no argument of the
+    It is in `param_groups` and in checkpoints beside the options, and is not an argument of the
     class.
 
     Attributes
     ----------
     name : str
-        As the library has it that made the rule known.
+        As in the library that made the rule known.
     init : float or str
-        What it begins as: a number, or the name of the option that holds it.
+        Its initial value: a number, or the name of the option that holds it.
     check : callable(name, value) -> value
-        As that of `Option`.
+        As in `Option`.
     """
 
     name: str
@@ -106,7 +106,7 @@ COMMON = (
 
 
 class Common(TypedDict, total=False):
-    """The types of `COMMON`, and of `threads`, which is of no group."""
+    """The types of `COMMON`, and of `threads`, which belongs to no group."""
 
     state_dtype: str | None
     master_bits: int | None
@@ -124,25 +124,25 @@ class Rule:
     Attributes
     ----------
     name : str
-        Of its row in the C table.
+        Name of its row in the C table.
     options : tuple of Option
         In the order of the signature.
     states : tuple of State
         Optional ones last.
     constants : callable(step, options) -> dict
         The scalars of the C rule in a step, from 1, by name, in double. What the rule remembers is
-        among the options, as it is in this step.
+        among the options, with its value in this step.
     demand : callable(where, options), optional
-        Raises ValueError for options, each of them right, that do not go together.
+        Raises ValueError for a combination of valid options that is not allowed.
     counts : bool
-        Whether torch keeps the number of steps in a parameter's state. If not, a rule of torch
-        steps with the number 1 where state is new, and else with 2.
+        Whether torch keeps the number of steps in a parameter's state. If not, the torch class
+        takes steps with the number 1 while state is new, and 2 afterwards.
     memory : tuple of Scalar
-        What the rule remembers of a group.
+        What the rule remembers for a group.
     advance : callable(options) -> dict, optional
-        Returns that as it is in the next step of the optimizer; it is called more than once for a
-        step, and must depend on nothing but the options and, among them, what was remembered after
-        the last step that succeeded.
+        Returns the values of `memory` in the optimizer's next step. It may be called more than once
+        for a step, and must depend only on the options, among them what was remembered after the
+        last successful step.
     """
 
     name: str
@@ -156,7 +156,7 @@ class Rule:
 
     @cached_property
     def checks(self) -> dict[str, Check]:
-        """The check of all that a group has but its parameters: options, and what is remembered."""
+        """The checks of all entries of a group but its parameters: options, and memory."""
         rows: list[Option | Scalar] = [*self.options, *COMMON, *self.memory]
         return {
             row.name: _check.or_callable(row.check) if row.name == "lr" else row.check
@@ -170,7 +170,7 @@ class Rule:
 
     @cached_property
     def defaults(self) -> Options:
-        """The default of each option by name, also of those that every optimizer has."""
+        """The default of each option by name, including those that every optimizer has."""
         return {option.name: option.default for option in (*self.options, *COMMON)}
 
     @cached_property
@@ -180,17 +180,17 @@ class Rule:
 
     @cached_property
     def slots(self) -> tuple[str, ...]:
-        """Names of all that is kept for a parameter in its shape: states, and a running average."""
+        """Names of all arrays of a parameter's shape kept for it: states, and a running average."""
         return (*self.state_names, "ema")
 
     @cached_property
     def _terms(self) -> tuple[str, str]:
-        """The options that weigh L1 and L2; empty where there is none."""
+        """The options that weight L1 and L2; empty if there is none."""
         names = {option.term: option.name for option in self.options}
         return names.get("l1", ""), names.get("l2", "")
 
     def check(self, options: Options, where: str = "") -> Options:
-        """Return what of `options` a group has, checked; `where` begins the messages."""
+        """Return those of `options` that a group has, checked; messages begin with `where`."""
         checked = {
             name: check(where + name, options[name])
             for name, check in self.checks.items()
@@ -201,14 +201,14 @@ class Rule:
         return checked
 
     def begun(self, options: Options) -> Options:
-        """Return the options with what the rule remembers as it begins."""
+        """Return the options with the initial values of what the rule remembers."""
         return options | {
             row.name: options[row.init] if isinstance(row.init, str) else row.init
             for row in self.memory
         }
 
     def advanced(self, options: Options, where: str = "") -> Options:
-        """Return the options with what the rule remembers as it is in the next step."""
+        """Return the options with the next step's values of what the rule remembers."""
         if self.advance is None:
             return options
         new = self.advance(options)
@@ -227,13 +227,13 @@ class Rule:
         ----------
         options : dict
             Checked, with `lr` as a number; of `COMMON` those that are not the default. What the
-            rule remembers is as `advanced` has it.
+            rule remembers is as `advanced` returns it.
 
         Returns
         -------
         callable(step, count=None) -> dict
             By name, in double. `step` is from 1; `count` is the number of the step for the average,
-            where the rule has begun anew meanwhile.
+            if the rule has started again since.
         """
         constants, decay = self.constants, options.get("ema")
         l1, l2 = self._terms

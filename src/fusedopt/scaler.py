@@ -1,4 +1,4 @@
-"""A loss scale that follows what the gradients can bear."""
+"""A loss scale that adapts to gradients that overflow."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class GradScaler:
     """Scales the loss so that float16 gradients do not vanish, as ``torch.amp.GradScaler`` does.
 
     The loop multiplies the loss by `scale` (or the gradient that starts backpropagation). `step`
-    takes it off in the optimizer's pass, and skips the step if a gradient is infinite or NaN. Once
-    all optimizers have stepped, `update` lets the scale shrink if one of them skipped, and grow
+    divides by it in the optimizer's pass, and skips the step if a gradient is infinite or NaN. Once
+    all optimizers have stepped, `update` shrinks the scale if one of them skipped, and lets it grow
     after many iterations in which none did.
 
     Parameters
@@ -29,7 +29,7 @@ class GradScaler:
     growth_factor : float > 1, default 2
         Multiplies the scale after `growth_interval` iterations in a row without a skipped step.
     backoff_factor : float in (0, 1), default 0.5
-        Multiplies it after an iteration with one.
+        Multiplies the scale after an iteration with a skipped step.
     growth_interval : int, default 2000
         Iterations until it grows.
 
@@ -82,7 +82,7 @@ class GradScaler:
         grads
             As for `Optimizer.step`: gradients of ``scale * loss``.
         **options
-            Of `Optimizer.step`, but for `grad_scale` and `nonfinite`, which are ours.
+            Of `Optimizer.step`, except `grad_scale` and `nonfinite`, which the scaler sets.
 
         Returns
         -------
@@ -97,7 +97,7 @@ class GradScaler:
             If this optimizer has stepped since the last `update`.
         """
         if not hasattr(optimizer, "step"):
-            raise TypeError(f"optimizer: expected one, got {type(optimizer).__name__}")
+            raise TypeError(f"optimizer: expected an optimizer, got {type(optimizer).__name__}")
         scale = _scale("scale", self.scale)
         if any(optimizer is other for other, _ in self._stepped):
             raise RuntimeError("step: this optimizer has stepped already; call update() in between")
@@ -107,7 +107,7 @@ class GradScaler:
 
     @ieee
     def update(self) -> None:
-        """Adapt the scale to whether a step was skipped: once, after those of all optimizers.
+        """Adapt the scale to skipped steps: once, after the steps of all optimizers.
 
         Raises
         ------
@@ -115,7 +115,7 @@ class GradScaler:
             If there was no step since the last call.
         """
         if not self._stepped:
-            raise RuntimeError("update: no optimizer has stepped since the last one")
+            raise RuntimeError("update: no optimizer has stepped since the last update")
         scale, good = self.scale, self._good + 1
         if any(skipped for _, skipped in self._stepped):
             scale, good = max(scale * self.backoff_factor, math.ulp(0.0) * 2**52), 0
@@ -125,7 +125,7 @@ class GradScaler:
         self.scale, self._good, self._stepped = scale, good, []
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the scale and how it changes, under the names that torch's has."""
+        """Return the scale and how it changes, under torch's names."""
         return {
             "scale": self.scale,
             "growth_factor": self.growth_factor,
@@ -135,7 +135,7 @@ class GradScaler:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over a `state_dict`, also torch's; ValueError if it is none."""
+        """Load a `state_dict`, also one of torch's; ValueError if it is not one."""
         try:
             names = ("scale", "growth_factor", "backoff_factor", "growth_interval")
             loaded = GradScaler(*(state_dict[name] for name in names))
@@ -150,5 +150,5 @@ class GradScaler:
 def _scale(name: str, value: Any) -> float:
     scale = _check.positive(name, value)
     if not math.isfinite(1 / scale):
-        raise ValueError(f"{name}: {scale} is too small to be taken off gradients")
+        raise ValueError(f"{name}: {scale} is too small to divide gradients by")
     return scale

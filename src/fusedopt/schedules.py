@@ -1,8 +1,8 @@
 """Learning rates as functions of the step.
 
-Every schedule is a callable ``step -> float`` with steps counted from 1, so it can stand wherever
-an optimizer takes `lr`; any other callable of that kind will do as well. A schedule of n steps
-reaches its end at step n + 1, `one_cycle` at step n, as torch's do, and stays there. They compose:
+Every schedule is a callable ``step -> float`` with steps counted from 1, and can be the `lr` of any
+optimizer; so can any other callable of that kind. A schedule of n steps reaches its end at step
+n + 1, `one_cycle` at step n, as torch's do, and stays there. They compose:
 
 >>> rate = warmup(100, then=cosine(0.5, steps=900))
 >>> rate(50), rate(100), rate(550), rate(1000)
@@ -61,7 +61,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
 
 
 class _Checked:
-    """A dataclass whose fields have been checked, and turned into plain numbers."""
+    """A dataclass whose fields have been checked, and turned into Python numbers."""
 
     def __post_init__(self) -> None:
         for name in self.__dataclass_fields__:  # type: ignore[attr-defined]
@@ -172,10 +172,10 @@ class piecewise(_Checked):  # noqa: N801
 
 @dataclass(frozen=True)
 class one_cycle(_Checked):  # noqa: N801
-    """One cycle over `steps` steps: up to `max_lr`, then down to nearly nothing, by cosines [1]_.
+    """One cycle over `steps` steps: up to `max_lr`, then down to nearly 0, by cosines [1]_.
 
-    It starts at ``max_lr / div_factor``, peaks after `pct_start` of the steps, and its last step is
-    at the start divided by `final_div_factor`, as torch's OneCycleLR with two phases. With
+    It starts at ``max_lr / div_factor``, peaks after `pct_start` of the steps, and ends at its
+    start divided by `final_div_factor`, like torch's OneCycleLR with two phases. With
     ``pct_start=1`` the last step is the peak.
 
     References
@@ -201,17 +201,17 @@ class one_cycle(_Checked):  # noqa: N801
         t, last = min(step, self.steps) - 1, self.steps - 1
         peak = self.pct_start * self.steps - 1
         start = self.max_lr / self.div_factor
-        if t <= peak:  # a peak at the first step is one, where torch divides by 0
+        if t <= peak:  # the first step may be the peak; torch divides by 0 there
             return _anneal(start, self.max_lr, t / peak if peak else 1.0)
         return _anneal(self.max_lr, start / self.final_div_factor, (t - peak) / (last - peak))
 
 
 @dataclass(frozen=True)
 class warmup(_Checked):  # noqa: N801
-    """Rise in a line from `start` to ``then(1)`` over `steps` steps, then go on with `then`.
+    """Rise in a line from `start` to ``then(1)`` over `steps` steps, then continue with `then`.
 
-    The first step is one part of the way up, not at `start`; step number `steps` is at the top, and
-    the one after it is the second of `then`.
+    The first step is already above `start`; step number `steps` is at the top, and the one after it
+    is the second of `then`.
     """
 
     steps: int
@@ -219,7 +219,7 @@ class warmup(_Checked):  # noqa: N801
     start: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check that there is something to go on with."""
+        """Check that `then` is a schedule."""
         super().__post_init__()
         if not callable(self.then):
             raise TypeError(f"then: expected a schedule, got {self.then!r}; use constant(lr)")

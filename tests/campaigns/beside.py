@@ -1,9 +1,9 @@
-"""Torch's forward and backward with our step after it, against the sum of both alone.
+"""Torch's forward and backward with our step after them, against the sum of both alone.
 
     python tests/campaigns/beside.py
 
 In fresh processes, for each order of imports, with scikit-learn loaded or not. Two libraries with
-threads of their own may make each other wait: 1.0 says that they do not.
+threads of their own may make each other wait: 1.0 means that they do not.
 """
 
 import json

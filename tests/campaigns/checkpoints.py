@@ -1,9 +1,9 @@
-"""Hostile checkpoint files against `load`: taken whole, or refused by name; never half taken.
+"""Hostile checkpoint files against `load`: loaded completely, or refused by name.
 
     python tests/campaigns/checkpoints.py [files] [seed]
 
-Each file is a good one, spoilt at one of several levels: bytes, members of the archive with sums
-that are right again, headers of arrays, metadata. A load that raises must leave every byte of
+Each file is a valid one, damaged at one of several levels: bytes, members of the archive with
+correct checksums, headers of arrays, metadata. A load that raises must leave every byte of
 parameters and state; after one that does not, a step must work. Memory stays bounded.
 """
 
@@ -31,7 +31,7 @@ MOST_MEMORY = 200 << 20  # bytes that all loads together may add to the process
 
 
 def make(kind):
-    """An optimizer of one of several kinds, a few steps on, with its gradients."""
+    """An optimizer of one of several kinds after a few steps, and its gradients."""
     rng = np.random.default_rng(kind)
     f4 = rng.standard_normal((5, 7)).astype("f4")
     params = [
@@ -69,7 +69,7 @@ def contents(opt):
 
 
 def spoil_bytes(r, data, other):
-    """Flips, cuts, copies, zeros; the head of one file before the tail of another."""
+    """Flips, cuts, copies or zeros bytes; or joins the head of one file to the tail of another."""
     data = bytearray(data)
     at = r.randrange(len(data))
     piece = data[at : at + r.choice([1, 4, 50, 1000])]
@@ -103,7 +103,7 @@ VALUES = [
 
 
 def spoil_json(r, node):
-    """Replaces, drops, renames or repeats something at a random place of a tree."""
+    """Replaces, drops, renames or repeats a random node of a tree."""
     if isinstance(node, (dict, list)) and node and r.random() < 0.85:
         keys = list(node) if isinstance(node, dict) else range(len(node))
         key = r.choice(list(keys))
@@ -125,7 +125,7 @@ def spoil_json(r, node):
 
 
 def spoil_text(r, text):
-    """The metadata as text: as a tree, or as characters."""
+    """Damages the metadata, as a tree or as characters."""
     if r.random() < 0.8:
         try:
             return json.dumps(spoil_json(r, json.loads(text)))
@@ -146,7 +146,7 @@ SHAPES = ["()", "(0,)", "(5, 7)", "(7, 5)", "(35,)", "(-1,)", "(1,)*40", "(2**40
 
 
 def spoil_npy(r, data):
-    """The header of an array, with its length right again; or its bytes."""
+    """Damages the header of an array, and corrects its length; or the bytes of the array."""
     if r.random() < 0.3:
         return spoil_bytes(r, data, data)
     end = 10 + struct.unpack("<H", data[8:10])[0]
@@ -185,7 +185,7 @@ def npy_of_text(text):
 
 
 def bomb():
-    """Zeros by the hundred million in a few hundred kilobytes."""
+    """A hundred million zeros, which compress to a few hundred kilobytes."""
     out = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         out, {"descr": "<f4", "fortran_order": False, "shape": (100_000_000,)}
@@ -197,7 +197,7 @@ BOMB = []  # made once
 
 
 def spoil_npz(r, data, other):
-    """Members renamed, dropped, swapped, repeated, spoilt or compressed; the sums are right."""
+    """Renames, drops, swaps, repeats, damages or compresses members; checksums are correct."""
     with zipfile.ZipFile(io.BytesIO(data)) as file:
         members = [(name, file.read(name)) for name in file.namelist()]
     k, j = r.randrange(len(members)), r.randrange(len(members))
@@ -256,7 +256,7 @@ DTYPES = [
 
 
 def spoil_safetensors(r, data, other):
-    """Header fields, offsets and lengths; the metadata within."""
+    """Damages header fields, offsets, lengths or the metadata in the header."""
     length = struct.unpack("<Q", data[:8])[0]
     header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
     name = r.choice([k for k in header if k != "__metadata__"])
@@ -292,7 +292,7 @@ def spoil_safetensors(r, data, other):
 
 
 class Campaign:
-    """Good files, the optimizers that they are of, and what became of the bad ones."""
+    """Valid files, the optimizers that saved them, and counts of the outcomes of hostile ones."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -303,7 +303,7 @@ class Campaign:
                 path = self.folder / f"good{kind}{suffix}"
                 opt.save(path)
                 self.good[kind, suffix] = path.read_bytes()
-        self.taken = self.refused = 0
+        self.loaded = self.refused = 0
         self.base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def one(self, seed):
@@ -321,10 +321,10 @@ class Campaign:
             opt.load(path, convert=r.random() < 0.2)
         except (ValueError, OSError, TypeError) as exc:
             assert str(path) in str(exc), f"file {seed}: {exc!r} does not name it"
-            assert contents(opt) == before, f"file {seed}: refused, but half of it taken"
+            assert contents(opt) == before, f"file {seed}: refused, but a part of it loaded"
             self.refused += 1
         else:
-            self.taken += 1
+            self.loaded += 1
             with np.errstate(all="ignore"):
                 self.step(seed, opt, grads)
             opt.load(self.folder / f"good{kind}{suffix}")
@@ -332,7 +332,7 @@ class Campaign:
                 a[...] = 1
 
     def step(self, seed, opt, grads):
-        """What was taken must serve; constants that cannot be computed are refused, whole."""
+        """A step must work, or raise before any write if constants cannot be computed."""
         before = contents(opt)
         try:
             opt.step(grads)
@@ -355,11 +355,11 @@ def main(files=100_000, seed=0):
         for i in range(files):
             campaign.one(seed + i)
             if i % 5000 == 0:
-                print(f"{i} files: {campaign.refused} refused, {campaign.taken} taken", flush=True)
+                print(i, "files,", campaign.refused, "refused", flush=True)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     record(
-        f"{files:,} hostile files: {campaign.refused:,} refused by name, {campaign.taken:,} taken "
-        f"whole; no crash, no partial write; at most {memory} MiB of memory"
+        f"{files:,} hostile files: {campaign.refused:,} refused by name, {campaign.loaded:,} "
+        f"loaded completely; no crash, no partial write; at most {memory} MiB of memory"
     )
 
 

@@ -1,9 +1,9 @@
-"""No memory, no disk, no process: whatever fails in the middle of a call, all is as it was before.
+"""No memory, no disk space, a killed process: a call that fails in the middle has changed nothing.
 
     python tests/campaigns/faults.py [kills]
 
 Allocations: in a process with native/nomemory.c preloaded, the first, second, ... allocation of
-a call fails, until the call gets through; with PYTHONMALLOC=malloc that is each single object.
+a call fails, until the call succeeds; PYTHONMALLOC=malloc makes each object an allocation.
 Disk: the file may not grow beyond 0, 5, 10, ... bytes. Process: SIGKILL at any moment of `save`.
 """
 
@@ -57,7 +57,7 @@ def preload(folder):
 
 
 def stepping(grads):
-    """A step, what it changes, and what its twin, whose memory suffices, changes."""
+    """A step, the contents that it changes, and those of a twin that has enough memory."""
     opt, twin = make(), make()
 
     def whole():
@@ -68,7 +68,7 @@ def stepping(grads):
 
 
 def calls(folder):
-    """Name -> a call that allocates, what it leaves alone when it fails, and (a step) what else."""
+    """Name -> a call that allocates, contents that a failure keeps, and maybe those of success."""
     path, full = Path(folder, "state.npz"), Path(folder, "full.npz")
     opt, other, grown = make(), make(2.0), make()
     summed = fusedopt.Adagrad([np.ones(9, np.float32)], state_dtype="bfloat16")
@@ -114,18 +114,18 @@ def fail_allocations(folder):
     counts = {}
     for name, (call, watch, *whole) in calls(folder).items():
         n = remaining = raised = late = 0
-        while remaining <= 0 and n < 100_000:  # until it gets through before the n-th allocation
+        while remaining <= 0 and n < 100_000:  # until it has no n-th allocation
             before, error = watch(), None
             try:
                 arm(n)
                 call()
-            except Exception as exc:  # Python and NumPy turn want of memory into anything
+            except Exception as exc:  # without memory, Python and NumPy may raise anything
                 error = repr(exc)
             finally:
                 remaining = 1 + left()
             raised += error is not None
             after = watch()
-            if whole and after != before:  # all was done, and maybe no memory left to say so
+            if whole and after != before:  # all was done, but returning the result may have failed
                 late += error is not None
                 before = whole[0]()
             assert error is None or after == before, f"{name}: allocation {n}, {error}"
@@ -135,13 +135,13 @@ def fail_allocations(folder):
 
 
 def allocations(malloc="malloc"):
-    """Name of the call -> allocations made to fail, how often it raised, how often after a step."""
+    """Name of the call -> allocations made to fail, how often it raised, how often when done."""
     with tempfile.TemporaryDirectory() as folder:
         library = preload(folder)
         work = Path(folder, "work")
         work.mkdir()
         env = os.environ | {"LD_PRELOAD": str(library), "PYTHONMALLOC": malloc}
-        if _core.backend() == "openmp":  # libgomp ends the process where it gets no memory
+        if _core.backend() == "openmp":  # libgomp ends the process if it gets no memory
             env["FUSEDOPT_NUM_THREADS"] = "1"
         done = subprocess.run(
             [sys.executable, __file__, "allocations", work],
@@ -155,7 +155,7 @@ def allocations(malloc="malloc"):
 
 
 def limited_save(opt, path, limit):
-    """Save where a file may hold `limit` bytes at most; return the error."""
+    """Save with a limit on the size of files, in bytes; return the error."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
@@ -168,7 +168,7 @@ def limited_save(opt, path, limit):
 
 
 def full_disk(suffix, stride):
-    """Saves into less room than they need, from none on; return how many failed."""
+    """Save with less disk space than needed, from 0 bytes on; return how many saves failed."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"state{suffix}")
         make(1.0).save(path)
@@ -227,15 +227,15 @@ def main(count=2000):
     counts = allocations()
     record(
         "; ".join(f"{name}: {n} allocations failed, one by one" for name, (n, *_) in counts.items())
-        + "; each time all was as before, or the step was whole"
+        + "; each time nothing had changed, or the step was complete"
     )
     for suffix in (".npz", ".safetensors"):
         failed = full_disk(suffix, stride=5)
-        record(f"{suffix}: {failed} saves out of room; the old file and nothing else was there")
+        record(f"{suffix}: {failed} saves without disk space; only the old file was there")
         replaced = kills(count, suffix)
         record(
             f"{suffix}: {count} times SIGKILL within 20 ms of saving; {replaced} times the new "
-            "state was there, else the old one, whole"
+            "state was there, otherwise the old one, complete"
         )
 
 

@@ -1,8 +1,8 @@
-"""Beyond 2^31 elements and 2^32 bytes in one array, with a state in 8 bits: each element is right.
+"""An array beyond 2^31 elements and 2^32 bytes, with state in 8 bits: each element is correct.
 
     python tests/campaigns/huge.py
 
-Takes 11 GiB of memory. All numbers are so short that no rounding, by chance or not, changes them.
+Takes 11 GiB of memory. All numbers have so few bits that no rounding, random or not, changes them.
 """
 
 import time
@@ -18,7 +18,7 @@ PART = PERIOD * 2**24  # elements that are filled and compared at once
 
 
 def parts(pattern):
-    """Where each part lies, and the numbers of the pattern there, as float16."""
+    """The slice of each part, and the numbers of the pattern there, as float16."""
     whole = np.resize(np.array(pattern, np.float16), PART)
     for begin in range(0, N, PART):
         end = min(begin + PART, N)
@@ -42,7 +42,7 @@ def main():
     assert np.array_equal(last.decode(), 1.5 * g[end:].astype(np.float32))
     record(
         f"one float16 array of 2^31 + 77 elements, {p.nbytes:,} bytes, its momentum in 8 bits: all "
-        f"elements right after two steps of {seconds / 2:.0f} s"
+        f"elements correct after two steps of {seconds / 2:.0f} s"
     )
 
 

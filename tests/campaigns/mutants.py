@@ -1,11 +1,11 @@
-"""The arithmetic broken on purpose, one way after the other: the suite must see each.
+"""Faults put into the arithmetic, one after the other: the suite must detect each.
 
     python tests/campaigns/mutants.py [part of a name]
 
 Works on a copy of the tree, built for no instruction set in particular and with little optimisation
 (for speed) and with the thread pool; the environment needs the build tools of pyproject.toml. Each
-text is looked for wherever it is in csrc and src: one that is not there is reported, and is as bad
-as a mutant that lives.
+text is searched for in csrc and src: one that is missing is reported, and counts as a mutant that
+survived.
 """
 
 import os
@@ -31,9 +31,9 @@ MUTANTS = [  # what is wrong; the right text; the wrong one; tests that should s
     ("chunks are claimed by no atomic operation",
      "if (atomic_compare_exchange_weak(&j->next, &chunk, end)) {",
      "if ((atomic_store(&j->next, end), 1)) {", THREADS),
-    ("the pool believes in its threads after a fork", "    pool.workers = 0;\n", "",
+    ("the pool keeps its threads after a fork", "    pool.workers = 0;\n", "",
      ["test_processes.py"]),
-    ("a job is open when its caller is gone", "pool.open = NULL; /* from", "; /* from", THREADS),
+    ("a job is open after its caller has left", "pool.open = NULL; /* from", "; /* from", THREADS),
     ("swapped betas", "v[i] * beta2 + (w2 * g[i])", "v[i] * beta2 + (w1 * g[i])", BITS),
     ("no bias correction", '"root": sqrt(1 - beta2**step)', '"root": 1.0', BITS),
     ("no epsilon", "root) + eps", "root)", BITS),
@@ -58,12 +58,12 @@ MUTANTS = [  # what is wrong; the right text; the wrong one; tests that should s
      "grad[0] += sums->grad", ["test_step_options.py"]),
     ("a clip that loses NaN", "out[i] > clip ? clip : out[i] < -clip ? -clip : out[i]",
      "out[i] < clip ? (out[i] > -clip ? out[i] : -clip) : clip", ["test_step_options.py"]),
-    ("workers keep the mode that they have", "const fo_mode before = fo_enter_ieee(); /* a worker",
+    ("workers keep their own mode", "const fo_mode before = fo_enter_ieee(); /* a worker",
      "const fo_mode before = FO_IEEE_MODE; /* a worker", ["test_modes.py"]),
-    ("24 bits are cut, not rounded", "((random >> 8) & 0xff)", "0", FORMATS),
-    ("squares that no float holds", "if (sizeof(REAL) == sizeof(double))", "if (1)",
+    ("24 bits are truncated, not rounded", "((random >> 8) & 0xff)", "0", FORMATS),
+    ("squares beyond the range of float", "if (sizeof(REAL) == sizeof(double))", "if (1)",
      ["test_step_options.py"]),
-    ("gradients that are written are let in", "        if found >= 0:\n            _check.alias(",
+    ("written gradients are accepted", "        if found >= 0:\n            _check.alias(",
      "        if found > 1000:\n            _check.alias(", ["test_inputs.py"]),
     ("a load that keeps the step counts", "            self.count = count\n            for i",
      "            for i", ["test_checkpoint.py", "test_machine.py"]),
@@ -78,7 +78,7 @@ SIMPLER = [
 
 
 def sources(tree):
-    """All files that a mutant may be in."""
+    """All files that may hold the text of a mutant."""
     kinds = [("csrc", "*.[ch]"), ("csrc", "*.inc"), ("src", "*.py"), ("src", "*.pyx")]
     found = [path for folder, kind in kinds for path in (tree / folder).rglob(kind)]
     return sorted([tree / "CMakeLists.txt", *found])
@@ -95,7 +95,7 @@ def build(tree, site, builds):
 
 
 def is_caught(tree, site, tests):
-    """Whether a test fails, or never ends."""
+    """Whether a test fails or times out."""
     command = [
         sys.executable,
         "-m",
@@ -127,7 +127,7 @@ def main(wish=""):
         os.environ["SETUPTOOLS_SCM_PRETEND_VERSION"] = "0"
         build(tree, site, builds)
         everything = sorted({test for *_, tests in MUTANTS for test in tests})
-        print("unbroken", flush=True)
+        print("without mutants", flush=True)
         assert not is_caught(tree, site, everything), "the suite fails without any mutant"
         for name, right, spoilt, tests in MUTANTS:
             if wish not in name:
@@ -143,7 +143,7 @@ def main(wish=""):
             if is_caught(tree, site, tests):
                 caught += 1
             else:
-                wrong.append(f"{name} (lives)")
+                wrong.append(f"{name} (survived)")
             holders[0].write_text(text)
             print(f"    {time.time() - start:.0f} s", flush=True)
     for each in wrong:

@@ -1,4 +1,4 @@
-"""Appends a row to the table in README.md beside this file: what a campaign ran and found."""
+"""Appends a row to the table in README.md beside this file: a campaign's command and result."""
 
 import os
 import platform

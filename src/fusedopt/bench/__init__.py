@@ -1,7 +1,7 @@
-"""How fast a step is on this machine: against the memory's limit, and against its peers.
+"""How fast a step is on this machine, compared with memory bandwidth and with other libraries.
 
-Cases (`cases`, `shapes.json`) times contenders (`contenders`, a row each) are measured in worker
-processes (`worker`) that take turns under one schedule (`measure`). What is measured goes into a
-recording (`recording`), which `statistics`, `report` and `plots` read. `python -m fusedopt bench`
-is its command line.
+Each case (`cases`, `shapes.json`) is measured with each contender (`contenders`, a row each) in
+worker processes (`worker`) that take turns (`measure`). The measurements go into a recording
+(`recording`), which `stats`, `report` and `plots` read. `python -m fusedopt bench` is its command
+line.
 """

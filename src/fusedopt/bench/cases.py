@@ -23,7 +23,7 @@ _CLASSES = {
     if isinstance(cls, type) and issubclass(cls, Optimizer) and cls is not Optimizer
 }
 CLASSES = {name: cls.__name__ for name, cls in _CLASSES.items()}
-_OTHER = {"sgd": {"momentum": 0.9}}  # than the default
+_CHANGED = {"sgd": {"momentum": 0.9}}  # options that differ from the defaults
 # options of a step that are numbers, by torch's names
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     name: {
@@ -33,24 +33,24 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
         and option.term != "l1"
         and option.name not in {state.init for state in cls.rule.states}
     }
-    | _OTHER.get(name, {})
+    | _CHANGED.get(name, {})
     for name, cls in _CLASSES.items()
 }
-# arrays of a parameter's size beside it and the gradient; a step reads and writes them
+# state arrays of a parameter, which a step reads and writes
 STATES = {
     name: sum(cls.rule.uses(cls.rule.defaults | OPTIMIZERS[name])) for name, cls in _CLASSES.items()
 }
 DTYPES = ("float32", "float64")
 
-_BLOCK = 65_537  # values repeat after so many: a prime, so that no two tensors begin alike
+_BLOCK = 65_537  # values repeat after this many: a prime, so that no two tensors begin alike
 
 
 @dataclass(frozen=True)
 class Case:
     """The parameters of one step.
 
-    `kind` is "size" for one array, of which the curve over sizes is drawn, "many" for many small
-    arrays, "model" for the parameters of a model.
+    `kind` is "size" for one array (a point of the curve over sizes), "many" for many small arrays,
+    "model" for the parameters of a model.
     """
 
     name: str
@@ -97,13 +97,13 @@ CASES: dict[str, Case] = {
 
 @cache
 def _block(stream: int, dtype: str) -> Array:
-    """Return normal values, 0.1 further from 0: no form of epsilon shows beside them."""
+    """Return normal values moved 0.1 away from 0: the form of epsilon makes no difference."""
     x = np.random.default_rng(stream).standard_normal(_BLOCK)
     return (x + np.copysign(0.1, x)).astype(dtype)
 
 
 def _values(stream: int, dtype: str, leaf: int) -> Array:
-    """Return what the elements of a leaf repeat."""
+    """Return the values that the elements of a leaf repeat."""
     return np.roll(_block(stream, dtype), 7 * leaf)
 
 
@@ -153,7 +153,7 @@ class Problem:
         return [self.grad(i) for i in range(len(self.case.shapes))]
 
     def some(self, leaf: int, where: Array) -> tuple[Array, Array]:
-        """Return first values and gradient of some elements of parameter `leaf`."""
+        """Return initial values and gradients of some elements of parameter `leaf`."""
         p, g = (_values(stream, self.dtype, leaf) for stream in (0, 1))
         return p[where % p.size], g[where % g.size]
 

@@ -31,9 +31,9 @@ def last_level_cache(root: Path = Path("/")) -> int:
 
 
 def available_memory(root: Path = Path("/")) -> int | None:
-    """Return the bytes that this process may still take: of the machine, and of its control groups.
+    """Return the bytes that this process may still take, by the machine and its control groups.
 
-    None where the system says neither.
+    None if the system reports neither.
     """
     limits = []
     for line in _read(root / "proc/meminfo").splitlines():
@@ -57,7 +57,7 @@ def cpus(count: int, root: Path = Path("/")) -> list[int]:
     Raises
     ------
     ValueError
-        If it is below 1, or this process may run on fewer.
+        If it is below 1, or this process may not run on that many.
     """
     if count < 1:
         raise ValueError(f"--threads {count}: must be >= 1")
@@ -66,7 +66,7 @@ def cpus(count: int, root: Path = Path("/")) -> list[int]:
     if count > len(granted):
         raise ValueError(f"--threads {count}: this process may run on {len(granted)} CPUs")
     if not known:
-        return []  # nor can it be bound to some
+        return []  # the process cannot be bound either
 
     def place_in_core(cpu: int) -> int:
         text = _read(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
@@ -79,7 +79,7 @@ def cpus(count: int, root: Path = Path("/")) -> list[int]:
 def busy_seconds(root: Path = Path("/")) -> float:
     """Return the CPU seconds that all processes of the machine have used, and the host has taken.
 
-    NaN where the system does not say.
+    NaN if the system does not report it.
     """
     for line in _read(root / "proc/stat").splitlines():
         if line.startswith("cpu "):
@@ -97,8 +97,8 @@ def process_seconds(pid: int, root: Path = Path("/")) -> float:
 class Evictor:
     """Empties the caches of some CPUs: each reads its part of a buffer larger than all of them.
 
-    It reads, and does not write, because lines to be written back would cost the next step time.
-    A last-level cache beyond `most` bytes is emptied in part; `size` says how much is read.
+    It does not write, because writing lines back would take time from the next step. A last-level
+    cache beyond `most` bytes is emptied in part; `size` is the number of bytes read.
     """
 
     def __init__(self, on: Sequence[int], cache: int, most: int = 1 << 30) -> None:
@@ -122,7 +122,7 @@ class Evictor:
     @staticmethod
     def _read(cpu: int, part: NDArray[np.float64]) -> None:
         if cpu >= 0:
-            os.sched_setaffinity(0, [cpu])  # of this thread alone
+            os.sched_setaffinity(0, [cpu])  # of this thread only
         part.max()
 
 

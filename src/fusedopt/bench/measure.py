@@ -1,16 +1,16 @@
 """The schedule: contenders take turns in random order, round after round, on the same machine.
 
 A round holds one turn of every contender that takes part in it. A contender's time is compared
-with fusedopt's of the same round, so that what else goes on on the machine hits both. Slow
-contenders take part in few rounds, evenly spread, and have their turns before or after the others:
-large ratios need no third digit, and small ones need turns close to one another.
+with fusedopt's in the same round, so that other load on the machine affects both. Slow contenders
+take part in few rounds, evenly spread, and have their turns before or after the others: large
+ratios need no third digit, and small ones need turns close to one another.
 
-Warm: a turn is some steps that are not timed, then some that are. Cold: the caches are emptied
-before each turn, which is one step. Arrays much larger than the caches are always cold.
+Warm: a turn is some untimed steps, then some timed ones. Cold: the caches are emptied before each
+turn, which is one step. Arrays much larger than the caches are always cold.
 
-Where arrays happen to lie in memory decides how they share a cache's sets, and makes one and the
-same step some percent faster or slower for as long as they lie there. So small cases are measured
-on several placements: contenders are dropped and set up anew between rounds.
+The addresses of arrays decide how they share the sets of a cache, and make the same step some
+percent faster or slower as long as the arrays stay there. So small cases are measured on several
+placements: contenders are dropped and set up again between rounds.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from fusedopt.bench.workers import Failure, Workers
 
 ALWAYS = (LIMIT, OURS, AGAIN)  # in every round, and in every group that shares the memory
 _SLOW = 4  # times as long as fusedopt
-_PAUSE = 3e-3  # seconds before a cold step, where no emptying of caches takes as long
-_PATIENCE = 1.5  # disturbed rounds are repeated for so many times the planned time
-_SMALL, _LARGE = 64 << 20, 512 << 20  # bytes held: up to the second, fewer placements; then one
-_QUICK_TO_BUILD = 0.25  # seconds, and 5 ns a byte; who takes longer (compilers) stays where it lies
+_PAUSE = 3e-3  # seconds before a cold step that needs no emptying of caches
+_PATIENCE = 1.5  # times the planned time, until which disturbed rounds are repeated
+_SMALL, _LARGE = 64 << 20, 512 << 20  # bytes held: above the first fewer placements, then one
+_QUICK_TO_BUILD = 0.25  # seconds, plus 5 ns a byte; slower ones (compilers) are set up once
 _OVERHEAD = 1 << 30  # bytes that libraries and the evictor take
 
-Progress = Callable[[str, float], None]  # what goes on; share of the entry that is now done
+Progress = Callable[[str, float], None]  # the current activity; the share of an entry just done
 
 
 @dataclass(frozen=True)
 class Settings:
     """How to measure.
 
-    `seconds` go to those who are not slow, for each case and state of the caches, beside setting
-    up; but they take part in `least` rounds, in which the slow ones do too, and at most in `most`.
-    Small cases are measured on so many `placements`.
+    Contenders that are not slow get `seconds` for each case and state of the caches, without setup,
+    in at least `least` and at most `most` rounds. Slow ones take part in `least` rounds. Small
+    cases are measured on several `placements`.
     """
 
     optimizer: str = "adam"
@@ -67,11 +67,11 @@ def teams(
 ) -> tuple[list[list[Row]], dict[str, str]]:
     """Divide contenders into teams that fit into `budget` bytes, each with those of `ALWAYS`.
 
-    Returns the teams, none if not even the first fits, and whom no team holds, with the bytes that
-    it would need. `AGAIN` gives way where a peer would not fit beside it.
+    Returns the teams (none if not even the first fits), and why each remaining contender is in no
+    team. `AGAIN` is left out if a peer would not fit beside it.
     """
     size_of = {row.name: needed(row, problem) for row in rows}
-    setting_up = 2 * problem.case.elements * problem.itemsize  # values on their way to a contender
+    setting_up = 2 * problem.case.elements * problem.itemsize  # initial values, during setup
     least = _OVERHEAD + setting_up + sum(size_of[name] for name in (LIMIT, OURS))
     peers = [size for name, size in size_of.items() if name not in ALWAYS]
     again = AGAIN in size_of and least + size_of[AGAIN] + min(peers, default=0) <= budget
@@ -109,8 +109,8 @@ class Session:
         self.rows: dict[str, Row] = {}
         self.step_seconds: dict[str, float] = {}  # estimates, to plan with
         self.quick_to_build: set[str] = set()
-        self.moved: dict[str, int] = {}  # of whom a step moves other bytes than the problem's
-        self.lost: dict[str, str] = {}  # who failed here, and why
+        self.moved: dict[str, int] = {}  # bytes of a step, if they are not the problem's
+        self.lost: dict[str, str] = {}  # contenders that failed here -> why
 
     def build(self, row: Row) -> None:
         """Set a contender up and check it, unless it is there or known to be absent."""
@@ -129,7 +129,7 @@ class Session:
             self.fail(row, exc)
 
     def turn(self, name: str, warm: bool) -> float | None:
-        """Return the seconds of a step, None if the contender was lost."""
+        """Return the seconds of a step, None if the contender failed."""
         row = self.rows.get(name)
         if row is None:
             return None
@@ -141,7 +141,7 @@ class Session:
             return None
 
     def drop(self, names: Iterable[str], collect: bool = True) -> None:
-        """Let go of some; `collect` releases their memory at once, which takes a while."""
+        """Drop some contenders; `collect` releases their memory at once, which takes a while."""
         rows = [self.rows.pop(name) for name in names if name in self.rows]
         last = {row.process: row for row in rows}
         for row in rows:
@@ -153,10 +153,10 @@ class Session:
                 self.fail(row, exc)
 
     def fail(self, row: Row, exc: Failure) -> None:
-        """Strike a contender off, and those that went down with it."""
+        """Remove a contender that failed, and those that ended with its process."""
         self.rows.pop(row.name, None)
         self.lost[row.name] = str(exc)
-        if exc.absent or exc.gone:  # what ended its process may do so again, and not alone
+        if exc.absent or exc.gone:  # it may end a process again, with others in it
             self.absent[row.name] = str(exc)
         if exc.gone:
             for other in [r for r in self.rows.values() if r.process == row.process]:
@@ -168,9 +168,9 @@ def run_rounds(
     session: Session, entry: Entry, settings: Settings, evict: Callable[[], None] | None,
     progress: Callable[[float], None],
 ) -> None:  # fmt: skip
-    """Add rounds to an entry, of all that are set up; `progress` takes the share that is done.
+    """Add rounds of all contenders that are set up to an entry; `progress` takes the share done.
 
-    Rounds that others disturbed are repeated, as long as there is patience.
+    Rounds that other processes disturbed are repeated, as long as `_PATIENCE` allows.
     """
     if OURS not in session.rows:
         return
@@ -190,7 +190,7 @@ def run_rounds(
     before, calm, start = entry.rounds, 0, time.perf_counter()
     entry.placements.append(0)
     while calm < rounds:
-        # the slow ones' are spread evenly, the first among them: an early end drops nobody unsaid
+        # slow contenders are in the first round and evenly spread ones: an early end drops none
         with_slow = calm * settings.least % rounds < settings.least
         times, others = _round(session, [fast[:], slow * with_slow], warm, evict, order)
         entry.add_round(times, others)
@@ -207,9 +207,9 @@ def _round(
     session: Session, blocks: list[list[str]], warm: bool, evict: Callable[[], None] | None,
     order: random.Random,
 ) -> tuple[dict[str, float], float]:  # fmt: skip
-    """Let all in the blocks have a turn, in random order, those of a block close to one another.
+    """Give all contenders a turn, in random order of blocks and within them.
 
-    Return their times, and the CPUs that others kept busy meanwhile.
+    Return their times, and the CPUs that other processes kept busy meanwhile.
     """
     start, taken = time.perf_counter(), _taken_by_others(session.workers)
     order.shuffle(blocks)
@@ -240,9 +240,9 @@ def _timed(act: Callable[[], None]) -> float:
 
 @dataclass
 class Bench:
-    """A run: what it fills, how it measures, whom, and whom it tells.
+    """A run: its recording, settings, contenders and progress.
 
-    `named` says that the user chose the rows: then no rule of thumb leaves any of them out.
+    `named` says that the user chose the rows: then none is left out as too slow.
     """
 
     recording: Recording
@@ -262,7 +262,7 @@ class Bench:
                 self._case(workers, self.problem(case, threads), evict)
 
     def measure_memory(self, cases: Sequence[Case], threads: int) -> None:
-        """Measure what a step of each contender takes for the time being, and its state."""
+        """Measure the temporary memory of each contender's step, and its state."""
         for case in cases:
             problem = self.problem(case, threads)
             rows, left_out = self.able(problem, few_steps=True)
@@ -273,8 +273,8 @@ class Bench:
                 self.progress(f"{case.name}: memory of {row.title}", 0)
                 result = Memory(case.name, case.elements, row.name)
                 try:
-                    # blocks of 64 KiB and more go back to the system when freed, so that what is
-                    # resident is what is in use
+                    # blocks of 64 KiB and more go back to the system when freed, so that resident
+                    # memory is memory in use
                     with Workers(threads, {"MALLOC_MMAP_THRESHOLD_": "65536"}) as workers:
                         result.temporary, result.how, result.state = workers.ask(
                             row, "memory", row, problem
@@ -309,7 +309,7 @@ class Bench:
                 if self.quick and not row.quick:
                     why = "not in a quick run"
                 elif row.too_much(problem, few_steps):
-                    why = f"{row.most_why}; asked for by name it takes part"
+                    why = f"{row.most_why}; --contender with its name includes it"
             if why is not None:
                 left_out[row.name] = why
         return [row for row in self.rows if row.name not in left_out], left_out
@@ -317,7 +317,7 @@ class Bench:
     def _case(self, workers: Workers, problem: Problem, evict: machine.Evictor) -> None:
         name = problem.case.name
         entries = [_new_entry(problem, state) for state in self.states(problem)]
-        self.recording.entries += entries  # at once: what an interrupted run has measured counts
+        self.recording.entries += entries  # now, so that an interrupted run keeps them
         rows, left_out = self.able(problem)
         members, too_large = teams(rows, problem, _free_memory())
         for entry in entries:

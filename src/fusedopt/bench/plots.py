@@ -25,7 +25,7 @@ def _figure(height: float) -> Any:
 
 
 def save(recording: Recording, path: Path, picture: str | None = None) -> bool:
-    """Draw one picture, or all that there is data for, into a file; return whether any."""
+    """Draw one picture, or all with data, into a file; return whether there was any."""
     wanted = [p for p in PANELS if picture in (None, p)]
     panels = [(PANELS[p], height) for p in wanted if (height := _height(recording, p))]
     if not panels:
@@ -70,15 +70,15 @@ def _styles(recording: Recording) -> dict[str, dict[str, Any]]:
 
 
 def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, Any]]) -> None:
-    """Write each line's name beside log axes, none over another, joined to where the line ends.
+    """Write each line's name beside log axes, without overlaps, joined to the end of the line.
 
-    `ends` holds that point, name and colour.
+    `ends` holds that end (x, y), the name and the colour.
     """
     low, high = (math.log(v) for v in axes.get_ylim())
     gap = (high - low) * min(0.033, 0.95 / len(ends))
     ends = sorted(ends, key=lambda end: end[1])
     places = [math.log(y) for _, y, _, _ in ends]
-    for _ in range(3000):  # push those apart that touch, a little at a time, until none do
+    for _ in range(3000):  # push touching labels apart, a little at a time, until none touch
         for i in range(len(places) - 1):
             short = gap - (places[i + 1] - places[i])
             if short > 1e-6:
@@ -98,7 +98,7 @@ def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, Any]]) -> Non
 
 
 def _curves(recording: Recording) -> list[tuple[str, dict[str, tuple[list[float], list[float]]]]]:
-    """Return `report.sizes` for each state of the caches, once where they are the same."""
+    """Return `report.sizes` for each state of the caches, only once if they are equal."""
     states = sorted({e.cache for e in recording.entries if e.kind == "size" and e.rounds})[::-1]
     curves = [(state, report.sizes(recording, state)) for state in states]
     if len(curves) == 2 and curves[0][1] == curves[1][1]:  # no size was measured in both
@@ -127,7 +127,7 @@ def _draw_sizes(recording: Recording, part: Any) -> None:
 
 
 def _models(recording: Recording) -> list[Entry]:
-    """Return an entry for each model, on most threads, the warm one where there are two."""
+    """Return an entry for each model, on most threads, the warm one if there are two."""
     entries = [e for e in recording.entries if e.kind in ("model", "many") and e.rounds]
     most = max((e.threads for e in entries), default=0)
     chosen: dict[str, Entry] = {}
@@ -157,7 +157,7 @@ def _draw_models(recording: Recording, part: Any) -> None:
             ax.text(s.high * 1.06, i, f"{report.ratio_text(s.ratio)}", va="center", fontsize=7)
         ours = next(s for s in found if s.name == OURS)
         ax.set(xscale="log", xlim=(min(ratios) / 1.5, max(s.high for s in found) * 2.2))
-        ax.set_ylim(len(found) - most - 0.6, len(found) - 0.4)  # bars as thick everywhere
+        ax.set_ylim(len(found) - most - 0.6, len(found) - 0.4)  # bars of one thickness
         ax.axvline(1, color="0.4", linewidth=0.8, zorder=0)
         ax.set_title(
             f"{entry.title}: {entry.tensors} arrays, {entry.elements / 1e6:.3g}M\n"
@@ -171,7 +171,7 @@ def _draw_models(recording: Recording, part: Any) -> None:
 
 
 def _scaling(recording: Recording) -> dict[tuple[str, str], list[Entry]]:
-    """Return entries by case and state of the caches, of those with several numbers of threads."""
+    """Return entries by case and state of the caches, if measured on several thread counts."""
     by: dict[tuple[str, str], list[Entry]] = {}
     for entry in recording.entries:
         if entry.rounds:

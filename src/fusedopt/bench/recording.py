@@ -1,4 +1,4 @@
-"""What was measured: a tree of plain data, with its JSON form. Nothing is computed here."""
+"""The measurements: a tree of data, with its JSON form. Nothing is computed here."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ SCHEMA = 1
 class Entry:
     """One case, on a number of threads, in one state of the caches.
 
-    `seconds` holds for each contender the time of a step in each round, None where it sat the round
-    out. `left_out` says of the others why they are not here; `skipped` why the whole case is not.
+    `seconds` holds for each contender the time of a step in each round, None if it did not take
+    part. `left_out` says why others are missing; `skipped` why the whole case is.
     `placements` are the numbers of rounds on each set of arrays; small cases have several sets.
     `others` are the CPUs that other processes and the host kept busy in each round.
     `moved` and `held` are bytes; `own_moved` those of contenders with state in another format.
@@ -39,25 +39,25 @@ class Entry:
 
     @property
     def rounds(self) -> int:
-        """How many rounds were measured."""
+        """Number of rounds measured."""
         return len(self.others)
 
     def add_round(self, times: dict[str, float], others: float) -> None:
-        """Add the seconds of those who took part in a round, and how busy others were."""
+        """Add the seconds of the contenders in a round, and the CPUs that others kept busy."""
         before = self.rounds
         self.others.append(round(others, 2))
         for name in times:
             self.seconds.setdefault(name, [None] * before)
         for name, column in self.seconds.items():
-            # 5 digits are more than any clock is good for; here, so that a file tells the same
+            # 5 digits exceed any clock's accuracy; rounded here, so that files hold the same
             column.append(float(f"{times[name]:.5g}") if name in times else None)
 
 
 @dataclass
 class Memory:
-    """What a step of one contender takes for the time being, and what it keeps for good.
+    """The temporary memory of one contender's step, and its state.
 
-    Either is None, and `why` says why, where the contender is not there.
+    Both are None for a missing contender; `why` says why.
     """
 
     case: str
@@ -73,8 +73,8 @@ class Memory:
 class Recording:
     """A run of the benchmark.
 
-    `settings` are those of `measure.Settings`; `titles` and `tolerances` (see `contenders.Row`) go
-    by contender, `versions` by package; `absent` says of contenders that are in no case, why.
+    `settings` are those of `measure.Settings`; `titles` and `tolerances` (see `contenders.Row`) are
+    by contender, `versions` by package; `absent` says why contenders are in no case.
     """
 
     settings: dict[str, Any]
@@ -103,7 +103,7 @@ class Recording:
         Raises
         ------
         OSError, ValueError
-            Naming the file, if it is not there or not such a file.
+            Naming the file, if it is missing or not a recording.
         """
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))

@@ -13,7 +13,7 @@ PICTURES = ("sizes", "models", "scaling")
 
 
 def time_text(seconds: float) -> str:
-    """Return a time with three digits and a unit that suits it."""
+    """Return a time with three digits and a suitable unit."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}" if seconds < 1000 * size else f"{seconds:.0f} s"
@@ -21,12 +21,12 @@ def time_text(seconds: float) -> str:
 
 
 def ratio_text(ratio: float) -> str:
-    """Return a ratio with as many digits as it deserves."""
+    """Return a ratio with about three digits."""
     return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}" if ratio < 100 else f"{ratio:.0f}"
 
 
 def heading(entry: Entry) -> str:
-    """Return what an entry measures, in a line."""
+    """Return one line about what an entry measures."""
     tensors = "1 array" if entry.tensors == 1 else f"{entry.tensors} arrays"
     return (
         f"{entry.title}: {tensors}, {entry.elements:,} parameters, "
@@ -36,10 +36,10 @@ def heading(entry: Entry) -> str:
 
 
 def background(entry: Entry) -> str:
-    """Return what else went on while an entry was measured."""
+    """Return the noise and the other load while an entry was measured."""
     left, all_ = len(stats.calm(entry, OURS)), entry.rounds
     disturbed = f"; {all_ - left} of {all_} rounds disturbed" * (left < all_)
-    busy = f"others on {stats.disturbance(entry):.2f} CPUs"
+    busy = f"other load {stats.disturbance(entry):.2f} CPUs"
     return f"noise {stats.noise(entry):.1%}, {busy}{disturbed}"
 
 
@@ -58,7 +58,8 @@ def entry_table(entry: Entry, titles: dict[str, str]) -> Table:
 
 def memory_table(rows: Sequence[Memory], titles: dict[str, str]) -> Table:
     """Return a line for each contender of one case."""
-    table = [["", "temporary bytes of a step", "per parameter", "state per parameter", "found by"]]
+    head = ["", "temporary bytes of a step", "per parameter", "state per parameter", "measured by"]
+    table = [head]
     for m in rows:
         if m.temporary is not None and m.state is not None:
             table.append([
@@ -76,7 +77,7 @@ def grouped(names: dict[str, str], titles: dict[str, str]) -> list[str]:
     return [f"{', '.join(members)}: {why}" for why, members in reasons.items()]
 
 
-def plain(table: Table) -> list[str]:
+def aligned(table: Table) -> list[str]:
     """Lay a table out for a terminal: the first column to the left, the rest to the right."""
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     lines = []
@@ -109,20 +110,20 @@ def text(recording: Recording) -> str:
             lines += ["", heading(entry), f"  skipped: {entry.skipped}"]
         elif entry.rounds:
             lines += ["", f"{heading(entry)}; {background(entry)}"]
-            lines += plain(entry_table(entry, titles))
+            lines += aligned(entry_table(entry, titles))
             lines += [f"  left out: {line}" for line in grouped(entry.left_out, titles)]
     for case, rows in by_case(recording.memory).items():
         lines += ["", f"memory, {case}: {rows[0].elements:,} parameters"]
-        lines += plain(memory_table(rows, titles))
+        lines += aligned(memory_table(rows, titles))
         lines += [
             f"  left out: {line}"
             for line in grouped({m.contender: m.why for m in rows if m.why}, titles)
         ]
     costs = cost_table(recording)
     if len(costs) > 1:
-        lines += ["", "cost against size, fitted", *plain(costs)]
+        lines += ["", "fit of time to size", *aligned(costs)]
     if recording.absent:
-        lines += ["", "absent"] + [f"  {line}" for line in grouped(recording.absent, titles)]
+        lines += ["", "not available"] + [f"  {line}" for line in grouped(recording.absent, titles)]
     lines += ["", *legend(recording)]
     return "\n".join(lines).lstrip("\n")
 
@@ -131,17 +132,18 @@ def legend(recording: Recording) -> list[str]:
     """Return what the columns mean."""
     moved = "p, g and state read, p and state written"
     return [
-        "time: of a step, the median. bytes: for each parameter, what the step has to move"
-        f" ({moved}). GB/s: all of them over the time.",
-        "of limit: the limit's time over the time; the limit moves the bytes of"
-        f" {recording.settings['dtype']} state in C without arithmetic, so who keeps narrower"
-        " state may take less.",
-        "/ fusedopt: time over fusedopt's of the same round; median, 95% bootstrap interval of it.",
-        "noise: the middle half of the limit's own times, over their median. others: CPUs that"
-        f" other processes and the host kept busy meanwhile; rounds with more than {stats.CALM:g}"
-        " were repeated, and do not count unless they are over half.",
+        "time: the median of a step. bytes: what a step must move for each parameter"
+        f" ({moved}). GB/s: all bytes over the time.",
+        "of limit: the limit's time over the contender's. The limit moves the bytes of"
+        f" {recording.settings['dtype']} state in C without arithmetic; contenders with narrower"
+        " state may be faster.",
+        "/ fusedopt: time over fusedopt's in the same round: median, and its 95% bootstrap"
+        " interval.",
+        "noise: the interquartile range of the limit's own times over their median. other load:"
+        " CPUs that other processes and the host kept busy; rounds with more than"
+        f" {stats.CALM:g} were repeated, and do not count unless they are more than half.",
         *checked(recording),
-        f"warm: the step is repeated. cold: {recording.evicted >> 20} MiB are read before a step,"
+        f"warm: steps are repeated. cold: {recording.evicted >> 20} MiB are read before a step,"
         " or the arrays are larger than the caches.",
     ]
 
@@ -154,8 +156,8 @@ def checked(recording: Recording) -> list[str]:
     others = {name: f"{limit:g}" for name, limit in recording.tolerances.items() if limit != usual}
     text = "; ".join(grouped(others, recording.titles))
     return [
-        "Before it is timed, a contender takes two steps and is checked against"
-        f" fusedopt.reference: {usual:g} learning rates apart at most"
+        "Before timing, two steps of a contender are checked against"
+        f" fusedopt.reference: they may differ by {usual:g} learning rates"
         + f" (narrow formats: {text})."
         * bool(text)
     ]
@@ -166,7 +168,7 @@ def sizes(
 ) -> dict[str, tuple[list[float], list[float]]]:
     """Return for each contender sizes and times, of the cases in one array, on most threads.
 
-    With `cache`, in that state alone where both were measured.
+    With `cache`, only those of that state if both were measured.
     """
     curves: dict[str, tuple[list[float], list[float]]] = {}
     entries = [e for e in recording.entries if e.kind == "size" and e.rounds]
@@ -184,8 +186,9 @@ def sizes(
 
 
 def cost_table(recording: Recording) -> Table:
-    """Return the fit of cost against size for each contender that has enough sizes."""
-    head = ["", "fixed", "ns / element, near", "far", "beyond elements", "largest error"]
+    """Return the fit of time to size for each contender that has enough sizes."""
+    large = ["large: ns / element", "large: elements >"]
+    head = ["", "fixed", "ns / element", *large, "largest error"]
     table = [head]
     for name, (n, t) in sizes(recording, "warm").items():
         cost = stats.fit_cost(n, t)
@@ -198,7 +201,7 @@ def cost_table(recording: Recording) -> Table:
 
 
 def not_won(recording: Recording) -> list[str]:
-    """Return a line for each entry in which a peer is as fast as fusedopt, or a format slower."""
+    """Return a line for each entry in which a peer is as fast, or a narrow format is slower."""
     lines = []
     for entry in recording.entries:
         faster, level, slower = [], [], []
@@ -218,8 +221,8 @@ def not_won(recording: Recording) -> list[str]:
             f"{what}: {', '.join(names)}"
             for what, names in (
                 ("faster", faster),
-                ("not to be told apart", level),
-                ("fewer bytes, but longer", slower),
+                ("no measurable difference", level),
+                ("fewer bytes, but slower", slower),
             )
             if names
         ]
@@ -233,14 +236,14 @@ def page(recording: Recording, pictures: Sequence[str]) -> str:
     """Return the Markdown page of a recording; `pictures` lie beside it as PNG files."""
     titles, s = recording.titles, recording.settings
     lines = [
-        "# A step, measured",
+        "# Benchmark of a step",
         "",
         f"{s['optimizer']}, {s['dtype']}; recorded on {recording.date} by",
         "",
         f"```text\n{recording.command}\n```",
         "",
-        "which writes this page. Figures are of the machine below; run the command for yours.",
-        *([] if recording.complete else ["", "**The run was interrupted; this is a part of it.**"]),
+        "which writes this page. The figures are for the machine below; run it on yours.",
+        *([] if recording.complete else ["", "**The run was interrupted; results are partial.**"]),
         "",
     ]
     lines += [f"* {line}" for line in legend(recording)]
@@ -248,15 +251,16 @@ def page(recording: Recording, pictures: Sequence[str]) -> str:
     lines += [f"| {label} | {value} |" for label, value in recording.machine.items()]
     lines += ["", "Versions: " + ", ".join(f"{k} {v}" for k, v in recording.versions.items()) + "."]
     if recording.absent:
-        lines += ["", "Absent:", ""] + [f"* {line}" for line in grouped(recording.absent, titles)]
+        lines += ["", "Not available:", ""]
+        lines += [f"* {line}" for line in grouped(recording.absent, titles)]
     lines += ["", "## Where fusedopt does not win", "", "Times over fusedopt's, in float32:", ""]
     lines += [f"* {line}" for line in not_won(recording)] or ["Nowhere in this recording."]
-    names = {"sizes": "Cost against size", "models": "Models", "scaling": "Scaling over threads"}
+    names = {"sizes": "Time by size", "models": "Models", "scaling": "Scaling over threads"}
     for picture in pictures:
         lines += ["", f"## {names[picture]}", "", f"![{names[picture]}]({picture}.png)"]
     costs = cost_table(recording)
     if len(costs) > 1:
-        lines += ["", "## Cost against size, fitted", "", "Warm where both were measured.", ""]
+        lines += ["", "## Fit of time to size", "", "Warm if both were measured.", ""]
         lines += markdown(costs)
     for case, rows in by_case(recording.memory).items():
         lines += ["", f"## Memory, {case}: {rows[0].elements:,} parameters", ""]

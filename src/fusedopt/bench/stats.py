@@ -1,4 +1,4 @@
-"""From times to statements: ratios of the same round, their median and how sure it is, a fit."""
+"""Statistics of times: ratios within a round, their median and its interval, a fit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fusedopt.bench.contenders import LIMIT, OURS
 from fusedopt.bench.recording import Entry
 
 CONFIDENCE = 0.95
-CALM = 0.25  # CPUs that others may keep busy in a round; below it the clock of CPU time is coarse
+CALM = 0.25  # CPUs that others may keep busy in a round; clocks of CPU time are too coarse for less
 _RESAMPLES = 1000
 
 
@@ -21,8 +21,8 @@ def median_interval(
 ) -> tuple[float, float, float]:
     """Return the median, and the ends of its bootstrap percentile interval.
 
-    Values of a group (a placement) have something in common: groups are drawn first, then values
-    from each of those. One group makes it the ordinary bootstrap.
+    Values of a group (a placement) are correlated: groups are drawn first, then values from each of
+    those. With one group it is the ordinary bootstrap.
     """
     filled = [np.asarray(group, np.float64) for group in groups if len(group)]
     lengths = np.array([len(group) for group in filled])
@@ -44,7 +44,7 @@ class Summary:
 
     `seconds` is the median time of a step; `moved` the bytes that it has to read and write;
     `of_limit` the limit's time over its own; `ratio` its time over fusedopt's, with the interval
-    from `low` to `high`. The last two are medians of quotients within a round.
+    from `low` to `high`. Both ratios are medians of quotients within a round.
     """
 
     name: str
@@ -58,10 +58,10 @@ class Summary:
 
 
 def calm(entry: Entry, *names: str) -> list[int]:
-    """Return the rounds to judge some contenders by: in which all of them took part.
+    """Return the undisturbed rounds in which all of some contenders took part.
 
-    Without those that others disturbed; but where this would be more than half of them, without the
-    worse half. What is left out does not depend on what was measured.
+    If more than half of the rounds were disturbed, only the worse half is left out. The choice does
+    not depend on the times.
     """
     columns = [entry.seconds.get(name, []) for name in names]
     both = [i for i, row in enumerate(zip(*columns, strict=False)) if None not in row]
@@ -87,7 +87,7 @@ def times(entry: Entry, name: str) -> list[float]:
 
 
 def summarize(entry: Entry) -> list[Summary]:
-    """Return a summary of each contender that took part, the limit first, then the fastest."""
+    """Return a summary of each contender that took part: the limit first, then by speed."""
     summaries = []
     for name in entry.seconds:
         ratios = quotients(entry, name, OURS)
@@ -111,7 +111,7 @@ def summarize(entry: Entry) -> list[Summary]:
 
 
 def noise(entry: Entry) -> float:
-    """Return the spread of the limit itself: the middle half of its times over their median."""
+    """Return the interquartile range of the limit's own times over their median."""
     column = times(entry, LIMIT)
     if not column:
         return float("nan")
@@ -120,7 +120,7 @@ def noise(entry: Entry) -> float:
 
 
 def disturbance(entry: Entry) -> float:
-    """Return how many CPUs other processes and the host kept busy in the rounds that count."""
+    """Return the CPUs that other processes and the host kept busy in the rounds that count."""
     rounds = calm(entry, OURS)
     return float(np.mean([entry.others[i] for i in rounds])) if rounds else float("nan")
 
@@ -145,7 +145,7 @@ class Cost:
 
 
 def fit_cost(sizes: Sequence[float], seconds: Sequence[float]) -> Cost | None:
-    """Fit a `Cost`, least squares of the relative errors over every bend; None for < 4 sizes."""
+    """Fit a `Cost` by least squares of relative errors, trying bends; None for < 4 sizes."""
     n, t = np.asarray(sizes, np.float64), np.asarray(seconds, np.float64)
     if len(n) < 4:
         return None

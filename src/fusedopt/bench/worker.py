@@ -1,7 +1,7 @@
-"""A process that holds contenders and steps them when told to: `python -m fusedopt.bench.worker`.
+"""A process that holds contenders and steps them on request: `python -m fusedopt.bench.worker`.
 
-It is told over a pipe, one message after the other, so no two workers ever run at once. Contenders
-that can share a process do; the others have a worker of their own, under the same schedule.
+Requests come over a pipe, one at a time, so no two workers run at once. Contenders that can share a
+process do; each of the others has a worker of its own, under the same schedule.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from fusedopt._check import Array
 from fusedopt.bench.cases import CLASSES, Problem
 from fusedopt.bench.contenders import LIMIT, Contender, Row
 
-# Seconds of a warm turn that are timed, and before them: at least. Meanwhile the threads of the
-# contender before stop spinning, and this one's settle on their CPUs.
+# Least seconds of a warm turn that are timed, and untimed before that: time for the threads of the
+# previous contender to stop spinning, and for those of this one to settle on their CPUs.
 TIMED, UNTIMED = 2e-3, 4e-3
-LONG = 0.1  # seconds of a step beside which a cold start does not matter
+LONG = 0.1  # seconds of a step for which a cold start does not matter
 _MOST_SHIFT = 4 << 20  # bytes
-_FIRST_SCALE = -0.5  # of the gradients of the first step: two alike would hide wrong betas
+_FIRST_SCALE = -0.5  # of the first step's gradients: equal gradients would hide wrong betas
 
 
 class Disagreement(Exception):
@@ -43,7 +43,7 @@ def build(row: Row, problem: Problem) -> Contender:
     Raises
     ------
     Disagreement
-        If it does not compute the same update; says how far it is off.
+        If it does not compute the same update; gives the difference.
     ValueError
         If it has no such optimizer or dtype.
     """
@@ -60,7 +60,7 @@ def build(row: Row, problem: Problem) -> Contender:
         off = distance(contender.params(), problem)
         if not off <= row.tolerance:
             raise Disagreement(
-                f"computes another update: off by {off:.3g} learning rates after two steps "
+                f"computes a different update: off by {off:.3g} learning rates after two steps "
                 f"(allowed: {row.tolerance:g})"
             )
     return contender
@@ -69,8 +69,8 @@ def build(row: Row, problem: Problem) -> Contender:
 def distance(params: list[Array], problem: Problem) -> float:
     """Return the largest difference from the reference after `build`'s steps, in learning rates.
 
-    Of each parameter the first and the last element are compared and some between: a step does the
-    same to every element, so these are stepped alone.
+    Compares the first, the last and some random elements of each parameter: a step treats all
+    elements alike, so the reference steps only these.
     """
     rng = np.random.default_rng(0)
     ours, start, grad = [], [], []
@@ -100,10 +100,10 @@ def step_once(contender: Contender) -> float:
 
 
 def warm_turn(contender: Contender, estimate: float) -> float:
-    """Take steps that are not timed, then some that are; return the seconds of one.
+    """Take untimed steps, then timed ones; return the seconds of one.
 
-    `estimate` is about what one takes: the clock is not read after each of many short ones, and one
-    that is long is timed at once.
+    `estimate` is about the time of a step: the clock is not read after each short one, and a long
+    one is timed without untimed ones before it.
     """
     chunk = math.ceil(TIMED / 4 / estimate)
     for least in (UNTIMED, TIMED)[estimate > LONG :]:
@@ -138,9 +138,9 @@ def estimate(contender: Contender) -> float:
 
 
 def temporary_bytes(contender: Contender, traced: bool) -> tuple[int, str]:
-    """Return the most bytes that a step holds beside what it held before, and how that was found.
+    """Return the most temporary bytes that a step holds, and how they were measured.
 
-    By tracemalloc where all is allocated through Python and NumPy; else as the increase of the
+    By tracemalloc if all is allocated through Python and NumPy; else as the increase of the
     process's peak resident memory, which Linux can reset.
     """
     if traced:
@@ -155,7 +155,7 @@ def temporary_bytes(contender: Contender, traced: bool) -> tuple[int, str]:
 
 
 def _resident_increase(act: Callable[[], object]) -> int:
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
     before = _resident("VmRSS")
     act()
     return max(0, _resident("VmHWM") - before)
@@ -178,10 +178,10 @@ class Server:
         self.random = random.Random(0)
 
     def build(self, row: Row, problem: Problem) -> tuple[float, int | None]:
-        """Set up and check; return a step's seconds, roughly, and its `Contender.moved`.
+        """Set up and check; return about the seconds of a step, and its `Contender.moved`.
 
-        Some memory is taken before, at random, and kept as long: it would be as it was the last
-        time, if a contender that was dropped got the same place again.
+        Before, allocates a block of random size, kept as long as the contender: otherwise one that
+        is set up again could get the addresses that it had before.
         """
         size = self.random.randrange(min(problem.held, _MOST_SHIFT)) // 8
         self.shifts[row.name] = np.ones(size)
@@ -190,22 +190,22 @@ class Server:
         return self.estimates[row.name], contender.moved()
 
     def turn(self, name: str, warm: bool) -> float:
-        """Return the seconds of a step: of one as it comes, or see `warm_turn`."""
+        """Return the seconds of a step: a single one, or as in `warm_turn`."""
         if not warm:
             return step_once(self.held[name])
         return warm_turn(self.held[name], self.estimates[name])
 
     def drop(self, name: str) -> None:
-        """Let go of a contender."""
+        """Drop a contender."""
         self.held.pop(name, None)
         self.shifts.pop(name, None)
 
     def collect(self) -> None:
-        """Release the memory of all that was let go."""
+        """Release the memory of dropped contenders."""
         gc.collect()
 
     def memory(self, row: Row, problem: Problem) -> tuple[int, str, int]:
-        """Return the bytes that a step takes for the time being, how measured; bytes of state."""
+        """Return the temporary bytes of a step, how they were measured, and the bytes of state."""
         contender = build(row, problem)
         peak, how = temporary_bytes(contender, row.traced)
         return peak, how, contender.state_bytes()
@@ -230,7 +230,7 @@ def serve(pipe: Connection) -> None:
             answer = "absent", f"{type(exc).__name__}: {exc}"
         except Disagreement as exc:
             answer = "failed", str(exc)
-        except Exception as exc:  # any library may raise anything: it is listed with its words
+        except Exception as exc:  # libraries may raise anything: it is reported
             answer = "failed", f"{type(exc).__name__}: {exc}"
         pipe.send(answer)
 

@@ -1,4 +1,4 @@
-"""The processes that hold contenders: started with equal threads, asked one at a time, ended."""
+"""The processes that hold contenders: started with equal threads, asked one at a time, stopped."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typing import Any
 from fusedopt.bench import machine
 from fusedopt.bench.contenders import Row
 
-PATIENCE = 300.0  # seconds that any one request may take: compiling for hundreds of tensors does
+PATIENCE = 300.0  # seconds that a request may take: compiling for hundreds of tensors is slow
 
 
 class Failure(Exception):
-    """A contender did not do what it was asked.
+    """A contender failed at a request.
 
-    `absent`: it is not installed. `gone`: its process has ended, with all that was in it.
+    `absent`: it is not installed. `gone`: its process has ended, with all contenders in it.
     """
 
     def __init__(self, reason: str, *, absent: bool = False, gone: bool = False) -> None:
@@ -36,8 +36,7 @@ def environment(threads: int) -> dict[str, str]:
         "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS",
         "FUSEDOPT_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "NPROC",
     )  # fmt: skip
-    # XLA takes NPROC, in its releases that read it; the CPUs that a worker is bound to hold it, as
-    # they hold all others
+    # some releases of XLA read NPROC; the CPUs that a worker is bound to limit the others
     return dict.fromkeys(counts, n) | {
         "CUDA_VISIBLE_DEVICES": "-1",
         "JAX_PLATFORMS": "cpu",
@@ -64,7 +63,7 @@ class Worker:
                 start_new_session=True,  # Ctrl-C is for the parent, which ends its workers
             )
         theirs.close()
-        with suppress(BrokenPipeError):  # it has ended already: the first question tells
+        with suppress(BrokenPipeError):  # it has ended already: the first request reports that
             ours.send(sys.path)
 
     def ask(self, method: str, *arguments: Any) -> Any:
@@ -103,7 +102,7 @@ class Worker:
 
 @contextmanager
 def _bound_to(cpus: list[int]) -> Iterator[None]:
-    """Run on some CPUs for a while; none given: as it is."""
+    """Bind this thread to some CPUs in a block; if none are given, do nothing."""
     if not cpus:
         yield
         return
@@ -116,7 +115,7 @@ def _bound_to(cpus: list[int]) -> Iterator[None]:
 
 
 class Workers:
-    """A worker for each kind of process, started when first asked; a context that ends them."""
+    """A worker for each kind of process, started when first asked; a context that stops them."""
 
     def __init__(self, threads: int, env: Mapping[str, str] | None = None) -> None:
         self._threads, self._env = threads, dict(env or {})
@@ -130,7 +129,7 @@ class Workers:
         try:
             return worker.ask(method, *arguments)
         except Failure as exc:
-            if exc.gone:  # the next question gets a new one
+            if exc.gone:  # the next request starts a new one
                 del self._workers[row.process]
             raise
 
@@ -144,6 +143,6 @@ class Workers:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """End all."""
+        """Stop all."""
         for worker in self._workers.values():
             worker.stop()

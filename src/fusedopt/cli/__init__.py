@@ -12,7 +12,7 @@ import fusedopt
 from fusedopt.cli import bench, info, train
 
 # each has a first docstring line, add_arguments, and prepare, which checks all that can be checked
-# beforehand, and returns what does the work
+# beforehand and returns the function that does the work
 COMMANDS = {
     "train": train,
     "bench": bench,
@@ -30,16 +30,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit status.
 
     0: done; 1: it failed half-way; 2: bad input, and nothing was done; 130: interrupted by Ctrl-C;
-    141: nobody reads what it prints any more.
+    141: the reader of its output is gone.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed: a file opened later would stand in its place
+        if getattr(sys, name) is None:  # closed: a file opened later would get its number
             setattr(sys, name, open(os.devnull, mode))
     try:
         try:
             return _run(argv)
         finally:
-            sys.stdout.flush()  # here, where a failure can still be told
+            sys.stdout.flush()  # here, where a failure can still be reported
     except BrokenPipeError:
         _discard()
         return UNREAD
@@ -82,7 +82,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _complain(who: str, what: object, status: int) -> int:
-    """Say it on one line; return the status."""
+    """Print an error on one line; return the status."""
     try:
         print(f"{who}: {' '.join(str(what).split())}", file=sys.stderr, flush=True)
     except OSError:
@@ -91,7 +91,7 @@ def _complain(who: str, what: object, status: int) -> int:
 
 
 def _discard() -> None:
-    """Throw away what the streams still hold, or Python would complain of it at its end."""
+    """Discard what the streams still hold, or Python would report it as an error at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Time steps of fusedopt and its peers against the memory's limit of this machine."""
+"""Time steps of fusedopt and other libraries against the memory bandwidth of this machine."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from fusedopt.cli import files
 
 QUICK_CASES = ("1k", "30k", "1M", "mlp", "resnet50")
 SCALING_CASES = ("1M", "50M")
-SCALING_ROWS = ("numba", "torch-foreach", "torch-fused", "optax")  # beside the limit and fusedopt
+SCALING_ROWS = ("numba", "torch-foreach", "torch-fused", "optax")  # with the limit and fusedopt
 MEMORY_CASES = ("resnet50",)
 SECONDS, QUICK_SECONDS, SCALING_SECONDS = 6.0, 3.0, 4.0
 QUICK_PLACEMENTS = 4
 USUAL = (None, False, "adam", "float32")  # values of options that a command line may leave out
-PROGRAM = "python -m fusedopt bench"  # what a report says that it was made by
+PROGRAM = "python -m fusedopt bench"  # the command that a report names
 T = TypeVar("T")
 
 
@@ -40,27 +40,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--contender", metavar="NAMES", help=f"some of {', '.join(ROWS)} (default: all)")
     add("--optimizer", choices=OPTIMIZERS, default="adam", help="sgd: with momentum 0.9")
     add("--dtype", choices=DTYPES, default="float32", help="of parameters and gradients")
-    add("--threads", type=int, help="of every contender (default: as fusedopt would)")
+    add("--threads", type=int, help="of every contender (default: fusedopt's own default)")
     add("--cache", choices=("warm", "cold", "both"), help="(default: both; quick: warm)")
-    add("--seconds", type=float, help="for each case and state of the caches, beside setting up "
+    add("--seconds", type=float, help="for each case and state of the caches, without setup "
         f"(default: {SECONDS:g}; quick {QUICK_SECONDS:g})")  # fmt: skip
     add("--quick", action="store_true", help=f"{', '.join(QUICK_CASES)}, in 90 seconds")
-    add("--scaling", action="store_true", help="over threads 1 to N instead")
-    add("--memory", action="store_true", help="bytes that a step takes and keeps instead of times")
-    add("--json", type=Path, metavar="FILE", help="write all that was measured")
-    add("--plot", type=Path, metavar="FILE.png", help="draw it")
-    add("--report", type=Path, metavar="FOLDER", help="times, scaling and memory: results.json, "
-        "README.md and pictures")  # fmt: skip
+    add("--scaling", action="store_true", help="time 1 to N threads instead")
+    add("--memory", action="store_true", help="measure temporary memory and state instead of time")
+    add("--json", type=Path, metavar="FILE", help="write all measurements")
+    add("--plot", type=Path, metavar="FILE.png", help="draw the results")
+    add("--report", type=Path, metavar="FOLDER", help="measure times, scaling and memory; write "
+        "results.json, README.md and pictures")  # fmt: skip
     add("--load", type=Path, metavar="FILE", help="measure nothing; read what --json wrote")
 
 
 def chosen(option: str, names: str | None, known: Mapping[str, T]) -> list[T]:
-    """Return what some names, parted by commas, stand for; all without names.
+    """Return the values of comma-separated names; all if there are none.
 
     Raises
     ------
     ValueError
-        If one is unknown; lists the known ones.
+        If a name is unknown; lists the known ones.
     """
     if names is None:
         return list(known.values())
@@ -73,20 +73,20 @@ def chosen(option: str, names: str | None, known: Mapping[str, T]) -> list[T]:
 
 @contextmanager
 def progress_bar(total: int) -> Iterator[Any]:
-    """Give a function that shows what goes on: by tqdm if it is there, else a line for each."""
+    """Yield a function that shows progress: by tqdm if installed, else by one line per case."""
     try:
         from tqdm import tqdm
     except ModuleNotFoundError:
-        told = ""
+        shown = ""
 
-        def tell(text: str, share: float) -> None:
-            nonlocal told
+        def show_case(text: str, share: float) -> None:
+            nonlocal shown
             case = text.partition(":")[0].partition(",")[0]
-            if case not in ("", told):
-                told = case
+            if case not in ("", shown):
+                shown = case
                 print(case, file=sys.stderr, flush=True)
 
-        yield tell
+        yield show_case
         return
     form = "{percentage:3.0f}%|{bar:24}| {elapsed} {desc}"
     with tqdm(total=total, bar_format=form, leave=False) as bar:
@@ -94,13 +94,13 @@ def progress_bar(total: int) -> Iterator[Any]:
         def show(text: str, share: float) -> None:
             if text:
                 bar.set_description_str(text)
-            bar.update(min(share, total - bar.n))  # shares do not add up to the last digit
+            bar.update(min(share, total - bar.n))  # shares do not add up exactly
 
         yield show
 
 
 def prepare(options: argparse.Namespace) -> Callable[[], None]:
-    """Check the options, and return what measures."""
+    """Check the options, and return the function that measures."""
     if options.json is not None:
         files.to_write("--json", options.json)
     if options.plot is not None:
@@ -113,14 +113,14 @@ def prepare(options: argparse.Namespace) -> Callable[[], None]:
             files.to_write("--report", options.report)
     if options.load is not None:
         recording = loaded(options.load)
-        return lambda: tell(recording, options)
+        return lambda: publish(recording, options)
     bench = make_bench(options)
     jobs = plan(bench, options)
     return lambda: run(bench, jobs, options)
 
 
 def loaded(path: Path) -> Recording:
-    """Return a recording that can be told; ValueError or OSError naming the file."""
+    """Return a recording that can be printed; ValueError or OSError naming the file."""
     files.to_read("--load", path)
     recording = Recording.load(path)
     try:
@@ -131,7 +131,7 @@ def loaded(path: Path) -> Recording:
 
 
 def run(bench: Bench, jobs: Sequence[Job], options: argparse.Namespace) -> None:
-    """Measure, and say what was found; after Ctrl-C too."""
+    """Measure, and report the results, also after Ctrl-C."""
     try:
         with progress_bar(sum(job.amount for job in jobs)) as bench.progress:
             for job in jobs:
@@ -139,11 +139,11 @@ def run(bench: Bench, jobs: Sequence[Job], options: argparse.Namespace) -> None:
         bench.recording.complete = True
     finally:
         if any(e.rounds or e.skipped for e in bench.recording.entries) or bench.recording.memory:
-            tell(bench.recording, options)
+            publish(bench.recording, options)
 
 
 def make_bench(options: argparse.Namespace) -> Bench:
-    """Return what the options ask for, checked."""
+    """Return the run that the options ask for, checked."""
     rows = chosen("--contender", options.contender, ROWS)
     always = [ROWS[name] for name in ALWAYS]  # without them there is nothing to compare with
     rows = [row for row in ROWS.values() if row in rows or row in always]
@@ -194,7 +194,7 @@ class Job:
 def plan(bench: Bench, options: argparse.Namespace) -> list[Job]:
     """Return the parts of the run that the options ask for."""
     threads = fusedopt.get_num_threads() if options.threads is None else options.threads
-    machine.cpus(threads)  # complains where there are fewer
+    machine.cpus(threads)  # raises if there are fewer
     steps = not (options.scaling or options.memory)
     everything = steps and options.report is not None
 
@@ -226,8 +226,8 @@ def thread_counts(most: int) -> list[int]:
     return sorted({2**i for i in range(most.bit_length()) if 2**i <= most} | {most})
 
 
-def tell(recording: Recording, options: argparse.Namespace) -> None:
-    """Print a recording, and write the files that were asked for."""
+def publish(recording: Recording, options: argparse.Namespace) -> None:
+    """Print a recording, and write the files that the options name."""
     print(report.text(recording))
     if options.json is not None:
         recording.save(options.json)

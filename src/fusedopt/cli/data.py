@@ -83,7 +83,7 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
     """Return the members of a .npz file that have our names."""
     try:
         with open(path, "rb") as raw:
-            if raw.read(2) != b"PK":  # or NumPy would take it for a pickle
+            if raw.read(2) != b"PK":  # NumPy would treat it as a pickle
                 raise ValueError("not a .npz file")
             raw.seek(0)
             with np.load(raw, allow_pickle=False) as file:
@@ -93,16 +93,16 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
                 arrays = {name: file[name] for name in NAMES}
     except MemoryError as exc:
         raise ValueError(f"{path}: claims more data than memory can hold") from exc
-    except Exception as exc:  # the parsers of others meet damaged bytes here, and raise anything
+    except Exception as exc:  # third-party parsers may raise anything on damaged bytes
         raise ValueError(f"{path}: {exc}") from exc
     for name, array in arrays.items():
-        if not isinstance(array, np.ndarray):  # NumPy's answer to a foreign member is bytes
+        if not isinstance(array, np.ndarray):  # NumPy returns members that are no arrays as bytes
             raise ValueError(f"{path}: {name} is not an array")
     return arrays
 
 
 def _standardised(x_train: Any, y_train: Any, x_test: Any, y_test: Any) -> Data:
-    """Scale every input by the mean and deviation that the training part has."""
+    """Scale every input by its mean and standard deviation in the training part."""
     x_train, x_test = (np.asarray(x, np.float64).reshape(len(x), -1) for x in (x_train, x_test))
     with np.errstate(over="ignore", invalid="ignore"):
         mean, deviation = x_train.mean(axis=0), x_train.std(axis=0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def to_read(option: str, path: Path) -> None:
-    """See to it that a file can be read.
+    """Check that a file can be read.
 
     Raises
     ------
@@ -22,7 +22,7 @@ def to_read(option: str, path: Path) -> None:
 
 
 def to_write(option: str, path: Path) -> None:
-    """See to it that a file can be written.
+    """Check that a file can be written.
 
     Raises
     ------
@@ -36,11 +36,11 @@ def to_write(option: str, path: Path) -> None:
         raise ValueError(f"{option} {path}: a folder, not a file")
     ours = os.access in os.supports_effective_ids
     if not os.access(path if path.exists() else folder, os.W_OK, effective_ids=ours):
-        raise PermissionError(f"{option} {path}: may not be written")
+        raise PermissionError(f"{option} {path}: no permission to write")
 
 
 def to_draw(option: str, path: Path, extra: str) -> None:
-    """See to it that a picture can be drawn into a file; raises as `to_write` and `pictures`."""
+    """Check that a picture can be drawn into a file; raises like `to_write` and `pictures`."""
     to_write(option, path)
     known = pictures(extra)
     if path.suffix[1:].lower() not in known:
@@ -48,7 +48,7 @@ def to_draw(option: str, path: Path, extra: str) -> None:
 
 
 def pictures(extra: str) -> list[str]:
-    """Return the endings of pictures that can be drawn.
+    """Return the file formats in which pictures can be drawn.
 
     Raises
     ------

@@ -13,6 +13,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare(options: argparse.Namespace) -> Callable[[], None]:
-    """Return what prints `fusedopt.info`, a line for each entry."""
+    """Return the function that prints `fusedopt.info`, one line for each entry."""
     lines = [f"{label:10} {text}" for label, text in fusedopt.info().items()]
     return lambda: print("\n".join(lines))

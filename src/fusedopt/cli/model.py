@@ -15,7 +15,7 @@ HIDDEN = (128, 128)
 
 
 def init(inputs: int, classes: int, seed: int) -> Params:
-    """Return fresh parameters, normal with He et al.'s variance (ICCV 2015, equation 10)."""
+    """Return initial parameters, normal with He et al.'s variance (ICCV 2015, equation 10)."""
     rng = np.random.default_rng(seed)
     sizes = (inputs, *HIDDEN, classes)
     return {
@@ -37,7 +37,7 @@ def forward(params: Params, x: Floats) -> list[Floats]:
 
 
 def softmax_loss(logits: Floats, y: NDArray[Any]) -> tuple[float, Floats]:
-    """Return the mean cross-entropy and its gradient by the logits."""
+    """Return the mean cross-entropy and its gradient with respect to the logits."""
     shifted = logits - logits.max(axis=1, keepdims=True)
     exp = np.exp(shifted)
     total = exp.sum(axis=1, keepdims=True)
@@ -50,7 +50,7 @@ def softmax_loss(logits: Floats, y: NDArray[Any]) -> tuple[float, Floats]:
 
 
 def loss_and_gradients(params: Params, x: Floats, y: NDArray[Any]) -> tuple[float, Params]:
-    """Return the loss of a batch and its gradients, nested as the parameters."""
+    """Return the loss of a batch and its gradients, nested like the parameters."""
     outputs = forward(params, x)
     loss, delta = softmax_loss(outputs[-1], y)
     grads: Params = {}

@@ -1,4 +1,4 @@
-"""Train a small classifier on handwritten digits, and say where the time went."""
+"""Train a small classifier on handwritten digits, and report where the time went."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fusedopt.monitor import History
 
 @dataclass(frozen=True)
 class Choice:
-    """A class of fusedopt with its defaults here; those of `options` differ from the class's."""
+    """A class of fusedopt, and defaults here; `options` are those that differ from the class's."""
 
     cls: str
     lr: float
@@ -54,7 +54,7 @@ OPTIMIZERS = {
     "sgd": Choice("SGD", 5e-2, options={"momentum": 0.9}),
     "gd": Choice("SGD", 1e-1, "constant", 200, whole=True),
 }
-# option here -> of the class, and what it is
+# option here -> option of the class, description
 PENALTIES = {
     "momentum": ("momentum", "momentum"),
     "l1": ("l1", "L1 penalty"),
@@ -72,7 +72,7 @@ SCHEDULES: dict[str, Callable[[float, int, int], schedules.Schedule]] = {
 }
 OPEN_ENDED = ("constant", "exponential", "step")  # these do not depend on the run's length
 MOST = 2**63 - 1  # more than any run can take
-# what fixes the path of a run, and so must agree when it is resumed
+# options that determine a run, and must be the same when it is resumed
 FIXED = ("optimizer", "lr", "schedule", "warmup", "batch_size", "momentum", "l1", "l2", "seed")
 
 
@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add("--optimizer", choices=OPTIMIZERS, default="adam", help="gd: full batch")
     add("--lr", type=float, help=f"learning rate (default: {each(lambda c: c.lr)})")
-    add("--schedule", choices=SCHEDULES, help="of the rate (default: cosine; gd constant)")
+    add("--schedule", choices=SCHEDULES, help="of the learning rate (default: cosine; gd constant)")
     add("--warmup", type=int, default=0, metavar="STEPS", help="linear rise before the schedule")
     add("--epochs", type=int, help="passes over the data (default: 10; gd 200)")
     add("--batch-size", type=int, default=32, help="rows of a step (gd: all)")
@@ -93,9 +93,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         values = each(methodcaller("default", name))
         add(f"--{option}", type=float, help=f"{what} (default: {values})")
     add("--seed", type=int, default=0, help="of the parameters and of the order of the data")
-    add("--data", type=Path, metavar="FILE.npz", help=", ".join(data_module.NAMES) + " of your own")
+    add("--data", type=Path, metavar="FILE.npz", help="your own " + ", ".join(data_module.NAMES))
     add("--save", type=Path, metavar="CHECKPOINT", help="write parameters and optimizer each epoch")
-    add("--resume", type=Path, metavar="CHECKPOINT", help="go on from a --save, to the same end; "
+    add("--resume", type=Path, metavar="CHECKPOINT", help="continue a --save, with equal results; "
         f"--epochs may grow with --schedule {', '.join(OPEN_ENDED)}")  # fmt: skip
     add("--plot", type=Path, metavar="FILE.png", help="draw loss, accuracy and learning rate")
     add(
@@ -104,14 +104,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=Path(),
         metavar="FILE.png",
-        help="measure every layer in each step, say what looks wrong; draw it, if a file is given",
+        help="measure every layer in each step, report what looks wrong; draw it if FILE is given",
     )
-    add("--no-reference", action="store_true", help="do not time the NumPy reference beside it")
+    add("--no-reference", action="store_true", help="do not run and time the NumPy reference too")
 
 
 @dataclass
 class Run:
-    """A run as far as it has got: what a checkpoint holds, beside the optimizer."""
+    """The progress of a run: what a checkpoint holds beside the optimizer."""
 
     params: model.Params
     epoch: int = 0
@@ -146,7 +146,7 @@ def settle(options: argparse.Namespace) -> argparse.Namespace:
         files.to_read("--resume", settled.resume)
     if settled.save is not None:
         if _checkpoint._known(settled.save).suffix == ".safetensors":
-            _checkpoint._safetensors()  # complains where it is not installed
+            _checkpoint._safetensors()  # raises if it is not installed
         files.to_write("--save", settled.save)
         if settled.data is not None and settled.save.resolve() == settled.data.resolve():
             raise ValueError(f"--save {settled.save}: would overwrite --data")
@@ -182,7 +182,7 @@ def batches(data: Data, o: argparse.Namespace, epoch: int) -> Iterator[NDArray[n
 def train_epoch(
     state: Run, opt: Any, twin: Any, data: Data, o: argparse.Namespace, bar: Any, monitor: History
 ) -> None:
-    """Take the steps of one epoch: the loop that this program is an example of."""
+    """Take the steps of one epoch: the loop that this program demonstrates."""
     seconds, history = state.seconds, state.history
     for rows in batches(data, o, state.epoch):
         start = perf_counter()
@@ -216,7 +216,7 @@ def save(path: Path, state: Run, opt: Any, data: Data, o: argparse.Namespace) ->
 
 
 def resume(path: Path, state: Run, opt: Any, data: Data, o: argparse.Namespace) -> None:
-    """Take over a file of `save`; ValueError naming it if it belongs to another run."""
+    """Load a file of `save`; ValueError naming it if it belongs to another run."""
     arrays, meta = _checkpoint.read(path)
     try:
         fixed, history = meta["train"], meta["history"]
@@ -244,7 +244,7 @@ def resume(path: Path, state: Run, opt: Any, data: Data, o: argparse.Namespace) 
             raise ValueError(f"its epoch is {epoch!r} of {epochs!r}")
         opt.load_state_dict(_checkpoint.unpack(inner, meta["optimizer"]))
     except (KeyError, TypeError, AttributeError, ValueError) as exc:
-        raise ValueError(f"{path}: not a checkpoint that this run can go on from: {exc}") from exc
+        raise ValueError(f"{path}: not a checkpoint that this run can continue: {exc}") from exc
     for name, array in saved.items():
         leaves[name][...] = array
     state.epoch, state.history = epoch, history
@@ -289,15 +289,15 @@ def run(state: Run, opt: Any, data: Data, o: argparse.Namespace, tqdm: Any) -> N
             if o.save is not None:
                 save(o.save, state, opt, data, o)
     report(state, None if twin is None else shadow, data)
-    if o.monitor is not None and monitor.steps:  # a finished run that was resumed takes none
-        tell(monitor, o.monitor)
+    if o.monitor is not None and monitor.steps:  # resuming a finished run takes none
+        report_layers(monitor, o.monitor)
     if o.plot is not None:
         title = f"{type(opt).__name__}, {o.schedule} schedule, batches of {o.batch_size}"
         save_plot(o.plot, state.history, title)
         print(f"plot: {o.plot}")
 
 
-def tell(monitor: History, path: Path) -> None:
+def report_layers(monitor: History, path: Path) -> None:
     """Print the last statistics of every layer and what looks wrong; draw them into a file."""
     columns = {
         name: monitor.column(name) for name in ("grad_norm", "update_ratio", "zero_fraction")
@@ -313,7 +313,7 @@ def tell(monitor: History, path: Path) -> None:
 
 
 def digest(params: model.Params) -> str:
-    """Return a fingerprint of all weights: equal exactly if they are, bit for bit."""
+    """Return a fingerprint of all weights: equal only if they are, bit for bit."""
     sha = hashlib.sha256()
     for name, array in _tree.leaves("", params):
         sha.update(name.encode() + array.tobytes())
@@ -339,7 +339,7 @@ def report(state: Run, shadow: model.Params | None, data: Data) -> None:
         for name in ("forward+backward", "optimizer"):
             print(f"  {name:17} {seconds[name]:7.3f} s  {seconds[name] / ours:4.0%}")
     if shadow is not None and seconds["optimizer"] > 0:
-        same = "the same bits" if digest(shadow) == digest(state.params) else "OTHER BITS: a bug"
+        same = "the same bits" if digest(shadow) == digest(state.params) else "NOT THE SAME: a bug"
         ratio = seconds["reference"] / seconds["optimizer"]
         print(f"  {'NumPy reference':17} {seconds['reference']:7.3f} s  "
               f"for the same optimizer steps: {ratio:.1f} x, {same}")  # fmt: skip

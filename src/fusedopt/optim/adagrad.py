@@ -31,7 +31,7 @@ class Adagrad(Optimizer):
     """Adagrad [1]_: each element's step divided by the root of all its squared gradients.
 
     ``sum = sum + g**2``, then ``p = p - lr * g / (sqrt(sum) + eps)``: elements that seldom have a
-    gradient, as the rows of an embedding, keep a large rate.
+    gradient, such as rows of an embedding, keep a large rate.
 
     Parameters
     ----------
@@ -44,11 +44,11 @@ class Adagrad(Optimizer):
     weight_decay : float, default 0
         L2 penalty, >= 0: ``weight_decay * param`` is added to the gradient.
     initial_accumulator_value : float, default 0
-        What every element of ``sum`` begins as, >= 0; later changes are without effect.
+        Initial value of every element of ``sum``, >= 0; later changes have no effect.
     eps : float, default 1e-10
         Added to the root, >= 0. With 0 an element whose gradients were all 0 becomes NaN.
     maximize : bool, default False
-        Go up the gradient.
+        Step along the gradient, not against it.
     **common
         How arrays are stored, a running average of the parameters, threads; see `Optimizer`.
 
@@ -61,10 +61,10 @@ class Adagrad(Optimizer):
     -----
     State of a leaf: ``step`` and ``sum``. `fusedopt.reference.adagrad` is the formula.
 
-    Errors of a sum that never decays stay in it. Rounded stochastically, its mean is right; over
+    Rounding errors stay in a sum that never decays. Stochastic rounding keeps its mean right; over
     10,000 steps of normal gradients the standard deviation of its relative error, of 65,536
-    elements, grew to 0.22 in 8 bits (0.21 after 1,000) and 0.05 in bfloat16. The update has half of
-    that.
+    elements, grew to 0.22 in 8 bits (0.21 after 1,000) and 0.05 in bfloat16. The error of the
+    update is half as large.
 
     References
     ----------

@@ -61,10 +61,10 @@ class Adam(Optimizer):
     Parameters
     ----------
     params : array, nesting of arrays, or list of groups
-        float32, float64, float16 or bfloat16, any shape, writable, without gaps. Updated in place;
-        held until the optimizer is gone: write into the arrays, and do not put others in their
-        place in the nesting, which the next step would refuse. ``resize(refcheck=False)`` of such
-        an array moves its memory away unseen.
+        float32, float64, float16 or bfloat16, any shape, writable, without gaps. Updated in place
+        and referenced as long as the optimizer exists: write into the arrays; the next step refuses
+        other arrays in their place. ``resize(refcheck=False)`` of such an array would move its
+        memory unnoticed.
     lr : float or callable(step) -> float, default 1e-3
         Step size, >= 0, in units of the parameter; a callable gets the step, from 1.
     betas : (float, float), default (0.9, 0.999)
@@ -78,7 +78,7 @@ class Adam(Optimizer):
     amsgrad : bool, default False
         Divide by the largest second moment so far [2]_.
     maximize : bool, default False
-        Go up the gradient.
+        Step along the gradient, not against it.
     **common
         How arrays are stored, a running average of the parameters, threads; see `Optimizer`.
 
@@ -93,7 +93,7 @@ class Adam(Optimizer):
     -----
     State of a leaf: ``step``, ``exp_avg``, ``exp_avg_sq`` and, with `amsgrad`,
     ``max_exp_avg_sq``, arrays of the parameter's shape and dtype. `fusedopt.reference.adam` is
-    the formula, in NumPy, that the result equals bit for bit.
+    the formula in NumPy; the result equals it bit for bit.
 
     References
     ----------
@@ -140,7 +140,7 @@ class AdamW(Adam):
     Parameters
     ----------
     params, lr, betas, eps, amsgrad, maximize
-        As for `Adam`, and so is all in `common`.
+        As for `Adam`; so are the options in `common`.
     weight_decay : float, default 1e-2
         >= 0: before the update the parameter shrinks by the factor ``1 - lr * weight_decay``.
 

@@ -42,9 +42,9 @@ RULE = Rule(
 class LAMB(Optimizer):
     """LAMB [1]_: Adam with a rate for each leaf, for large batches.
 
-    Where Adam would go, ``u = m / (sqrt(v) + eps) + weight_decay * p`` with its bias corrections,
-    each leaf goes with the rate ``lr * norm(p) / norm(u)``, norms over the leaf; with ``lr`` where
-    one of them is 0.
+    Each leaf moves along Adam's ``u = m / (sqrt(v) + eps) + weight_decay * p``, bias-corrected, at
+    the rate ``lr * norm(p) / norm(u)``. The norms are over the leaf; if one of them is 0, the rate
+    is ``lr``.
 
     Parameters
     ----------
@@ -57,9 +57,9 @@ class LAMB(Optimizer):
     eps : float, default 1e-6
         Added to the square root of the corrected second moment, >= 0.
     weight_decay : float, default 0.01
-        Decoupled decay, >= 0: part of the direction, before its norm is taken.
+        Decoupled decay, >= 0: part of the direction and its norm.
     maximize : bool, default False
-        Go up the gradient.
+        Step along the gradient, not against it.
     **common
         How arrays are stored, a running average of the parameters, threads; see `Optimizer`.
 
@@ -70,8 +70,8 @@ class LAMB(Optimizer):
 
     Notes
     -----
-    The norms take one more read of parameter, gradient and state: 44 bytes for a parameter in the
-    place of Adam's 28. State of a leaf: ``step``, ``exp_avg``, ``exp_avg_sq``.
+    The norms need one more read of parameter, gradient and state: 44 bytes per parameter instead of
+    Adam's 28. State of a leaf: ``step``, ``exp_avg``, ``exp_avg_sq``.
     `fusedopt.reference.lamb` is the formula.
 
     References

@@ -34,8 +34,8 @@ class LARS(Optimizer):
     """LARS [1]_: gradient descent with momentum and a rate for each leaf, for large batches.
 
     The rate of a leaf is ``lr`` times ``trust_coefficient * norm(p) / (norm(g) + weight_decay *
-    norm(p) + eps)``, norms over the leaf; times 1 where one of them is 0. It is part of what enters
-    the buffer: ``b = momentum * b + rate * (g + weight_decay * p)``, ``p = p - b``.
+    norm(p) + eps)``, norms over the leaf; ``lr`` if one of them is 0. The buffer includes it:
+    ``b = momentum * b + rate * (g + weight_decay * p)``, ``p = p - b``.
 
     Parameters
     ----------
@@ -50,9 +50,9 @@ class LARS(Optimizer):
     trust_coefficient : float, default 1e-3
         > 0: how far a leaf may go in a step, as a fraction of its norm.
     eps : float, default 0
-        Added to the norms that divide, >= 0.
+        Added to the divisor, >= 0.
     maximize : bool, default False
-        Go up the gradient.
+        Step along the gradient, not against it.
     **common
         How arrays are stored, a running average of the parameters, threads; see `Optimizer`.
 
@@ -63,9 +63,8 @@ class LARS(Optimizer):
 
     Notes
     -----
-    The norms take one more read of parameter and gradient, and of the buffer as it lies beside
-    them. State of a leaf: ``step`` and ``momentum_buffer``. `fusedopt.reference.lars` is the
-    formula.
+    The norms need one more read of parameter, gradient and buffer. State of a leaf: ``step`` and
+    ``momentum_buffer``. `fusedopt.reference.lars` is the formula.
 
     References
     ----------

@@ -52,9 +52,9 @@ class Lion(Optimizer):
     betas : (float, float), default (0.9, 0.99)
         Interpolation of the direction, and decay of the momentum, each in [0, 1).
     weight_decay : float, default 0
-        Decoupled decay, >= 0: three to ten times AdamW's, as it is multiplied by `lr`.
+        Decoupled decay, >= 0: three to ten times AdamW's, because it is multiplied by `lr`.
     maximize : bool, default False
-        Go up the gradient.
+        Step along the gradient, not against it.
     **common
         How arrays are stored, a running average of the parameters, threads; see `Optimizer`.
 

@@ -39,7 +39,7 @@ class RMSprop(Optimizer):
     """RMSprop [1]_: gradient descent with each element's step divided by its recent size.
 
     ``v = alpha * v + (1 - alpha) * g**2``, then ``p = p - lr * g / (sqrt(v) + eps)``; with momentum
-    that quotient enters a buffer, which is what the parameter moves by.
+    a buffer sums these quotients, and the parameter moves by ``lr`` times the buffer.
 
     Parameters
     ----------
@@ -57,9 +57,9 @@ class RMSprop(Optimizer):
         Decay of the buffer, >= 0; with 0 there is none.
     centered : bool, default False
         Divide by the standard deviation of the gradient [2]_: the root of
-        ``v - mean(g)**2``, which is taken for 0 where rounding makes it negative.
+        ``v - mean(g)**2``, which counts as 0 if rounding makes it negative.
     maximize : bool, default False
-        Go up the gradient.
+        Step along the gradient, not against it.
     **common
         How arrays are stored, a running average of the parameters, threads; see `Optimizer`.
 
@@ -70,8 +70,8 @@ class RMSprop(Optimizer):
 
     Notes
     -----
-    State of a leaf: ``step``, ``square_avg`` and, if asked for, ``momentum_buffer`` and
-    ``grad_avg``. `fusedopt.reference.rmsprop` is the formula.
+    State of a leaf: ``step``, ``square_avg`` and, if used, ``momentum_buffer`` and ``grad_avg``.
+    `fusedopt.reference.rmsprop` is the formula.
 
     References
     ----------

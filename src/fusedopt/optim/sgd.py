@@ -1,4 +1,4 @@
-"""Stochastic gradient descent, plain and with momentum."""
+"""Stochastic gradient descent, with and without momentum."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class SGD(Optimizer):
     Parameters
     ----------
     params : array, nesting of arrays, or list of groups
-        float32, float64, float16 or bfloat16, any shape, writable, without gaps. Updated in place;
-        held until the optimizer is gone.
+        float32, float64, float16 or bfloat16, any shape, writable, without gaps. Updated in place
+        and referenced as long as the optimizer exists.
     lr : float or callable(step) -> float, default 1e-3
         Step size, >= 0; a callable gets the step, from 1.
     momentum : float, default 0
@@ -60,7 +60,7 @@ class SGD(Optimizer):
     l1 : float, default 0
         L1 penalty, >= 0: ``l1 * sign(param)`` is added to the gradient.
     maximize : bool, default False
-        Go up the gradient.
+        Step along the gradient, not against it.
     **common
         How arrays are stored, a running average of the parameters, threads; see `Optimizer`.
 
@@ -74,11 +74,11 @@ class SGD(Optimizer):
     Notes
     -----
     State of a leaf: ``step`` and, with momentum, ``momentum_buffer``. `fusedopt.reference.sgd` is
-    the formula, in NumPy, that the result equals bit for bit.
+    the formula in NumPy; the result equals it bit for bit.
 
     References
     ----------
-    .. [1] Sutskever, Martens, Dahl & Hinton, ICML 2013, with the rate outside the buffer, as torch.
+    .. [1] Sutskever, Martens, Dahl & Hinton, ICML 2013; the rate outside the buffer, as in torch.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""The optimizers in plain NumPy: the oracle of the fast ones, bit for bit, and their documentation.
+"""The optimizers in plain NumPy: they document the fast ones, which equal them bit for bit.
 
 Functions and classes have the names and signatures of `fusedopt.functional` and `fusedopt`, and
 make the same checks before the first write. From there on they go leaf by leaf: an exception in the

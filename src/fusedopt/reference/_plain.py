@@ -20,15 +20,15 @@ from fusedopt.formats import BLOCK, Stored, flat
 from fusedopt.optimizer import Optimizer
 from fusedopt.rule import Options, Rule
 
-# of the gradient its squares, largest magnitude, zeros, how many are
-# infinite or NaN; of a step the squares of parameter and update, and the largest update
+# gradient: sum of squares, largest magnitude, zeros, infinite or NaN elements;
+# step: sums of squares of parameter and update, largest update
 GradSums = tuple[float, float, int, int]
 StepSums = tuple[float, float, float]
 _GRAD, _STEP = ["grad", "largest_grad", "zeros", "nonfinite"], ["param", "update", "largest_update"]
 
 _NOTHING = StepOptions()
 
-# (parameter, where the rule would go) -> their norms over the leaf
+# (parameter, direction of the rule) -> their norms over the leaf
 Norms = Callable[[Array, Array], tuple[float, float]]
 
 P = ParamSpec("P")
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 def as_in_c(function: Callable[P, T]) -> Callable[P, T]:
-    """Let infinities and NaNs go through as IEEE says, without a word, in its default mode."""
+    """Run a function in IEEE's default mode, without warnings of infinities and NaNs."""
     return ieee(np.errstate(all="ignore")(function))
 
 
@@ -72,11 +72,11 @@ def leaf(
 ) -> StepSums:
     """Decode what is stored, update in place, ``update(p, g, *states, step=, **options)``, encode.
 
-    What a step does around the rule is done here too; returns the step's sums, 0 unless asked.
+    Applies the step options too; returns the step's sums, 0 unless they are asked for.
     """
     hyper = rule.at(options)(step)
     arrays: list[Array | Stored | None] = [param, *states]
-    for i, array in enumerate(arrays):  # a 16-bit array by itself is one with rounding
+    for i, array in enumerate(arrays):  # a bare 16-bit array is one with rounding
         if isinstance(array, np.ndarray) and array.dtype.itemsize == 2:
             arrays[i] = _check.parameter("array", array)
     values = [array.decode() if isinstance(array, Stored) else array for array in arrays]
@@ -102,7 +102,7 @@ def leaf(
 
 
 def _norms(p: Array, direction: Array) -> tuple[float, float]:
-    """Return the norms of a leaf and of where a layer-wise rule would go."""
+    """Return the norms of a leaf and of a layer-wise rule's direction."""
     return math.sqrt(squares(p)), math.sqrt(squares(direction))
 
 
@@ -149,7 +149,7 @@ def _in_lanes(x: Array) -> Array:
 
 
 def _rows(x: Array, length: int) -> Array:
-    """Return the elements in memory order, in rows that are filled up with zeros."""
+    """Return the elements in memory order, in rows padded with zeros."""
     values = flat(np.asarray(x))
     rows = np.zeros((-(-values.size // length), length), values.dtype)
     rows.reshape(-1)[: values.size] = values
@@ -165,13 +165,13 @@ def squares(x: Array) -> float:
 
 @as_in_c
 def step_squares(x: Array) -> float:
-    """Return the same, added up in the dtype of `x` within a lane of a block where that will do."""
+    """Return the same, added up in the dtype of `x` within a lane of a block if in range."""
     blocks = _rows(x, _TILE).reshape(-1, BLOCK)
     narrow = _in_lanes(blocks**2)
     lanes = narrow.astype(np.float64)
     if x.dtype == np.float32:
-        will_do = (narrow >= 2.0**-100) & (narrow <= 2.0**120)
-        again = ~will_do.all(axis=1)
+        in_range = (narrow >= 2.0**-100) & (narrow <= 2.0**120)
+        again = ~in_range.all(axis=1)
         lanes[again] = _in_lanes(blocks[again].astype(np.float64) ** 2)
     tiles = _in_lanes(lanes.reshape(-1, _TILE // BLOCK * _LANES))
     return float(_fold(_in_lanes(_fold(tiles))))
@@ -232,7 +232,7 @@ def _judge(
 
 
 class Plain(Optimizer):
-    """An optimizer that makes all checks of the fast one, then updates leaf by leaf in NumPy."""
+    """An optimizer with all checks of the fast one that updates leaf by leaf in NumPy."""
 
     _update: Callable[..., None]  # (p, g, *states, step, **options), in place
 
@@ -393,9 +393,9 @@ def reference(fast: type[Optimizer], update: Callable[..., None]) -> tuple[type[
     Parameters
     ----------
     fast : type
-        The class whose signature and checks both have.
+        The class that gives both their signature and checks.
     update : callable(p, g, *states, step, norms, **options)
-        The formula, in place, in the order of roundings; states that are not in use are None.
+        The formula, in place, in the order of roundings; states that are not used are None.
         ``norms(p, direction)`` returns the norms that a layer-wise rule needs.
     """
 

@@ -19,8 +19,8 @@ def _lamb(
     v[...] = v * c(beta2) + (c(1 - beta2) * g) * g
     d = np.sqrt(v) / c(sqrt(1 - beta2**step)) + c(eps)
     u = (c(1 / (1 - beta1**step)) * m) / d + c(weight_decay) * p
-    size, way = norms(p, u)
-    trust = size / way if size > 0 and way > 0 else 1.0
+    p_norm, u_norm = norms(p, u)
+    trust = p_norm / u_norm if p_norm > 0 and u_norm > 0 else 1.0
     p[...] = p - c(lr * trust) * u
 
 

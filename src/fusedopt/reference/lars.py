@@ -12,10 +12,10 @@ def _lars(
     trust_coefficient: float, eps: float, norms: Norms, **_: Any,
 ) -> None:  # fmt: skip
     c = p.dtype.type  # round a constant once
-    size, way = norms(p, g)
+    p_norm, g_norm = norms(p, g)
     trust = 1.0
-    if size > 0 and way > 0:
-        trust = trust_coefficient * size / (way + weight_decay * size + eps)
+    if p_norm > 0 and g_norm > 0:
+        trust = trust_coefficient * p_norm / (g_norm + weight_decay * p_norm + eps)
     b[...] = c(momentum) * b + c(lr * trust) * (g + c(weight_decay) * p)
     p[...] = p - b
 

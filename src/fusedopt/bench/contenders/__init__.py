@@ -1,4 +1,4 @@
-"""The table of contenders: a row each. `ROWS` maps their names, in the order of a report."""
+"""The table of contenders. `ROWS` maps names to rows, in the order of a report."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from fusedopt.bench.contenders.torch import BitsAndBytes, FusedoptTorch, Torch
 
 __all__ = ["AGAIN", "LIMIT", "OURS", "ROWS", "Contender", "Row", "keras_row"]
 
-# In every round: the limit, fusedopt, to which all others are compared, and fusedopt once more, on
-# arrays of its own: how far its ratio is from 1 is the error of the measurement.
+# In every round: the limit; fusedopt, to which all others are compared; and fusedopt again, on
+# other arrays: the distance of its ratio from 1 is the error of the measurement.
 LIMIT, OURS, AGAIN = "limit", "fusedopt", "fusedopt-again"
 
 
-# By about what a step takes for an element: what they would show of larger cases, smaller ones do.
+# Slow contenders, by the time of an element: smaller cases show as much of them as larger ones.
 _10_NS: dict[str, Any] = {"most_elements": 10**7, "most_why": "takes 10 ns or more an element"}
 _OURS: dict[str, Any] = {"optimizers": tuple(OPTIMIZERS), "traced": True}
 _TORCH: dict[str, Any] = {"optimizers": ("adagrad", *Row.optimizers)}
@@ -34,7 +34,7 @@ _3_NS: dict[str, Any] = {"most_elements": 15 * 10**7, "most_why": "takes 3 ns or
 
 
 def keras_row(backend: str, **more: Any) -> Row:
-    """Return the row of Keras on a backend, in a process where that is the backend."""
+    """Return the row of Keras on a backend, which gets a process of its own."""
     return Row(
         f"keras-{backend}",
         f"Keras on {backend}",
@@ -48,7 +48,7 @@ def keras_row(backend: str, **more: Any) -> Row:
     )
 
 
-# Numba has a process of its own: its threads would make torch's small operations 20 times as long.
+# Numba has a process of its own: its threads make torch's small operations 20 times slower.
 ROWS: dict[str, Row] = {
     row.name: row
     for row in (

@@ -14,7 +14,7 @@ from fusedopt.bench.cases import Problem
 class Contender(ABC):
     """One implementation, set up as its own documentation recommends.
 
-    The constructor takes the problem and the parameters' first values, which it may keep or copy,
+    The constructor takes the problem and the parameters' initial values, which it may keep or copy,
     and imports what it needs. `load` is called before the first step.
     """
 
@@ -26,7 +26,7 @@ class Contender(ABC):
 
     @abstractmethod
     def load(self, grads: list[Array]) -> None:
-        """Take over gradients, to keep or to copy."""
+        """Set the gradients, by keeping or copying the arrays."""
 
     @abstractmethod
     def step(self) -> object:
@@ -41,7 +41,7 @@ class Contender(ABC):
         """Return the bytes of all state."""
 
     def moved(self) -> int | None:
-        """Return the bytes that a step must read and write; None if they are the problem's."""
+        """Return the bytes that a step must read and write; None if as in the problem."""
         return None
 
 
@@ -52,17 +52,17 @@ class Row:
     Parameters
     ----------
     name, title : str
-        For the command line; for people.
+        For the command line; for reports.
     cls : type
         A `Contender`, made with `options`.
     packages : tuple of str
-        What must be installed, by pip's names; the first one's version is reported.
+        What must be installed, by the names that pip uses.
     process : str
-        Contenders with the same are measured in one process; `env` is set before it starts.
+        Contenders with the same value share a process; `env` is set before it starts.
     optimizers, dtypes : tuple of str
-        What it has.
+        Those that it supports.
     temporaries : float
-        Arrays of a parameter's size that a step allocates at once, for the plan of the memory.
+        Arrays of a parameter's size that a step allocates at once, to plan memory with.
     tolerance : float
         Allowed difference from the reference after two steps, in learning rates.
     quick : bool
@@ -80,7 +80,7 @@ class Row:
     options: Mapping[str, Any] = field(default_factory=dict)
     process: str = "shared"
     env: Mapping[str, str] = field(default_factory=dict)
-    optimizers: tuple[str, ...] = ("adam", "adamw", "sgd")  # those that peers have; ours have all
+    optimizers: tuple[str, ...] = ("adam", "adamw", "sgd")  # of most peers; ours have all
     dtypes: tuple[str, ...] = ("float32", "float64")
     temporaries: float = 0
     tolerance: float = 0.01
@@ -91,7 +91,7 @@ class Row:
     traced: bool = False
 
     def lacks(self, problem: Problem) -> str | None:
-        """Return why it cannot solve a problem of this kind, if so."""
+        """Return why it cannot run a problem of this kind; None if it can."""
         if problem.optimizer not in self.optimizers:
             return f"has no {problem.optimizer} of this form"
         if problem.dtype not in self.dtypes:
@@ -99,9 +99,9 @@ class Row:
         return None
 
     def too_much(self, problem: Problem, few_steps: bool = False) -> bool:
-        """Return whether a problem is larger than it is measured with unless asked for by name.
+        """Return whether a problem is too large to be measured unless asked for by name.
 
-        With `few_steps` many elements are none too many, because it is the steps that take long.
+        With `few_steps` the number of elements does not matter, because only steps take long.
         """
         tensors, elements = len(problem.case.shapes), problem.case.elements
         if self.most_tensors is not None and tensors > self.most_tensors:

@@ -17,7 +17,7 @@ from fusedopt.optimizer import Optimizer
 
 
 class OnArrays(Contender):
-    """Keeps parameters and gradients as the NumPy arrays they are given as."""
+    """Keeps the NumPy arrays that it is given as parameters and gradients."""
 
     def __init__(self, problem: Problem, params: list[Array]) -> None:
         self.problem, self._params = problem, params
@@ -33,7 +33,7 @@ class OnArrays(Contender):
 class Fusedopt(OnArrays):
     """`fusedopt.Adam` and the like; or, with `plain`, their reference in NumPy.
 
-    `formats` are options that say how state is kept.
+    `formats` are the options of the storage formats.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class FusedoptShort(Fusedopt):
         self.grads = [g.astype(self.dtype) for g in grads]
 
     def params(self) -> list[Array]:
-        # as if they had begun with all bits: what is checked is the update
+        # the update added to the unrounded start: the check is of the update alone
         out = []
         for i, now in enumerate(self.optimizer.master_params().values()):
             start = self.problem.param(i)
@@ -117,7 +117,7 @@ class Functional(WithStates):
 
 
 class InPlace(WithStates):
-    """A step as one writes it in NumPy with care: in place, with one scratch array for a leaf."""
+    """A carefully written NumPy step: in place, with one scratch array for each leaf."""
 
     def __init__(self, problem: Problem, params: list[Array]) -> None:
         super().__init__(problem, params)
@@ -210,7 +210,7 @@ class Numba(WithStates):
 
     def step(self) -> None:
         self.count += 1
-        real = np.dtype(self.problem.dtype).type  # a Python float would make it double
+        real = np.dtype(self.problem.dtype).type  # Python floats would make it compute in double
         constants = [real(x) for x in self.constants()]
         for leaf in self.leaves:
             self.kernel(*leaf, *constants)
@@ -239,7 +239,7 @@ class ScikitLearn(OnArrays):
 
 
 class Thinc(OnArrays):
-    """thinc's optimizer. It clears the gradients, so each step gets them anew, not timed."""
+    """thinc's optimizer. It clears the gradients, so an untimed call restores them each step."""
 
     def __init__(self, problem: Problem, params: list[Array]) -> None:
         super().__init__(problem, params)

@@ -13,7 +13,7 @@ from fusedopt.bench.contenders.torch import settle
 
 
 class Optax(Contender):
-    """optax under jax.jit, with parameters and state donated, waited for after each step."""
+    """optax under jax.jit, with parameters and state donated; each step waits for its result."""
 
     def __init__(self, problem: Problem, params: list[Array]) -> None:
         import jax
@@ -103,7 +103,7 @@ class Keras(Contender):
             self.apply = lambda: self.optimizer.apply(self.grads)
 
     def load(self, grads: list[Array]) -> None:
-        if self.backend == "tensorflow":  # the traced function reads them where they first were
+        if self.backend == "tensorflow":  # the traced function keeps reading the first variables
             import tensorflow as tf
 
             if hasattr(self, "grads"):

@@ -10,14 +10,14 @@ from fusedopt.bench.contenders._base import Contender, nbytes
 
 
 def settle(dtype: str) -> None:
-    """Let torch's MKL choose its square root in one thread: in several it may get it wrong."""
+    """Make MKL choose its square root in one thread: a first call in several may be wrong."""
     import torch
 
     torch.ones(1, dtype=getattr(torch, dtype)).sqrt()
 
 
 class OnTensors(Contender):
-    """Parameters as torch keeps them; `optimizer` is any object of torch's interface."""
+    """Parameters as torch keeps them; `optimizer` is any object with torch's interface."""
 
     optimizer: Any
 
@@ -65,7 +65,7 @@ class FusedoptTorch(OnTensors):
 
 
 class Torch(OnTensors):
-    """`torch.optim.Adam` and the like, one of its implementations; `compiled`, its own choice."""
+    """`torch.optim.Adam` and the like in one implementation; with `compiled`, torch's choice."""
 
     def __init__(
         self, problem: Problem, params: list[Array], compiled: bool = False, **implementation: bool
@@ -93,7 +93,7 @@ class BitsAndBytes(OnTensors):
         return 3 * nbytes(self.tensors) + 2 * self.state_bytes()
 
     def state_bytes(self) -> int:
-        # each leaf holds on to the one code table that all share: not counted
+        # without the code table, which all leaves share
         import torch
 
         states = (leaf.items() for leaf in self.optimizer.state.values())
