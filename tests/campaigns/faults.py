@@ -84,7 +84,15 @@ def calls(folder):
     def saved():
         return {"state.npz": full.read_bytes(), "full.npz": full.read_bytes()}
 
-    return {
+    more = {}
+    if not np.__version__.startswith("1."):  # whose arithmetic crashes without memory
+        more["add_param_group, state not zero"] = (
+            lambda: summed.add_param_group(
+                {"params": [np.ones(5000, np.float32)], "initial_accumulator_value": 0.1}
+            ),
+            lambda: contents(summed),
+        )
+    return more | {
         "make": (
             lambda: fusedopt.AdamW(params, state_dtype="int8"),
             lambda: [p.tobytes() for p in params],
@@ -92,12 +100,6 @@ def calls(folder):
         "add_param_group": (
             lambda: grown.add_param_group({"params": [np.ones(9), np.ones(5000)]}),
             lambda: contents(grown),
-        ),
-        "add_param_group, state not zero": (
-            lambda: summed.add_param_group(
-                {"params": [np.ones(5000, np.float32)], "initial_accumulator_value": 0.1}
-            ),
-            lambda: contents(summed),
         ),
         "step": stepping(grads),
         "step with copies": stepping(laid),
