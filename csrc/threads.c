@@ -1,42 +1,108 @@
-/* fo_parallel on OpenMP, or serially where the compiler has none.
+/* fo_parallel: on threads, or for a while on the caller alone, because threads came late.
  *
- * After a fork, libgomp in the child waits for ever for the threads of its team, which exist in the
- * parent alone. So the child of a fork runs serially. */
+ * If other processes keep the CPUs busy, the system runs a thread milliseconds after it is needed,
+ * and a loop of microseconds waits for it. So each parallel loop is compared with the time that
+ * the caller would have needed alone, which follows from its own share. A loop that lost much
+ * leaves a debt as long as what it lost; until the time spent in loops has paid it, loops run on
+ * the caller alone, and then threads are tried again. If threads come late before they were on time
+ * for as long as the last debt, the next one is twice as long: so waiting costs a busy machine
+ * little, and one late thread costs a quiet machine little.
+ *
+ * All of this is an estimate for the whole process: several callers may lose an update of each
+ * other. Time is in microseconds, which fit into a long. */
 #include "threads.h"
 #include "fusedopt.h"
 
-#ifdef _OPENMP
 #include <pthread.h>
+#include <stdatomic.h>
+#include <time.h>
 
-static int forked = 0;
+/* A thread that was asleep starts within tens of microseconds. One that waits for its turn on a
+ * CPU needs a scheduler's slice, which is at least about a millisecond. */
+enum { LATE = 500, LONGEST = 1000 * 1000, DOUBLINGS = 6 };
 
-static void in_child(void) { forked = 1; }
+static struct {
+    atomic_int forced;   /* never alone: see fo_ignore_lateness */
+    atomic_int most;     /* the largest number of threads tried; more are tried in any case */
+    atomic_long debt;    /* > 0: loops run on the caller alone */
+    atomic_long last;    /* the last debt, when it was made */
+    atomic_long on_time; /* time of parallel loops since then */
+    atomic_int doubled;  /* how often the last debt was doubled */
+    atomic_long late, alone;
+} state;
+
+#define GET(member) atomic_load_explicit(&state.member, memory_order_relaxed)
+#define SET(member, value) atomic_store_explicit(&state.member, value, memory_order_relaxed)
+#define ADD(member, value) atomic_fetch_add_explicit(&state.member, value, memory_order_relaxed)
+
+int64_t fo_now(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
+}
+
+static void in_child(void)
+{
+    SET(most, 0);
+    SET(debt, 0);
+    fo_forget_threads();
+}
 
 __attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL, NULL, in_child); }
 
-const char *fo_backend(void) { return "openmp"; }
-#else
-const char *fo_backend(void) { return "serial"; }
-#endif
+static long microseconds(int64_t ns)
+{
+    return ns < LONGEST * INT64_C(1000) ? (long)(ns / 1000) : LONGEST;
+}
+
+static void judge(fo_share caller, ptrdiff_t chunks, int64_t start, int64_t end)
+{
+    if (caller.chunks == 0)
+        return; /* the others came first */
+    const double alone = (double)(caller.end - start) * (double)chunks / (double)caller.chunks;
+    const long lost = microseconds(end - start - (int64_t)alone);
+    if (lost < LATE) {
+        /* a loop in which the caller itself had to wait for its turn says little */
+        const long took = microseconds(end - start);
+        if (GET(on_time) < GET(last))
+            ADD(on_time, took < LATE ? took : LATE);
+        return;
+    }
+    const int doubled = GET(on_time) >= GET(last) ? 0 : GET(doubled) + 1;
+    SET(doubled, doubled < DOUBLINGS ? doubled : DOUBLINGS);
+    SET(last, lost << GET(doubled));
+    SET(debt, GET(last));
+    SET(on_time, 0);
+    ADD(late, 1);
+}
 
 void fo_parallel(fo_body *body, void *context, ptrdiff_t chunks, int threads)
 {
-#ifdef _OPENMP
-    if (threads > 1 && chunks > 1 && !forked) {
-        /* each thread gets one range of chunks, the same in every step, so that a core finds in its
-         * cache what it used in the last step */
-#pragma omp parallel for schedule(static) num_threads(threads)
-        for (int part = 0; part < threads; part++) {
-            const fo_mode before = fo_enter_ieee(); /* other libraries use the same team */
-            body(context, chunks * part / threads, chunks * (part + 1) / threads);
-            fo_leave_ieee(before);
-        }
+    if (threads > chunks)
+        threads = (int)chunks;
+    if (threads <= 1) {
+        fo_run_alone(body, context, chunks);
         return;
     }
-#else
-    (void)threads;
-#endif
-    const fo_mode before = fo_enter_ieee();
-    body(context, 0, chunks);
-    fo_leave_ieee(before);
+    const int64_t start = fo_now();
+    const int more = threads > GET(most);
+    if (GET(debt) > 0 && !more && !GET(forced)) {
+        fo_run_alone(body, context, chunks);
+        ADD(debt, -microseconds(fo_now() - start) - 1); /* rounded up: it ends */
+        ADD(alone, 1);
+        return;
+    }
+    if (more)
+        SET(most, threads);
+    const fo_share caller = fo_on_threads(body, context, chunks, threads);
+    if (!more) /* else the time holds that of making threads */
+        judge(caller, chunks, start, fo_now());
+}
+
+void fo_ignore_lateness(int yes) { SET(forced, yes); }
+
+fo_lateness fo_late(void)
+{
+    return (fo_lateness){GET(late), GET(alone), GET(debt) > 0 && !GET(forced)};
 }

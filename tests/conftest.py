@@ -5,12 +5,16 @@ threads: a first `sqrt` in several threads may compute one thread's share to 12 
 hundreds of processes (pytorch/pytorch#188792). A first call of one element in one thread makes the
 choice for all.
 
+Steps use threads even if they come late: a busy machine tests threads too.
+
 A shell starts background jobs with SIGINT ignored, and children inherit that, so the tests that
 interrupt themselves or a child would wait for ever. A handler here is the default in children.
 """
 
 import signal
 import sys
+
+from fusedopt import _core
 
 
 def pytest_sessionstart():
@@ -19,6 +23,7 @@ def pytest_sessionstart():
 
 
 def pytest_collection_finish():
+    _core.ignore_lateness(True)
     if torch := sys.modules.get("torch"):
         for dtype in (torch.float32, torch.float64):
             torch.ones(1, dtype=dtype).sqrt()
