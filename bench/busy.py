@@ -55,9 +55,9 @@ def measure(elements: int, busy: int, threads: int, rounds: int, seconds: float)
     optimizers = {count: fusedopt.Adam([0.1 * values], threads=count) for count in (1, threads)}
     times: dict[int, list[float]] = {count: [] for count in optimizers}
     ratios = []
-    late, alone, _ = _core.lateness()
     for optimizer in optimizers.values():
         turn(optimizer, grads, seconds)
+    late, alone, _ = _core.lateness()
     with busy_processes(busy) as used:
         start, all_busy, ours = time.perf_counter(), machine.busy_seconds(), used()
         for number in range(rounds):

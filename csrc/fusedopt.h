@@ -188,8 +188,8 @@ typedef struct fo_lateness {
 
 fo_lateness fo_late(void);
 
-/* For tests: whether to use threads even if they come late. */
-void fo_ignore_lateness(int yes);
+/* For tests: whether to use threads in any case, asleep or late. */
+void fo_force_threads(int yes);
 
 /* The thread backend: "openmp", "pool" or "serial". This is the one symbol that a shared library
  * made of this code exports; threadpoolctl finds the library by it. */

@@ -35,7 +35,8 @@ __asm__(".symver pthread_create, pthread_create@GLIBC_2.17");
 
 enum {
     MAX_WORKERS = 255,
-    WAIT = 50, /* microseconds; measured: to wake a thread takes 13 to 26 */
+    AT_ONCE = 4, /* chunks; measured: one by one, Adam on 300k elements took 1.02 times as long */
+    WAIT = 50,   /* microseconds; measured: to wake a thread takes 13 to 26 */
     CACHE_LINE = 64,
 };
 
@@ -140,12 +141,15 @@ static ptrdiff_t work(ptrdiff_t me)
     for (ptrdiff_t k = 0; k < pool.threads; k++) {
         const ptrdiff_t part = (me + k) % pool.threads, end = part_begin(part + 1);
         atomic_ptrdiff_t *next = &pool.seats[part].next;
-        while (atomic_load_explicit(next, memory_order_relaxed) < end) {
-            const ptrdiff_t chunk = atomic_fetch_add_explicit(next, 1, memory_order_relaxed);
+        ptrdiff_t left;
+        while ((left = end - atomic_load_explicit(next, memory_order_relaxed)) > 0) {
+            const ptrdiff_t most = left < 4 * AT_ONCE ? 1 + left / 8 : AT_ONCE;
+            const ptrdiff_t chunk = atomic_fetch_add_explicit(next, most, memory_order_relaxed);
             if (chunk >= end)
                 break;
-            pool.body(pool.context, chunk, chunk + 1);
-            done++;
+            const ptrdiff_t stop = end - chunk < most ? end : chunk + most;
+            pool.body(pool.context, chunk, stop);
+            done += stop - chunk;
         }
     }
     fo_leave_ieee(before);

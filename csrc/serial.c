@@ -4,12 +4,12 @@
 
 const char *fo_backend(void) { return "serial"; }
 
-void fo_parallel(fo_body *body, void *context, ptrdiff_t chunks, int threads)
+void fo_parallel(fo_body *body, void *context, ptrdiff_t chunks, fo_size size, int threads)
 {
-    (void)threads;
+    (void)size, (void)threads;
     fo_run_alone(body, context, chunks);
 }
 
-void fo_ignore_lateness(int yes) { (void)yes; }
+void fo_force_threads(int yes) { (void)yes; }
 
 fo_lateness fo_late(void) { return (fo_lateness){0, 0, 0}; }

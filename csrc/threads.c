@@ -1,4 +1,7 @@
-/* fo_parallel: on threads, or for a while on the caller alone, because threads came late.
+/* fo_parallel: whether a loop runs on threads or on the caller alone.
+ *
+ * A loop of medium size does not wake threads: it uses them only if another loop has just ended,
+ * so that they are awake, or are woken for many loops.
  *
  * If other processes keep the CPUs busy, the system runs a thread milliseconds after it is needed,
  * and a loop of microseconds waits for it. So each parallel loop is compared with the time that
@@ -9,7 +12,8 @@
  * little, and one late thread costs a quiet machine little.
  *
  * All of this is an estimate for the whole process: several callers may lose an update of each
- * other. Time is in microseconds, which fit into a long. */
+ * other. Time is in microseconds, which fit into a long,
+ * or wrap in an unsigned. */
 #include "threads.h"
 #include "fusedopt.h"
 
@@ -19,14 +23,15 @@
 
 /* A thread that was asleep starts within tens of microseconds. One that waits for its turn on a
  * CPU needs a scheduler's slice, which is at least about a millisecond. */
-enum { LATE = 500, LONGEST = 1000 * 1000, DOUBLINGS = 6 };
+enum { LATE = 500, LONGEST = 1000 * 1000, DOUBLINGS = 6, AWAKE = 50 };
 
 static struct {
-    atomic_int forced;   /* never alone: see fo_ignore_lateness */
+    atomic_int forced;   /* never alone */
     atomic_int most;     /* the largest number of threads tried; more are tried in any case */
     atomic_long debt;    /* > 0: loops run on the caller alone */
     atomic_long last;    /* the last debt, when it was made */
     atomic_long on_time; /* time of parallel loops since then */
+    atomic_uint ended;   /* when the last loop did */
     atomic_int doubled;  /* how often the last debt was doubled */
     atomic_long late, alone;
 } state;
@@ -77,30 +82,47 @@ static void judge(fo_share caller, ptrdiff_t chunks, int64_t start, int64_t end)
     ADD(late, 1);
 }
 
-void fo_parallel(fo_body *body, void *context, ptrdiff_t chunks, int threads)
+/* Whether a loop on no more threads than ever is to run on the caller alone; counts those for which
+ * threads were late. */
+static int is_alone(fo_size size, int64_t start)
+{
+    if (GET(forced))
+        return 0;
+    if (GET(debt) > 0) {
+        ADD(alone, 1);
+        return 1;
+    }
+    return size == FO_MEDIUM && (unsigned)(start / 1000) - GET(ended) > AWAKE;
+}
+
+void fo_parallel(fo_body *body, void *context, ptrdiff_t chunks, fo_size size, int threads)
 {
     if (threads > chunks)
         threads = (int)chunks;
-    if (threads <= 1) {
+    if (threads <= 1 || size == FO_SMALL) {
         fo_run_alone(body, context, chunks);
         return;
     }
     const int64_t start = fo_now();
     const int more = threads > GET(most);
-    if (GET(debt) > 0 && !more && !GET(forced)) {
+    int64_t end;
+    if (!more && is_alone(size, start)) {
         fo_run_alone(body, context, chunks);
-        ADD(debt, -microseconds(fo_now() - start) - 1); /* rounded up: it ends */
-        ADD(alone, 1);
-        return;
+        end = fo_now();
+        if (GET(debt) > 0)
+            ADD(debt, -microseconds(end - start) - 1); /* rounded up: it ends */
+    } else {
+        if (more)
+            SET(most, threads);
+        const fo_share caller = fo_on_threads(body, context, chunks, threads);
+        end = fo_now();
+        if (!more) /* else the time holds that of making threads */
+            judge(caller, chunks, start, end);
     }
-    if (more)
-        SET(most, threads);
-    const fo_share caller = fo_on_threads(body, context, chunks, threads);
-    if (!more) /* else the time holds that of making threads */
-        judge(caller, chunks, start, fo_now());
+    SET(ended, (unsigned)(end / 1000));
 }
 
-void fo_ignore_lateness(int yes) { SET(forced, yes); }
+void fo_force_threads(int yes) { SET(forced, yes); }
 
 fo_lateness fo_late(void)
 {

@@ -13,11 +13,15 @@
 
 typedef void fo_body(void *context, ptrdiff_t begin, ptrdiff_t end);
 
+/* How much work a loop is: too little for threads, enough for threads that are awake, or enough to
+ * wake them. */
+typedef enum fo_size { FO_SMALL, FO_MEDIUM, FO_LARGE } fo_size;
+
 /* Calls body(context, begin, end) for ranges of chunks that together are [0, chunks), on at most
  * `threads` threads, of which the caller is one, in IEEE 754's default mode; returns when all have
  * ended. Never fails: it uses fewer threads if the system gives fewer. May be called from several
  * threads at once, and in the child of a fork. */
-void fo_parallel(fo_body *body, void *context, ptrdiff_t chunks, int threads);
+void fo_parallel(fo_body *body, void *context, ptrdiff_t chunks, fo_size size, int threads);
 
 static inline void fo_run_alone(fo_body *body, void *context, ptrdiff_t chunks)
 {
@@ -26,7 +30,7 @@ static inline void fo_run_alone(fo_body *body, void *context, ptrdiff_t chunks)
     fo_leave_ieee(before);
 }
 
-/* What a backend provides: fo_parallel, for 2 to `chunks` threads. It returns what the caller did
+/* What a backend provides: the loop on 2 to `chunks` threads. It returns what the caller did
  * itself, from which threads.c sees whether the others came late. */
 typedef struct fo_share {
     ptrdiff_t chunks; /* how many of the chunks */

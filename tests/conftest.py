@@ -5,7 +5,7 @@ threads: a first `sqrt` in several threads may compute one thread's share to 12 
 hundreds of processes (pytorch/pytorch#188792). A first call of one element in one thread makes the
 choice for all.
 
-Steps use threads even if they come late: a busy machine tests threads too.
+Steps use threads that are asleep or late too, so that threads are tested on any machine.
 
 A shell starts background jobs with SIGINT ignored, and children inherit that, so the tests that
 interrupt themselves or a child would wait for ever. A handler here is the default in children.
@@ -23,7 +23,7 @@ def pytest_sessionstart():
 
 
 def pytest_collection_finish():
-    _core.ignore_lateness(True)
+    _core.force_threads(True)
     if torch := sys.modules.get("torch"):
         for dtype in (torch.float32, torch.float64):
             torch.ones(1, dtype=dtype).sqrt()

@@ -250,7 +250,7 @@ def test_beside_busy_processes():
     assert told == "no thread" or _core.backend() != "serial"
 
 
-def test_lateness_is_ignored_in_tests():
+def test_threads_are_forced_in_tests():
     """Else steps of this suite would be on one thread where the machine is busy."""
     assert not _core.lateness()[2]
 

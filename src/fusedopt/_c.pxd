@@ -110,4 +110,4 @@ cdef extern from "fusedopt.h" nogil:
         int is_alone
 
     fo_lateness fo_late()
-    void fo_ignore_lateness(int yes)
+    void fo_force_threads(int yes)

@@ -287,9 +287,9 @@ def lateness():
     return l.late, l.alone, bool(l.is_alone)
 
 
-def ignore_lateness(bint yes):
-    """Use threads even if they come late: for tests, which would step on one otherwise."""
-    fo_ignore_lateness(yes)
+def force_threads(bint yes):
+    """Use threads asleep or late: for tests, which would step on one otherwise."""
+    fo_force_threads(yes)
 
 
 # of all rules, name -> number, names of the scalars, states, whether layer-wise; read once: it

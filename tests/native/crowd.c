@@ -46,7 +46,7 @@ static void run(unsigned seed, long count)
         seed = seed * 1664525 + 1013904223;
         const ptrdiff_t chunks = seed >> 8 & 1 ? seed >> 9 & 7 : seed >> 9 & 255;
         memset(&c, 0, sizeof c);
-        fo_parallel(body, &c, chunks, (int)(seed >> 20 & 7));
+        fo_parallel(body, &c, chunks, FO_LARGE, (int)(seed >> 20 & 7));
         for (ptrdiff_t i = 0; i < MOST_CHUNKS; i++)
             if (c.times[i] != (i < chunks)) {
                 fprintf(stderr, "crowd: chunk %td of %td ran %u times\n", i, chunks, c.times[i]);
@@ -66,7 +66,7 @@ static void *caller(void *seed)
 int main(int count, char **arguments)
 {
     loops = count > 1 ? atol(arguments[1]) : loops;
-    fo_ignore_lateness(1);
+    fo_force_threads(1);
     pthread_t threads[CALLERS];
     for (unsigned i = 0; i < CALLERS; i++)
         if (pthread_create(&threads[i], NULL, caller, (void *)(uintptr_t)(i + 1)) != 0)

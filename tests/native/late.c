@@ -49,7 +49,14 @@ static int loop(long late)
 {
     lateness = late;
     on_threads = 0;
-    fo_parallel(body, NULL, CHUNKS, 2);
+    fo_parallel(body, NULL, CHUNKS, FO_LARGE, 2);
+    return on_threads;
+}
+
+static int sized(fo_size size)
+{
+    lateness = on_threads = 0;
+    fo_parallel(body, NULL, CHUNKS, size, 2);
     return on_threads;
 }
 
@@ -72,7 +79,7 @@ static void expect(const char *what, long is, long wanted)
 int main(void)
 {
     /* alone a loop takes 1,000 us, on two threads 500 */
-    fo_parallel(body, NULL, CHUNKS, 1);
+    fo_parallel(body, NULL, CHUNKS, FO_LARGE, 1);
     expect("one thread needs no backend", on_threads, 0);
     expect("the first loop is not judged: it makes threads", loop(50000), 1);
     expect("nothing was late", fo_late().late, 0);
@@ -110,13 +117,21 @@ int main(void)
     expect("starts without debt", WEXITSTATUS(status), 1);
     expect("its parent does not", loop(0), 0);
     on_threads = 0;
-    fo_parallel(body, NULL, CHUNKS, 3);
+    fo_parallel(body, NULL, CHUNKS, FO_LARGE, 3);
     expect("more threads than ever are tried", on_threads, 1);
-    fo_ignore_lateness(1);
+    fo_force_threads(1);
     expect("on threads, whatever is owed", loop(10500), 1);
-    fo_ignore_lateness(0);
-    of_caller = 0;
+    fo_force_threads(0);
     alone();
+    expect("a small loop", sized(FO_SMALL), 0);
+    expect("a large one", sized(FO_LARGE), 1);
+    expect("a medium one after another loop", sized(FO_MEDIUM), 1);
+    nanoseconds += 51 * MICROSECOND;
+    expect("a medium one after a pause", sized(FO_MEDIUM), 0);
+    expect("a medium one after that", sized(FO_MEDIUM), 1);
+    nanoseconds += 51 * MICROSECOND;
+    expect("a large one after a pause", sized(FO_LARGE), 1);
+    of_caller = 0;
     expect("no share of the caller", loop(10500), 1);
     expect("says nothing", fo_late().is_alone, 0);
     fprintf(stderr, "late: all as it should be\n");
