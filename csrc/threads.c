@@ -1,7 +1,7 @@
 /* fo_parallel: whether a loop runs on threads or on the caller alone.
  *
- * A loop of medium size does not wake threads: it uses them only if another loop has just ended,
- * so that they are awake, or are woken for many loops.
+ * Waking threads costs more than they save in a loop of medium size, so it uses them only as one of
+ * many loops that follow one another.
  *
  * If other processes keep the CPUs busy, the system runs a thread milliseconds after it is needed,
  * and a loop of microseconds waits for it. So each parallel loop is compared with the time that
@@ -12,8 +12,8 @@
  * little, and one late thread costs a quiet machine little.
  *
  * All of this is an estimate for the whole process: several callers may lose an update of each
- * other. Time is in microseconds, which fit into a long,
- * or wrap in an unsigned. */
+ * other. Time is in microseconds: a long holds those of a debt, and of an unsigned that wraps only
+ * the difference counts. */
 #include "threads.h"
 #include "fusedopt.h"
 
@@ -21,9 +21,15 @@
 #include <stdatomic.h>
 #include <time.h>
 
-/* A thread that was asleep starts within tens of microseconds. One that waits for its turn on a
- * CPU needs a scheduler's slice, which is at least about a millisecond. */
-enum { LATE = 500, LONGEST = 1000 * 1000, DOUBLINGS = 6, AWAKE = 50 };
+enum {
+    /* A thread that was asleep starts within tens of microseconds. One that waits for its turn on a
+     * CPU needs a scheduler's slice, which is at least about a millisecond. */
+    LATE = 500,
+    LONGEST = 1000 * 1000,
+    DOUBLINGS = 6,
+    AWAKE = 50, /* as long as a worker of the pool looks for the next loop */
+    ROW = 4,    /* more than the loops of one step */
+};
 
 static struct {
     atomic_int forced;   /* never alone */
@@ -32,6 +38,7 @@ static struct {
     atomic_long last;    /* the last debt, when it was made */
     atomic_long on_time; /* time of parallel loops since then */
     atomic_uint ended;   /* when the last loop did */
+    atomic_int row;      /* how many loops began soon after another, at most ROW */
     atomic_int doubled;  /* how often the last debt was doubled */
     atomic_long late, alone;
 } state;
@@ -56,9 +63,10 @@ static void in_child(void)
 
 __attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL, NULL, in_child); }
 
+/* From 0 to LONGEST. */
 static long microseconds(int64_t ns)
 {
-    return ns < LONGEST * INT64_C(1000) ? (long)(ns / 1000) : LONGEST;
+    return ns < 0 ? 0 : ns < LONGEST * INT64_C(1000) ? (long)(ns / 1000) : LONGEST;
 }
 
 static void judge(fo_share caller, ptrdiff_t chunks, int64_t start, int64_t end)
@@ -84,7 +92,7 @@ static void judge(fo_share caller, ptrdiff_t chunks, int64_t start, int64_t end)
 
 /* Whether a loop on no more threads than ever is to run on the caller alone; counts those for which
  * threads were late. */
-static int is_alone(fo_size size, int64_t start)
+static int is_alone(fo_size size)
 {
     if (GET(forced))
         return 0;
@@ -92,7 +100,7 @@ static int is_alone(fo_size size, int64_t start)
         ADD(alone, 1);
         return 1;
     }
-    return size == FO_MEDIUM && (unsigned)(start / 1000) - GET(ended) > AWAKE;
+    return size == FO_MEDIUM && GET(row) < ROW;
 }
 
 void fo_parallel(fo_body *body, void *context, ptrdiff_t chunks, fo_size size, int threads)
@@ -105,8 +113,10 @@ void fo_parallel(fo_body *body, void *context, ptrdiff_t chunks, fo_size size, i
     }
     const int64_t start = fo_now();
     const int more = threads > GET(most);
+    const int soon = (unsigned)(start / 1000) - GET(ended) <= AWAKE;
+    SET(row, !soon ? 0 : GET(row) < ROW ? GET(row) + 1 : ROW);
     int64_t end;
-    if (!more && is_alone(size, start)) {
+    if (!more && is_alone(size)) {
         fo_run_alone(body, context, chunks);
         end = fo_now();
         if (GET(debt) > 0)
