@@ -283,8 +283,8 @@ def lateness():
     """Loops that waited for late threads, loops that ran on one thread because of that, and whether
     the next one will: see threads.c.
     """
-    cdef fo_lateness l = fo_late()
-    return l.late, l.alone, bool(l.is_alone)
+    cdef fo_lateness now = fo_late()
+    return now.late, now.alone, bool(now.is_alone)
 
 
 def force_threads(bint yes):
