@@ -178,6 +178,19 @@ const char *const *fo_isas(void);
 const char *fo_isa(void);
 fo_status fo_select_isa(const char *name);
 
+/* How often other processes kept the threads of a call from its work, and what was done about it:
+ * calls then run on the calling thread alone for a while (threads.c). Of the whole process. */
+typedef struct fo_lateness {
+    long late;    /* loops that waited for a thread longer than they saved by it */
+    long alone;   /* loops that ran on the calling thread alone because of that */
+    int is_alone; /* whether the next one will */
+} fo_lateness;
+
+fo_lateness fo_late(void);
+
+/* For tests: whether to use threads in any case, asleep or late. */
+void fo_force_threads(int yes);
+
 /* The thread backend: "openmp", "pool" or "serial". This is the one symbol that a shared library
  * made of this code exports; threadpoolctl finds the library by it. */
 #ifdef _WIN32

@@ -12,7 +12,9 @@ enum {
     TILE_LENGTH = FO_TILE + 32, /* elements that cost as much as a tile: 32 is its overhead */
     /* measured: large enough to hide what it costs to claim a chunk, small enough to balance */
     CHUNK_LENGTH = 8 * TILE_LENGTH,
-    SERIAL_LENGTH = 64 * 1024, /* measured: below, waking threads costs more than they save */
+    /* measured: what threads save if they are awake, and if they are not */
+    MEDIUM_LENGTH = 32 * 1024,
+    LARGE_LENGTH = 192 * 1024,
 };
 
 /* Writes each leaf's start and tile; returns the length of the line. A leaf without work has none.
@@ -77,7 +79,10 @@ void fo_split(fo_work *w, fo_choice which, int threads)
 {
     w->length = lay_out(w->leaves, w->n, which);
     ptrdiff_t chunks = (w->length + CHUNK_LENGTH - 1) / CHUNK_LENGTH;
-    fo_parallel(run_chunks, w, chunks, w->length < SERIAL_LENGTH ? 1 : threads);
+    const fo_size size = w->length < MEDIUM_LENGTH  ? FO_SMALL
+                         : w->length < LARGE_LENGTH ? FO_MEDIUM
+                                                    : FO_LARGE;
+    fo_parallel(run_chunks, w, chunks, size, threads);
 }
 
 ptrdiff_t fo_count_tiles(const fo_leaf *leaves, ptrdiff_t n)

@@ -64,7 +64,7 @@ static void fold_leaves(void *context, ptrdiff_t first, ptrdiff_t last)
 void fo_fold_tiles(const fo_work *w, int parts, int threads)
 {
     folding f = {w, parts};
-    fo_parallel(fold_leaves, &f, w->n, w->length < SERIAL_LENGTH ? 1 : threads);
+    fo_parallel(fold_leaves, &f, w->n, w->length < SERIAL_LENGTH ? FO_SMALL : FO_LARGE, threads);
 }
 
 fo_stats fo_total(const fo_stats *stats, ptrdiff_t n)

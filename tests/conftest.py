@@ -5,12 +5,16 @@ several threads: a first `sqrt` there may compute one thread's share to 12 bits,
 processes (pytorch/pytorch#188792). A first call of one element in one thread makes the choice for
 all.
 
+Steps use threads that are asleep or late too, so that threads are tested on any machine.
+
 A shell starts background jobs with SIGINT ignored, and children inherit that, so the tests that
 interrupt themselves or a child would wait for ever. With a handler here, children have the default.
 """
 
 import signal
 import sys
+
+from fusedopt import _core
 
 
 def pytest_sessionstart():
@@ -19,6 +23,7 @@ def pytest_sessionstart():
 
 
 def pytest_collection_finish():
+    _core.force_threads(True)
     if torch := sys.modules.get("torch"):
         for dtype in (torch.float32, torch.float64):
             torch.ones(1, dtype=dtype).sqrt()

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -183,6 +184,75 @@ def test_concurrent_optimizers():
         for t in pool:
             t.join()
     assert [results[seed] for seed in range(6)] == expected
+
+
+PLACES = """
+import os, sys, time
+import numpy as np, fusedopt
+def tasks(what):
+    numbers = sorted(map(int, os.listdir("/proc/self/task")))
+    files = [open(f"/proc/self/task/{number}/status") for number in numbers]
+    return [line.split()[1] for file in files for line in file if line.startswith(what)]
+cpus = set(list(os.sched_getaffinity(0))[:int(sys.argv[1])])
+os.sched_setaffinity(0, cpus)
+allowed = tasks("Cpus_allowed:")[0]
+fusedopt.set_num_threads(3)
+before = len(tasks("State"))
+p, g = np.zeros(200_000, np.float32), np.ones(200_000, np.float32)
+opt = fusedopt.SGD([p], lr=1.0)
+for i in range(300):
+    opt.step([g])
+    if i % 30 == 0:
+        time.sleep(0.002)
+print((p == -300).all(), len(tasks("State")) - before)
+print(set(tasks("Cpus_allowed:")[-2:]) == {allowed})
+end = time.monotonic() + 60
+while tasks("State").count("R") > 1 and time.monotonic() < end:
+    time.sleep(0.001)
+print(tasks("State").count("R"))
+"""
+
+
+@pytest.mark.skipif(_core.backend() == "serial", reason="a serial build starts no thread")
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="reads Linux's /proc")
+@pytest.mark.parametrize("cpus", [1, 256])
+def test_more_threads_than_cpus(cpus):
+    """All steps are right, threads keep the CPUs they may use, and sleep when all is done."""
+    command = [sys.executable, "-c", PLACES, str(cpus)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["True", "2", "True", "1"], done
+
+
+BUSY = """
+import os, subprocess, sys
+import numpy as np, fusedopt
+others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4)]
+try:
+    fusedopt.set_num_threads(2)
+    p, g = np.zeros(200_000, np.float32), np.ones(200_000, np.float32)
+    opt = fusedopt.SGD([p], lr=1.0)
+    for _ in range(1000):
+        opt.step([g])
+    print((p == -1000).all(), fusedopt.info()["late"])
+finally:
+    for other in others:
+        other.kill()
+"""
+
+
+def test_beside_busy_processes():
+    """Steps are right whether threads come late or not, and info tells of it."""
+    done = subprocess.run([sys.executable, "-c", BUSY], capture_output=True, text=True, timeout=120)
+    right, _, told = done.stdout.strip().partition(" ")
+    assert right == "True", done.stderr
+    late = r"threads, \d+ times; so \d+ passes ran on one thread; now on (one thread|all threads)"
+    assert told == "no thread" or re.fullmatch(late, told), told
+    assert told == "no thread" or _core.backend() != "serial"
+
+
+def test_threads_are_forced_in_tests():
+    """Else steps of this suite would be on one thread where the machine is busy."""
+    assert not _core.lateness()[2]
 
 
 def test_interrupt_is_seen_after_the_step():

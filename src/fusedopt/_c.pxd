@@ -104,3 +104,10 @@ cdef extern from "fusedopt.h" nogil:
     const char *fo_isa()
     fo_status fo_select_isa(const char *name)
     const char *fo_backend()
+
+    ctypedef struct fo_lateness:
+        long late, alone
+        int is_alone
+
+    fo_lateness fo_late()
+    void fo_force_threads(int yes)

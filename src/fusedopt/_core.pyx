@@ -279,6 +279,19 @@ def backend():
     return fo_backend().decode()
 
 
+def lateness():
+    """Loops that waited for late threads, loops that ran on one thread because of that, and whether
+    the next one will: see threads.c.
+    """
+    cdef fo_lateness now = fo_late()
+    return now.late, now.alone, bool(now.is_alone)
+
+
+def force_threads(bint yes):
+    """Use threads asleep or late: for tests, which would step on one otherwise."""
+    fo_force_threads(yes)
+
+
 # of all rules, name -> number, names of the scalars, states, whether layer-wise; read once: it
 # takes memory
 RULES = {row[0]: (number, row[1], row[2], row[4]) for number, row in enumerate(table())}

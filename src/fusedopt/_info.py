@@ -40,6 +40,7 @@ def info() -> dict[str, str]:
         "isa": _core.isa() + forced,
         "available": ", ".join(_core.available_isas()),
         "threads": f"{_threads.get_num_threads()} ({_threads.why()})",
+        "late": _threads.lateness(),
         "backend": backends[_core.backend()],
         "rules": ", ".join(row[0] for row in _core.rules()),
         "formats": ", ".join(row[0] for row in _core.formats()),

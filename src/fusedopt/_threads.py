@@ -149,3 +149,12 @@ def get_num_threads() -> int:
 def why() -> str:
     """Return what decided the number of threads."""
     return "built without threads" if _core.backend() == "serial" else _why
+
+
+def lateness() -> str:
+    """Return how often threads came late, and what steps do about it."""
+    late, alone, is_alone = _core.lateness()
+    if late == 0:
+        return "no thread"
+    now = "one thread" if is_alone else "all threads"
+    return f"threads, {late} times; so {alone} passes ran on one thread; now on {now}"

@@ -33,6 +33,7 @@ int main(int count, char **arguments)
     const int rounds = count > 2 ? atoi(arguments[2]) : 1;
     static const int threads[] = {1, 3};
     int tried = 0, stepped = 0, failed = 0;
+    fo_force_threads(1);
 
     for (int rule = 0; rule < rule_count(); rule++)
         for (int param = 0; param < FO_FORMATS; param++)

@@ -85,6 +85,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size);
 
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
 {
+    fo_force_threads(1);
     source s = source_from(bytes, size);
     const int large = choose(&s, 16) == 0, count = 1 + (int)choose(&s, 3);
     const int threads = (int)choose(&s, 7) - 1;
