@@ -214,15 +214,12 @@ class Fused(StateKeeper):
 
     def _advance(self) -> list[tuple[dict[str, Any], str, Any]]:
         """Take over what the rule remembers, as it is in this step; return what to write then."""
-        writes = []
+        writes: list[tuple[dict[str, Any], str, Any]] = []
         for i, group in enumerate(self.param_groups):
             known = self._groups[i]
             options = self._rule.advanced(known.options, f"param_groups[{i}]: in this step ")
             known.constants = self._rule.at(options)
-            for kept in (group, known.options, known.seen):
-                if kept is not None:
-                    names = [row.name for row in self._rule.memory]
-                    writes += [(kept, name, options[name]) for name in names]
+            writes += self._rule.writes(options, group, known.options, known.seen)
         return writes
 
     @ieee
@@ -244,7 +241,7 @@ class Fused(StateKeeper):
 
     def _copies(self, given: Any) -> dict[int, Any]:
         """Return by the number of a parameter the tensor that gets its copy."""
-        params = [param for group in self.param_groups for param in group["params"]]
+        params = self._all_params()
         if isinstance(given, Mapping):
             numbers = {param: number for number, param in enumerate(params)}
             if any(param not in numbers for param in given):
@@ -259,8 +256,11 @@ class Fused(StateKeeper):
 
     def _reduction(self) -> Reduction | None:
         """Return what sums over the ranks that have other parts of the parameters, if any."""
-        params = [param for group in self.param_groups for param in group["params"]]
-        return _ranks.reduction(params, self._process_group)
+        return _ranks.reduction(self._all_params(), self._process_group)
+
+    def _all_params(self) -> list[Any]:
+        """Return the parameters of all groups, by their numbers."""
+        return [param for group in self.param_groups for param in group["params"]]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with options of their own, as in torch."""
@@ -274,9 +274,9 @@ class Fused(StateKeeper):
             param_group.setdefault(name, value)
         options = {**self.defaults, **param_group}
         self._checked_own(f"{where}.", options)
+        begun = self._rule.begun(options)
         for row in self._rule.memory:
-            begun = options[row.init] if isinstance(row.init, str) else row.init
-            param_group.setdefault(row.name, begun)
+            param_group.setdefault(row.name, begun[row.name])
         super().add_param_group(param_group)  # type: ignore[misc]
         for name in _OF_NO_GROUP:
             self.param_groups[-1].pop(name, None)  # which torch takes from the defaults

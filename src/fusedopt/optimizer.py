@@ -390,12 +390,11 @@ class Optimizer:
 
         The list writes that where it is kept when the step has succeeded.
         """
-        advanced, writes = [], []
+        advanced: list[Any] = []
+        writes: list[tuple[Options, str, Any]] = []
         for i, group in enumerate(self._groups):
             options = self.rule.advanced(group.options, f"param_groups[{i}]: in this step ")
-            for kept in (self.param_groups[i], group.options, group.seen):
-                if kept is not None:
-                    writes += [(kept, row.name, options[row.name]) for row in self.rule.memory]
+            writes += self.rule.writes(options, self.param_groups[i], group.options, group.seen)
             advanced.append((self.rule.at(options), options["seed"]))
         self._work.writes = writes
         return advanced

@@ -216,6 +216,15 @@ class Rule:
             row.name: row.check(where + row.name, new[row.name]) for row in self.memory
         }
 
+    def writes(self, options: Options, *places: Options | None) -> list[tuple[Options, str, Any]]:
+        """Return (dict, key, value) for each number that a successful step stores in each place."""
+        return [
+            (place, row.name, options[row.name])
+            for place in places
+            if place is not None
+            for row in self.memory
+        ]
+
     def uses(self, options: Mapping[str, Any]) -> tuple[bool, ...]:
         """Return for each state whether these options need it."""
         return tuple(not state.needs or bool(options[state.needs]) for state in self.states)
