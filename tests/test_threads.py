@@ -205,11 +205,12 @@ for i in range(300):
     if i % 30 == 0:
         time.sleep(0.002)
 print((p == -300).all(), len(tasks("State")) - before)
-print(set(tasks("Cpus_allowed:")[-2:]) == {allowed})
+def at_rest():  # a thread that was woken late may still be on its way to another CPU
+    return set(tasks("Cpus_allowed:")[-2:]) == {allowed} and tasks("State").count("R") == 1
 end = time.monotonic() + 60
-while tasks("State").count("R") > 1 and time.monotonic() < end:
+while not at_rest() and time.monotonic() < end:
     time.sleep(0.001)
-print(tasks("State").count("R"))
+print(at_rest())
 """
 
 
@@ -220,7 +221,7 @@ def test_more_threads_than_cpus(cpus):
     """All steps are right, threads keep the CPUs they may use, and sleep when all is done."""
     command = [sys.executable, "-c", PLACES, str(cpus)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.stdout.split() == ["True", "2", "True", "1"], done
+    assert done.stdout.split() == ["True", "2", "True"], done
 
 
 BUSY = """
