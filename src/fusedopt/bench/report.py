@@ -134,8 +134,8 @@ def legend(recording: Recording) -> list[str]:
         "time: of a step, the median. bytes: for each parameter, what the step has to move"
         f" ({moved}). GB/s: all of them over the time.",
         "of limit: the limit's time over the time; the limit moves the bytes of"
-        f" {recording.settings['dtype']} state in C without arithmetic, so who keeps narrower"
-        " state may take less.",
+        f" {recording.settings['dtype']} state in C without arithmetic, in the fastest of several"
+        " ways, so who keeps narrower state may take less.",
         "/ fusedopt: time over fusedopt's of the same round; median, 95% bootstrap interval of it.",
         "noise: the middle half of the limit's own times, over their median. others: CPUs that"
         f" other processes and the host kept busy meanwhile; rounds with more than {stats.CALM:g}"
