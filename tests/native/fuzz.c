@@ -114,7 +114,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
     if (wrong != NULL)
         fail(wrong, &ours);
     if (zeroed) {
-        fo_stream(ours.leaves, ours.n, threads); /* writes within the arrays */
+        fo_stream(ours.leaves, ours.n, (int)choose(&a, FO_STREAMS), threads);
+        if (difference(&ours, &theirs) != NULL)
+            fail("fo_stream changed something", &ours);
         fo_zero_state(ours.leaves, ours.n, threads);
         if (!states_are_zero(&ours))
             fail("fo_zero_state left something", &ours);
