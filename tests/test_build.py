@@ -44,7 +44,8 @@ def functions():
 
 
 def isa_of(name):
-    found = re.search(r"_(sse2|avx2|avx512)(_whole|_directions|_blocks|_\w+_blocks|_\w+_sums)?(\.|$)", name)
+    loop = r"_whole|_directions|_blocks|_\w+_(blocks|sums)"
+    found = re.search(rf"_(sse2|avx2|avx512)({loop})?(\.|$)", name)
     return found[1] if found else None
 
 
