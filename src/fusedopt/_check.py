@@ -164,7 +164,7 @@ def gradient(name: str, value: object, param: Array) -> Array:
 def overlap(a: str, b: str) -> NoReturn:
     """Refuse two arrays that share memory and would both be written."""
     raise ValueError(
-        f"{a} and {b} share memory and would be updated twice; pass each array once, "
+        f"{a} and {b} share memory and would both be written; pass each array once, "
         "and a copy where views overlap"
     )
 
