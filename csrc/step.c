@@ -99,7 +99,8 @@ static __attribute__((noinline)) fo_status step(int rule, fo_leaf *leaves, ptrdi
     const fo_kernels *kernels = fo_active_kernels();
     if (!is_valid_call(kernels->rules, rule, leaves, n, n_hypers, how))
         return FO_BAD_ARGUMENT;
-    fo_work w = {.leaves = leaves, .n = n, .task = {rule, hypers, how, is_far(leaves, n)}};
+    const fo_task task = {.rule = rule, .hypers = hypers, .run = how, .is_far = is_far(leaves, n)};
+    fo_work w = {.leaves = leaves, .n = n, .task = task};
     int copies_alone = 0;
     for (ptrdiff_t i = 0; i < n; i++)
         copies_alone |= fo_is_chosen(&leaves[i], FO_COPY_ALONE);
@@ -139,7 +140,8 @@ fo_status fo_direct(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hype
     if (!is_valid_call(kernels->rules, rule, leaves, n, n_hypers, how) ||
         !kernels->rules[rule].layerwise)
         return FO_BAD_ARGUMENT;
-    fo_work w = {.leaves = leaves, .n = n, .task = {rule, hypers, how, is_far(leaves, n)}};
+    const fo_task task = {.rule = rule, .hypers = hypers, .run = how, .is_far = is_far(leaves, n)};
+    fo_work w = {.leaves = leaves, .n = n, .task = task};
     direct(&w, kernels, threads);
     return FO_OK;
 }
