@@ -29,7 +29,7 @@ static void fail(const char *what, const list *l)
  * that the library has stepped. */
 static void plain_step(list *l, const list *stepped)
 {
-    const fo_task task = {l->rule, l->hypers, &l->run};
+    const fo_task task = {.rule = l->rule, .hypers = l->hypers, .run = &l->run};
     const int layerwise = fo_rules()[l->rule].layerwise;
     for (ptrdiff_t i = 0; i < l->n; i++) {
         fo_leaf *leaf = &l->leaves[i];
