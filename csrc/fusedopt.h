@@ -163,8 +163,10 @@ uint64_t fo_key(uint64_t seed, uint64_t leaf, uint64_t step);
 fo_status fo_zero_state(fo_leaf *leaves, ptrdiff_t n, int threads);
 
 /* For measurements of the memory's limit: reads and writes the bytes that fo_step does, with next
- * to no arithmetic. It leaves no useful values in the arrays. */
-fo_status fo_stream(fo_leaf *leaves, ptrdiff_t n, int threads);
+ * to no arithmetic, and leaves every byte as it was. `how` is one of FO_STREAMS ways, with and
+ * without prefetch, in registers of both widths: which is the fastest depends on the machine. */
+enum { FO_STREAMS = 8 };
+fo_status fo_stream(fo_leaf *leaves, ptrdiff_t n, int how, int threads);
 
 /* Memory for state: 64-byte aligned, not yet touched, and not set to 0. Large blocks are on huge
  * pages if the system grants them. NULL if there is no memory. Release it by fo_release. */

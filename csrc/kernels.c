@@ -47,6 +47,11 @@
 #define FO_SCALARS(LIST) FO_PLACES(LIST) LIST(FO_CONSTANT)
 #define FO_TRUST FO_MAX_SCALARS
 
+/* Prefetch, where a list is larger than caches: tiles are stepped in pieces of FO_PIECE elements,
+ * and lines of FO_LINE bytes are asked for FO_AHEAD elements early. CONTRIBUTING has the
+ * measurement. */
+enum { FO_PIECE = 128, FO_AHEAD = 768, FO_LINE = 64 };
+
 #include "codec.h"
 #include "sets.h"
 

@@ -11,6 +11,9 @@ typedef struct fo_task {
     int rule;
     const fo_hyper *hypers;
     const fo_run *run;
+    int is_far;         /* the list is too large for caches: loops prefetch */
+    int stream;         /* of stream: how, less than FO_STREAMS */
+    unsigned char mask; /* of stream: 0, unknown to compilers */
 } fo_task;
 
 /* Works on elements [begin, end) of one leaf; `begin` is a multiple of FO_TILE, `end` too or the

@@ -38,10 +38,11 @@ static inline int is_of(const fo_leaf *leaf, const set *formats)
 
 /* Tells the compiler what is_of has found out: the caller promises that the array has the format.
  */
-FO_INLINE void know(fo_array *array, fo_format format)
+FO_INLINE void know(fo_array *array, fo_format format, int is_there)
 {
     array->format = format;
-    if (array->data == NULL || (fo_format_table[format].extra != 0 && array->extra == NULL))
+    if (is_there &&
+        (array->data == NULL || (fo_format_table[format].extra != 0 && array->extra == NULL)))
         __builtin_unreachable();
 }
 

@@ -58,6 +58,18 @@ static int is_valid_call(const fo_rule *rules, int rule, const fo_leaf *leaves, 
     return 1;
 }
 
+/* From how many elements on loops prefetch: Adam in float32 then holds 64 MiB, more than caches do.
+ * On less, the instructions cost 5 to 9% of a step. */
+enum { FAR = 4 << 20 };
+
+static int is_far(const fo_leaf *leaves, ptrdiff_t n)
+{
+    ptrdiff_t elements = 0;
+    for (ptrdiff_t i = 0; i < n; i++)
+        elements += leaves[i].grad.data != NULL ? leaves[i].n : 0;
+    return elements >= FAR;
+}
+
 /* The squares of every leaf's parameter and direction, from one read of all that the rule reads. */
 static void direct(fo_work *w, const fo_kernels *kernels, int threads)
 {
@@ -87,7 +99,8 @@ static __attribute__((noinline)) fo_status step(int rule, fo_leaf *leaves, ptrdi
     const fo_kernels *kernels = fo_active_kernels();
     if (!is_valid_call(kernels->rules, rule, leaves, n, n_hypers, how))
         return FO_BAD_ARGUMENT;
-    fo_work w = {.leaves = leaves, .n = n, .task = {rule, hypers, how}};
+    const fo_task task = {.rule = rule, .hypers = hypers, .run = how, .is_far = is_far(leaves, n)};
+    fo_work w = {.leaves = leaves, .n = n, .task = task};
     int copies_alone = 0;
     for (ptrdiff_t i = 0; i < n; i++)
         copies_alone |= fo_is_chosen(&leaves[i], FO_COPY_ALONE);
@@ -127,7 +140,8 @@ fo_status fo_direct(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hype
     if (!is_valid_call(kernels->rules, rule, leaves, n, n_hypers, how) ||
         !kernels->rules[rule].layerwise)
         return FO_BAD_ARGUMENT;
-    fo_work w = {.leaves = leaves, .n = n, .task = {rule, hypers, how}};
+    const fo_task task = {.rule = rule, .hypers = hypers, .run = how, .is_far = is_far(leaves, n)};
+    fo_work w = {.leaves = leaves, .n = n, .task = task};
     direct(&w, kernels, threads);
     return FO_OK;
 }
@@ -137,16 +151,19 @@ fo_status fo_measure(fo_leaf *leaves, ptrdiff_t n, const fo_run *how, int thread
     for (ptrdiff_t i = 0; i < n; i++)
         if (leaves[i].n < 0 || (leaves[i].grad.data != NULL && !is_format(&leaves[i].grad)))
             return FO_BAD_ARGUMENT;
-    fo_work w = {.leaves = leaves, .n = n, .task = {.run = how}};
+    fo_work w = {.leaves = leaves, .n = n, .task = {.run = how, .is_far = is_far(leaves, n)}};
     w.range = fo_active_kernels()->measure;
     fo_split(&w, FO_WITH_GRAD, threads);
     fo_fold_tiles(&w, FO_PART_GRAD, threads);
     return FO_OK;
 }
 
-fo_status fo_stream(fo_leaf *leaves, ptrdiff_t n, int threads)
+fo_status fo_stream(fo_leaf *leaves, ptrdiff_t n, int how, int threads)
 {
+    if (how < 0 || how >= FO_STREAMS)
+        return FO_BAD_ARGUMENT;
     fo_work w = {.leaves = leaves, .n = n, .range = fo_active_kernels()->stream};
+    w.task = (fo_task){.stream = how};
     fo_split(&w, FO_WITH_GRAD, threads);
     return FO_OK;
 }

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 import fusedopt
-from fusedopt import cli
+from fusedopt import _core, cli
 from fusedopt.bench import machine, measure, stats, worker
 from fusedopt.bench.cases import CASES, OPTIMIZERS, Problem
 from fusedopt.bench.contenders import AGAIN, LIMIT, OURS, ROWS
@@ -152,6 +153,23 @@ def test_teams_fit_into_memory():
     members, too_large = measure.teams(rows, problem, 4.1e9)
     assert [[row.name for row in team[2:]] for team in members] == [["numpy"], ["functional"]]
     assert too_large.keys() == {AGAIN, "reference"}
+
+
+@pytest.mark.parametrize("options", [{}, {"state_dtype": "int8"}])
+def test_streams_change_nothing(options):
+    """Each way to stream reads and writes all arrays, and leaves them as they were."""
+    rng = np.random.default_rng(0)
+    params, grads = rng.standard_normal((2, 3, 5_003)).astype(np.float32)
+    opt = fusedopt.Adam(list(params), **options)
+    opt.step(list(grads))
+    before = pickle.dumps((params, grads, opt.state_dict()))
+    for how in range(_core.STREAMS):
+        for threads in (1, 2):
+            opt._work.stream(list(grads), how, threads)
+        assert pickle.dumps((params, grads, opt.state_dict())) == before
+    for how in (-1, _core.STREAMS):
+        with pytest.raises(SystemError):
+            opt._work.stream(list(grads), how, 1)
 
 
 def test_memory_is_measured(tmp_path):

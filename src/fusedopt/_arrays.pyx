@@ -508,14 +508,16 @@ cdef class ArrayList(LeafList):
                 PyBuffer_Release(&self.records[i].copy)
                 self.leaves[i].copy.data = NULL
 
-    def stream(self, list grads, int threads):
-        """Move the bytes of a step without its arithmetic; changes every array it writes."""
+    def stream(self, list grads, int how, int threads):
+        """Move the bytes of a step without its arithmetic, in one of STREAMS ways."""
         cdef ptrdiff_t i
+        cdef fo_status status
         try:
             for i in range(self.n):
                 self.take_gradient(i, grads[i])
             with nogil:
-                run_stream(self.leaves, self.n, threads)
+                status = run_stream(self.leaves, self.n, how, threads)
+            check(status)
         finally:
             self.let_go()
 

@@ -25,6 +25,7 @@ cdef extern from "fusedopt.h" nogil:
         FO_BLOCK
         FO_MAX_STATES
         FO_MAX_SCALARS
+        FO_STREAMS
 
     ctypedef enum fo_status:
         FO_OK
@@ -97,7 +98,7 @@ cdef extern from "fusedopt.h" nogil:
     const fo_format_info *fo_formats()
     uint64_t fo_key(uint64_t seed, uint64_t leaf, uint64_t step)
     fo_status fo_zero_state(fo_leaf *leaves, ptrdiff_t n, int threads)
-    fo_status fo_stream(fo_leaf *leaves, ptrdiff_t n, int threads)
+    fo_status fo_stream(fo_leaf *leaves, ptrdiff_t n, int how, int threads)
     void *fo_allocate(size_t bytes)
     void fo_release(void *memory)
     const char *const *fo_isas()

@@ -17,7 +17,7 @@ cdef fo_status run_direct(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper
                           ptrdiff_t n_hypers, const fo_run *run, int threads) noexcept nogil
 cdef fo_status run_measure(fo_leaf *leaves, ptrdiff_t n, const fo_run *run,
                            int threads) noexcept nogil
-cdef fo_status run_stream(fo_leaf *leaves, ptrdiff_t n, int threads) noexcept nogil
+cdef fo_status run_stream(fo_leaf *leaves, ptrdiff_t n, int how, int threads) noexcept nogil
 cdef fo_status zero_state(fo_leaf *leaves, ptrdiff_t n, int threads) noexcept nogil
 cdef fo_stats sum_stats(const fo_stats *stats, ptrdiff_t n) noexcept nogil
 cdef uint64_t noise_key(uint64_t seed, uint64_t leaf, uint64_t step) noexcept nogil

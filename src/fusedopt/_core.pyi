@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 __pyx_capi__: dict[str, object]  # what the borders use, see _core.pxd
 TILE: int
 BLOCK: int
+STREAMS: int
 STATS: np.dtype[np.void]
 RULES: dict[str, tuple[int, list[str], int, bool]]
 

@@ -27,6 +27,7 @@ STATS = numpy.dtype(
 )
 TILE = FO_TILE
 BLOCK = FO_BLOCK
+STREAMS = FO_STREAMS
 
 
 cdef int check(fo_status status) except -1:
@@ -60,8 +61,8 @@ cdef fo_status run_measure(fo_leaf *leaves, ptrdiff_t n, const fo_run *run,
     return fo_measure(leaves, n, run, threads)
 
 
-cdef fo_status run_stream(fo_leaf *leaves, ptrdiff_t n, int threads) noexcept nogil:
-    return fo_stream(leaves, n, threads)
+cdef fo_status run_stream(fo_leaf *leaves, ptrdiff_t n, int how, int threads) noexcept nogil:
+    return fo_stream(leaves, n, how, threads)
 
 
 cdef fo_status zero_state(fo_leaf *leaves, ptrdiff_t n, int threads) noexcept nogil:

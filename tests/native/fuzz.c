@@ -29,7 +29,7 @@ static void fail(const char *what, const list *l)
  * that the library has stepped. */
 static void plain_step(list *l, const list *stepped)
 {
-    const fo_task task = {l->rule, l->hypers, &l->run};
+    const fo_task task = {.rule = l->rule, .hypers = l->hypers, .run = &l->run};
     const int layerwise = fo_rules()[l->rule].layerwise;
     for (ptrdiff_t i = 0; i < l->n; i++) {
         fo_leaf *leaf = &l->leaves[i];
@@ -114,7 +114,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
     if (wrong != NULL)
         fail(wrong, &ours);
     if (zeroed) {
-        fo_stream(ours.leaves, ours.n, threads); /* writes within the arrays */
+        fo_stream(ours.leaves, ours.n, (int)choose(&a, FO_STREAMS), threads);
+        if (difference(&ours, &theirs) != NULL)
+            fail("fo_stream changed something", &ours);
         fo_zero_state(ours.leaves, ours.n, threads);
         if (!states_are_zero(&ours))
             fail("fo_zero_state left something", &ours);

@@ -135,8 +135,8 @@ def legend(recording: Recording) -> list[str]:
         "time: the median of a step. bytes: what a step must move for each parameter"
         f" ({moved}). GB/s: all bytes over the time.",
         "of limit: the limit's time over the contender's. The limit moves the bytes of"
-        f" {recording.settings['dtype']} state in C without arithmetic; contenders with narrower"
-        " state may be faster.",
+        f" {recording.settings['dtype']} state in C without arithmetic, in the fastest of several"
+        " ways; contenders with narrower state may be faster.",
         "/ fusedopt: time over fusedopt's in the same round: median, and its 95% bootstrap"
         " interval.",
         "noise: the interquartile range of the limit's own times over their median. other load:"
