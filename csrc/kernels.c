@@ -102,19 +102,19 @@ enum { FO_PIECE = 128, FO_AHEAD = 768, FO_LINE = 64 };
 #include "tile.inc"
 
 #define FO_NAME(name) #name,
-#define FO_NAMES(rule, LIST, states, required, KIND)                                               \
+#define FO_NAMES(rule, LIST, states, required, KIND, SETS)                                         \
     static const char *const FO_CAT3(rule, names, FO_ISA)[] = {LIST(FO_NAME) NULL};
 FO_RULES(FO_NAMES)
 
 enum { PLAIN, LAYERWISE, INTERNAL };
-#define FO_ROW(rule, LIST, states, required, KIND)                                                 \
+#define FO_ROW(rule, LIST, states, required, KIND, SETS)                                           \
     {#rule, FO_CAT3(rule, names, FO_ISA), states, required, KIND == LAYERWISE, KIND == INTERNAL},
 static const fo_rule FO_CAT(rules, FO_ISA)[] = {FO_RULES(FO_ROW){.name = NULL}};
 
 #define PLAIN_TRUST(rule) NULL
 #define INTERNAL_TRUST(rule) NULL
 #define LAYERWISE_TRUST(rule) FO_CAT3(rule##_trust, f64, FO_ISA)
-#define FO_OWN_TRUST(rule, LIST, states, required, KIND) KIND##_TRUST(rule),
+#define FO_OWN_TRUST(rule, LIST, states, required, KIND, SETS) KIND##_TRUST(rule),
 static fo_trust *const FO_CAT(trust, FO_ISA)[] = {FO_RULES(FO_OWN_TRUST)};
 
 extern const fo_kernels FO_CAT(fo_kernels, FO_ISA);

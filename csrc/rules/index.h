@@ -7,6 +7,10 @@
  * that direction over the leaf, and returns the ratio, which the rule reads from h[FO_TRUST]. An
  * INTERNAL rule is plain, but no optimizer: the package uses it and has no class for it.
  *
+ * With FO_SETS, each set of formats in kernels.c gets a loop of its own for the rule, which makes
+ * the wheel larger: for rules where measurement shows that this matters. With FO_NO_SETS, one loop
+ * takes all formats.
+ *
  * In a loop, stores come last. A load after a store waits for it if the lower 12 bits of both
  * addresses agree, as is common among large arrays (Intel's optimization manual, "4-KByte
  * aliasing").
@@ -22,12 +26,12 @@
 #include "sgd.h"
 
 #undef FO_RULES
-#define FO_RULES(X) /* name, scalars, state arrays, how many of them are required, kind */         \
-    X(adam, ADAM_SCALARS, 3, 2, PLAIN)                                                             \
-    X(sgd, SGD_SCALARS, 1, 0, PLAIN)                                                               \
-    X(lamb, LAMB_SCALARS, 2, 2, LAYERWISE)                                                         \
-    X(lars, LARS_SCALARS, 1, 1, LAYERWISE)                                                         \
-    X(lion, LION_SCALARS, 1, 1, PLAIN)                                                             \
-    X(rmsprop, RMSPROP_SCALARS, 3, 1, PLAIN)                                                       \
-    X(adagrad, ADAGRAD_SCALARS, 1, 1, PLAIN)                                                       \
-    X(add, ADD_SCALARS, 0, 0, INTERNAL)
+#define FO_RULES(X) /* name, scalars, state arrays, how many of them are required, kind, sets */   \
+    X(adam, ADAM_SCALARS, 3, 2, PLAIN, FO_SETS)                                                    \
+    X(sgd, SGD_SCALARS, 1, 0, PLAIN, FO_SETS)                                                      \
+    X(lamb, LAMB_SCALARS, 2, 2, LAYERWISE, FO_SETS)                                                \
+    X(lars, LARS_SCALARS, 1, 1, LAYERWISE, FO_SETS)                                                \
+    X(lion, LION_SCALARS, 1, 1, PLAIN, FO_SETS)                                                    \
+    X(rmsprop, RMSPROP_SCALARS, 3, 1, PLAIN, FO_SETS)                                              \
+    X(adagrad, ADAGRAD_SCALARS, 1, 1, PLAIN, FO_SETS)                                              \
+    X(add, ADD_SCALARS, 0, 0, INTERNAL, FO_NO_SETS)
