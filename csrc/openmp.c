@@ -9,6 +9,9 @@ static int forked = 0;
 
 const char *fo_backend(void) { return "openmp"; }
 
+/* libgomp looks for work 300,000 times before it sleeps: at least 1 ms, here more than 6. */
+const unsigned fo_awake = 1000;
+
 void fo_forget_threads(void) { forked = 1; }
 
 fo_share fo_on_threads(fo_body *body, void *context, ptrdiff_t chunks, int threads)

@@ -77,6 +77,8 @@ static struct {
 
 const char *fo_backend(void) { return "pool"; }
 
+const unsigned fo_awake = WAIT;
+
 /* The lock may be in any state. */
 void fo_forget_threads(void)
 {

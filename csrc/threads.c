@@ -27,8 +27,7 @@ enum {
     LATE = 500,
     LONGEST = 1000 * 1000,
     DOUBLINGS = 6,
-    AWAKE = 50, /* as long as a worker of the pool looks for the next loop */
-    ROW = 4,    /* more than the loops of one step */
+    ROW = 4, /* more than the loops of one step */
 };
 
 static struct {
@@ -113,7 +112,7 @@ void fo_parallel(fo_body *body, void *context, ptrdiff_t chunks, fo_size size, i
     }
     const int64_t start = fo_now();
     const int more = threads > GET(most);
-    const int soon = (unsigned)(start / 1000) - GET(ended) <= AWAKE;
+    const int soon = (unsigned)(start / 1000) - GET(ended) <= fo_awake;
     SET(row, !soon ? 0 : GET(row) < ROW ? GET(row) + 1 : ROW);
     int64_t end;
     if (!more && is_alone(size)) {

@@ -37,6 +37,8 @@ typedef struct fo_share {
     int64_t end;      /* fo_now() when none was left for it */
 } fo_share;
 
+extern const unsigned fo_awake; /* for how many microseconds after a loop threads are awake */
+
 fo_share fo_on_threads(fo_body *body, void *context, ptrdiff_t chunks, int threads);
 
 /* Called in the child of a fork, where only the thread that called fork exists. */
