@@ -9,11 +9,7 @@ that keep the machine busy, beside those started here, are measured and said.
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from statistics import median, quantiles
 
 import numpy as np
@@ -21,20 +17,7 @@ import numpy as np
 import fusedopt
 from fusedopt import _core
 from fusedopt.bench import machine
-
-
-@contextmanager
-def busy_processes(count: int) -> Iterator[Callable[[], float]]:
-    """Start processes that compute; give what returns the CPU seconds of them and of this one."""
-    command = [sys.executable, "-c", "while True: pass"]
-    processes = [subprocess.Popen(command) for _ in range(count)]
-    try:
-        time.sleep(0.3)
-        yield lambda: sum((machine.process_seconds(p.pid) for p in processes), time.process_time())
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+from fusedopt.bench.workers import busy_processes
 
 
 def turn(optimizer: fusedopt.Adam, grads: list[np.ndarray], seconds: float) -> list[float]:
@@ -58,7 +41,12 @@ def measure(elements: int, busy: int, threads: int, rounds: int, seconds: float)
     for optimizer in optimizers.values():
         turn(optimizer, grads, seconds)
     late, alone, _ = _core.lateness()
-    with busy_processes(busy) as used:
+    with busy_processes(busy, []) as pids:
+        time.sleep(0.3)
+
+        def used() -> float:
+            return sum(map(machine.process_seconds, pids), time.process_time())
+
         start, all_busy, ours = time.perf_counter(), machine.busy_seconds(), used()
         for number in range(rounds):
             order = list(optimizers)[:: 1 if number % 2 else -1]

@@ -18,7 +18,7 @@ from fusedopt import _core, cli
 from fusedopt.bench import machine, measure, stats, worker
 from fusedopt.bench.cases import CASES, OPTIMIZERS, Problem
 from fusedopt.bench.contenders import AGAIN, LIMIT, OURS, ROWS
-from fusedopt.bench.recording import Entry
+from fusedopt.bench.recording import Entry, Recording
 
 COMMAND = [sys.executable, "-m", "fusedopt", "bench"]
 
@@ -71,13 +71,61 @@ def test_disturbed_rounds_do_not_count():
     assert stats.disturbance(entry) == pytest.approx(0.075)
 
 
-@pytest.mark.parametrize("option", ["--case", "--contender"])
-def test_unknown_names_list_the_known_ones(option):
+@pytest.mark.parametrize(
+    ("option", "known"), [("--case", "resnet50"), ("--contender", "numpy"), ("--optimizer", "lion")]
+)
+def test_unknown_names_list_the_known_ones(option, known):
     done = run(option, "nonsense")
     assert done.returncode == 2
-    assert (
-        "nonsense" in done.stderr and ("resnet50" if option == "--case" else "numpy") in done.stderr
+    assert "nonsense" in done.stderr and known in done.stderr
+
+
+def recording(path, ours):
+    """A recording in which a step of ours takes some seconds, the limit and NumPy 1 and 3."""
+    made = Recording(
+        {"optimizer": "adam", "dtype": "float32"}, {}, {"numpy": "NumPy"}, date="today"
     )
+    made.entries = [
+        Entry(name, name, "size", 1, 1, 1, 1, 1, "warm", placements=[9], optimizer="adam")
+        for name in ("same", "slower")
+    ]
+    for i in range(9):
+        noise = 1 + 0.001 * i
+        for entry, seconds in zip(made.entries, (1.0, ours), strict=True):
+            entry.add_round({OURS: seconds * noise, LIMIT: 1.0, "numpy": 3.0 * noise}, 0.0)
+    made.save(path)
+    return path
+
+
+def test_comparison_names_what_became_slower(tmp_path):
+    then, now = recording(tmp_path / "then.json", 1.0), recording(tmp_path / "now.json", 1.2)
+    done = run("--load", now, "--compare", then)
+    assert done.returncode == 0, done.stderr
+    text = done.stdout.partition("compared with")[2].splitlines()
+    assert [line.split()[-4:] for line in text[2:-1]] == [
+        ["1.00", "0.83", "0.83", "slower"], ["3.00", "2.50", "0.83", "slower"],
+    ]  # fmt: skip
+    assert text[-1].startswith("2 of 4 ratios did not change")
+    other = json.loads(then.read_text())
+    other["entries"] = []
+    then.write_text(json.dumps(other))
+    done = run("--load", now, "--compare", then)
+    assert done.returncode == 0 and f"{then} holds no case" in done.stdout
+
+
+def test_several_optimizers_beside_a_busy_process(tmp_path):
+    """A row for each, whose busy process is not what disturbs a round."""
+    path = tmp_path / "x.json"
+    options = ("--optimizer", "sgd,adam", "--busy", "1", "--case", "1k", "--seconds", "0.2")
+    done = run(*options, "--quick", "--threads", "1", "--contender", "numpy", "--json", path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("beside 1 busy process; noise") == 2
+    rows = done.stdout.partition("optimizers:")[2].splitlines()[2:4]
+    assert [row.split()[0] for row in rows] == ["sgd", "adam"]
+    kept, moved = rows[1].split("process")[1].split()[:2]
+    assert (kept, moved) == ("8", "28")
+    entries = json.loads(path.read_text())["entries"]
+    assert [entry["busy"] for entry in entries] == [1, 1]
 
 
 def test_run_writes_what_it_measured(tmp_path):

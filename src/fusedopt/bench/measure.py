@@ -45,7 +45,8 @@ class Settings:
 
     Contenders that are not slow get `seconds` for each case and state of the caches, without setup,
     in at least `least` and at most `most` rounds. Slow ones take part in `least` rounds. Small
-    cases are measured on several `placements`.
+    cases are measured on several `placements`, beside `busy` processes that do nothing else than
+    to keep CPUs busy.
     """
 
     optimizer: str = "adam"
@@ -54,6 +55,7 @@ class Settings:
     least: int = 5
     most: int = 100
     placements: int = 10
+    busy: int = 0
     seed: int = 0
 
 
@@ -256,7 +258,10 @@ class Bench:
     def measure(self, cases: Sequence[Case], threads: int) -> None:
         """Measure cases, each with every contender that can take part."""
         on, cache = machine.cpus(threads), machine.last_level_cache()
-        with machine.Evictor(on, cache) as evict, Workers(threads) as workers:
+        with (
+            machine.Evictor(on, cache) as evict,
+            Workers(threads, busy=self.settings.busy) as workers,
+        ):
             self.recording.evicted = evict.size
             for case in cases:
                 self._case(workers, self.problem(case, threads), evict)
@@ -316,7 +321,8 @@ class Bench:
 
     def _case(self, workers: Workers, problem: Problem, evict: machine.Evictor) -> None:
         name = problem.case.name
-        entries = [_new_entry(problem, state) for state in self.states(problem)]
+        busy = self.settings.busy
+        entries = [_new_entry(problem, state, busy) for state in self.states(problem)]
         self.recording.entries += entries  # now, so that an interrupted run keeps them
         rows, left_out = self.able(problem)
         members, too_large = teams(rows, problem, _free_memory())
@@ -359,9 +365,9 @@ def _free_memory() -> float:
     return 0.9 * (machine.available_memory() or math.inf)
 
 
-def _new_entry(problem: Problem, cache: str) -> Entry:
+def _new_entry(problem: Problem, cache: str, busy: int) -> Entry:
     case = problem.case
     return Entry(
         case.name, case.title, case.kind, case.elements, len(case.shapes), problem.moved,
-        problem.held, problem.threads, cache,
+        problem.held, problem.threads, cache, optimizer=problem.optimizer, busy=busy,
     )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +12,17 @@ import numpy as np
 from fusedopt.bench import report, stats
 from fusedopt.bench.contenders import AGAIN, LIMIT, OURS
 from fusedopt.bench.recording import Entry, Recording
+
+# of Okabe & Ito, told apart by colour-blind readers too
+COLOURS = {
+    LIMIT: "black",
+    OURS: "#d55e00",
+    "fusedopt-torch": "#e69f00",
+    "fusedopt-int8": "#cc79a7",
+    "torch-fused": "#0072b2",
+    "torch-foreach": "#56b4e9",
+    "numpy": "#009e73",
+}
 
 
 def _figure(height: float) -> Any:
@@ -51,21 +61,16 @@ def _height(recording: Recording, picture: str) -> float:
 
 
 def _styles(recording: Recording) -> dict[str, dict[str, Any]]:
-    """Return how each contender's line looks: fusedopt's rows red, the limit black."""
-    from matplotlib import colormaps
-
-    own = [name for name, title in recording.titles.items() if title.startswith(OURS)]
-    reds = iter(colormaps["autumn"](np.linspace(0, 0.75, len(own))))
-    others = itertools.cycle(colormaps["tab20"](i) for i in range(20) if i // 2 not in (1, 3))
+    """Return how each contender's line looks: a colour for those that matter most, else grey."""
     styles = {}
     for i, name in enumerate(recording.titles):
         styles[name] = {
-            "color": next(reds if name in own else others),
-            "marker": "os^Dv"[i % 5], "markersize": 3.5, "linewidth": 1.1, "zorder": 2,
+            "color": COLOURS.get(name, "0.72"), "marker": "os^Dv"[i % 5], "markersize": 3.5,
+            "linewidth": 1.6 if name in COLOURS else 0.9, "zorder": 2 + (name in COLOURS),
         }  # fmt: skip
-    for name, colour, look in ((OURS, "#c1121f", "-"), (LIMIT, "black", "--")):
+    for name, look in ((OURS, "-"), (LIMIT, "--")):
         if name in styles:
-            styles[name] |= {"color": colour, "linestyle": look, "linewidth": 2.4, "zorder": 3}
+            styles[name] |= {"linestyle": look, "linewidth": 2.6, "zorder": 4}
     return styles
 
 
@@ -88,7 +93,7 @@ def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, Any]]) -> Non
     for (x, y, name, colour), place in zip(ends, places, strict=True):
         axes.annotate(
             name, (x, y), (1.06, math.exp(place)), fontsize=8, va="center",
-            textcoords=axes.get_yaxis_transform(), color=colour if name == OURS else "0.15",
+            textcoords=axes.get_yaxis_transform(), color="0.15",
             annotation_clip=False,
             arrowprops={
                 "arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkB": 0,
@@ -99,7 +104,7 @@ def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, Any]]) -> Non
 
 def _curves(recording: Recording) -> list[tuple[str, dict[str, tuple[list[float], list[float]]]]]:
     """Return `report.sizes` for each state of the caches, only once if they are equal."""
-    states = sorted({e.cache for e in recording.entries if e.kind == "size" and e.rounds})[::-1]
+    states = sorted({e.cache for e in recording.usual if e.kind == "size" and e.rounds})[::-1]
     curves = [(state, report.sizes(recording, state)) for state in states]
     if len(curves) == 2 and curves[0][1] == curves[1][1]:  # no size was measured in both
         return [(" or ".join(states), curves[0][1])]
@@ -128,7 +133,7 @@ def _draw_sizes(recording: Recording, part: Any) -> None:
 
 def _models(recording: Recording) -> list[Entry]:
     """Return an entry for each model, on most threads, the warm one if there are two."""
-    entries = [e for e in recording.entries if e.kind in ("model", "many") and e.rounds]
+    entries = [e for e in recording.usual if e.kind in ("model", "many") and e.rounds]
     most = max((e.threads for e in entries), default=0)
     chosen: dict[str, Entry] = {}
     for entry in entries:
@@ -173,7 +178,7 @@ def _draw_models(recording: Recording, part: Any) -> None:
 def _scaling(recording: Recording) -> dict[tuple[str, str], list[Entry]]:
     """Return entries by case and state of the caches, if measured on several thread counts."""
     by: dict[tuple[str, str], list[Entry]] = {}
-    for entry in recording.entries:
+    for entry in recording.usual:
         if entry.rounds:
             by.setdefault((entry.case, entry.cache), []).append(entry)
     return {k: v for k, v in by.items() if len({e.threads for e in v}) > 1}

@@ -12,13 +12,14 @@ SCHEMA = 1
 
 @dataclass
 class Entry:
-    """One case, on a number of threads, in one state of the caches.
+    """One case and optimizer, on a number of threads, in one state of the caches.
 
     `seconds` holds for each contender the time of a step in each round, None if it did not take
     part. `left_out` says why others are missing; `skipped` why the whole case is.
     `placements` are the numbers of rounds on each set of arrays; small cases have several sets.
     `others` are the CPUs that other processes and the host kept busy in each round.
     `moved` and `held` are bytes; `own_moved` those of contenders with state in another format.
+    `busy` processes kept CPUs busy on purpose.
     """
 
     case: str
@@ -36,6 +37,8 @@ class Entry:
     placements: list[int] = field(default_factory=list)
     own_moved: dict[str, int] = field(default_factory=dict)
     others: list[float] = field(default_factory=list)
+    optimizer: str = ""
+    busy: int = 0
 
     @property
     def rounds(self) -> int:
@@ -90,6 +93,16 @@ class Recording:
     memory: list[Memory] = field(default_factory=list)
     complete: bool = False
 
+    @property
+    def optimizers(self) -> list[str]:
+        """The names of the optimizers that were measured."""
+        return str(self.settings["optimizer"]).split(",")
+
+    @property
+    def usual(self) -> list[Entry]:
+        """The entries of the first optimizer, without busy processes."""
+        return [e for e in self.entries if e.optimizer == self.optimizers[0] and not e.busy]
+
     def save(self, path: Path) -> None:
         """Write the recording as JSON."""
         tree = {"schema": SCHEMA, **asdict(self)}
@@ -109,7 +122,8 @@ class Recording:
             tree = json.loads(path.read_text(encoding="utf-8"))
             if tree.pop("schema") != SCHEMA:
                 raise ValueError(f"its schema is not {SCHEMA}")
-            tree["entries"] = [Entry(**entry) for entry in tree["entries"]]
+            alone = {"optimizer": tree["settings"]["optimizer"]}  # of files that name no others
+            tree["entries"] = [Entry(**(alone | entry)) for entry in tree["entries"]]
             tree["memory"] = [Memory(**row) for row in tree["memory"]]
             return cls(**tree)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from fusedopt.bench import stats
 from fusedopt.bench.contenders import LIMIT, OURS
 from fusedopt.bench.recording import Entry, Memory, Recording
 
 Table = list[list[str]]  # the first row is the head
 PICTURES = ("sizes", "models", "scaling")
+OF_RULES = (
+    "for each parameter, bytes kept as state and moved by a step; fusedopt's time as a part of "
+    "others' times."
+)
 
 
 def time_text(seconds: float) -> str:
@@ -29,10 +35,15 @@ def heading(entry: Entry) -> str:
     """Return one line about what an entry measures."""
     tensors = "1 array" if entry.tensors == 1 else f"{entry.tensors} arrays"
     return (
-        f"{entry.title}: {tensors}, {entry.elements:,} parameters, "
+        f"{entry.title}: {entry.optimizer}, {tensors}, {entry.elements:,} parameters, "
         f"{entry.moved / 1e6:.4g} MB moved; {entry.threads} "
-        f"thread{'s' * (entry.threads > 1)}; {entry.cache}"
+        f"thread{'s' * (entry.threads > 1)}; {entry.cache}{beside(entry)}"
     )
+
+
+def beside(entry: Entry) -> str:
+    """Return words about the busy processes of an entry; nothing if there were none."""
+    return f"; beside {entry.busy} busy process{'es' * (entry.busy > 1)}" if entry.busy else ""
 
 
 def background(entry: Entry) -> str:
@@ -119,6 +130,9 @@ def text(recording: Recording) -> str:
             f"  left out: {line}"
             for line in grouped({m.contender: m.why for m in rows if m.why}, titles)
         ]
+    rules = rule_table(recording)
+    if len(rules) > 1:
+        lines += ["", f"optimizers: {OF_RULES}", *aligned(rules)]
     costs = cost_table(recording)
     if len(costs) > 1:
         lines += ["", "fit of time to size", *aligned(costs)]
@@ -171,7 +185,7 @@ def sizes(
     With `cache`, only those of that state if both were measured.
     """
     curves: dict[str, tuple[list[float], list[float]]] = {}
-    entries = [e for e in recording.entries if e.kind == "size" and e.rounds]
+    entries = [e for e in recording.usual if e.kind == "size" and e.rounds]
     most = max((e.threads for e in entries), default=0)
     seen: set[str] = set()
     for entry in sorted(entries, key=lambda e: (e.elements, e.cache != cache)):
@@ -197,6 +211,27 @@ def cost_table(recording: Recording) -> Table:
                 recording.titles.get(name, name), time_text(cost.fixed), f"{cost.near * 1e9:.3f}",
                 f"{cost.far * 1e9:.3f}", f"{cost.bend:.1g}", f"{cost.off:.0%}",
             ])  # fmt: skip
+    return table
+
+
+def rule_table(recording: Recording) -> Table:
+    """Return a line for each optimizer and case, if there are several optimizers."""
+    table = [["", "case", "state", "moved", "time", "of limit", "of torch's best", "of NumPy"]]
+    if len(recording.optimizers) == 1:
+        return table
+    for entry in recording.entries:
+        found = {s.name: s for s in stats.summarize(entry)}
+        if OURS not in found:
+            continue
+        torch = [s.ratio for s in found.values() if s.name.startswith("torch-")]
+        numpy = [s.ratio for s in found.values() if s.name == "numpy"]
+        kept = entry.held / entry.elements - 2 * np.dtype(recording.settings["dtype"]).itemsize
+        table.append([
+            entry.optimizer, f"{entry.title}, {entry.cache}{beside(entry)}", f"{kept:.3g}",
+            f"{entry.moved / entry.elements:.3g}", time_text(found[OURS].seconds),
+            f"{found[OURS].of_limit:.0%}",
+            *(f"{1 / min(ratios):.2f}" if ratios else "-" for ratios in (torch, numpy)),
+        ])  # fmt: skip
     return table
 
 
@@ -227,9 +262,15 @@ def not_won(recording: Recording) -> list[str]:
             if names
         ]
         if parts:
-            where = f"{entry.title}, {entry.threads} thread{'s' * (entry.threads > 1)}"
-            lines.append(f"{where}, {entry.cache}: {'; '.join(parts)}")
+            lines.append(f"{place(recording, entry)}: {'; '.join(parts)}")
     return lines
+
+
+def place(recording: Recording, entry: Entry) -> str:
+    """Return an entry's case and circumstances, in short."""
+    optimizer = f"{entry.optimizer}, " * (len(recording.optimizers) > 1)
+    threads = f"{entry.threads} thread{'s' * (entry.threads > 1)}"
+    return f"{optimizer}{entry.title}, {threads}, {entry.cache}{beside(entry)}"
 
 
 def page(recording: Recording, pictures: Sequence[str]) -> str:
@@ -258,6 +299,10 @@ def page(recording: Recording, pictures: Sequence[str]) -> str:
     names = {"sizes": "Time by size", "models": "Models", "scaling": "Scaling over threads"}
     for picture in pictures:
         lines += ["", f"## {names[picture]}", "", f"![{names[picture]}]({picture}.png)"]
+    rules = rule_table(recording)
+    if len(rules) > 1:
+        lines += ["", "## Optimizers", "", f"{OF_RULES[0].upper()}{OF_RULES[1:]}", ""]
+        lines += markdown(rules)
     costs = cost_table(recording)
     if len(costs) > 1:
         lines += ["", "## Fit of time to size", "", "Warm if both were measured.", ""]

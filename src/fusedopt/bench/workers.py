@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import Pipe
 from typing import Any
 
@@ -114,12 +114,33 @@ def _bound_to(cpus: list[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-class Workers:
-    """A worker for each kind of process, started when first asked; a context that stops them."""
+@contextmanager
+def busy_processes(count: int, cpus: list[int]) -> Iterator[list[int]]:
+    """Let some processes compute on some CPUs, or on all if none are given; give their numbers."""
+    command = [sys.executable, "-c", "while True: pass"]
+    with _bound_to(cpus):
+        processes = [subprocess.Popen(command, start_new_session=True) for _ in range(count)]
+    try:
+        yield [process.pid for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
-    def __init__(self, threads: int, env: Mapping[str, str] | None = None) -> None:
-        self._threads, self._env = threads, dict(env or {})
+
+class Workers:
+    """A worker for each kind of process, started when first asked; a context that stops them.
+
+    While it lasts, `busy` other processes keep the CPUs of the workers busy.
+    """
+
+    def __init__(
+        self, threads: int, env: Mapping[str, str] | None = None, *, busy: int = 0
+    ) -> None:
+        self._threads, self._env, self._busy = threads, dict(env or {}), busy
         self._workers: dict[str, Worker] = {}
+        self._busy_pids: list[int] = []
+        self._stack = ExitStack()
 
     def ask(self, row: Row, method: str, *arguments: Any) -> Any:
         """Ask the worker that holds a row's contender; Failure as `Worker.ask`."""
@@ -134,15 +155,20 @@ class Workers:
             raise
 
     def cpu_seconds(self) -> float:
-        """Return the CPU seconds that the workers and this process have used."""
-        pids = [os.getpid(), *(worker.pid for worker in self._workers.values())]
+        """Return the CPU seconds that the workers, busy processes and this one have used."""
+        workers = [worker.pid for worker in self._workers.values()]
+        pids = [os.getpid(), *workers, *self._busy_pids]
         return sum(map(machine.process_seconds, pids))
 
     def __enter__(self) -> Workers:
-        """Start nothing yet."""
+        """Start busy processes, and no worker yet."""
+        self._busy_pids = self._stack.enter_context(
+            busy_processes(self._busy, machine.cpus(self._threads))
+        )
         return self
 
     def __exit__(self, *exc: object) -> None:
         """Stop all."""
+        self._stack.close()
         for worker in self._workers.values():
             worker.stop()

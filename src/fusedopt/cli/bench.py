@@ -10,12 +10,11 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import fusedopt
-from fusedopt.bench import machine, plots, report
+from fusedopt.bench import changes, machine, plots, report
 from fusedopt.bench.cases import CASES, DTYPES, OPTIMIZERS, Case
 from fusedopt.bench.contenders import LIMIT, OURS, ROWS
 from fusedopt.bench.measure import ALWAYS, Bench, Settings
@@ -24,11 +23,15 @@ from fusedopt.cli import files
 
 QUICK_CASES = ("1k", "30k", "1M", "mlp", "resnet50")
 SCALING_CASES = ("1M", "50M")
-SCALING_ROWS = ("numba", "torch-foreach", "torch-fused", "optax")  # with the limit and fusedopt
 MEMORY_CASES = ("resnet50",)
-SECONDS, QUICK_SECONDS, SCALING_SECONDS = 6.0, 3.0, 4.0
+BUSY_CASES, BUSY = ("1M",), 2
+RULE_CASES = ("50M", "400x250")
+# beside the limit and fusedopt
+PART_ROWS = ("numba", "torch-foreach", "torch-fused", "optax")
+RULE_ROWS = ("fusedopt-torch", "numpy", "torch-foreach", "torch-fused")
+SECONDS, QUICK_SECONDS, PART_SECONDS = 6.0, 3.0, 4.0
 QUICK_PLACEMENTS = 4
-USUAL = (None, False, "adam", "float32")  # values of options that a command line may leave out
+USUAL = (None, False, 0, "adam", "float32")  # values of options that a command line may leave out
 PROGRAM = "python -m fusedopt bench"  # the command that a report names
 T = TypeVar("T")
 
@@ -38,9 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--case", metavar="NAMES", help=f"some of {', '.join(CASES)} (default: all)")
     add("--contender", metavar="NAMES", help=f"some of {', '.join(ROWS)} (default: all)")
-    add("--optimizer", choices=OPTIMIZERS, default="adam", help="sgd: with momentum 0.9")
+    add(
+        "--optimizer",
+        metavar="NAMES",
+        default="adam",
+        help=f"some of {', '.join(OPTIMIZERS)}, or "
+        "all; several give a table with a row for each (default: adam; sgd: with momentum 0.9)",
+    )
     add("--dtype", choices=DTYPES, default="float32", help="of parameters and gradients")
     add("--threads", type=int, help="of every contender (default: fusedopt's own default)")
+    add("--busy", type=int, default=0, metavar="N", help="measure beside N busy processes")
     add("--cache", choices=("warm", "cold", "both"), help="(default: both; quick: warm)")
     add("--seconds", type=float, help="for each case and state of the caches, without setup "
         f"(default: {SECONDS:g}; quick {QUICK_SECONDS:g})")  # fmt: skip
@@ -52,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--report", type=Path, metavar="FOLDER", help="measure times, scaling and memory; write "
         "results.json, README.md and pictures")  # fmt: skip
     add("--load", type=Path, metavar="FILE", help="measure nothing; read what --json wrote")
+    add("--compare", type=Path, metavar="FILE", help="print too what changed since --json wrote it")
 
 
 def chosen(option: str, names: str | None, known: Mapping[str, T]) -> list[T]:
@@ -111,17 +122,18 @@ def prepare(options: argparse.Namespace) -> Callable[[], None]:
             files.to_write("--report", options.report / "results.json")
         else:
             files.to_write("--report", options.report)
+    before = None if options.compare is None else loaded("--compare", options.compare)
     if options.load is not None:
-        recording = loaded(options.load)
-        return lambda: publish(recording, options)
+        recording = loaded("--load", options.load)
+        return lambda: publish(recording, options, before)
     bench = make_bench(options)
     jobs = plan(bench, options)
-    return lambda: run(bench, jobs, options)
+    return lambda: run(bench, jobs, options, before)
 
 
-def loaded(path: Path) -> Recording:
+def loaded(option: str, path: Path) -> Recording:
     """Return a recording that can be printed; ValueError or OSError naming the file."""
-    files.to_read("--load", path)
+    files.to_read(option, path)
     recording = Recording.load(path)
     try:
         report.text(recording)
@@ -130,16 +142,19 @@ def loaded(path: Path) -> Recording:
     return recording
 
 
-def run(bench: Bench, jobs: Sequence[Job], options: argparse.Namespace) -> None:
+def run(
+    bench: Bench, jobs: Sequence[Job], options: argparse.Namespace, before: Recording | None
+) -> None:
     """Measure, and report the results, also after Ctrl-C."""
     try:
-        with progress_bar(sum(job.amount for job in jobs)) as bench.progress:
+        with progress_bar(sum(job.amount for job in jobs)) as show:
             for job in jobs:
-                job.do()
+                job.bench.progress = show
+                job.do(job.bench)
         bench.recording.complete = True
     finally:
         if any(e.rounds or e.skipped for e in bench.recording.entries) or bench.recording.memory:
-            publish(bench.recording, options)
+            publish(bench.recording, options, before)
 
 
 def make_bench(options: argparse.Namespace) -> Bench:
@@ -152,7 +167,12 @@ def make_bench(options: argparse.Namespace) -> Bench:
     seconds = options.seconds or (QUICK_SECONDS if options.quick else SECONDS)
     cache = options.cache or ("warm" if options.quick else "both")
     placements = QUICK_PLACEMENTS if options.quick else Settings.placements
-    settings = Settings(options.optimizer, options.dtype, seconds, placements=placements)
+    if options.busy < 0:
+        raise ValueError("--busy: must be >= 0")
+    settings = Settings(
+        ",".join(optimizers(options)), options.dtype, seconds, placements=placements,
+        busy=options.busy,
+    )  # fmt: skip
     recording = Recording(
         settings=asdict(settings),
         machine=machine.describe(),
@@ -174,11 +194,20 @@ def make_bench(options: argparse.Namespace) -> Bench:
     )
 
 
+def optimizers(options: argparse.Namespace) -> list[str]:
+    """Return the names that --optimizer gives, the first one first."""
+    if options.optimizer == "all":
+        return list(OPTIMIZERS)
+    names = [name.strip() for name in options.optimizer.split(",")]
+    chosen("--optimizer", options.optimizer, OPTIMIZERS)  # raises if one is unknown
+    return list(dict.fromkeys(names))
+
+
 def command(options: argparse.Namespace) -> str:
     """Return the command line that asks for the same measurement."""
     words = []
     for name, value in vars(options).items():
-        if name not in ("command", "json", "plot", "load") and value not in USUAL:
+        if name not in ("command", "json", "plot", "load", "compare") and value not in USUAL:
             words += [f"--{name}"] + [str(value)] * (value is not True)
     return " ".join([PROGRAM, shlex.join(words)]).rstrip()
 
@@ -187,7 +216,8 @@ def command(options: argparse.Namespace) -> str:
 class Job:
     """A part of the run, and how many entries it measures."""
 
-    do: Callable[[], None]
+    bench: Bench
+    do: Callable[[Bench], None]
     amount: int
 
 
@@ -197,27 +227,38 @@ def plan(bench: Bench, options: argparse.Namespace) -> list[Job]:
     machine.cpus(threads)  # raises if there are fewer
     steps = not (options.scaling or options.memory)
     everything = steps and options.report is not None
+    first, *others = bench.recording.optimizers
+    bench = replace(bench, settings=replace(bench.settings, optimizer=first))
 
     def cases(default: Iterable[str]) -> list[Case]:
         return chosen("--case", options.case or ",".join(default), CASES)
 
-    def sweep(few: Sequence[Case], count: int) -> None:
-        rows = [r for r in bench.rows if bench.named or r.name in (LIMIT, OURS, *SCALING_ROWS)]
-        settings = replace(bench.settings, seconds=options.seconds or SCALING_SECONDS)
-        replace(bench, rows=rows, settings=settings, caches=("warm",)).measure(few, count)
+    def job(bench: Bench, few: Sequence[Case], count: int = threads) -> Job:
+        amount = sum(len(bench.states(bench.problem(case, count))) for case in few)
+        return Job(bench, lambda bench: bench.measure(few, count), amount)
+
+    def part(peers: Sequence[str], **changed: Any) -> Bench:
+        """Return the bench with fewer rows, warm, with some settings changed."""
+        rows = [r for r in bench.rows if bench.named or r.name in (LIMIT, OURS, *peers)]
+        changed["seconds"] = options.seconds or PART_SECONDS
+        return replace(
+            bench, rows=rows, settings=replace(bench.settings, **changed), caches=("warm",)
+        )
 
     jobs = []
     if steps:
-        mine = cases(QUICK_CASES if options.quick else CASES)
-        amount = sum(len(bench.states(bench.problem(case, threads))) for case in mine)
-        jobs.append(Job(partial(bench.measure, mine, threads), amount))
+        usual = QUICK_CASES if options.quick else RULE_CASES if others else CASES
+        jobs.append(job(bench, cases(CASES if everything else usual)))
+        few = cases(RULE_CASES if everything else usual)
+        jobs += [job(part(RULE_ROWS, optimizer=name), few) for name in others]
+    if everything:
+        jobs.append(job(part(PART_ROWS, busy=BUSY), cases(BUSY_CASES)))
     if options.scaling or everything:
-        few = cases(SCALING_CASES)
         counts = [k for k in thread_counts(threads) if not (steps and k == threads)]
-        jobs += [Job(partial(sweep, few, count), len(few)) for count in counts]
+        jobs += [job(part(PART_ROWS), cases(SCALING_CASES), count) for count in counts]
     if options.memory or everything:
         held = cases(MEMORY_CASES)
-        jobs.append(Job(partial(bench.measure_memory, held, threads), len(held)))
+        jobs.append(Job(bench, lambda bench: bench.measure_memory(held, threads), len(held)))
     return jobs
 
 
@@ -226,9 +267,11 @@ def thread_counts(most: int) -> list[int]:
     return sorted({2**i for i in range(most.bit_length()) if 2**i <= most} | {most})
 
 
-def publish(recording: Recording, options: argparse.Namespace) -> None:
-    """Print a recording, and write the files that the options name."""
+def publish(recording: Recording, options: argparse.Namespace, before: Recording | None) -> None:
+    """Print a recording and what changed, and write the files that the options name."""
     print(report.text(recording))
+    if before is not None:
+        print(f"\n{changes.text(before, recording, str(options.compare))}")
     if options.json is not None:
         recording.save(options.json)
         print(f"\nrecording: {options.json}")
