@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -34,10 +33,8 @@ def weights(out):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_defaults_reach_96_percent(capsys, seed):
-    start = time.perf_counter()
     out = run(capsys, "--seed", seed)
     assert accuracy(out) >= 96
-    assert time.perf_counter() - start < 60  # far above its usual second: detects hangs
     assert "the same bits" in out
     assert re.search(r"forward\+backward .* s .*%\n .*optimizer .* s .*%", out)
     assert len(re.findall(r"^ +\d  +\d+ / \d+", out, re.M)) == 10
