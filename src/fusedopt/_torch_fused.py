@@ -184,27 +184,19 @@ class Fused(StateKeeper):
         loss = None
         if closure is not None:
             loss = copier.call(True, closure)
-        found_inf = getattr(self, "found_inf", None)  # set by GradScaler, and so is grad_scale
-        skip = found_inf is not None and found_inf.item() != 0
-        if skip and copy_out is None and not {**self.defaults, **options}.get("zero_grads"):
-            self.last_step = StepResult(self.last_step.step, 0, skipped=True)
-            return loss
         if self._leaves is None:
             self._leaves, self._groups = _new_list(self._rule), {}
         groups = [self._plan(i, group) for i, group in enumerate(self.param_groups)]
         how = None
         if (
             options
+            or copy_out is not None
+            or getattr(self, "found_inf", None) is not None  # GradScaler sets these two
             or getattr(self, "grad_scale", None) is not None
-            or not (_OF_NO_GROUP.isdisjoint(self.defaults))
+            or not _OF_NO_GROUP.isdisjoint(self.defaults)
         ):
             how = self._step_options(options)
         copies = None if copy_out is None else self._copies(copy_out)
-        if how is None and copies is not None:
-            how = StepOptions()
-        if skip:
-            assert how is not None
-            how = replace(how, skip=True)
         if self._rule.advance is not None:
             self._leaves.writes = self._advance()
         self._leaves.step(
@@ -225,7 +217,7 @@ class Fused(StateKeeper):
     @ieee
     def _step_options(self, given: Mapping[str, Any]) -> StepOptions:
         """Return what this step shall do around the rule."""
-        scale = getattr(self, "grad_scale", None)
+        scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         own = {name: self.defaults[name] for name in _OF_NO_GROUP if name in self.defaults}
         if unknown := given.keys() - _options.DEFAULTS:
             raise TypeError(
@@ -237,7 +229,8 @@ class Fused(StateKeeper):
             options["grad_scale"] = _options.CHECKS["grad_scale"](
                 "grad_scale", options["grad_scale"]
             ) * (1 / scale.item())
-        return _options.step_options(options)
+        how = _options.step_options(options)
+        return replace(how, skip=True) if found_inf is not None and found_inf.item() else how
 
     def _copies(self, given: Any) -> dict[int, Any]:
         """Return by the number of a parameter the tensor that gets its copy."""
