@@ -50,6 +50,7 @@ OPTIMIZERS = {
     "lamb": Choice("LAMB", 5e-3),
     "lars": Choice("LARS", 3.0),
     "lion": Choice("Lion", 5e-4),
+    "nadam": Choice("NAdam", 2e-3),
     "rmsprop": Choice("RMSprop", 1e-3),
     "sgd": Choice("SGD", 5e-2, options={"momentum": 0.9}),
     "gd": Choice("SGD", 1e-1, "constant", 200, whole=True),
