@@ -83,6 +83,23 @@ def _nadam(name: str, **options: Any) -> Case:
     return Case("nadam", name, "nadam", "NAdam", ("exp_avg", "exp_avg_sq"), options)
 
 
+def _radam(name: str, **options: Any) -> Case:
+    return Case("radam", name, "radam", "RAdam", ("exp_avg", "exp_avg_sq"), options)
+
+
+def _adamax(name: str, **options: Any) -> Case:
+    return Case("adamax", name, "adamax", "Adamax", ("exp_avg", "exp_inf"), options)
+
+
+def _adadelta(name: str, **options: Any) -> Case:
+    return Case("adadelta", name, "adadelta", "Adadelta", ("square_avg", "acc_delta"), options)
+
+
+def _ademamix(name: str, **options: Any) -> Case:
+    states = ("exp_avg", "exp_avg_sq", "exp_avg_slow")
+    return Case("ademamix", name, "ademamix", "AdEMAMix", states, options)
+
+
 CASES = [
     _adam("adam"),
     _adam("adam-lr-betas-eps", lr=0.3, betas=(0.5, 0.75), eps=1e-3),
@@ -112,6 +129,19 @@ CASES = [
     _nadam("nadam-l2", lr=0.3, betas=(0.5, 0.75), eps=1e-3, weight_decay=0.1, maximize=True),
     _nadam("nadam-decoupled", weight_decay=0.3, momentum_decay=2.0, decoupled_weight_decay=True),
     _nadam("nadam-beta-0", betas=(0.0, 0.0), momentum_decay=0.0, eps=0.0),
+    _radam("radam"),  # rectified from step 6 on
+    _radam("radam-l2", lr=0.3, betas=(0.5, 0.75), eps=1e-3, weight_decay=0.1, maximize=True),
+    _radam("radam-decoupled", betas=(0.9, 0.95), weight_decay=0.3, decoupled_weight_decay=True),
+    _radam("radam-plain", betas=(0.0, 0.5)),  # never rectified
+    _adamax("adamax"),
+    _adamax("adamax-all", lr=0.3, betas=(0.5, 0.75), eps=1e-3, weight_decay=0.1, maximize=True),
+    _adamax("adamax-beta-0", betas=(0.0, 0.0), eps=0.0),
+    _adadelta("adadelta"),
+    _adadelta("adadelta-all", lr=0.3, rho=0.5, eps=1e-3, weight_decay=0.1, maximize=True),
+    _adadelta("adadelta-rho-1", rho=1.0, eps=1e-2),
+    _ademamix("ademamix"),
+    _ademamix("ademamix-warmup", alpha=8.0, t_alpha_beta3=3.0, weight_decay=0.3, maximize=True),
+    _ademamix("ademamix-all", lr=0.3, betas=(0.5, 0.75, 0.25), eps=1e-3, alpha=0.5),
     _lamb("lamb", lr=0.01),
     _lamb("lamb-all", lr=0.3, betas=(0.5, 0.75), eps=1e-3, weight_decay=0.0, maximize=True),
     _lars("lars"),

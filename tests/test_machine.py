@@ -159,7 +159,7 @@ class Lockstep(RuleBasedStateMachine):
         value = data.draw(GOOD[name])
         for opt in self.opts:
             options = opt.param_groups[group % len(opt.param_groups)]
-            if name in options:
+            if name in options and np.shape(value) == np.shape(options[name]):
                 options[name] = value
 
     @precondition(lambda self: len(self.groups[0]) < 4)

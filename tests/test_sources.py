@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import fusedopt
+from fusedopt.optim import radam
 
 torch = pytest.importorskip("torch", reason="compares with torch.optim: extra `peers`")
 
@@ -26,7 +27,48 @@ OPTIONS = {
         "decoupled_weight_decay": FLAG,
         "maximize": FLAG,
     },
+    "RAdam": {
+        "betas": (*BETAS, (0.9, 0.7)),  # rectified from step 6 on, never, from step 10 on
+        "eps": (1e-8, 1e-3),
+        "weight_decay": (0.0, 0.1),
+        "decoupled_weight_decay": FLAG,
+        "maximize": FLAG,
+    },
+    "Adamax": {
+        "betas": BETAS,
+        "eps": (1e-8, 1e-3),
+        "weight_decay": (0.0, 0.1),
+        "maximize": FLAG,
+    },
+    "Adadelta": {
+        "rho": (0.9, 0.0, 1.0),
+        "eps": (1e-6, 1e-2),
+        "weight_decay": (0.0, 0.1),
+        "maximize": FLAG,
+    },
+    "AdEMAMix": {
+        "betas": ((0.9, 0.999, 0.9999), (0.6, 0.5, 0.9)),
+        "eps": (1e-8, 1e-3),
+        "weight_decay": (0.0, 0.1),
+        "alpha": (5.0, 0.5),
+        "t_alpha_beta3": (None, 10.0, 100.0),
+        "maximize": FLAG,
+    },
 }
+
+
+def peer_of(name, params, options):
+    """The optimizer of the library that the rule is from."""
+    if hasattr(torch.optim, name):
+        return getattr(torch.optim, name)(params, foreach=False, **options)
+    package = pytest.importorskip("pytorch_optimizer", reason="compares with it: extra `peers`")
+    return getattr(package, name)(params, foreach=False, weight_decouple=True, **options)
+
+
+def test_radam_is_rectified_where_more_than_five_gradients_count():
+    for beta2, first in ((0.999, 6), (0.9, 6), (0.7, 10), (0.5, None)):
+        rectified = [radam.rectification(step, beta2) is not None for step in range(1, 40)]
+        assert rectified == [first is not None and step >= first for step in range(1, 40)]
 
 
 def rate(step):
@@ -66,7 +108,7 @@ def test_agrees_with_its_source(name, dtype):
                 False,
             )
             theirs = trained(
-                lambda params: getattr(torch.optim, name)(params, foreach=False, **options),  # noqa: B023
+                lambda params: peer_of(name, params, options),  # noqa: B023
                 start,
                 True,
             )

@@ -39,6 +39,15 @@ ROWS = [
     ("NAdam", {}),
     ("NAdam", {"lr": 0.01, "betas": (0.5, 0.9), "momentum_decay": 0.1, "maximize": True}),
     ("NAdam", {"weight_decay": 0.1, "decoupled_weight_decay": True}),
+    ("RAdam", {}),
+    ("RAdam", {"betas": (0.5, 0.9), "weight_decay": 0.1, "maximize": True}),
+    ("RAdam", {"betas": (0.5, 0.6), "lr": 0.01}),
+    ("RAdam", {"weight_decay": 0.1, "decoupled_weight_decay": True}),
+    ("Adamax", {}),
+    ("Adamax", {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-3, "maximize": True}),
+    ("Adamax", {"weight_decay": 0.1}),
+    ("Adadelta", {}),
+    ("Adadelta", {"lr": 0.5, "rho": 0.7, "eps": 1e-3, "weight_decay": 0.1, "maximize": True}),
     ("Lion", {}),
     ("Lion", {"lr": 0.01, "betas": (0.5, 0.9), "weight_decay": 0.1}),
 ]
@@ -110,7 +119,7 @@ def test_adagrad_without_eps_is_torchs_where_all_gradients_were_zero():
 
 
 def test_state_names_and_defaults_are_torchs():
-    for name in ("Adagrad", "Adam", "AdamW", "NAdam", "RMSprop", "SGD"):
+    for name in {name for name, _ in ROWS} - PACKAGES.keys():
         ours = getattr(fusedopt, name)([np.ones(2)]).param_groups[0]
         theirs = getattr(torch.optim, name)([torch.ones(2, requires_grad=True)]).param_groups[0]
         for option in set(ours) & set(theirs) - {"params"}:

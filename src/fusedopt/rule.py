@@ -49,7 +49,7 @@ class State:
     name : str
         As in torch.
     squared : bool
-        Whether it is a mean or sum of squares: never negative, and unsigned in 8 bits.
+        Whether it is a mean or sum of squares, or else never negative: it is unsigned in 8 bits.
     needs : str
         The option that asks for it: not kept if that is False or 0. Empty: always kept.
     init : str
@@ -98,9 +98,8 @@ L1 = Option("l1", 0.0, _check.nonnegative, term="l1")
 
 def kept(options: Mapping[str, Any]) -> float:
     """Return what decoupled weight decay leaves of a parameter in a step; 1 if it is not asked."""
-    if not options["decoupled_weight_decay"]:
-        return 1.0
-    return 1 - options["lr"] * options["weight_decay"]
+    lost: float = options["lr"] * options["weight_decay"]
+    return 1.0 - lost if options["decoupled_weight_decay"] else 1.0
 
 
 # what every optimizer has; documented at `fusedopt.Optimizer`
