@@ -117,3 +117,73 @@ def test_agrees_with_its_source(name, dtype):
             assert worst <= BOUND[dtype] * largest, (options, worst / largest)
     finally:
         torch.set_default_dtype(before)
+
+
+# ---------------------------------------------------------------- conventions of Adam
+
+
+def keras(p, g, m, v, x, step, lr, betas, eps):
+    """Keras 3.15; so do TensorFlow and, but for v, thinc."""
+    rate = lr * np.sqrt(1 - betas[1] ** step) / (1 - betas[0] ** step)
+    m += (g - m) * (1 - betas[0])
+    v += (g * g - v) * (1 - betas[1])
+    np.maximum(x, v, out=x)
+    p -= m * rate / (np.sqrt(x) + eps)
+
+
+def fedadam(p, g, m, v, x, step, lr, betas, eps):
+    """Reddi et al., ICLR 2021, Algorithm 2, where the mean of the clients' updates is -g."""
+    m[...] = betas[0] * m - (1 - betas[0]) * g
+    v[...] = betas[1] * v + (1 - betas[1]) * g * g
+    p += lr * m / (np.sqrt(v) + eps)
+
+
+def flower(p, g, m, v, x, step, lr, betas, eps):
+    """Flower 1.42's FedAdam in round `step`."""
+    lr = lr * np.sqrt(1 - betas[1] ** (step + 1.0)) / (1 - betas[0] ** (step + 1.0))
+    fedadam(p, g, m, v, x, step, lr, betas, eps)
+
+
+def flowers_rate(step):
+    return 0.1 * np.sqrt(1 - 0.99 ** (step + 1.0)) / (1 - 0.9 ** (step + 1.0))
+
+
+@pytest.mark.parametrize(
+    ("formula", "options"),
+    [
+        (keras, {"eps_hat": True, "amsgrad": True}),
+        (fedadam, {"bias_correction": False}),
+        (flower, {"bias_correction": False, "lr": flowers_rate}),
+    ],
+)
+@pytest.mark.parametrize("dtype", BOUND, ids=lambda d: d.__name__)
+def test_adam_is_that_of_other_libraries(formula, options, dtype):
+    """With an epsilon as large as the gradients, so that its place matters."""
+    rng = np.random.default_rng(0)
+    ours = rng.standard_normal(60).astype(dtype)
+    theirs, m, v, x = ours.copy(), *(np.zeros_like(ours) for _ in range(3))
+    same = {"betas": (0.9, 0.99), "eps": 0.5}
+    opt = fusedopt.Adam(ours, **{"lr": 0.1} | same | options)
+    for step in range(1, STEPS + 1):
+        g = rng.standard_normal(60).astype(dtype)
+        opt.step(g)
+        formula(theirs, g, m, v, x, step, 0.1, **same)
+    assert np.abs(ours - theirs).max() <= BOUND[dtype] * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=lambda d: d.__name__)
+def test_adam_is_scikit_learns(dtype):
+    optimizers = pytest.importorskip(
+        "sklearn.neural_network._stochastic_optimizers", reason="compares with it: extra `demo`"
+    )
+    rng = np.random.default_rng(0)
+    ours = [rng.standard_normal(shape).astype(dtype) for shape in [(3, 17), (5,)]]
+    theirs = [p.copy() for p in ours]
+    opt = fusedopt.Adam(ours, lr=0.1, betas=(0.9, 0.99), eps=0.5, eps_hat=True)
+    peer = optimizers.AdamOptimizer(theirs, 0.1, beta_1=0.9, beta_2=0.99, epsilon=0.5)
+    for _ in range(STEPS):
+        grads = [rng.standard_normal(p.shape).astype(dtype) for p in ours]
+        opt.step(grads)
+        peer.update_params(theirs, grads)
+    for a, b in zip(ours, theirs, strict=True):
+        assert np.abs(a - b).max() <= BOUND[dtype] * np.abs(b).max()

@@ -154,6 +154,47 @@ def test_numbers_that_torch_keeps_for_a_parameter(name):
     check()
 
 
+EXTRAS = [(name, extra) for name in fo.__all__ for extra in getattr(fo, name)._extras]
+
+
+@pytest.mark.parametrize(("name", "extra"), EXTRAS)
+def test_options_that_torch_does_not_have(name, extra):
+    """In groups where they are not the default; checkpoints of torch's leave them as they are."""
+    cls, peer = getattr(fo, name), getattr(torch.optim, name)
+    other = not cls._rule.defaults[extra]
+    params = [torch.nn.Parameter(torch.ones(300)) for _ in range(4)]
+    plain, asked, loaded, theirs = (
+        cls([params[0]]), cls([params[1]], **{extra: other}), cls([params[2]]), peer([params[3]])
+    )  # fmt: skip
+    assert extra not in plain.param_groups[0] and asked.param_groups[0][extra] is other
+
+    def step(*optimizers):
+        for opt in optimizers:
+            opt.param_groups[0]["params"][0].grad = torch.linspace(0, 1e-7, 300)
+            opt.step()
+
+    step(plain, asked, theirs)
+    assert not torch.equal(params[0], params[1])
+    theirs.load_state_dict(copy.deepcopy(asked.state_dict()))
+    step(theirs)
+    loaded.load_state_dict(copy.deepcopy(asked.state_dict()))
+    assert loaded.param_groups[0][extra] is other
+    with torch.no_grad():
+        params[2].copy_(params[1])
+    step(loaded, asked)
+    assert torch.equal(params[2], params[1])
+    assert pickle.loads(pickle.dumps(asked)).param_groups[0][extra] is other
+    asked.load_state_dict(peer([params[3]]).state_dict())
+    assert asked.param_groups[0][extra] is other
+    asked.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], extra: not other})
+    assert [group[extra] for group in asked.param_groups] == [other, not other]
+    asked.param_groups[1][extra] = "yes"
+    with pytest.raises(TypeError, match=rf"^param_groups\[1\].{extra}: expected True or False"):
+        asked.step()
+    with pytest.raises(TypeError, match=f"^{extra}: expected True or False"):
+        cls([params[0]], **{extra: 1})
+
+
 @pytest.mark.parametrize("peer", [torch.optim.Adam, torch.optim.AdamW])
 def test_state_of_another_optimizer_of_torch(peer):
     """Adam's moments are LAMB's; an option that is none of LAMB's says nothing of its rule."""

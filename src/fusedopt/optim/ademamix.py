@@ -103,9 +103,9 @@ class AdEMAMix(Optimizer):
     `fusedopt.reference.ademamix` is the formula.
 
     The slow mean keeps errors of rounding for 10,000 steps: after as many of normal gradients the
-    error of ``exp_avg_slow``, root mean square of 65,536 elements, was 1.9 times its size in 8 bits,
-    and 0.14 times in bfloat16; with a mean of 0.3 standard deviations in the gradients 0.34 and
-    0.08.
+    error of ``exp_avg_slow``, root mean square of 65,536 elements, was 1.9 times its size in 8
+    bits and 0.14 times in bfloat16; with a mean of 0.3 standard deviations in the gradients 0.34
+    and 0.08.
 
     pytorch_optimizer counts the steps of a group; here each leaf has its own, as in torch.
 
