@@ -366,6 +366,18 @@ def test_a_non_finite_element_changes_no_other(name, bad):
 
 
 @pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])
+def test_step_sizes_survive(state_dtype):
+    """Rprop reaches its least step on curvatures that span six powers of ten within a block."""
+    rng = np.random.default_rng(0)
+    curvature = 10 ** rng.uniform(-3, 3, 1 << 14).astype(np.float32)
+    p = rng.standard_normal(1 << 14).astype(np.float32)
+    opt = fusedopt.Rprop(p, state_dtype=state_dtype)
+    for _ in range(120):
+        opt.step(curvature * p)
+    assert np.mean(np.abs(p) < 2e-6) > 0.99 and np.abs(p).max() < 1e-3
+
+
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])
 def test_second_moment_follows_a_change_of_scale(state_dtype):
     """The mean of v falls with the gradient; rounded to nearest, it would stop changing."""
     rng = np.random.default_rng(0)

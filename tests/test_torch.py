@@ -1,7 +1,10 @@
 """Agreement with torch.optim, or a rule's original library, over 100 steps, within bounds."""
 
+import inspect
+
 import numpy as np
 import pytest
+from cases import CLASSES
 
 import fusedopt
 
@@ -34,6 +37,8 @@ ROWS = [
     ("Adagrad", {"lr": 0.5, "lr_decay": 0.1}),
     ("Adagrad", {"weight_decay": 0.1, "maximize": True}),
     ("Adagrad", {"initial_accumulator_value": 0.3, "eps": 1e-3}),
+    ("Rprop", {}),
+    ("Rprop", {"lr": 0.3, "etas": (0.3, 1.5), "step_sizes": (1e-2, 0.7), "maximize": True}),
     ("Lion", {}),
     ("Lion", {"lr": 0.01, "betas": (0.5, 0.9), "weight_decay": 0.1}),
 ]
@@ -44,8 +49,9 @@ def peer_of(name, tensors, options):
     if name in PACKAGES:
         package = pytest.importorskip(PACKAGES[name], reason="compares with it: extra `peers`")
         return getattr(package, name)(tensors, **options)
-    fused = {} if name == "RMSprop" else {"fused": False}
-    return getattr(torch.optim, name)(tensors, **options, foreach=False, **fused)
+    cls = getattr(torch.optim, name)
+    fused = {"fused": False} if "fused" in inspect.signature(cls).parameters else {}
+    return cls(tensors, **options, foreach=False, **fused)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=lambda d: d.__name__)
@@ -95,7 +101,9 @@ def test_adagrad_without_eps_is_torchs_where_all_gradients_were_zero():
 
 
 def test_state_names_and_defaults_are_torchs():
-    for name in ("Adagrad", "Adam", "AdamW", "RMSprop", "SGD"):
+    names = [cls.__name__ for cls in CLASSES if hasattr(torch.optim, cls.__name__)]
+    assert len(names) >= 6
+    for name in names:
         ours = getattr(fusedopt, name)([np.ones(2)]).param_groups[0]
         theirs = getattr(torch.optim, name)([torch.ones(2, requires_grad=True)]).param_groups[0]
         for option in set(ours) & set(theirs) - {"params"}:

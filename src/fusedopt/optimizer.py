@@ -140,6 +140,7 @@ class Optimizer:
             where=where and f"{where}.",
         )
         options = self.rule.begun(options)
+        first = self.rule.beginning(options, self._work.count + 1)
         tree, root = group["params"], f"{where}['params']" if where else "params"
         named = list(_tree.leaves(root, tree))
         names, params = [name for name, _ in named], [leaf for _, leaf in named]
@@ -155,7 +156,7 @@ class Optimizer:
         made = _groups.Group(tree, _tree.reader(tree), nodes, leaves, self.rule.uses(options))
         made.note(self.rule, shown, options)
         known, threads = [*self._groups, made], _threads.of(self._threads)
-        begin = partial(_storage.begin_all, names, stored, states, self.rule, options, leaves.start)
+        begin = partial(_storage.begin_all, names, stored, states, self.rule, first, leaves.start)
         self.param_groups.append(shown)
         try:
             self._work.add(names, grads, stored, states, number, True, threads, begin)

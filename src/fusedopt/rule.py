@@ -49,16 +49,18 @@ class State:
     name : str
         As in torch.
     squared : bool
-        Whether it is a mean or sum of squares: never negative, and unsigned in 8 bits.
+        Whether it is a mean or sum of squares, or as these never negative: unsigned in 8 bits.
     needs : str
         The option that asks for it: not kept if that is False or 0. Empty: always kept.
     init : str
         Its initial value: "zeros", "param" (the parameter's value), or the name of the option that
-        holds the value of every element.
+        holds the value of every element; of a schedule of `lr`, that of the next step.
     refuses : tuple of str
         The values of `state_dtype` that lose what the rule needs of it, of "bfloat16" and "int8".
         An optimizer, a group, a change of options and a function that would keep it so are refused
         by name. The class's documentation says why.
+    plural : str
+        Name of its list in functions, if it is not `name` with an s.
     """
 
     name: str
@@ -66,6 +68,7 @@ class State:
     needs: str = ""
     init: str = "zeros"
     refuses: tuple[str, ...] = ()
+    plural: str = ""
 
     def first(self, options: Mapping[str, Any]) -> float | None:
         """Return the initial value of every element; None if it is the parameter's."""
@@ -222,6 +225,13 @@ class Rule:
                     f"{where}state_dtype: {self.name} keeps {state.name!r}, for which {asked!r} is "
                     f"too narrow; use {' or '.join([*ways, 'None'])}"
                 )
+
+    def beginning(self, options: Options, step: int) -> Options:
+        """Return the options that state begins by: a rate that it begins as is that of a step."""
+        rate = options["lr"]
+        if not callable(rate) or all(state.init != "lr" for state in self.states):
+            return options
+        return options | {"lr": self.check_rate(f"lr({step})", rate(step))}
 
     def begun(self, options: Options) -> Options:
         """Return the options with the initial values of what the rule remembers."""

@@ -51,6 +51,7 @@ OPTIMIZERS = {
     "lars": Choice("LARS", 3.0),
     "lion": Choice("Lion", 5e-4),
     "rmsprop": Choice("RMSprop", 1e-3),
+    "rprop": Choice("Rprop", 1e-3, "constant", 30, whole=True),
     "sgd": Choice("SGD", 5e-2, options={"momentum": 0.9}),
     "gd": Choice("SGD", 1e-1, "constant", 200, whole=True),
 }

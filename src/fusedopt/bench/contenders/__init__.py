@@ -29,7 +29,8 @@ LIMIT, OURS, AGAIN = "limit", "fusedopt", "fusedopt-again"
 # Slow contenders, by the time of an element: smaller cases show as much of them as larger ones.
 _10_NS: dict[str, Any] = {"most_elements": 10**7, "most_why": "takes 10 ns or more an element"}
 _OURS: dict[str, Any] = {"optimizers": tuple(OPTIMIZERS), "traced": True}
-_TORCH: dict[str, Any] = {"optimizers": ("adagrad", *Row.optimizers)}
+_FUSED: dict[str, Any] = {"optimizers": ("adagrad", *Row.optimizers)}
+_TORCH: dict[str, Any] = {"optimizers": ("rprop", *_FUSED["optimizers"])}
 _3_NS: dict[str, Any] = {"most_elements": 15 * 10**7, "most_why": "takes 3 ns or more an element"}
 
 
@@ -56,7 +57,8 @@ ROWS: dict[str, Row] = {
         Row(OURS, "fusedopt", Fusedopt, **_OURS),
         Row(AGAIN, "fusedopt, again", Fusedopt, **_OURS),
         Row("functional", "fusedopt.functional", Functional, **_OURS),
-        Row("fusedopt-torch", "fusedopt.torch", FusedoptTorch, ("torch",)),
+        Row("fusedopt-torch", "fusedopt.torch", FusedoptTorch, ("torch",),
+            optimizers=tuple(OPTIMIZERS)),
         Row("fusedopt-bf16", "fusedopt, bfloat16 state", Fusedopt, dtypes=("float32",),
             options={"state_dtype": "bfloat16"}, tolerance=0.05, **_OURS),
         Row("fusedopt-int8", "fusedopt, 8-bit state", Fusedopt, dtypes=("float32",),
@@ -74,7 +76,7 @@ ROWS: dict[str, Row] = {
         Row("torch-foreach", "torch, foreach", Torch, ("torch",), options={"foreach": True},
             temporaries=2, **_TORCH, **_3_NS),
         Row("torch-fused", "torch, fused", Torch, ("torch",), options={"fused": True},
-            **_TORCH),
+            **_FUSED),
         Row("torch-compile", "torch, compiled", Torch, ("torch",), options={"compiled": True},
             temporaries=2, quick=False, most_tensors=8,
             most_why="compiling takes a third of a second for each tensor", **_TORCH),
