@@ -90,6 +90,10 @@ def _lars(name: str, **options: Any) -> Case:
     return Case("lars", name, "lars", "LARS", ("momentum_buffer",), options)
 
 
+def _nadam(name: str, **options: Any) -> Case:
+    return Case("nadam", name, "nadam", "NAdam", ("exp_avg", "exp_avg_sq"), options)
+
+
 CASES = [
     _adam("adam"),
     _adam("adam-lr-betas-eps", lr=0.3, betas=(0.5, 0.75), eps=1e-3),
@@ -112,11 +116,15 @@ CASES = [
     _rmsprop("rmsprop-momentum", lr=0.3, alpha=0.5, eps=1e-3, momentum=0.8, weight_decay=0.1),
     _rmsprop("rmsprop-centered", centered=True, maximize=True),
     _rmsprop("rmsprop-all", centered=True, momentum=0.5, alpha=0.9, weight_decay=0.01),
+    _rprop("rprop"),
+    _rprop("rprop-all", lr=0.3, etas=(0.3, 1.5), step_sizes=(1e-2, 0.7), maximize=True),
     _adagrad("adagrad"),
     _adagrad("adagrad-decay", lr=0.5, lr_decay=0.25, weight_decay=0.1, maximize=True),
     _adagrad("adagrad-first", first=0.3, eps=0.0),
-    _rprop("rprop"),
-    _rprop("rprop-all", lr=0.3, etas=(0.3, 1.5), step_sizes=(1e-2, 0.7), maximize=True),
+    _nadam("nadam"),
+    _nadam("nadam-l2", lr=0.3, betas=(0.5, 0.75), eps=1e-3, weight_decay=0.1, maximize=True),
+    _nadam("nadam-decoupled", weight_decay=0.3, momentum_decay=2.0, decoupled_weight_decay=True),
+    _nadam("nadam-beta-0", betas=(0.0, 0.0), momentum_decay=0.0, eps=0.0),
     _lamb("lamb", lr=0.01),
     _lamb("lamb-all", lr=0.3, betas=(0.5, 0.75), eps=1e-3, weight_decay=0.0, maximize=True),
     _lars("lars"),

@@ -15,6 +15,8 @@ STEPS = 100
 # torch's single-tensor code rounds in another order, each step by a few ULP of the update and one
 # of p.
 BOUND = 4
+# Of rules whose parameter torch rounds twice in a step: roundings of p add up as a random walk.
+TWICE = {"NAdam": 20}
 
 ROWS = [
     ("Adam", {}),
@@ -37,6 +39,9 @@ ROWS = [
     ("Adagrad", {"lr": 0.5, "lr_decay": 0.1}),
     ("Adagrad", {"weight_decay": 0.1, "maximize": True}),
     ("Adagrad", {"initial_accumulator_value": 0.3, "eps": 1e-3}),
+    ("NAdam", {}),
+    ("NAdam", {"lr": 0.01, "betas": (0.5, 0.9), "momentum_decay": 0.1, "maximize": True}),
+    ("NAdam", {"weight_decay": 0.1, "decoupled_weight_decay": True}),
     ("Rprop", {}),
     ("Rprop", {"lr": 0.3, "etas": (0.3, 1.5), "step_sizes": (1e-2, 0.7), "maximize": True}),
     ("Lion", {}),
@@ -52,6 +57,16 @@ def peer_of(name, tensors, options):
     cls = getattr(torch.optim, name)
     fused = {"fused": False} if "fused" in inspect.signature(cls).parameters else {}
     return cls(tensors, **options, foreach=False, **fused)
+
+
+@pytest.fixture(autouse=True)
+def torch_default(request):
+    """Let torch keep its numbers in float64 where parameters are: NAdam's product of momenta."""
+    before = torch.get_default_dtype()
+    if "float64" in request.node.name:
+        torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=lambda d: d.__name__)
@@ -76,7 +91,7 @@ def test_agrees(name, options, dtype):
     for a, b, total in zip(ours, theirs, path, strict=True):
         unit = np.finfo(dtype).eps * (np.abs(a) + total)
         worst = float(np.max(np.abs(a - b.detach().numpy()) / unit))
-        assert worst <= BOUND, f"{worst:.2f}"
+        assert worst <= TWICE.get(name, BOUND), f"{worst:.2f}"
     for state, p in zip(opt.state.values(), theirs, strict=True):
         for key, value in state.items():
             if key != "step":

@@ -134,6 +134,56 @@ def test_remembered_numbers():
         opt.step()
 
 
+NUMBERS = [name for name in fo.__all__ if getattr(fo, name)._rule.numbers]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_that_torch_keeps_for_a_parameter(name):
+    """In state dicts as torch has them, also where a parameter had no gradient; into and from it.
+
+    A pickle and a copy have them too: torch reads them there.
+    """
+    ours, theirs = ([torch.nn.Parameter(torch.ones(50)) for _ in range(2)] for _ in range(2))
+    opt, peer = getattr(fo, name)(ours), getattr(torch.optim, name)(theirs, foreach=False)
+    assert opt.state_dict()["state"] == {}
+
+    def take(steps):
+        for seed in steps:
+            for params in (ours, theirs):
+                grads = step_grads(seed)
+                for p, g in zip(params, grads, strict=True):
+                    p.grad = g
+            opt.step()
+            peer.step()
+
+    def step_grads(seed):
+        generator = torch.Generator().manual_seed(seed)
+        made = [torch.randn(50, generator=generator) for _ in range(2)]
+        return [made[0], None if seed % 3 == 1 else made[1]]
+
+    def check():
+        mine, its = opt.state_dict()["state"], peer.state_dict()["state"]
+        for number, own in its.items():
+            assert own.keys() == mine[number].keys()
+            for key, value in own.items():
+                assert mine[number][key].dtype == value.dtype, key
+                torch.testing.assert_close(mine[number][key], value, rtol=2e-6, atol=1e-7)
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q, rtol=3e-6, atol=0)
+
+    take(range(4))
+    check()
+    for twin in (copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
+        assert repr(twin.state_dict()["state"]) == repr(opt.state_dict()["state"])
+    mine, its = copy.deepcopy(opt.state_dict()), copy.deepcopy(peer.state_dict())
+    opt, peer = getattr(fo, name)(ours), getattr(torch.optim, name)(theirs, foreach=False)
+    opt.load_state_dict(its)
+    peer.load_state_dict(mine)
+    check()
+    take(range(4, 9))
+    check()
+
+
 @pytest.mark.parametrize("peer", [torch.optim.Adam, torch.optim.AdamW])
 def test_state_of_another_optimizer_of_torch(peer):
     """Adam's moments are LAMB's; an option that is none of LAMB's says nothing of its rule."""

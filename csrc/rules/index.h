@@ -22,6 +22,7 @@
 #include "lamb.h"
 #include "lars.h"
 #include "lion.h"
+#include "nadam.h"
 #include "rmsprop.h"
 #include "rprop.h"
 #include "sgd.h"
@@ -34,6 +35,7 @@
     X(lars, LARS_SCALARS, 1, 1, LAYERWISE, FO_SETS)                                                \
     X(lion, LION_SCALARS, 1, 1, PLAIN, FO_SETS)                                                    \
     X(rmsprop, RMSPROP_SCALARS, 3, 1, PLAIN, FO_SETS)                                              \
-    X(adagrad, ADAGRAD_SCALARS, 1, 1, PLAIN, FO_SETS)                                              \
     X(rprop, RPROP_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                               \
+    X(adagrad, ADAGRAD_SCALARS, 1, 1, PLAIN, FO_SETS)                                              \
+    X(nadam, NADAM_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                               \
     X(add, ADD_SCALARS, 0, 0, INTERNAL, FO_NO_SETS)

@@ -33,6 +33,7 @@ from fusedopt.optim.adam import Adam, AdamW  # noqa: E402
 from fusedopt.optim.lamb import LAMB  # noqa: E402
 from fusedopt.optim.lars import LARS  # noqa: E402
 from fusedopt.optim.lion import Lion  # noqa: E402
+from fusedopt.optim.nadam import NAdam  # noqa: E402
 from fusedopt.optim.rmsprop import RMSprop  # noqa: E402
 from fusedopt.optim.rprop import Rprop  # noqa: E402
 from fusedopt.optim.sgd import SGD  # noqa: E402
@@ -51,6 +52,7 @@ __all__ = [
     "GradAccumulator",
     "GradScaler",
     "Lion",
+    "NAdam",
     "Optimizer",
     "RMSprop",
     "Rprop",

@@ -297,6 +297,7 @@ class Fused(StateKeeper):
                 f"{type(self).__name__} with a process_group cannot be copied or pickled; make one "
                 "on the other parameters and give it state_dict()"
             )
+        self._note_numbers()
         state: Any = super().__getstate__()
         return {**state, "_threads": self._threads, "last_step": self.last_step}
 
@@ -339,8 +340,8 @@ class Fused(StateKeeper):
         for option in rule:
             name, value = option.name, group[option.name]
             if isinstance(option.default, tuple):
-                options[name] = _pair(f"{where}.{name}", value)
-            elif not isinstance(option.default, bool):
+                options[name] = _numbers(f"{where}.{name}", value, len(option.default))
+            elif not (isinstance(option.default, bool) or (value is option.default is None)):
                 options[name] = _number(f"{where}.{name}", value)
         options |= self._checked_own(f"{where}.", options)
         states = self._states(self._rule.uses(options), options.get("ema") is not None)
@@ -444,9 +445,10 @@ def _number(where: str, value: Any) -> float:
     return float(result)
 
 
-def _pair(where: str, value: Any) -> tuple[float, ...]:
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise TypeError(f"{where}: expected two numbers, got {value!r}")
+def _numbers(where: str, value: Any, count: int) -> tuple[float, ...]:
+    if not isinstance(value, (tuple, list)) or len(value) != count:
+        number = {2: "two", 3: "three"}[count]
+        raise TypeError(f"{where}: expected {number} numbers, got {value!r}")
     return tuple(_number(f"{where}[{i}]", x) for i, x in enumerate(value))
 
 

@@ -31,6 +31,7 @@ class StateKeeper:
 
     _rule: ClassVar[Rule]
     _groups: Any  # by number: their options, as last checked, and plans
+    _checked: Any  # returns those of a group
     _is_swapped = False  # whether the averages are in the place of the parameters: see swap_ema
     defaults: Any  # torch's
     param_groups: Any
@@ -160,6 +161,22 @@ class StateKeeper:
                 "torch.tensor(5.0), or load a checkpoint"
             )
         return int(taken)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return state and options, as in torch."""
+        self._note_numbers()
+        made: dict[str, Any] = super().state_dict()  # type: ignore[misc]
+        return made
+
+    def _note_numbers(self) -> None:
+        """Write the numbers that torch keeps in the state of a parameter: see `Rule.numbers`."""
+        for i, group in enumerate(self.param_groups if self._rule.numbers and self.state else ()):
+            options = self._checked(f"param_groups[{i}]", group).options
+            for k, param in enumerate(group["params"]):
+                own = self.state.get(param)
+                for name, number in self._rule.numbers if own and "step" in own else ():
+                    value = number(self._count(i, k, own["step"]), options)
+                    own[name] = torch.tensor(value, dtype=_count_dtype(), device="cpu")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over state and options, as in torch, into this optimizer's own storage.

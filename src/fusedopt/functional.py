@@ -5,8 +5,11 @@ from fusedopt.optim.adam import adam, adamw
 from fusedopt.optim.lamb import lamb
 from fusedopt.optim.lars import lars
 from fusedopt.optim.lion import lion
+from fusedopt.optim.nadam import nadam
 from fusedopt.optim.rmsprop import rmsprop
 from fusedopt.optim.rprop import rprop
 from fusedopt.optim.sgd import sgd
 
-__all__ = ["adagrad", "adam", "adamw", "lamb", "lars", "lion", "rmsprop", "rprop", "sgd"]
+__all__ = [
+    "adagrad", "adam", "adamw", "lamb", "lars", "lion", "nadam", "rmsprop", "rprop", "sgd",
+]  # fmt: skip

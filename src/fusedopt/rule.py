@@ -100,7 +100,16 @@ class Scalar:
 
 
 MAXIMIZE = Option("maximize", False, _check.flag)
+DECOUPLED = Option("decoupled_weight_decay", False, _check.flag)
 L1 = Option("l1", 0.0, _check.nonnegative, term="l1")
+
+
+def kept(options: Mapping[str, Any]) -> float:
+    """Return what decoupled weight decay leaves of a parameter in a step; 1 if it is not asked."""
+    if not options["decoupled_weight_decay"]:
+        return 1.0
+    return 1 - options["lr"] * options["weight_decay"]
+
 
 NARROW = ("bfloat16", "int8")  # narrow values of `state_dtype`
 
@@ -153,6 +162,9 @@ class Rule:
         Returns the values of `memory` in the optimizer's next step. It may be called more than once
         for a step, and must depend only on the options, among them what was remembered after the
         last successful step.
+    numbers : tuple of (name, callable(step, options) -> float)
+        What torch keeps for each parameter as a number beside its state: functions of how many
+        steps were taken, and of the options. They are in state dicts of the torch class alone.
     """
 
     name: str
@@ -163,6 +175,7 @@ class Rule:
     counts: bool = True
     memory: tuple[Scalar, ...] = ()
     advance: Callable[[Options], dict[str, Any]] | None = None
+    numbers: tuple[tuple[str, Callable[[int, Options], float]], ...] = ()
 
     @cached_property
     def checks(self) -> dict[str, Check]:
@@ -194,10 +207,11 @@ class Rule:
         return (*self.state_names, "ema")
 
     @cached_property
-    def _terms(self) -> tuple[str, str]:
-        """The options that weight L1 and L2; empty if there is none."""
+    def _terms(self) -> tuple[str, str, str]:
+        """The options that weight L1 and L2, and that has no L2; empty if there is none."""
         names = {option.term: option.name for option in self.options}
-        return names.get("l1", ""), names.get("l2", "")
+        decoupled = DECOUPLED.name if DECOUPLED in self.options else ""
+        return names.get("l1", ""), names.get("l2", ""), decoupled
 
     def check(self, options: Options, where: str = "") -> Options:
         """Return those of `options` that a group has, checked; messages begin with `where`."""
@@ -278,11 +292,11 @@ class Rule:
             if the rule has started again since.
         """
         constants, decay = self.constants, options.get("ema")
-        l1, l2 = self._terms
+        l1, l2, decoupled = self._terms
         common = {
             "grad_scale": -1.0 if options.get("maximize") else 1.0,
             "l1": options.get(l1, 0.0),
-            "l2": options.get(l2, 0.0),
+            "l2": 0.0 if options.get(decoupled) else options.get(l2, 0.0),
             "ema_weight": 0.0 if decay is None else 1 - decay,
         }
         if decay is None or not options.get("ema_warmup"):

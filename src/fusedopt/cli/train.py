@@ -50,6 +50,7 @@ OPTIMIZERS = {
     "lamb": Choice("LAMB", 5e-3),
     "lars": Choice("LARS", 3.0),
     "lion": Choice("Lion", 5e-4),
+    "nadam": Choice("NAdam", 2e-3),
     "rmsprop": Choice("RMSprop", 1e-3),
     "rprop": Choice("Rprop", 1e-3, "constant", 30, whole=True),
     "sgd": Choice("SGD", 5e-2, options={"momentum": 0.9}),

@@ -10,11 +10,12 @@ from fusedopt.reference.adam import Adam, AdamW, adam, adamw
 from fusedopt.reference.lamb import LAMB, lamb
 from fusedopt.reference.lars import LARS, lars
 from fusedopt.reference.lion import Lion, lion
+from fusedopt.reference.nadam import NAdam, nadam
 from fusedopt.reference.rmsprop import RMSprop, rmsprop
 from fusedopt.reference.rprop import Rprop, rprop
 from fusedopt.reference.sgd import SGD, sgd
 
 __all__ = [
-    "LAMB", "LARS", "SGD", "Adagrad", "Adam", "AdamW", "Lion", "RMSprop", "Rprop",
-    "adagrad", "adam", "adamw", "lamb", "lars", "lion", "rmsprop", "rprop", "sgd",
+    "LAMB", "LARS", "SGD", "Adagrad", "Adam", "AdamW", "Lion", "NAdam", "RMSprop", "Rprop",
+    "adagrad", "adam", "adamw", "lamb", "lars", "lion", "nadam", "rmsprop", "rprop", "sgd",
 ]  # fmt: skip

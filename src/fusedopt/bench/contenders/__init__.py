@@ -29,8 +29,10 @@ LIMIT, OURS, AGAIN = "limit", "fusedopt", "fusedopt-again"
 # Slow contenders, by the time of an element: smaller cases show as much of them as larger ones.
 _10_NS: dict[str, Any] = {"most_elements": 10**7, "most_why": "takes 10 ns or more an element"}
 _OURS: dict[str, Any] = {"optimizers": tuple(OPTIMIZERS), "traced": True}
-_FUSED: dict[str, Any] = {"optimizers": ("adagrad", *Row.optimizers)}
-_TORCH: dict[str, Any] = {"optimizers": ("rprop", *_FUSED["optimizers"])}
+_FUSED: dict[str, Any] = {
+    "optimizers": ("adagrad", *Row.optimizers)
+}  # torch's fused step has these
+_TORCH: dict[str, Any] = {"optimizers": ("nadam", "rprop", *_FUSED["optimizers"])}
 _3_NS: dict[str, Any] = {"most_elements": 15 * 10**7, "most_why": "takes 3 ns or more an element"}
 
 
@@ -72,7 +74,7 @@ ROWS: dict[str, Row] = {
             **_OURS, **_10_NS),
         Row("numba", "Numba, parallel loop", Numba, ("numba",), process="numba"),
         Row("torch-single", "torch, single tensor", Torch, ("torch",),
-            options={"foreach": False, "fused": False}, temporaries=2, **_TORCH, **_3_NS),
+            options={"foreach": False}, temporaries=2, **_TORCH, **_3_NS),
         Row("torch-foreach", "torch, foreach", Torch, ("torch",), options={"foreach": True},
             temporaries=2, **_TORCH, **_3_NS),
         Row("torch-fused", "torch, fused", Torch, ("torch",), options={"fused": True},
