@@ -16,6 +16,7 @@ TILE = _core.TILE
 CLASSES = [  # all optimizers
     cls for cls in vars(fusedopt).values() if getattr(cls, "rule", None) is not None
 ]
+RULES = {cls.__name__: cls.rule for cls in CLASSES}
 LAYERWISE = {name for name, (*_, layerwise) in _core.RULES.items() if layerwise}
 DTYPES = (np.float32, np.float64)
 
@@ -29,6 +30,12 @@ class Case:
     states: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     class_options: dict[str, Any] = field(default_factory=dict)  # more options, of the class
+
+    @property
+    def plurals(self) -> list[str]:
+        """The names of the lists of state in functions."""
+        by_name = {state.name: state.plural or f"{state.name}s" for state in RULES[self.cls].states}
+        return [by_name[name] for name in self.states]
 
     @property
     def fast(self) -> Callable[..., None]:
@@ -75,6 +82,10 @@ def _adagrad(name: str, first: float = 0.0, **options: Any) -> Case:
     return Case("adagrad", name, "adagrad", "Adagrad", ("sum",), options, begins)
 
 
+def _rprop(name: str, lr: float = 0.01, **options: Any) -> Case:
+    return Case("rprop", name, "rprop", "Rprop", ("prev", "step_size"), options, {"lr": lr})
+
+
 def _lars(name: str, **options: Any) -> Case:
     return Case("lars", name, "lars", "LARS", ("momentum_buffer",), options)
 
@@ -98,6 +109,12 @@ def _adadelta(name: str, **options: Any) -> Case:
 def _ademamix(name: str, **options: Any) -> Case:
     states = ("exp_avg", "exp_avg_sq", "exp_avg_slow")
     return Case("ademamix", name, "ademamix", "AdEMAMix", states, options)
+
+
+def takes(cls: str, storage: Any) -> bool:
+    """Whether a class does not refuse to keep its state so: a `state_dtype`, or options."""
+    kind = storage.get("state_dtype") if isinstance(storage, dict) else storage
+    return not any(kind in state.refuses for state in getattr(fusedopt, cls).rule.states)
 
 
 CASES = [
@@ -125,6 +142,8 @@ CASES = [
     _rmsprop("rmsprop-momentum", lr=0.3, alpha=0.5, eps=1e-3, momentum=0.8, weight_decay=0.1),
     _rmsprop("rmsprop-centered", centered=True, maximize=True),
     _rmsprop("rmsprop-all", centered=True, momentum=0.5, alpha=0.9, weight_decay=0.01),
+    _rprop("rprop"),
+    _rprop("rprop-all", lr=0.3, etas=(0.3, 1.5), step_sizes=(1e-2, 0.7), maximize=True),
     _adagrad("adagrad"),
     _adagrad("adagrad-decay", lr=0.5, lr_decay=0.25, weight_decay=0.1, maximize=True),
     _adagrad("adagrad-first", first=0.3, eps=0.0),

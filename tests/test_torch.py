@@ -1,7 +1,10 @@
 """Agreement with torch.optim, or a rule's original library, over 100 steps, within bounds."""
 
+import inspect
+
 import numpy as np
 import pytest
+from cases import CLASSES
 
 import fusedopt
 
@@ -48,6 +51,8 @@ ROWS = [
     ("Adamax", {"weight_decay": 0.1}),
     ("Adadelta", {}),
     ("Adadelta", {"lr": 0.5, "rho": 0.7, "eps": 1e-3, "weight_decay": 0.1, "maximize": True}),
+    ("Rprop", {}),
+    ("Rprop", {"lr": 0.3, "etas": (0.3, 1.5), "step_sizes": (1e-2, 0.7), "maximize": True}),
     ("Lion", {}),
     ("Lion", {"lr": 0.01, "betas": (0.5, 0.9), "weight_decay": 0.1}),
 ]
@@ -58,8 +63,9 @@ def peer_of(name, tensors, options):
     if name in PACKAGES:
         package = pytest.importorskip(PACKAGES[name], reason="compares with it: extra `peers`")
         return getattr(package, name)(tensors, **options)
-    fused = {"fused": False} if name in ("Adagrad", "Adam", "AdamW", "SGD") else {}
-    return getattr(torch.optim, name)(tensors, **options, foreach=False, **fused)
+    cls = getattr(torch.optim, name)
+    fused = {"fused": False} if "fused" in inspect.signature(cls).parameters else {}
+    return cls(tensors, **options, foreach=False, **fused)
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +125,9 @@ def test_adagrad_without_eps_is_torchs_where_all_gradients_were_zero():
 
 
 def test_state_names_and_defaults_are_torchs():
-    for name in {name for name, _ in ROWS} - PACKAGES.keys():
+    names = [cls.__name__ for cls in CLASSES if hasattr(torch.optim, cls.__name__)]
+    assert len(names) >= 6
+    for name in names:
         ours = getattr(fusedopt, name)([np.ones(2)]).param_groups[0]
         theirs = getattr(torch.optim, name)([torch.ones(2, requires_grad=True)]).param_groups[0]
         for option in set(ours) & set(theirs) - {"params"}:

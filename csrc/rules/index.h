@@ -28,6 +28,7 @@
 #include "nadam.h"
 #include "radam.h"
 #include "rmsprop.h"
+#include "rprop.h"
 #include "sgd.h"
 
 #undef FO_RULES
@@ -38,6 +39,7 @@
     X(lars, LARS_SCALARS, 1, 1, LAYERWISE, FO_SETS)                                                \
     X(lion, LION_SCALARS, 1, 1, PLAIN, FO_SETS)                                                    \
     X(rmsprop, RMSPROP_SCALARS, 3, 1, PLAIN, FO_SETS)                                              \
+    X(rprop, RPROP_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                               \
     X(adagrad, ADAGRAD_SCALARS, 1, 1, PLAIN, FO_SETS)                                              \
     X(nadam, NADAM_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                               \
     X(radam, RADAM_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                               \

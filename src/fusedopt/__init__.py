@@ -39,6 +39,7 @@ from fusedopt.optim.lion import Lion  # noqa: E402
 from fusedopt.optim.nadam import NAdam  # noqa: E402
 from fusedopt.optim.radam import RAdam  # noqa: E402
 from fusedopt.optim.rmsprop import RMSprop  # noqa: E402
+from fusedopt.optim.rprop import Rprop  # noqa: E402
 from fusedopt.optim.sgd import SGD  # noqa: E402
 from fusedopt.optimizer import Optimizer  # noqa: E402
 from fusedopt.scaler import GradScaler  # noqa: E402
@@ -62,6 +63,7 @@ __all__ = [
     "Optimizer",
     "RAdam",
     "RMSprop",
+    "Rprop",
     "StepResult",
     "StepStats",
     "__version__",

@@ -282,6 +282,28 @@ def fraction(name: str, value: Any) -> float:
     return rate
 
 
+def around_one(name: str, value: Any) -> tuple[float, float]:
+    """Return `value` as two floats, the first between 0 and 1, the second > 1."""
+    low, high = _two(name, value)
+    if not 0 < low < 1 < high:
+        raise ValueError(f"{name}: expected one number between 0 and 1 and one > 1, got {value!r}")
+    return low, high
+
+
+def interval(name: str, value: Any) -> tuple[float, float]:
+    """Return `value` as two finite floats >= 0, in order."""
+    low, high = _two(name, value)
+    if not 0 <= low <= high:
+        raise ValueError(f"{name}: expected numbers >= 0 in order, got {value!r}")
+    return low, high
+
+
+def _two(name: str, value: Any) -> tuple[float, float]:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name}: expected two numbers, got {value!r}")
+    return number(f"{name}[0]", value[0]), number(f"{name}[1]", value[1])
+
+
 def optional(check: Any) -> Any:
     """Return a check that also accepts None."""
     return lambda name, value: None if value is None else check(name, value)

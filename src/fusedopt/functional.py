@@ -11,9 +11,10 @@ from fusedopt.optim.lion import lion
 from fusedopt.optim.nadam import nadam
 from fusedopt.optim.radam import radam
 from fusedopt.optim.rmsprop import rmsprop
+from fusedopt.optim.rprop import rprop
 from fusedopt.optim.sgd import sgd
 
 __all__ = [
     "adadelta", "adagrad", "adam", "adamax", "adamw", "ademamix", "lamb", "lars", "lion",
-    "nadam", "radam", "rmsprop", "sgd",
+    "nadam", "radam", "rmsprop", "rprop", "sgd",
 ]  # fmt: skip

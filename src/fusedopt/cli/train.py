@@ -56,6 +56,7 @@ OPTIMIZERS = {
     "nadam": Choice("NAdam", 2e-3),
     "radam": Choice("RAdam", 1e-2),
     "rmsprop": Choice("RMSprop", 1e-3),
+    "rprop": Choice("Rprop", 1e-3, "constant", 30, whole=True),
     "sgd": Choice("SGD", 5e-2, options={"momentum": 0.9}),
     "gd": Choice("SGD", 1e-1, "constant", 200, whole=True),
 }

@@ -57,7 +57,11 @@ RULE = Rule(
         Option("t_alpha_beta3", None, _check.optional_positive),
         MAXIMIZE,
     ),
-    states=(State("exp_avg"), State("exp_avg_sq", squared=True), State("exp_avg_slow")),
+    states=(
+        State("exp_avg"),
+        State("exp_avg_sq", squared=True),
+        State("exp_avg_slow", refuses=("int8",)),
+    ),
     constants=_constants,
     demand=_demand,
 )
@@ -104,8 +108,8 @@ class AdEMAMix(Optimizer):
 
     The slow mean keeps errors of rounding for 10,000 steps: after as many of normal gradients the
     error of ``exp_avg_slow``, root mean square of 65,536 elements, was 1.9 times its size in 8
-    bits and 0.14 times in bfloat16; with a mean of 0.3 standard deviations in the gradients 0.34
-    and 0.08.
+    bits, which are refused for it, and 0.14 times in bfloat16; with a mean of 0.3 standard
+    deviations in the gradients 0.34 and 0.08.
 
     pytorch_optimizer counts the steps of a group; here each leaf has its own, as in torch.
 

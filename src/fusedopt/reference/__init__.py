@@ -16,11 +16,12 @@ from fusedopt.reference.lion import Lion, lion
 from fusedopt.reference.nadam import NAdam, nadam
 from fusedopt.reference.radam import RAdam, radam
 from fusedopt.reference.rmsprop import RMSprop, rmsprop
+from fusedopt.reference.rprop import Rprop, rprop
 from fusedopt.reference.sgd import SGD, sgd
 
 __all__ = [
     "LAMB", "LARS", "SGD", "AdEMAMix", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "Lion",
-    "NAdam", "RAdam", "RMSprop",
+    "NAdam", "RAdam", "RMSprop", "Rprop",
     "adadelta", "adagrad", "adam", "adamax", "adamw", "ademamix", "lamb", "lars", "lion",
-    "nadam", "radam", "rmsprop", "sgd",
+    "nadam", "radam", "rmsprop", "rprop", "sgd",
 ]  # fmt: skip
