@@ -30,6 +30,7 @@ class Case:
     states: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     class_options: dict[str, Any] = field(default_factory=dict)  # more options, of the class
+    first_step: int = 1  # of functions
 
     @property
     def plurals(self) -> list[str]:
@@ -94,8 +95,9 @@ def _nadam(name: str, **options: Any) -> Case:
     return Case("nadam", name, "nadam", "NAdam", ("exp_avg", "exp_avg_sq"), options)
 
 
-def _radam(name: str, **options: Any) -> Case:
-    return Case("radam", name, "radam", "RAdam", ("exp_avg", "exp_avg_sq"), options)
+def _radam(name: str, first_step: int = 1, **options: Any) -> Case:
+    states = ("exp_avg", "exp_avg_sq")
+    return Case("radam", name, "radam", "RAdam", states, options, first_step=first_step)
 
 
 def _adamax(name: str, **options: Any) -> Case:
@@ -151,10 +153,12 @@ CASES = [
     _nadam("nadam-l2", lr=0.3, betas=(0.5, 0.75), eps=1e-3, weight_decay=0.1, maximize=True),
     _nadam("nadam-decoupled", weight_decay=0.3, momentum_decay=2.0, decoupled_weight_decay=True),
     _nadam("nadam-beta-0", betas=(0.0, 0.0), momentum_decay=0.0, eps=0.0),
-    _radam("radam"),  # rectified from step 6 on
-    _radam("radam-l2", lr=0.3, betas=(0.5, 0.75), eps=1e-3, weight_decay=0.1, maximize=True),
-    _radam("radam-decoupled", betas=(0.9, 0.95), weight_decay=0.3, decoupled_weight_decay=True),
-    _radam("radam-plain", betas=(0.0, 0.5)),  # never rectified
+    _radam("radam"),
+    _radam("radam-rectified", first_step=6),
+    _radam(
+        "radam-l2", 6, betas=(0.5, 0.75), eps=1e-3, weight_decay=0.1, maximize=True
+    ),  # from 8 on
+    _radam("radam-decoupled", 6, betas=(0.9, 0.95), weight_decay=0.3, decoupled_weight_decay=True),
     _adamax("adamax"),
     _adamax("adamax-all", lr=0.3, betas=(0.5, 0.75), eps=1e-3, weight_decay=0.1, maximize=True),
     _adamax("adamax-beta-0", betas=(0.0, 0.0), eps=0.0),

@@ -59,7 +59,7 @@ def run(case, step_of, n, param, grad, state, steps=4, offset=0, hostile=True):
     g = make_grad(n, grad, hostile)
     states = [make(state_format(case, k, state), n, offset=offset) for k in range(len(case.states))]
     with np.errstate(all="ignore"):
-        for step in range(1, steps + 1):
+        for step in range(case.first_step, case.first_step + steps):
             step_of([p], [g], *[[s] for s in states], step=step, seed=7, **case.options)
     return [part for array in [p, *states] for part in raw(array)]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fusedopt
-from fusedopt.optim import radam
+from fusedopt.optim import nadam, radam
 
 torch = pytest.importorskip("torch", reason="compares with torch.optim: extra `peers`")
 
@@ -69,6 +69,18 @@ def test_radam_is_rectified_where_more_than_five_gradients_count():
     for beta2, first in ((0.999, 6), (0.9, 6), (0.7, 10), (0.5, None)):
         rectified = [radam.rectification(step, beta2) is not None for step in range(1, 40)]
         assert rectified == [first is not None and step >= first for step in range(1, 40)]
+
+
+@pytest.mark.parametrize("decay", [0.0, 4e-3, 0.05, 1.0, 1e3])
+@pytest.mark.parametrize("beta1", [0.0, 0.5, 0.9, 0.9999])
+def test_product_of_nadams_momenta(beta1, decay):
+    """Whatever the step, also one that nobody multiplies up to; below float32's least it is 0."""
+    product = 1.0
+    for step in range(1, 5001):
+        product *= nadam.momentum(step, beta1, decay)
+        got = nadam.momentum_product(step, beta1, decay)
+        assert got == pytest.approx(product, rel=1e-11, abs=1e-45)
+    assert np.float32(nadam.momentum_product(2**60, beta1, decay)) == 0
 
 
 def rate(step):
