@@ -67,6 +67,7 @@ enum { FO_PIECE = 128, FO_AHEAD = 768, FO_LINE = 64 };
     X(rule, bf16_state_blocks, FO_F32, FO_F32, FO_BF16_STOCHASTIC, FO_BF16_STOCHASTIC)             \
     X(rule, int8_state_blocks, FO_F32, FO_F32, FO_S8, FO_U8)                                       \
     X(rule, int8_state_bf16_param_blocks, FO_BF16_LOW8, FO_BF16, FO_S8, FO_U8)
+#define FO_ABS fabsf
 #define FO_SQRT sqrtf
 #define FO_FMA fmaf
 #define FO_BITS uint32_t
@@ -81,6 +82,7 @@ enum { FO_PIECE = 128, FO_AHEAD = 768, FO_LINE = 64 };
 #undef FO_DECODE
 #undef FO_ENCODE
 #undef FO_SETS
+#undef FO_ABS
 #undef FO_SQRT
 #undef FO_FMA
 #undef FO_BITS
@@ -95,6 +97,7 @@ enum { FO_PIECE = 128, FO_AHEAD = 768, FO_LINE = 64 };
 #define FO_DECODE decode_wide
 #define FO_ENCODE encode_wide
 #define FO_SETS(X, rule)
+#define FO_ABS fabs
 #define FO_SQRT sqrt
 #define FO_FMA fma
 #define FO_BITS uint64_t

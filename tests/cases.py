@@ -16,6 +16,7 @@ TILE = _core.TILE
 CLASSES = [  # all optimizers
     cls for cls in vars(fusedopt).values() if getattr(cls, "rule", None) is not None
 ]
+RULES = {cls.__name__: cls.rule for cls in CLASSES}
 LAYERWISE = {name for name, (*_, layerwise) in _core.RULES.items() if layerwise}
 DTYPES = (np.float32, np.float64)
 
@@ -29,6 +30,13 @@ class Case:
     states: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     class_options: dict[str, Any] = field(default_factory=dict)  # more options, of the class
+    first_step: int = 1  # of functions
+
+    @property
+    def plurals(self) -> list[str]:
+        """The names of the lists of state in functions."""
+        by_name = {state.name: state.plural or f"{state.name}s" for state in RULES[self.cls].states}
+        return [by_name[name] for name in self.states]
 
     @property
     def fast(self) -> Callable[..., None]:
@@ -75,8 +83,40 @@ def _adagrad(name: str, first: float = 0.0, **options: Any) -> Case:
     return Case("adagrad", name, "adagrad", "Adagrad", ("sum",), options, begins)
 
 
+def _rprop(name: str, lr: float = 0.01, **options: Any) -> Case:
+    return Case("rprop", name, "rprop", "Rprop", ("prev", "step_size"), options, {"lr": lr})
+
+
 def _lars(name: str, **options: Any) -> Case:
     return Case("lars", name, "lars", "LARS", ("momentum_buffer",), options)
+
+
+def _nadam(name: str, **options: Any) -> Case:
+    return Case("nadam", name, "nadam", "NAdam", ("exp_avg", "exp_avg_sq"), options)
+
+
+def _radam(name: str, first_step: int = 1, **options: Any) -> Case:
+    states = ("exp_avg", "exp_avg_sq")
+    return Case("radam", name, "radam", "RAdam", states, options, first_step=first_step)
+
+
+def _adamax(name: str, **options: Any) -> Case:
+    return Case("adamax", name, "adamax", "Adamax", ("exp_avg", "exp_inf"), options)
+
+
+def _adadelta(name: str, **options: Any) -> Case:
+    return Case("adadelta", name, "adadelta", "Adadelta", ("square_avg", "acc_delta"), options)
+
+
+def _ademamix(name: str, **options: Any) -> Case:
+    states = ("exp_avg", "exp_avg_sq", "exp_avg_slow")
+    return Case("ademamix", name, "ademamix", "AdEMAMix", states, options)
+
+
+def takes(cls: str, storage: Any) -> bool:
+    """Whether a class does not refuse to keep its state so: a `state_dtype`, or options."""
+    kind = storage.get("state_dtype") if isinstance(storage, dict) else storage
+    return not any(kind in state.refuses for state in getattr(fusedopt, cls).rule.states)
 
 
 CASES = [
@@ -88,7 +128,10 @@ CASES = [
     _adam("adam-amsgrad", amsgrad=True),
     _adam("adam-maximize", maximize=True),
     _adam("adam-all", amsgrad=True, weight_decay=0.1, l1=0.02, maximize=True),
+    _adam("adam-eps-hat", eps=1e-3, eps_hat=True, amsgrad=True),
+    _adam("adam-uncorrected", bias_correction=False, weight_decay=0.01),
     _adam("adamw", "adamw"),
+    _adam("adamw-eps-hat", "adamw", eps=1e-3, eps_hat=True),
     _adam("adamw-all", "adamw", amsgrad=True, lr=0.1, weight_decay=0.3, maximize=True),
     _sgd("gd", lr=0.1),
     _sgd("gd-l1-l2", lr=0.1, l1=0.01, weight_decay=0.1, maximize=True),
@@ -101,9 +144,30 @@ CASES = [
     _rmsprop("rmsprop-momentum", lr=0.3, alpha=0.5, eps=1e-3, momentum=0.8, weight_decay=0.1),
     _rmsprop("rmsprop-centered", centered=True, maximize=True),
     _rmsprop("rmsprop-all", centered=True, momentum=0.5, alpha=0.9, weight_decay=0.01),
+    _rprop("rprop"),
+    _rprop("rprop-all", lr=0.3, etas=(0.3, 1.5), step_sizes=(1e-2, 0.7), maximize=True),
     _adagrad("adagrad"),
     _adagrad("adagrad-decay", lr=0.5, lr_decay=0.25, weight_decay=0.1, maximize=True),
     _adagrad("adagrad-first", first=0.3, eps=0.0),
+    _nadam("nadam"),
+    _nadam("nadam-l2", lr=0.3, betas=(0.5, 0.75), eps=1e-3, weight_decay=0.1, maximize=True),
+    _nadam("nadam-decoupled", weight_decay=0.3, momentum_decay=2.0, decoupled_weight_decay=True),
+    _nadam("nadam-beta-0", betas=(0.0, 0.0), momentum_decay=0.0, eps=0.0),
+    _radam("radam"),
+    _radam("radam-rectified", first_step=6),
+    _radam(
+        "radam-l2", 6, betas=(0.5, 0.75), eps=1e-3, weight_decay=0.1, maximize=True
+    ),  # from 8 on
+    _radam("radam-decoupled", 6, betas=(0.9, 0.95), weight_decay=0.3, decoupled_weight_decay=True),
+    _adamax("adamax"),
+    _adamax("adamax-all", lr=0.3, betas=(0.5, 0.75), eps=1e-3, weight_decay=0.1, maximize=True),
+    _adamax("adamax-beta-0", betas=(0.0, 0.0), eps=0.0),
+    _adadelta("adadelta"),
+    _adadelta("adadelta-all", lr=0.3, rho=0.5, eps=1e-3, weight_decay=0.1, maximize=True),
+    _adadelta("adadelta-rho-1", rho=1.0, eps=1e-2),
+    _ademamix("ademamix"),
+    _ademamix("ademamix-warmup", alpha=8.0, t_alpha_beta3=3.0, weight_decay=0.3, maximize=True),
+    _ademamix("ademamix-all", lr=0.3, betas=(0.5, 0.75, 0.25), eps=1e-3, alpha=0.5),
     _lamb("lamb", lr=0.01),
     _lamb("lamb-all", lr=0.3, betas=(0.5, 0.75), eps=1e-3, weight_decay=0.0, maximize=True),
     _lars("lars"),

@@ -57,6 +57,11 @@ VALUES = {  # by the check of an option
     _check.number: st.floats(-10, 10),
     _check.decay_rate: RATES,
     _check.decay_rates: st.tuples(RATES, RATES),
+    _check.three_decay_rates: st.tuples(RATES, RATES, RATES),
+    _check.fraction: st.floats(0, 1),
+    _check.optional_positive: st.none() | st.floats(1e-3, 1e7),
+    _check.around_one: st.tuples(st.floats(0.01, 0.99), st.floats(1.01, 3)),
+    _check.interval: st.tuples(st.floats(0, 1), st.floats(1, 100)),
     _check.flag: st.booleans(),
 }
 

@@ -8,7 +8,7 @@ import itertools
 
 import numpy as np
 import pytest
-from cases import CASES, CLASSES, STEP_OPTIONS, canonical
+from cases import CASES, CLASSES, STEP_OPTIONS, canonical, takes
 from torch_cases import fo, torch
 
 from fusedopt import reference
@@ -33,6 +33,7 @@ STORAGE = [
     (torch.float32, {"state_dtype": "int8", "min_8bit_size": 64, "seed": 5}),
     (torch.bfloat16, {"state_dtype": "int8", "min_8bit_size": 64}),
 ]
+ROWS = [(*rule, *kept) for rule in RULES for kept in STORAGE if takes(rule[0], kept[1])]
 AVERAGES = [{}, {"ema": 0.9}, {"ema": 0.9, "ema_warmup": True}]
 # (averages, options of the step): each case of a rule takes some rows, all its cases together most
 OPTION_ROWS = [
@@ -76,8 +77,7 @@ def test_all_optimizers_are_here():
 
 
 @pytest.mark.parametrize("shapes", MODELS.values(), ids=MODELS)
-@pytest.mark.parametrize(("dtype", "storage"), STORAGE, ids=str)
-@pytest.mark.parametrize(("name", "options"), RULES, ids=str)
+@pytest.mark.parametrize(("name", "options", "dtype", "storage"), ROWS, ids=str)
 def test_bits(name, options, dtype, storage, shapes):
     """Options of a step are given to the constructor, or to the step; with copies or without."""
     turn = RULES.index((name, options)) + STORAGE.index((dtype, storage))
@@ -116,8 +116,7 @@ def test_bits(name, options, dtype, storage, shapes):
             check_state(opt.state[p] if p in opt.state else {}, own)
 
 
-@pytest.mark.parametrize(("dtype", "storage"), STORAGE, ids=str)
-@pytest.mark.parametrize(("name", "options"), RULES, ids=str)
+@pytest.mark.parametrize(("name", "options", "dtype", "storage"), ROWS, ids=str)
 def test_another_default_device(name, options, dtype, storage):
     """State is on its parameter's device, step counts on the CPU; also if copies are stepped."""
     results = []

@@ -16,13 +16,19 @@
  * aliasing").
  *
  * Included by tile.inc once per compute type, so it has no guard. */
+#include "adadelta.h"
 #include "adagrad.h"
 #include "adam.h"
+#include "adamax.h"
 #include "add.h"
+#include "ademamix.h"
 #include "lamb.h"
 #include "lars.h"
 #include "lion.h"
+#include "nadam.h"
+#include "radam.h"
 #include "rmsprop.h"
+#include "rprop.h"
 #include "sgd.h"
 
 #undef FO_RULES
@@ -33,5 +39,11 @@
     X(lars, LARS_SCALARS, 1, 1, LAYERWISE, FO_SETS)                                                \
     X(lion, LION_SCALARS, 1, 1, PLAIN, FO_SETS)                                                    \
     X(rmsprop, RMSPROP_SCALARS, 3, 1, PLAIN, FO_SETS)                                              \
+    X(rprop, RPROP_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                               \
     X(adagrad, ADAGRAD_SCALARS, 1, 1, PLAIN, FO_SETS)                                              \
+    X(nadam, NADAM_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                               \
+    X(radam, RADAM_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                               \
+    X(adamax, ADAMAX_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                             \
+    X(adadelta, ADADELTA_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                         \
+    X(ademamix, ADEMAMIX_SCALARS, 3, 3, PLAIN, FO_NO_SETS)                                         \
     X(add, ADD_SCALARS, 0, 0, INTERNAL, FO_NO_SETS)

@@ -18,7 +18,7 @@ from fusedopt._options import Reduction, StepOptions, StepResult
 from fusedopt._storage import MASTERS
 from fusedopt._torch_state import OWN, StateKeeper, copier, residual_dtype
 from fusedopt.optim import adam as _adam
-from fusedopt.rule import L1, MAXIMIZE, Constants, Options, Rule
+from fusedopt.rule import L1, MAXIMIZE, Constants, Option, Options, Rule
 
 # options of a step, which are in `defaults` only, where they are not the default
 _OF_NO_GROUP = frozenset(_options.DEFAULTS) - {"grad_scale"}
@@ -68,7 +68,8 @@ class Fused(StateKeeper):
     _leaves: _tensors.TensorList | None = None
     last_step = StepResult(0, 0)  # what the last step did; also if GradScaler had it skipped
 
-    _storage_options: Mapping[str, Any] = {}
+    _own: ClassVar[Mapping[str, Option]]  # options that a class of torch's does not have
+    _own_given: Mapping[str, Any] = {}  # those of the constructor that are not the default
     _threads: int | None = None
     _is_torchs: ClassVar[bool]  # whether the constructor and its checks are of torch.optim
     _groups: dict[int, _Group]  # by number
@@ -112,10 +113,14 @@ class Fused(StateKeeper):
             "ema": ema,
             "ema_warmup": ema_warmup,
         }
-        own = {name: value for name, value in own.items() if value != OWN[name].default}
-        self._storage_options = _own_options(own)
+        own.update({name: options.pop(name) for name in self._extras if name in options})
+        self._own_given = {
+            name: value
+            for name, value in self._own_options(own).items()
+            if value != self._own[name].default
+        }
         super().__init__(params, *args, **options)  # type: ignore[call-arg]
-        self.defaults.update(self._storage_options)
+        self.defaults.update(self._own_given)
         # in defaults, which torch copies and pickles; of no group, as a norm is of all
         self.defaults.update({k: v for k, v in given.items() if v != _options.DEFAULTS[k]})
         self._replace_state()
@@ -135,7 +140,11 @@ class Fused(StateKeeper):
     def __init_subclass__(cls) -> None:
         """Show the base's arguments, and then ours, where the signature is asked for."""
         if "_rule" in vars(cls):
-            own = list(inspect.signature(Fused.__init__).parameters.values())[3:-1]
+            cls._own = {**OWN, **cls._extras}
+            only = inspect.Parameter.KEYWORD_ONLY
+            own = [inspect.Parameter(name, only, default=option.default)
+                   for name, option in cls._extras.items()]  # fmt: skip
+            own += list(inspect.signature(Fused.__init__).parameters.values())[3:-1]
             shown = inspect.signature(cls.__mro__[cls.__mro__.index(StateKeeper) + 1])
             cls.__signature__ = shown.replace(  # type: ignore[attr-defined]
                 parameters=[*shown.parameters.values(), *own]
@@ -261,9 +270,9 @@ class Fused(StateKeeper):
         where = f"param_groups[{len(self.param_groups)}]"
         _refuse_of_no_group(where, param_group)
         _refuse_options(where, {**self.defaults, **param_group})
-        for name, value in _own_options(param_group, f"{where}: ").items():
+        for name, value in self._own_options(param_group, f"{where}: ").items():
             param_group[name] = value
-        for name, value in self._storage_options.items():
+        for name, value in self._own_given.items():
             param_group.setdefault(name, value)
         options = {**self.defaults, **param_group}
         self._checked_own(f"{where}.", options)
@@ -280,7 +289,17 @@ class Fused(StateKeeper):
         for row in self._rule.memory:
             if row.name in group:
                 checked[row.name] = row.check(where + row.name, group[row.name])
+        self._rule.refuse_narrow(where, group)
         return checked
+
+    @classmethod
+    def _own_options(cls, options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+        """Return those of our own options that are given, checked."""
+        return {
+            name: option.check(where + name, options[name])
+            for name, option in cls._own.items()
+            if name in options
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle keeps: torch's, number of threads, and the last step."""
@@ -289,6 +308,7 @@ class Fused(StateKeeper):
                 f"{type(self).__name__} with a process_group cannot be copied or pickled; make one "
                 "on the other parameters and give it state_dict()"
             )
+        self._note_numbers()
         state: Any = super().__getstate__()
         return {**state, "_threads": self._threads, "last_step": self.last_step}
 
@@ -319,20 +339,25 @@ class Fused(StateKeeper):
 
     def _checked(self, where: str, group: Mapping[str, Any]) -> _Group:
         """Return a group with its options checked, as anybody may write into it."""
-        rule = [option for option in self._rule.options if option.name in self.defaults]
+        rule = [
+            option
+            for option in self._rule.options
+            if option.name in self.defaults and option.name not in self._extras
+        ]
         remembered = [row.name for row in self._rule.memory]
         names = ["params", *(option.name for option in rule), *remembered]
         if missing := [name for name in names if name not in group]:
             raise ValueError(f"{where}: has no {', '.join(missing)}")
         _refuse_options(where, group)
         _refuse_of_no_group(where, group)
-        options = {name: value for name, value in group.items() if name != "params"}
-        options |= _own_options(group, f"{where}.")
+        options = {name: option.default for name, option in self._extras.items()}
+        options |= {name: value for name, value in group.items() if name != "params"}
+        options |= self._own_options(group, f"{where}.")
         for option in rule:
             name, value = option.name, group[option.name]
             if isinstance(option.default, tuple):
-                options[name] = _pair(f"{where}.{name}", value)
-            elif not isinstance(option.default, bool):
+                options[name] = _numbers(f"{where}.{name}", value, len(option.default))
+            elif not (isinstance(option.default, bool) or (value is option.default is None)):
                 options[name] = _number(f"{where}.{name}", value)
         options |= self._checked_own(f"{where}.", options)
         states = self._states(self._rule.uses(options), options.get("ema") is not None)
@@ -408,15 +433,6 @@ def _refuse_of_no_group(where: str, group: Mapping[str, Any]) -> None:
             )
 
 
-def _own_options(options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Return those of our own options that are given, checked."""
-    return {
-        name: option.check(where + name, options[name])
-        for name, option in OWN.items()
-        if name in options
-    }
-
-
 def _is_constant(item: tuple[str, Any]) -> bool:
     name, value = item
     if type(value) is tuple:
@@ -436,9 +452,10 @@ def _number(where: str, value: Any) -> float:
     return float(result)
 
 
-def _pair(where: str, value: Any) -> tuple[float, ...]:
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise TypeError(f"{where}: expected two numbers, got {value!r}")
+def _numbers(where: str, value: Any, count: int) -> tuple[float, ...]:
+    if not isinstance(value, (tuple, list)) or len(value) != count:
+        number = {2: "two", 3: "three"}[count]
+        raise TypeError(f"{where}: expected {number} numbers, got {value!r}")
     return tuple(_number(f"{where}[{i}]", x) for i, x in enumerate(value))
 
 

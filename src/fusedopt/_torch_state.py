@@ -11,9 +11,9 @@ import torch
 from fusedopt import _copies, _storage
 from fusedopt import _torch_plain as _plain
 from fusedopt.formats import FORMATS
-from fusedopt.rule import COMMON, Rule
+from fusedopt.rule import COMMON, Option, Rule
 
-OWN = {option.name: option for option in COMMON}  # options that torch's optimizers do not have
+OWN = {option.name: option for option in COMMON}  # how parameters and state are kept
 _DTYPES = {  # by storage format; 8-bit codes of either sign are bytes
     "float32": torch.float32,
     "float64": torch.float64,
@@ -30,7 +30,9 @@ class StateKeeper:
     """The state of an optimizer of torch's, in formats of ours; to stand among its bases."""
 
     _rule: ClassVar[Rule]
+    _extras: ClassVar[Mapping[str, Option]]  # of the rule, which a class of torch's does not have
     _groups: Any  # by number: their options, as last checked, and plans
+    _checked: Any  # returns those of a group
     _is_swapped = False  # whether the averages are in the place of the parameters: see swap_ema
     defaults: Any  # torch's
     param_groups: Any
@@ -161,13 +163,30 @@ class StateKeeper:
             )
         return int(taken)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return state and options, as in torch."""
+        self._note_numbers()
+        made: dict[str, Any] = super().state_dict()  # type: ignore[misc]
+        return made
+
+    def _note_numbers(self) -> None:
+        """Write the numbers that torch keeps in the state of a parameter: see `Rule.numbers`."""
+        for i, group in enumerate(self.param_groups if self._rule.numbers and self.state else ()):
+            options = self._checked(f"param_groups[{i}]", group).options
+            for k, param in enumerate(group["params"]):
+                own = self.state.get(param)
+                for name, number in self._rule.numbers if own and "step" in own else ():
+                    value = number(self._count(i, k, own["step"]), options)
+                    own[name] = torch.tensor(value, dtype=_count_dtype(), device="cpu")
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over state and options, as in torch, into this optimizer's own storage.
 
         How state is stored remains as this optimizer was made, whatever `state_dict` has: what
         comes in another dtype (torch's own bfloat16 state of a bfloat16 parameter, say) is
         converted, from and to 8-bit codes too, and torch's rule to cast state to the parameter's
-        dtype is not followed.
+        dtype is not followed. So do options that torch does not have and that the saved groups
+        lack.
 
         Raises
         ------
@@ -204,6 +223,8 @@ class StateKeeper:
             for name in OWN:
                 group.pop(name, None)
             group.update({k: v for k, v in self.param_groups[g].items() if k in OWN})
+            for name in self._extras.keys() & self.param_groups[g].keys():
+                group.setdefault(name, self.param_groups[g][name])  # of which torch says nothing
             numbers = saved["param_groups"][g]["params"]
             places.update({n: (g, i) for i, n in enumerate(numbers)})
         for number, own in saved["state"].items():

@@ -1,11 +1,20 @@
 """The steps as functions on lists of arrays that the caller keeps."""
 
+from fusedopt.optim.adadelta import adadelta
 from fusedopt.optim.adagrad import adagrad
 from fusedopt.optim.adam import adam, adamw
+from fusedopt.optim.adamax import adamax
+from fusedopt.optim.ademamix import ademamix
 from fusedopt.optim.lamb import lamb
 from fusedopt.optim.lars import lars
 from fusedopt.optim.lion import lion
+from fusedopt.optim.nadam import nadam
+from fusedopt.optim.radam import radam
 from fusedopt.optim.rmsprop import rmsprop
+from fusedopt.optim.rprop import rprop
 from fusedopt.optim.sgd import sgd
 
-__all__ = ["adagrad", "adam", "adamw", "lamb", "lars", "lion", "rmsprop", "sgd"]
+__all__ = [
+    "adadelta", "adagrad", "adam", "adamax", "adamw", "ademamix", "lamb", "lars", "lion",
+    "nadam", "radam", "rmsprop", "rprop", "sgd",
+]  # fmt: skip

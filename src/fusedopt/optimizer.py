@@ -46,7 +46,8 @@ class Optimizer:
     state_dtype : None, "float32", "bfloat16" or "int8", default None
         How moments are kept between steps: in float32 (float64 for float64 parameters), in 2 bytes
         or in 1 + 1 / 64 bytes for each element; see `fusedopt.formats` for what that costs in
-        precision.
+        precision. A rule whose state would lose by it what the rule needs refuses the format, for
+        arrays of any size; its documentation says why.
     master_bits : None, 16, 24 or 32, default None
         Length of the number of which a bfloat16 parameter shows the upper half; the rest is kept as
         state. 32, the default, loses nothing; what 24 or 16 cut off is rounded stochastically in
@@ -139,6 +140,7 @@ class Optimizer:
             where=where and f"{where}.",
         )
         options = self.rule.begun(options)
+        first = self.rule.beginning(options, self._work.count + 1)
         tree, root = group["params"], f"{where}['params']" if where else "params"
         named = list(_tree.leaves(root, tree))
         names, params = [name for name, _ in named], [leaf for _, leaf in named]
@@ -154,7 +156,7 @@ class Optimizer:
         made = _groups.Group(tree, _tree.reader(tree), nodes, leaves, self.rule.uses(options))
         made.note(self.rule, shown, options)
         known, threads = [*self._groups, made], _threads.of(self._threads)
-        begin = partial(_storage.begin_all, names, stored, states, self.rule, options, leaves.start)
+        begin = partial(_storage.begin_all, names, stored, states, self.rule, first, leaves.start)
         self.param_groups.append(shown)
         try:
             self._work.add(names, grads, stored, states, number, True, threads, begin)

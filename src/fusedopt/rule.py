@@ -49,18 +49,26 @@ class State:
     name : str
         As in torch.
     squared : bool
-        Whether it is a mean or sum of squares: never negative, and unsigned in 8 bits.
+        Whether it is a mean or sum of squares, or as these never negative: unsigned in 8 bits.
     needs : str
         The option that asks for it: not kept if that is False or 0. Empty: always kept.
     init : str
         Its initial value: "zeros", "param" (the parameter's value), or the name of the option that
-        holds the value of every element.
+        holds the value of every element; of a schedule of `lr`, that of the next step.
+    refuses : tuple of str
+        The values of `state_dtype` that lose what the rule needs of it, of "bfloat16" and "int8".
+        An optimizer, a group, a change of options and a function that would keep it so are refused
+        by name. The class's documentation says why.
+    plural : str
+        Name of its list in functions, if it is not `name` with an s.
     """
 
     name: str
     squared: bool = False
     needs: str = ""
     init: str = "zeros"
+    refuses: tuple[str, ...] = ()
+    plural: str = ""
 
     def first(self, options: Mapping[str, Any]) -> float | None:
         """Return the initial value of every element; None if it is the parameter's."""
@@ -92,11 +100,21 @@ class Scalar:
 
 
 MAXIMIZE = Option("maximize", False, _check.flag)
+DECOUPLED = Option("decoupled_weight_decay", False, _check.flag)
 L1 = Option("l1", 0.0, _check.nonnegative, term="l1")
+
+
+def kept(options: Mapping[str, Any]) -> float:
+    """Return what decoupled weight decay leaves of a parameter in a step; 1 if it is not asked."""
+    lost: float = options["lr"] * options["weight_decay"]
+    return 1.0 - lost if options["decoupled_weight_decay"] else 1.0
+
+
+NARROW = ("bfloat16", "int8")  # narrow values of `state_dtype`
 
 # what every optimizer has; documented at `fusedopt.Optimizer`
 COMMON = (
-    Option("state_dtype", None, _check.choice(None, "float32", "bfloat16", "int8")),
+    Option("state_dtype", None, _check.choice(None, "float32", *NARROW)),
     Option("master_bits", None, _check.choice(None, 16, 24, 32)),
     Option("min_8bit_size", 4096, _check.count),
     Option("seed", 0, _check.count),
@@ -143,6 +161,9 @@ class Rule:
         Returns the values of `memory` in the optimizer's next step. It may be called more than once
         for a step, and must depend only on the options, among them what was remembered after the
         last successful step.
+    numbers : tuple of (name, callable(step, options) -> float)
+        What torch keeps for each parameter as a number beside its state: functions of how many
+        steps were taken, and of the options. They are in state dicts of the torch class alone.
     """
 
     name: str
@@ -153,6 +174,7 @@ class Rule:
     counts: bool = True
     memory: tuple[Scalar, ...] = ()
     advance: Callable[[Options], dict[str, Any]] | None = None
+    numbers: tuple[tuple[str, Callable[[int, Options], float]], ...] = ()
 
     @cached_property
     def checks(self) -> dict[str, Check]:
@@ -184,10 +206,11 @@ class Rule:
         return (*self.state_names, "ema")
 
     @cached_property
-    def _terms(self) -> tuple[str, str]:
-        """The options that weight L1 and L2; empty if there is none."""
+    def _terms(self) -> tuple[str, str, str]:
+        """The options that weight L1 and L2, and that has no L2; empty if there is none."""
         names = {option.term: option.name for option in self.options}
-        return names.get("l1", ""), names.get("l2", "")
+        decoupled = DECOUPLED.name if DECOUPLED in self.options else ""
+        return names.get("l1", ""), names.get("l2", ""), decoupled
 
     def check(self, options: Options, where: str = "") -> Options:
         """Return those of `options` that a group has, checked; messages begin with `where`."""
@@ -198,7 +221,30 @@ class Rule:
         }
         if self.demand is not None:
             self.demand(where, checked)
+        self.refuse_narrow(where, checked)
         return checked
+
+    def refuse_narrow(self, where: str, options: Mapping[str, Any]) -> None:
+        """Raise ValueError if a state in use refuses `state_dtype`, see `State`."""
+        asked = options.get("state_dtype")
+        if asked in (None, "float32"):
+            return
+        used = [row for row, use in zip(self.states, self.uses(options), strict=True) if use]
+        for state in used:
+            if asked in state.refuses:
+                refused = {name for row in used for name in row.refuses}
+                ways = [repr(name) for name in NARROW if name not in refused]
+                raise ValueError(
+                    f"{where}state_dtype: {self.name} keeps {state.name!r}, for which {asked!r} is "
+                    f"too narrow; use {' or '.join([*ways, 'None'])}"
+                )
+
+    def beginning(self, options: Options, step: int) -> Options:
+        """Return the options that state begins by: a rate that it begins as is that of a step."""
+        rate = options["lr"]
+        if not callable(rate) or all(state.init != "lr" for state in self.states):
+            return options
+        return options | {"lr": self.check_rate(f"lr({step})", rate(step))}
 
     def begun(self, options: Options) -> Options:
         """Return the options with the initial values of what the rule remembers."""
@@ -245,11 +291,11 @@ class Rule:
             if the rule has started again since.
         """
         constants, decay = self.constants, options.get("ema")
-        l1, l2 = self._terms
+        l1, l2, decoupled = self._terms
         common = {
             "grad_scale": -1.0 if options.get("maximize") else 1.0,
             "l1": options.get(l1, 0.0),
-            "l2": options.get(l2, 0.0),
+            "l2": 0.0 if options.get(decoupled) else options.get(l2, 0.0),
             "ema_weight": 0.0 if decay is None else 1 - decay,
         }
         if decay is None or not options.get("ema_warmup"):

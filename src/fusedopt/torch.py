@@ -18,6 +18,7 @@ a run can change from one to the other and back. The others are subclasses of
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 try:
@@ -38,7 +39,8 @@ Parameters
 {own}
 state_dtype : {{None, "float32", "bfloat16", "int8"}}, default None
     How the state is kept: in float32, whatever the parameter's dtype, unless a narrower dtype is
-    asked for (float64 of float64 parameters). See `fusedopt.Optimizer`.
+    asked for (float64 of float64 parameters); some rules refuse narrow ones. See
+    `fusedopt.Optimizer`.
 master_bits : {{None, 16, 24, 32}}, default None
     Bits of a 16-bit parameter that steps compute with, rounded stochastically to 24 and 16. None:
     32 of a bfloat16 parameter, of which what it does not show is kept as ``residual`` in its state;
@@ -108,17 +110,23 @@ def _torch_class(fast: type[Optimizer]) -> type[Any]:
     peer = getattr(torch.optim, name, None)
     base = peer or plain_base(fast.rule)
     rows = [row for row in fast.rule.options if row.term != "l1"]  # which is of no torch optimizer
-    names = ", ".join(row.name for row in rows)
+    known = inspect.signature(base).parameters
+    extras = {row.name: row for row in rows if row.name not in known}
+    names = ", ".join(row.name for row in rows if row.name in known)
+    agreement = _AGREEMENT if peer else ""
+    if numbers := ", ".join(name for name, _ in fast.rule.numbers):
+        agreement += f";\n{numbers} of a parameter is noted in its state when a state dict is made"
     doc = _DOC.format(
         first=f"`{'torch.optim' if peer else 'fusedopt'}.{name}` for CPU tensors, all of them "
         "stepped in one pass and one call.",
-        own=(_TORCHS if peer else _OURS).format(names=names, name=name),
+        own=(_TORCHS if peer else _OURS).format(names=names, name=name)
+        + (f"\n{', '.join(extras)}\n    As for `fusedopt.{name}`; of a group." if extras else ""),
         function=name.lower(),
-        agreement=_AGREEMENT if peer else "",
+        agreement=agreement,
     )
     body = {
         "__module__": __name__, "__qualname__": name, "__doc__": doc, "_rule": fast.rule,
-        "_is_torchs": peer is not None,
+        "_is_torchs": peer is not None, "_extras": extras,
     }  # fmt: skip
     return type(name, (Fused, base), body)
 

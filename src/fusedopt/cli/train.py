@@ -44,13 +44,19 @@ class Choice:
 
 
 OPTIMIZERS = {
+    "adadelta": Choice("Adadelta", 1.0),
     "adagrad": Choice("Adagrad", 2e-2),
     "adam": Choice("Adam", 2e-3),
+    "adamax": Choice("Adamax", 5e-3),
     "adamw": Choice("AdamW", 2e-3),
+    "ademamix": Choice("AdEMAMix", 2e-3),
     "lamb": Choice("LAMB", 5e-3),
     "lars": Choice("LARS", 3.0),
     "lion": Choice("Lion", 5e-4),
+    "nadam": Choice("NAdam", 2e-3),
+    "radam": Choice("RAdam", 1e-2),
     "rmsprop": Choice("RMSprop", 1e-3),
+    "rprop": Choice("Rprop", 1e-3, "constant", 30, whole=True),
     "sgd": Choice("SGD", 5e-2, options={"momentum": 0.9}),
     "gd": Choice("SGD", 1e-1, "constant", 200, whole=True),
 }

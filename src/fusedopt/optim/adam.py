@@ -11,16 +11,27 @@ from fusedopt.optimizer import Optimizer
 from fusedopt.rule import L1, MAXIMIZE, Common, Option, Options, Rule, State
 
 
+def corrections(
+    step: int, betas: tuple[float, float], bias_correction: bool, eps_hat: bool
+) -> tuple[float, float]:
+    """Return by what the rate is divided, and by what the root is before epsilon is added to it."""
+    if not bias_correction:
+        return 1.0, 1.0
+    mean, root = 1 - betas[0] ** step, sqrt(1 - betas[1] ** step)
+    return (mean / root, 1.0) if eps_hat else (mean, root)
+
+
 def _constants(step: int, o: Options) -> dict[str, float]:
     beta1, beta2 = o["betas"]
+    mean, root = corrections(step, o["betas"], o["bias_correction"], o["eps_hat"])
     return {
         "keep": 1.0,
         "w1": 1 - beta1,
         "beta2": beta2,
         "w2": 1 - beta2,
-        "root": sqrt(1 - beta2**step),
+        "root": root,
         "eps": o["eps"],
-        "step_size": o["lr"] / (1 - beta1**step),
+        "step_size": o["lr"] / mean,
     }
 
 
@@ -30,6 +41,10 @@ _OPTIONS = (
     Option("eps", 1e-8, _check.nonnegative),
 )
 _AMSGRAD = Option("amsgrad", False, _check.flag)
+_CONVENTIONS = (
+    Option("bias_correction", True, _check.flag),
+    Option("eps_hat", False, _check.flag),
+)
 _STATES = (
     State("exp_avg"),
     State("exp_avg_sq", squared=True),
@@ -43,13 +58,20 @@ ADAM = Rule(
         L1,
         _AMSGRAD,
         MAXIMIZE,
+        *_CONVENTIONS,
     ),
     states=_STATES,
     constants=_constants,
 )
 ADAMW = Rule(
     name="adam",
-    options=(*_OPTIONS, Option("weight_decay", 1e-2, _check.nonnegative), _AMSGRAD, MAXIMIZE),
+    options=(
+        *_OPTIONS,
+        Option("weight_decay", 1e-2, _check.nonnegative),
+        _AMSGRAD,
+        MAXIMIZE,
+        *_CONVENTIONS,
+    ),
     states=_STATES,
     constants=lambda step, o: _constants(step, o) | {"keep": 1 - o["lr"] * o["weight_decay"]},
 )
@@ -79,6 +101,12 @@ class Adam(Optimizer):
         Divide by the largest second moment so far [2]_.
     maximize : bool, default False
         Step along the gradient, not against it.
+    bias_correction : bool, default True
+        Divide the moments by ``1 - beta**step``. False is FedAdam [3]_.
+    eps_hat : bool, default False
+        Add `eps` to the root of the second moment before it is corrected, as TensorFlow, Keras,
+        scikit-learn and thinc do: ``lr * sqrt(1 - beta2**step) / (1 - beta1**step)`` is the rate,
+        as in the paper's remark behind Algorithm 1.
     **common
         How arrays are stored, a running average of the parameters, threads; see `Optimizer`.
 
@@ -99,6 +127,9 @@ class Adam(Optimizer):
     ----------
     .. [1] Kingma & Ba, ICLR 2015, Algorithm 1.
     .. [2] Reddi, Kale & Kumar, ICLR 2018, Algorithm 2, in torch's form.
+    .. [3] Reddi et al., ICLR 2021, Algorithm 2, where the gradient is the mean of the clients'
+       updates times -1. Flower 1.42 corrects its rate in round t as in Adam's step t + 1: that is
+       ``bias_correction=False`` with such an `lr`, a callable.
 
     Examples
     --------
@@ -125,12 +156,15 @@ class Adam(Optimizer):
         l1: float = 0.0,
         amsgrad: bool = False,
         maximize: bool = False,
+        bias_correction: bool = True,
+        eps_hat: bool = False,
         **common: Unpack[Common],
     ) -> None:
         """See the class."""
         super().__init__(
             params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, l1=l1,
-            amsgrad=amsgrad, maximize=maximize, **common,
+            amsgrad=amsgrad, maximize=maximize, bias_correction=bias_correction, eps_hat=eps_hat,
+            **common,
         )  # fmt: skip
 
 
@@ -139,7 +173,7 @@ class AdamW(Adam):
 
     Parameters
     ----------
-    params, lr, betas, eps, amsgrad, maximize
+    params, lr, betas, eps, amsgrad, maximize, bias_correction, eps_hat
         As for `Adam`; so are the options in `common`.
     weight_decay : float, default 1e-2
         >= 0: before the update the parameter shrinks by the factor ``1 - lr * weight_decay``.
@@ -170,12 +204,14 @@ class AdamW(Adam):
         *,
         amsgrad: bool = False,
         maximize: bool = False,
+        bias_correction: bool = True,
+        eps_hat: bool = False,
         **common: Unpack[Common],
     ) -> None:
         """See the class."""
         Optimizer.__init__(
             self, params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad,
-            maximize=maximize, **common,
+            maximize=maximize, bias_correction=bias_correction, eps_hat=eps_hat, **common,
         )  # fmt: skip
 
 

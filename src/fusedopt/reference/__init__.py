@@ -5,15 +5,23 @@ make the same checks before the first write. From there on they go leaf by leaf:
 middle of a step, of a signal's handler or for want of memory, leaves it half done.
 """
 
+from fusedopt.reference.adadelta import Adadelta, adadelta
 from fusedopt.reference.adagrad import Adagrad, adagrad
 from fusedopt.reference.adam import Adam, AdamW, adam, adamw
+from fusedopt.reference.adamax import Adamax, adamax
+from fusedopt.reference.ademamix import AdEMAMix, ademamix
 from fusedopt.reference.lamb import LAMB, lamb
 from fusedopt.reference.lars import LARS, lars
 from fusedopt.reference.lion import Lion, lion
+from fusedopt.reference.nadam import NAdam, nadam
+from fusedopt.reference.radam import RAdam, radam
 from fusedopt.reference.rmsprop import RMSprop, rmsprop
+from fusedopt.reference.rprop import Rprop, rprop
 from fusedopt.reference.sgd import SGD, sgd
 
 __all__ = [
-    "LAMB", "LARS", "SGD", "Adagrad", "Adam", "AdamW", "Lion", "RMSprop",
-    "adagrad", "adam", "adamw", "lamb", "lars", "lion", "rmsprop", "sgd",
+    "LAMB", "LARS", "SGD", "AdEMAMix", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "Lion",
+    "NAdam", "RAdam", "RMSprop", "Rprop",
+    "adadelta", "adagrad", "adam", "adamax", "adamw", "ademamix", "lamb", "lars", "lion",
+    "nadam", "radam", "rmsprop", "rprop", "sgd",
 ]  # fmt: skip

@@ -190,6 +190,11 @@ def step_sums(p: Array, update: Array) -> StepSums:
     return step_squares(p), step_squares(update), largest
 
 
+def sign(x: Array) -> Array:
+    """Return the sign, of NaN 0, as in torch."""
+    return np.sign(np.where(np.isnan(x), x.dtype.type(0), x))
+
+
 class Verdict(NamedTuple):
     """What a step decided before its first write; see `StepResult`."""
 

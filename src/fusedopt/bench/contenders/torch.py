@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from fusedopt._check import Array
@@ -74,7 +75,9 @@ class Torch(OnTensors):
         import torch
 
         cls = getattr(torch.optim, CLASSES[problem.optimizer])
-        self.optimizer = cls(self.tensors, **problem.options, **implementation)
+        known = inspect.signature(cls).parameters  # some have no fused kernel to refuse
+        asked = {k: v for k, v in implementation.items() if v or k in known}
+        self.optimizer = cls(self.tensors, **problem.options, **asked)
         if compiled:
             self.step = torch.compile(self.optimizer.step)  # type: ignore[method-assign]
 
