@@ -82,6 +82,20 @@ def _adagrad(name: str, first: float = 0.0, **options: Any) -> Case:
     return Case("adagrad", name, "adagrad", "Adagrad", ("sum",), options, begins)
 
 
+def _adopt(name: str, **options: Any) -> Case:
+    return Case("adopt", name, "adopt", "ADOPT", ("exp_avg", "exp_avg_sq"), options)
+
+
+def _signsgd(name: str, **options: Any) -> Case:
+    states = ("momentum_buffer",) if options.get("momentum", 0.9) else ()
+    return Case("signsgd", name, "signsgd", "SignSGD", states, options)
+
+
+def _yogi(name: str, first: float = 1e-6, **options: Any) -> Case:
+    states, begins = ("exp_avg", "exp_avg_sq"), {"initial_accumulator": first}
+    return Case("yogi", name, "yogi", "Yogi", states, options, begins)
+
+
 def _rprop(name: str, lr: float = 0.01, **options: Any) -> Case:
     return Case("rprop", name, "rprop", "Rprop", ("prev", "step_size"), options, {"lr": lr})
 
@@ -116,6 +130,22 @@ CASES = [
     _rmsprop("rmsprop-momentum", lr=0.3, alpha=0.5, eps=1e-3, momentum=0.8, weight_decay=0.1),
     _rmsprop("rmsprop-centered", centered=True, maximize=True),
     _rmsprop("rmsprop-all", centered=True, momentum=0.5, alpha=0.9, weight_decay=0.01),
+    _adopt("adopt"),
+    _adopt("adopt-l2", lr=0.1, betas=(0.5, 0.75), clip_exp=None, weight_decay=0.1, eps=0.0),
+    _adopt(
+        "adopt-decoupled",
+        clip_exp=0.0,
+        weight_decay=0.3,
+        weight_decouple=True,
+        fixed_decay=True,
+        maximize=True,
+    ),
+    _signsgd("signsgd", lr=0.1, momentum=0.0, weight_decay=0.3, maximize=True),
+    _signsgd("signum", momentum=0.5),
+    _signsgd("signum-l2", lr=0.1, weight_decay=0.1, weight_decouple=False),
+    _yogi("yogi"),
+    _yogi("yogi-l2", first=0.3, lr=0.3, weight_decay=0.1, weight_decouple=False, maximize=True),
+    _yogi("yogi-decoupled", betas=(0.5, 0.0), weight_decay=0.3, fixed_decay=True, eps=0.0),
     _rprop("rprop"),
     _rprop("rprop-all", lr=0.3, etas=(0.3, 1.5), step_sizes=(1e-2, 0.7), maximize=True),
     _adagrad("adagrad"),

@@ -57,6 +57,7 @@ VALUES = {  # by the check of an option
     _check.number: st.floats(-10, 10),
     _check.decay_rate: RATES,
     _check.decay_rates: st.tuples(RATES, RATES),
+    _check.exponent: st.none() | st.floats(0, 16),
     _check.around_one: st.tuples(st.floats(0.01, 0.99), st.floats(1.01, 3)),
     _check.interval: st.tuples(st.floats(0, 1), st.floats(1, 100)),
     _check.flag: st.booleans(),

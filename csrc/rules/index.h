@@ -19,6 +19,7 @@
 #include "adagrad.h"
 #include "adam.h"
 #include "add.h"
+#include "adopt.h"
 #include "lamb.h"
 #include "lars.h"
 #include "lion.h"
@@ -26,6 +27,8 @@
 #include "rmsprop.h"
 #include "rprop.h"
 #include "sgd.h"
+#include "signsgd.h"
+#include "yogi.h"
 
 #undef FO_RULES
 #define FO_RULES(X) /* name, scalars, state arrays, how many of them are required, kind, sets */   \
@@ -36,6 +39,9 @@
     X(lion, LION_SCALARS, 1, 1, PLAIN, FO_SETS)                                                    \
     X(rmsprop, RMSPROP_SCALARS, 3, 1, PLAIN, FO_SETS)                                              \
     X(rprop, RPROP_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                               \
+    X(adopt, ADOPT_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                               \
+    X(signsgd, SIGNSGD_SCALARS, 1, 0, PLAIN, FO_NO_SETS)                                           \
+    X(yogi, YOGI_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                                 \
     X(adagrad, ADAGRAD_SCALARS, 1, 1, PLAIN, FO_SETS)                                              \
     X(nadam, NADAM_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                               \
     X(add, ADD_SCALARS, 0, 0, INTERNAL, FO_NO_SETS)

@@ -30,6 +30,7 @@ from fusedopt._version import __version__  # noqa: E402
 from fusedopt.accumulate import GradAccumulator  # noqa: E402
 from fusedopt.optim.adagrad import Adagrad  # noqa: E402
 from fusedopt.optim.adam import Adam, AdamW  # noqa: E402
+from fusedopt.optim.adopt import ADOPT  # noqa: E402
 from fusedopt.optim.lamb import LAMB  # noqa: E402
 from fusedopt.optim.lars import LARS  # noqa: E402
 from fusedopt.optim.lion import Lion  # noqa: E402
@@ -37,12 +38,15 @@ from fusedopt.optim.nadam import NAdam  # noqa: E402
 from fusedopt.optim.rmsprop import RMSprop  # noqa: E402
 from fusedopt.optim.rprop import Rprop  # noqa: E402
 from fusedopt.optim.sgd import SGD  # noqa: E402
+from fusedopt.optim.signsgd import SignSGD  # noqa: E402
+from fusedopt.optim.yogi import Yogi  # noqa: E402
 from fusedopt.optimizer import Optimizer  # noqa: E402
 from fusedopt.scaler import GradScaler  # noqa: E402
 
 _threadpoolctl.watch()
 
 __all__ = [
+    "ADOPT",
     "LAMB",
     "LARS",
     "SGD",
@@ -56,8 +60,10 @@ __all__ = [
     "Optimizer",
     "RMSprop",
     "Rprop",
+    "SignSGD",
     "StepResult",
     "StepStats",
+    "Yogi",
     "__version__",
     "formats",
     "functional",

@@ -2,6 +2,7 @@
 
 from fusedopt.optim.adagrad import adagrad
 from fusedopt.optim.adam import adam, adamw
+from fusedopt.optim.adopt import adopt
 from fusedopt.optim.lamb import lamb
 from fusedopt.optim.lars import lars
 from fusedopt.optim.lion import lion
@@ -9,7 +10,10 @@ from fusedopt.optim.nadam import nadam
 from fusedopt.optim.rmsprop import rmsprop
 from fusedopt.optim.rprop import rprop
 from fusedopt.optim.sgd import sgd
+from fusedopt.optim.signsgd import signsgd
+from fusedopt.optim.yogi import yogi
 
 __all__ = [
-    "adagrad", "adam", "adamw", "lamb", "lars", "lion", "nadam", "rmsprop", "rprop", "sgd",
+    "adagrad", "adam", "adamw", "adopt", "lamb", "lars", "lion", "nadam", "rmsprop", "rprop",
+    "sgd", "signsgd", "yogi",
 ]  # fmt: skip

@@ -104,11 +104,15 @@ DECOUPLED = Option("decoupled_weight_decay", False, _check.flag)
 L1 = Option("l1", 0.0, _check.nonnegative, term="l1")
 
 
+# names of the flag that decouples weight decay: torch's, pytorch_optimizer's
+_DECOUPLES = (DECOUPLED.name, "weight_decouple")
+
+
 def kept(options: Mapping[str, Any]) -> float:
     """Return what decoupled weight decay leaves of a parameter in a step; 1 if it is not asked."""
-    if not options["decoupled_weight_decay"]:
+    if not any(options.get(name) for name in _DECOUPLES):
         return 1.0
-    return 1 - options["lr"] * options["weight_decay"]
+    return 1 - (1.0 if options.get("fixed_decay") else options["lr"]) * options["weight_decay"]
 
 
 NARROW = ("bfloat16", "int8")  # narrow values of `state_dtype`
@@ -210,7 +214,7 @@ class Rule:
     def _terms(self) -> tuple[str, str, str]:
         """The options that weight L1 and L2, and that has no L2; empty if there is none."""
         names = {option.term: option.name for option in self.options}
-        decoupled = DECOUPLED.name if DECOUPLED in self.options else ""
+        decoupled = next((row.name for row in self.options if row.name in _DECOUPLES), "")
         return names.get("l1", ""), names.get("l2", ""), decoupled
 
     def check(self, options: Options, where: str = "") -> Options:

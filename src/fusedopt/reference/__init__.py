@@ -7,6 +7,7 @@ middle of a step, of a signal's handler or for want of memory, leaves it half do
 
 from fusedopt.reference.adagrad import Adagrad, adagrad
 from fusedopt.reference.adam import Adam, AdamW, adam, adamw
+from fusedopt.reference.adopt import ADOPT, adopt
 from fusedopt.reference.lamb import LAMB, lamb
 from fusedopt.reference.lars import LARS, lars
 from fusedopt.reference.lion import Lion, lion
@@ -14,8 +15,12 @@ from fusedopt.reference.nadam import NAdam, nadam
 from fusedopt.reference.rmsprop import RMSprop, rmsprop
 from fusedopt.reference.rprop import Rprop, rprop
 from fusedopt.reference.sgd import SGD, sgd
+from fusedopt.reference.signsgd import SignSGD, signsgd
+from fusedopt.reference.yogi import Yogi, yogi
 
 __all__ = [
-    "LAMB", "LARS", "SGD", "Adagrad", "Adam", "AdamW", "Lion", "NAdam", "RMSprop", "Rprop",
-    "adagrad", "adam", "adamw", "lamb", "lars", "lion", "nadam", "rmsprop", "rprop", "sgd",
+    "ADOPT", "LAMB", "LARS", "SGD", "Adagrad", "Adam", "AdamW", "Lion", "NAdam", "RMSprop",
+    "Rprop", "SignSGD", "Yogi",
+    "adagrad", "adam", "adamw", "adopt", "lamb", "lars", "lion", "nadam", "rmsprop", "rprop",
+    "sgd", "signsgd", "yogi",
 ]  # fmt: skip
