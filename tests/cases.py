@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ class Case:
     states: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     class_options: dict[str, Any] = field(default_factory=dict)  # more options, of the class
+    remembered: dict[str, Any] = field(default_factory=dict)  # what the function takes beside them
 
     @property
     def plurals(self) -> list[str]:
@@ -39,11 +41,11 @@ class Case:
 
     @property
     def fast(self) -> Callable[..., None]:
-        return getattr(fusedopt.functional, self.function)
+        return partial(getattr(fusedopt.functional, self.function), **self.remembered)
 
     @property
     def reference(self) -> Callable[..., None]:
-        return getattr(reference, self.function)
+        return partial(getattr(reference, self.function), **self.remembered)
 
     def make(self, params: Any, module: Any = fusedopt) -> Any:
         return getattr(module, self.cls)(params, **self.options, **self.class_options)
@@ -84,6 +86,10 @@ def _adagrad(name: str, first: float = 0.0, **options: Any) -> Case:
 
 def _adopt(name: str, **options: Any) -> Case:
     return Case("adopt", name, "adopt", "ADOPT", ("exp_avg", "exp_avg_sq"), options)
+
+
+def _asgd(name: str, last_lr: float = 0.01, **options: Any) -> Case:
+    return Case("asgd", name, "asgd", "ASGD", ("ax",), options, remembered={"last_lr": last_lr})
 
 
 def _signsgd(name: str, **options: Any) -> Case:
@@ -140,6 +146,9 @@ CASES = [
         fixed_decay=True,
         maximize=True,
     ),
+    _asgd("asgd"),
+    _asgd("asgd-mean", lr=0.3, lambd=0.1, alpha=0.5, t0=0.0, last_lr=0.2),
+    _asgd("asgd-l2", lr=0.1, lambd=0.0, t0=1.0, weight_decay=0.1, maximize=True),
     _signsgd("signsgd", lr=0.1, momentum=0.0, weight_decay=0.3, maximize=True),
     _signsgd("signum", momentum=0.5),
     _signsgd("signum-l2", lr=0.1, weight_decay=0.1, weight_decouple=False),
@@ -222,6 +231,14 @@ def assert_same(ours: list[np.ndarray], theirs: list[np.ndarray], names: list[st
         if canonical(a) != canonical(b):
             i = np.flatnonzero((a != b) & ~(np.isnan(a) & np.isnan(b)))[:3]
             raise AssertionError(f"{name} differs at {i}: {a.ravel()[i]} is not {b.ravel()[i]}")
+
+
+def allowed(cls: str, storage: dict[str, Any]) -> dict[str, Any]:
+    """Storage options without a `state_dtype` that the rule of a class refuses."""
+    asked = storage.get("state_dtype")
+    if any(asked in state.refuses for state in RULES[cls].states):
+        return {name: value for name, value in storage.items() if name != "state_dtype"}
+    return storage
 
 
 @contextmanager

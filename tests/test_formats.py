@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from cases import CASES, CLASSES, TILE, assert_same, isa, threads, values
+from cases import CASES, CLASSES, TILE, allowed, assert_same, isa, threads, values
 
 import fusedopt
 from fusedopt import _core, formats, reference
@@ -48,7 +48,10 @@ def raw(array):
 
 
 def state_format(case, k, kind):
-    is_square = getattr(fusedopt, case.cls).rule.states[k].squared
+    its = getattr(fusedopt, case.cls).rule.states[k]
+    if kind in its.refuses:
+        return "float32"
+    is_square = its.squared
     return {"float32": "float32", "bfloat16": "bfloat16-stochastic"}.get(
         kind, "uint8" if is_square else "int8"
     )
@@ -93,7 +96,8 @@ def test_steps_from_zero_are_finite(cls, param, state):
     """With a gradient of 0 and state of 0, in every format, with the default epsilon."""
     p = make(param, BLOCK + 3, np.linspace(-2, 2, BLOCK + 3, dtype=np.float32))
     needed = {s.needs: 0.9 for s in cls.rule.states if s.needs == "momentum"}
-    opt = cls([p], state_dtype=state, min_8bit_size=0, **needed)
+    storage = allowed(cls.__name__, {"state_dtype": state, "min_8bit_size": 0})
+    opt = cls([p], **storage, **needed)
     for _ in range(2):
         opt.step([np.zeros(BLOCK + 3, np.float32)])
         values = [p, *(a for key, a in opt.state["params[0]"].items() if key != "step")]
@@ -153,6 +157,7 @@ def test_alignments(param):
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
 def test_classes(cls, state_dtype, master_bits):
     """Many leaves of several dtypes and layouts, some skipped in some steps."""
+    storage = allowed(cls.__name__, {"state_dtype": state_dtype})
 
     def train(module):
         params = [values(n, np.float32, n, hostile=False).astype(BF16) for n in (3, 70, 5000)]
@@ -168,7 +173,7 @@ def test_classes(cls, state_dtype, master_bits):
         if state_dtype is not None:
             groups[0]["params"] = [p for p in params if p.dtype != float]
         opt = getattr(module, cls.__name__)(
-            groups, lr=0.01, state_dtype=state_dtype, master_bits=master_bits, seed=3, **options
+            groups, lr=0.01, master_bits=master_bits, seed=3, **options, **storage
         )
         for step in range(3):
             rng = np.random.default_rng(step)

@@ -12,7 +12,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import CASES, canonical
+from cases import CASES, allowed, canonical
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -86,7 +86,7 @@ class Lockstep(RuleBasedStateMachine):
                 data=st.data())  # fmt: skip
     def begin(self, make, storage, sizes, data):
         self.cls, options = make
-        self.options = options | storage
+        self.options = options | allowed(self.cls, storage)
         self.folder = tempfile.TemporaryDirectory(prefix="fusedopt-machine-")
         self.snapshot = None
         self.groups = ([], [])
@@ -185,7 +185,7 @@ class Lockstep(RuleBasedStateMachine):
             return
         dicts = [opt.state_dict() for opt in self.opts]
         self.options = {k: v for k, v in self.options.items() if "8bit" not in k and k != "seed"}
-        self.options |= {"state_dtype": None} | storage
+        self.options |= {"state_dtype": None} | allowed(self.cls, storage)
         self.opts = self.fresh()
         for opt, state in zip(self.opts, dicts, strict=True):
             opt.load_state_dict(state, convert=True)

@@ -36,6 +36,13 @@ OPTIONS = {
         "decoupled_weight_decay": FLAG,
         "maximize": FLAG,
     },
+    "ASGD": {
+        "lambd": (1e-4, 0.3),
+        "alpha": (0.75, 1.5),
+        "t0": (1e6, 0, 7),
+        "weight_decay": (0.0, 0.1),
+        "maximize": FLAG,
+    },
     "Rprop": {
         "etas": ((0.5, 1.2), (0.3, 2.0)),
         "step_sizes": ((1e-6, 50.0), (0.01, 0.03)),
@@ -118,7 +125,7 @@ EDGES = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-30, -1e30, 1.0]
 
 @pytest.mark.parametrize("dtype", BOUND, ids=lambda d: d.__name__)
 @pytest.mark.parametrize("options", [{}, {"maximize": True, "weight_decay": 0.1}], ids=str)
-@pytest.mark.parametrize("name", ["ADOPT", "Rprop", "SignSGD", "Yogi"])
+@pytest.mark.parametrize("name", ["ADOPT", "ASGD", "Rprop", "SignSGD", "Yogi"])
 def test_gradients_that_are_not_finite(name, options, dtype):
     """Each edge in one of three steps: what becomes NaN or infinite does so in the source too."""
     known = fusedopt.functional.__dict__[name.lower()].__signature__.parameters

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cases import ALL_STEP_OPTIONS as ALL
-from cases import CASES, TILE, canonical, isa, threads, values
+from cases import CASES, TILE, allowed, canonical, isa, threads, values
 from cases import STEP_OPTIONS as OPTIONS
 
 import fusedopt
@@ -47,7 +47,8 @@ def run(module, case, options, storage, shapes, dtype=np.float32, grad_dtype=Non
     params = [p.astype(dtype) for p in params]
     if len(shapes) > 5:
         params.append(np.asfortranarray(params[-1]))
-    opt = getattr(module, case.cls)(params, **case.options, **case.class_options, **storage)
+    given = case.options | case.class_options | allowed(case.cls, storage)
+    opt = getattr(module, case.cls)(params, **given)
     out = copies and [np.zeros_like(p, copies) for p in params]
     results, left = [], []
     for step in range(steps):

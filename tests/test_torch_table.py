@@ -8,7 +8,7 @@ import itertools
 
 import numpy as np
 import pytest
-from cases import CASES, CLASSES, STEP_OPTIONS, canonical
+from cases import CASES, CLASSES, STEP_OPTIONS, allowed, canonical
 from torch_cases import fo, torch
 
 from fusedopt import reference
@@ -81,6 +81,7 @@ def test_all_optimizers_are_here():
 def test_bits(name, options, dtype, storage, shapes):
     """Options of a step are given to the constructor, or to the step; with copies or without."""
     turn = RULES.index((name, options)) + STORAGE.index((dtype, storage))
+    storage = allowed(name, storage)
     for row, (averages, step_options) in list(enumerate(OPTION_ROWS))[turn % 4 :: 4]:
         generator = torch.Generator().manual_seed(0)
         start = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
@@ -120,7 +121,7 @@ def test_bits(name, options, dtype, storage, shapes):
 @pytest.mark.parametrize(("name", "options"), RULES, ids=str)
 def test_another_default_device(name, options, dtype, storage):
     """State is on its parameter's device, step counts on the CPU; also if copies are stepped."""
-    results = []
+    results, storage = [], allowed(name, storage)
     for device in ("cpu", "meta"):
         torch.manual_seed(0)
         wide = torch.randn(30, 40).to(dtype)

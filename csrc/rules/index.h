@@ -20,6 +20,7 @@
 #include "adam.h"
 #include "add.h"
 #include "adopt.h"
+#include "asgd.h"
 #include "lamb.h"
 #include "lars.h"
 #include "lion.h"
@@ -40,6 +41,7 @@
     X(rmsprop, RMSPROP_SCALARS, 3, 1, PLAIN, FO_SETS)                                              \
     X(rprop, RPROP_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                               \
     X(adopt, ADOPT_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                               \
+    X(asgd, ASGD_SCALARS, 1, 1, PLAIN, FO_NO_SETS)                                                 \
     X(signsgd, SIGNSGD_SCALARS, 1, 0, PLAIN, FO_NO_SETS)                                           \
     X(yogi, YOGI_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                                 \
     X(adagrad, ADAGRAD_SCALARS, 1, 1, PLAIN, FO_SETS)                                              \

@@ -31,6 +31,7 @@ from fusedopt.accumulate import GradAccumulator  # noqa: E402
 from fusedopt.optim.adagrad import Adagrad  # noqa: E402
 from fusedopt.optim.adam import Adam, AdamW  # noqa: E402
 from fusedopt.optim.adopt import ADOPT  # noqa: E402
+from fusedopt.optim.asgd import ASGD  # noqa: E402
 from fusedopt.optim.lamb import LAMB  # noqa: E402
 from fusedopt.optim.lars import LARS  # noqa: E402
 from fusedopt.optim.lion import Lion  # noqa: E402
@@ -47,6 +48,7 @@ _threadpoolctl.watch()
 
 __all__ = [
     "ADOPT",
+    "ASGD",
     "LAMB",
     "LARS",
     "SGD",

@@ -3,6 +3,7 @@
 from fusedopt.optim.adagrad import adagrad
 from fusedopt.optim.adam import adam, adamw
 from fusedopt.optim.adopt import adopt
+from fusedopt.optim.asgd import asgd
 from fusedopt.optim.lamb import lamb
 from fusedopt.optim.lars import lars
 from fusedopt.optim.lion import lion
@@ -14,6 +15,6 @@ from fusedopt.optim.signsgd import signsgd
 from fusedopt.optim.yogi import yogi
 
 __all__ = [
-    "adagrad", "adam", "adamw", "adopt", "lamb", "lars", "lion", "nadam", "rmsprop", "rprop",
-    "sgd", "signsgd", "yogi",
+    "adagrad", "adam", "adamw", "adopt", "asgd", "lamb", "lars", "lion", "nadam", "rmsprop",
+    "rprop", "sgd", "signsgd", "yogi",
 ]  # fmt: skip

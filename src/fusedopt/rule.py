@@ -112,7 +112,8 @@ def kept(options: Mapping[str, Any]) -> float:
     """Return what decoupled weight decay leaves of a parameter in a step; 1 if it is not asked."""
     if not any(options.get(name) for name in _DECOUPLES):
         return 1.0
-    return 1 - (1.0 if options.get("fixed_decay") else options["lr"]) * options["weight_decay"]
+    rate: float = 1.0 if options.get("fixed_decay") else options["lr"]
+    return 1 - rate * float(options["weight_decay"])
 
 
 NARROW = ("bfloat16", "int8")  # narrow values of `state_dtype`
@@ -165,10 +166,13 @@ class Rule:
     advance : callable(options) -> dict, optional
         Returns the values of `memory` in the optimizer's next step. It may be called more than once
         for a step, and must depend only on the options, among them what was remembered after the
-        last successful step.
+        last successful step. What else it returns is for the constants of this step alone.
     numbers : tuple of (name, callable(step, options) -> float)
         What torch keeps for each parameter as a number beside its state: functions of how many
         steps were taken, and of the options. They are in state dicts of the torch class alone.
+    recall : callable(step, numbers, options) -> dict, optional
+        Returns what is remembered after that many steps where torch keeps such `numbers` (by name)
+        in its place. The options hold what is remembered, if the group has it.
     """
 
     name: str
@@ -180,6 +184,7 @@ class Rule:
     memory: tuple[Scalar, ...] = ()
     advance: Callable[[Options], dict[str, Any]] | None = None
     numbers: tuple[tuple[str, Callable[[int, Options], float]], ...] = ()
+    recall: Callable[[int, dict[str, float], Options], dict[str, float]] | None = None
 
     @cached_property
     def checks(self) -> dict[str, Check]:
@@ -263,9 +268,8 @@ class Rule:
         if self.advance is None:
             return options
         new = self.advance(options)
-        return options | {
-            row.name: row.check(where + row.name, new[row.name]) for row in self.memory
-        }
+        checked = {row.name: row.check(where + row.name, new[row.name]) for row in self.memory}
+        return options | new | checked
 
     def writes(self, options: Options, *places: Options | None) -> list[tuple[Options, str, Any]]:
         """Return (dict, key, value) for each number that a successful step stores in each place."""

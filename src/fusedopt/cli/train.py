@@ -48,6 +48,7 @@ OPTIMIZERS = {
     "adam": Choice("Adam", 2e-3),
     "adamw": Choice("AdamW", 2e-3),
     "adopt": Choice("ADOPT", 5e-3),
+    "asgd": Choice("ASGD", 3e-1),
     "lamb": Choice("LAMB", 5e-3),
     "lars": Choice("LARS", 3.0),
     "lion": Choice("Lion", 5e-4),

@@ -14,7 +14,8 @@ from fusedopt.rule import DECOUPLED, MAXIMIZE, Common, Option, Options, Rule, St
 
 def momentum(step: int, beta1: float, decay: float) -> float:
     """Return the momentum of a step, from 1: ``beta1 * (1 - 0.96**(step * decay) / 2)``."""
-    return beta1 * (1.0 - 0.5 * 0.96 ** (step * decay))
+    missing: float = 0.96 ** (step * decay)
+    return beta1 * (1.0 - 0.5 * missing)
 
 
 @lru_cache(maxsize=64)

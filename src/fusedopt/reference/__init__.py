@@ -8,6 +8,7 @@ middle of a step, of a signal's handler or for want of memory, leaves it half do
 from fusedopt.reference.adagrad import Adagrad, adagrad
 from fusedopt.reference.adam import Adam, AdamW, adam, adamw
 from fusedopt.reference.adopt import ADOPT, adopt
+from fusedopt.reference.asgd import ASGD, asgd
 from fusedopt.reference.lamb import LAMB, lamb
 from fusedopt.reference.lars import LARS, lars
 from fusedopt.reference.lion import Lion, lion
@@ -19,8 +20,8 @@ from fusedopt.reference.signsgd import SignSGD, signsgd
 from fusedopt.reference.yogi import Yogi, yogi
 
 __all__ = [
-    "ADOPT", "LAMB", "LARS", "SGD", "Adagrad", "Adam", "AdamW", "Lion", "NAdam", "RMSprop",
-    "Rprop", "SignSGD", "Yogi",
-    "adagrad", "adam", "adamw", "adopt", "lamb", "lars", "lion", "nadam", "rmsprop", "rprop",
-    "sgd", "signsgd", "yogi",
+    "ADOPT", "ASGD", "LAMB", "LARS", "SGD", "Adagrad", "Adam", "AdamW", "Lion", "NAdam",
+    "RMSprop", "Rprop", "SignSGD", "Yogi",
+    "adagrad", "adam", "adamw", "adopt", "asgd", "lamb", "lars", "lion", "nadam", "rmsprop",
+    "rprop", "sgd", "signsgd", "yogi",
 ]  # fmt: skip

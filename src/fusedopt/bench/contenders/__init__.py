@@ -32,7 +32,7 @@ _OURS: dict[str, Any] = {"optimizers": tuple(OPTIMIZERS), "traced": True}
 _FUSED: dict[str, Any] = {
     "optimizers": ("adagrad", *Row.optimizers)
 }  # torch's fused step has these
-_TORCH: dict[str, Any] = {"optimizers": ("nadam", "rprop", *_FUSED["optimizers"])}
+_TORCH: dict[str, Any] = {"optimizers": ("asgd", "nadam", "rprop", *_FUSED["optimizers"])}
 _3_NS: dict[str, Any] = {"most_elements": 15 * 10**7, "most_why": "takes 3 ns or more an element"}
 
 
