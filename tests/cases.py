@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     class_options: dict[str, Any] = field(default_factory=dict)  # more options, of the class
     first_step: int = 1  # of functions
+    remembered: dict[str, Any] = field(default_factory=dict)  # what the function takes beside them
 
     @property
     def plurals(self) -> list[str]:
@@ -40,11 +42,11 @@ class Case:
 
     @property
     def fast(self) -> Callable[..., None]:
-        return getattr(fusedopt.functional, self.function)
+        return partial(getattr(fusedopt.functional, self.function), **self.remembered)
 
     @property
     def reference(self) -> Callable[..., None]:
-        return getattr(reference, self.function)
+        return partial(getattr(reference, self.function), **self.remembered)
 
     def make(self, params: Any, module: Any = fusedopt) -> Any:
         return getattr(module, self.cls)(params, **self.options, **self.class_options)
@@ -81,6 +83,24 @@ def _rmsprop(name: str, centered: bool = False, **options: Any) -> Case:
 def _adagrad(name: str, first: float = 0.0, **options: Any) -> Case:
     begins = {"initial_accumulator_value": first}
     return Case("adagrad", name, "adagrad", "Adagrad", ("sum",), options, begins)
+
+
+def _adopt(name: str, **options: Any) -> Case:
+    return Case("adopt", name, "adopt", "ADOPT", ("exp_avg", "exp_avg_sq"), options)
+
+
+def _asgd(name: str, last_lr: float = 0.01, **options: Any) -> Case:
+    return Case("asgd", name, "asgd", "ASGD", ("ax",), options, remembered={"last_lr": last_lr})
+
+
+def _signsgd(name: str, **options: Any) -> Case:
+    states = ("momentum_buffer",) if options.get("momentum", 0.9) else ()
+    return Case("signsgd", name, "signsgd", "SignSGD", states, options)
+
+
+def _yogi(name: str, first: float = 1e-6, **options: Any) -> Case:
+    states, begins = ("exp_avg", "exp_avg_sq"), {"initial_accumulator": first}
+    return Case("yogi", name, "yogi", "Yogi", states, options, begins)
 
 
 def _rprop(name: str, lr: float = 0.01, **options: Any) -> Case:
@@ -144,6 +164,25 @@ CASES = [
     _rmsprop("rmsprop-momentum", lr=0.3, alpha=0.5, eps=1e-3, momentum=0.8, weight_decay=0.1),
     _rmsprop("rmsprop-centered", centered=True, maximize=True),
     _rmsprop("rmsprop-all", centered=True, momentum=0.5, alpha=0.9, weight_decay=0.01),
+    _adopt("adopt"),
+    _adopt("adopt-l2", lr=0.1, betas=(0.5, 0.75), clip_exp=None, weight_decay=0.1, eps=0.0),
+    _adopt(
+        "adopt-decoupled",
+        clip_exp=0.0,
+        weight_decay=0.3,
+        weight_decouple=True,
+        fixed_decay=True,
+        maximize=True,
+    ),
+    _asgd("asgd"),
+    _asgd("asgd-mean", lr=0.3, lambd=0.1, alpha=0.5, t0=0.0, last_lr=0.2),
+    _asgd("asgd-l2", lr=0.1, lambd=0.0, t0=1.0, weight_decay=0.1, maximize=True),
+    _signsgd("signsgd", lr=0.1, momentum=0.0, weight_decay=0.3, maximize=True),
+    _signsgd("signum", momentum=0.5),
+    _signsgd("signum-l2", lr=0.1, weight_decay=0.1, weight_decouple=False),
+    _yogi("yogi"),
+    _yogi("yogi-l2", first=0.3, lr=0.3, weight_decay=0.1, weight_decouple=False, maximize=True),
+    _yogi("yogi-decoupled", betas=(0.5, 0.0), weight_decay=0.3, fixed_decay=True, eps=0.0),
     _rprop("rprop"),
     _rprop("rprop-all", lr=0.3, etas=(0.3, 1.5), step_sizes=(1e-2, 0.7), maximize=True),
     _adagrad("adagrad"),

@@ -67,9 +67,8 @@ def trained(case, context, module, dtype, storage, sizes):
     params = [some(n, dtype, i) for i, n in enumerate(sizes)]
     grads = [[some(n, dtype, 10 * k + i) for i, n in enumerate(sizes)] for k in range(3)]
     copies = [np.zeros_like(p, np.float16) for p in params]
-    opt = getattr(module, case.cls)(
-        params, **case.options | case.class_options | {"lr": rate} | storage
-    )
+    options = case.options | case.class_options | {"lr": rate} | storage
+    opt = getattr(module, case.cls)(params, **options)
     results = []
     for some_grads in grads:
         with context():

@@ -60,6 +60,7 @@ VALUES = {  # by the check of an option
     _check.three_decay_rates: st.tuples(RATES, RATES, RATES),
     _check.fraction: st.floats(0, 1),
     _check.optional_positive: st.none() | st.floats(1e-3, 1e7),
+    _check.exponent: st.none() | st.floats(0, 16),
     _check.around_one: st.tuples(st.floats(0.01, 0.99), st.floats(1.01, 3)),
     _check.interval: st.tuples(st.floats(0, 1), st.floats(1, 100)),
     _check.flag: st.booleans(),
@@ -79,6 +80,7 @@ def test_any_options(function, data, dtype, step):
         for option in rule.options
         if option.name in known
     }
+    options |= {row.name: data.draw(VALUES[row.check], label=row.name) for row in rule.memory}
     if rule.demand is not None:
         try:
             rule.demand("", rule.defaults | options)

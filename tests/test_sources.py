@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import fusedopt
+import fusedopt.torch as fo
 from fusedopt.optim import nadam, radam
 
 torch = pytest.importorskip("torch", reason="compares with torch.optim: extra `peers`")
@@ -17,8 +18,17 @@ STEPS = 25
 BOUND = {np.float32: 3e-6, np.float64: 1e-12}
 FLAG = (False, True)
 BETAS = ((0.9, 0.999), (0.6, 0.5))
+DECAY = {"weight_decay": (0.0, 0.1), "weight_decouple": FLAG}  # as pytorch_optimizer has it
 # options of each rule, with the values that are crossed
 OPTIONS = {
+    "ADOPT": {
+        "betas": BETAS,
+        "clip_exp": (0.25, None, 0.0),
+        **DECAY,
+        "fixed_decay": FLAG,
+        "eps": (1e-6, 0.3),
+        "maximize": FLAG,
+    },
     "NAdam": {
         "betas": BETAS,
         "eps": (1e-8, 1e-3),
@@ -54,6 +64,27 @@ OPTIONS = {
         "t_alpha_beta3": (None, 10.0, 100.0),
         "maximize": FLAG,
     },
+    "ASGD": {
+        "lambd": (1e-4, 0.3),
+        "alpha": (0.75, 1.5),
+        "t0": (1e6, 0, 7),
+        "weight_decay": (0.0, 0.1),
+        "maximize": FLAG,
+    },
+    "Rprop": {
+        "etas": ((0.5, 1.2), (0.3, 2.0)),
+        "step_sizes": ((1e-6, 50.0), (0.01, 0.03)),
+        "maximize": FLAG,
+    },
+    "SignSGD": {"momentum": (0.9, 0.3, 0.0), **DECAY, "maximize": FLAG},
+    "Yogi": {
+        "betas": BETAS,
+        "initial_accumulator": (1e-6, 0.3),
+        **DECAY,
+        "fixed_decay": FLAG,
+        "eps": (1e-3, 1e-8),
+        "maximize": FLAG,
+    },
 }
 
 
@@ -62,7 +93,11 @@ def peer_of(name, params, options):
     if hasattr(torch.optim, name):
         return getattr(torch.optim, name)(params, foreach=False, **options)
     package = pytest.importorskip("pytorch_optimizer", reason="compares with it: extra `peers`")
-    return getattr(package, name)(params, foreach=False, weight_decouple=True, **options)
+    given = {k: v for k, v in options.items() if k != "clip_exp"}
+    if "clip_exp" in options:
+        power = options["clip_exp"]
+        given["clip_lambda"] = None if power is None else lambda step: step**power
+    return getattr(package, name)(params, foreach=False, **{"weight_decouple": True} | given)
 
 
 def test_radam_is_rectified_where_more_than_five_gradients_count():
@@ -199,3 +234,81 @@ def test_adam_is_scikit_learns(dtype):
         peer.update_params(theirs, grads)
     for a, b in zip(ours, theirs, strict=True):
         assert np.abs(a - b).max() <= BOUND[dtype] * np.abs(b).max()
+
+
+EDGES = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-30, -1e30, 1.0]
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=lambda d: d.__name__)
+@pytest.mark.parametrize("options", [{}, {"maximize": True, "weight_decay": 0.1}], ids=str)
+@pytest.mark.parametrize("name", ["ADOPT", "ASGD", "Rprop", "SignSGD", "Yogi"])
+def test_gradients_that_are_not_finite(name, options, dtype):
+    """Each edge in one of three steps: what becomes NaN or infinite does so in the source too."""
+    known = fusedopt.functional.__dict__[name.lower()].__signature__.parameters
+    options = {k: v for k, v in options.items() if k in known}
+    n = len(EDGES)
+    ours = np.linspace(-1, 1, 3 * n).astype(dtype)
+    theirs = torch.tensor(ours, requires_grad=True)
+    opt = getattr(fusedopt, name)(ours, **options)
+    peer = peer_of(name, [theirs], options)
+    for step in range(6):
+        g = np.ones(3 * n, dtype)
+        if step < 3:
+            g[step * n : (step + 1) * n] = np.array(EDGES, dtype)
+        theirs.grad = torch.tensor(g)
+        opt.step(g)
+        peer.step()
+        np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=1e-5, err_msg=f"{step}")
+
+
+@pytest.mark.parametrize("wanted", [None, "bfloat16", "int8"])
+def test_the_first_step_of_adopt_only_begins_the_second_moment(wanted, tmp_path):
+    """Also after a skipped step, for a leaf whose first gradient comes later, and in a new run."""
+    p, q = (np.ones(100, np.float32) for _ in range(2))
+    g, bad = np.full(100, 2, np.float32), np.full(100, np.nan, np.float32)
+    opt = fusedopt.ADOPT([p, q], lr=0.5, state_dtype=wanted, min_8bit_size=1)
+    assert opt.step([bad, bad], nonfinite="skip").skipped
+    opt.save(tmp_path / "x.npz")
+    opt.load(tmp_path / "x.npz")
+    opt.step([g, None])
+    assert (p == 1).all() and opt.state["params[0]"]["step"] == 1
+    opt.save(tmp_path / "x.npz")
+    other = fusedopt.ADOPT([p, q], lr=0.5, state_dtype=wanted, min_8bit_size=1)
+    other.load(tmp_path / "x.npz")
+    other.step([g, g])
+    np.testing.assert_allclose(p, 0.95, rtol=1e-2)  # 1 - 0.5 * (1 - 0.9) * 2 / sqrt(2**2)
+    assert (q == 1).all()
+    other.step([None, g])
+    np.testing.assert_allclose(q, 0.95, rtol=1e-2)
+
+
+def test_the_first_step_of_adopt_in_torch():
+    p = torch.nn.Parameter(torch.ones(3))
+    opt = fo.ADOPT([p], lr=0.5, weight_decay=0.5, weight_decouple=True)
+    p.grad = torch.full((3,), torch.nan)
+    opt.step(nonfinite="skip")
+    p.grad = torch.full((3,), 2.0)
+    opt.step()
+    assert torch.equal(p, torch.full((3,), 0.75))  # decoupled decay, as in the source
+    other = fo.ADOPT([p], lr=0.5)
+    other.load_state_dict(opt.state_dict())
+    other.param_groups[0]["weight_decay"] = 0.0
+    other.step()
+    torch.testing.assert_close(p, torch.full((3,), 0.7))
+
+
+def test_signsgd_without_momentum_is_that_of_optax():
+    optax = pytest.importorskip("optax", reason="compares with it: extra `bench`")
+    rng = np.random.default_rng(0)
+    p = rng.standard_normal(50).astype(np.float32)
+    start, transform = p.copy(), optax.sign_sgd(0.1)
+    state = transform.init(start)
+    opt = fusedopt.SignSGD(p, lr=0.1, momentum=0.0)
+    for _ in range(5):
+        g = rng.standard_normal(50).astype(np.float32)
+        g[:5] = 0
+        opt.step(g)
+        changes, state = transform.update(g, state, start)
+        start = np.asarray(optax.apply_updates(start, changes))
+    assert np.array_equal(p, start)
+    assert opt.state["params"].keys() == {"step"}

@@ -22,6 +22,8 @@
 #include "adamax.h"
 #include "add.h"
 #include "ademamix.h"
+#include "adopt.h"
+#include "asgd.h"
 #include "lamb.h"
 #include "lars.h"
 #include "lion.h"
@@ -30,6 +32,8 @@
 #include "rmsprop.h"
 #include "rprop.h"
 #include "sgd.h"
+#include "signsgd.h"
+#include "yogi.h"
 
 #undef FO_RULES
 #define FO_RULES(X) /* name, scalars, state arrays, how many of them are required, kind, sets */   \
@@ -40,6 +44,10 @@
     X(lion, LION_SCALARS, 1, 1, PLAIN, FO_SETS)                                                    \
     X(rmsprop, RMSPROP_SCALARS, 3, 1, PLAIN, FO_SETS)                                              \
     X(rprop, RPROP_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                               \
+    X(adopt, ADOPT_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                               \
+    X(asgd, ASGD_SCALARS, 1, 1, PLAIN, FO_NO_SETS)                                                 \
+    X(signsgd, SIGNSGD_SCALARS, 1, 0, PLAIN, FO_NO_SETS)                                           \
+    X(yogi, YOGI_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                                 \
     X(adagrad, ADAGRAD_SCALARS, 1, 1, PLAIN, FO_SETS)                                              \
     X(nadam, NADAM_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                               \
     X(radam, RADAM_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                               \

@@ -33,6 +33,8 @@ from fusedopt.optim.adagrad import Adagrad  # noqa: E402
 from fusedopt.optim.adam import Adam, AdamW  # noqa: E402
 from fusedopt.optim.adamax import Adamax  # noqa: E402
 from fusedopt.optim.ademamix import AdEMAMix  # noqa: E402
+from fusedopt.optim.adopt import ADOPT  # noqa: E402
+from fusedopt.optim.asgd import ASGD  # noqa: E402
 from fusedopt.optim.lamb import LAMB  # noqa: E402
 from fusedopt.optim.lars import LARS  # noqa: E402
 from fusedopt.optim.lion import Lion  # noqa: E402
@@ -41,12 +43,16 @@ from fusedopt.optim.radam import RAdam  # noqa: E402
 from fusedopt.optim.rmsprop import RMSprop  # noqa: E402
 from fusedopt.optim.rprop import Rprop  # noqa: E402
 from fusedopt.optim.sgd import SGD  # noqa: E402
+from fusedopt.optim.signsgd import SignSGD  # noqa: E402
+from fusedopt.optim.yogi import Yogi  # noqa: E402
 from fusedopt.optimizer import Optimizer  # noqa: E402
 from fusedopt.scaler import GradScaler  # noqa: E402
 
 _threadpoolctl.watch()
 
 __all__ = [
+    "ADOPT",
+    "ASGD",
     "LAMB",
     "LARS",
     "SGD",
@@ -64,8 +70,10 @@ __all__ = [
     "RAdam",
     "RMSprop",
     "Rprop",
+    "SignSGD",
     "StepResult",
     "StepStats",
+    "Yogi",
     "__version__",
     "formats",
     "functional",

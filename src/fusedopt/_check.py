@@ -282,6 +282,14 @@ def fraction(name: str, value: Any) -> float:
     return rate
 
 
+def exponent(name: str, value: Any) -> float | None:
+    """Return `value` as a float from 0 to 16, such that powers of any step are finite, or None."""
+    result = None if value is None else number(name, value)
+    if result is not None and not 0 <= result <= 16:
+        raise ValueError(f"{name}: must be from 0 to 16, or None, got {result}")
+    return result
+
+
 def around_one(name: str, value: Any) -> tuple[float, float]:
     """Return `value` as two floats, the first between 0 and 1, the second > 1."""
     low, high = _two(name, value)

@@ -357,7 +357,7 @@ class Fused(StateKeeper):
             name, value = option.name, group[option.name]
             if isinstance(option.default, tuple):
                 options[name] = _numbers(f"{where}.{name}", value, len(option.default))
-            elif not (isinstance(option.default, bool) or (value is option.default is None)):
+            elif not (isinstance(option.default, bool) or (value is None and not self._is_torchs)):
                 options[name] = _number(f"{where}.{name}", value)
         options |= self._checked_own(f"{where}.", options)
         states = self._states(self._rule.uses(options), options.get("ema") is not None)

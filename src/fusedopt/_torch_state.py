@@ -234,7 +234,26 @@ class StateKeeper:
             g, i = places[number]
             param = twin.param_groups[g]["params"][i]
             twin.state[param] = twin._loaded_leaf(g, i, param, own)
+        if self._rule.recall is not None:
+            twin._recall()
         return twin.state, twin.param_groups
+
+    def _recall(self) -> None:
+        """Give groups what the rule remembers, from the numbers that torch keeps in its place."""
+        assert self._rule.recall is not None
+        for g, group in enumerate(self.param_groups):
+            for name, value in self._rule.begun({**self._rule.defaults, **group}).items():
+                group.setdefault(name, value)
+            names, latest, numbers = [name for name, _ in self._rule.numbers], 0, {}
+            for i, param in enumerate(group["params"]):
+                own = self.state.get(param, {})
+                if all(isinstance(own.get(name), torch.Tensor) for name in ("step", *names)):
+                    taken = self._count(g, i, own["step"])
+                    if taken > latest:
+                        latest, numbers = taken, {name: own[name].item() for name in names}
+            if numbers:
+                options = self._checked(f"param_groups[{g}]", group).options
+                group.update(self._rule.recall(latest, numbers, options))
 
     def _loaded_leaf(
         self, group: int, i: int, param: Any, saved: Mapping[str, Any]

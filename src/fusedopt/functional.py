@@ -5,6 +5,8 @@ from fusedopt.optim.adagrad import adagrad
 from fusedopt.optim.adam import adam, adamw
 from fusedopt.optim.adamax import adamax
 from fusedopt.optim.ademamix import ademamix
+from fusedopt.optim.adopt import adopt
+from fusedopt.optim.asgd import asgd
 from fusedopt.optim.lamb import lamb
 from fusedopt.optim.lars import lars
 from fusedopt.optim.lion import lion
@@ -13,8 +15,10 @@ from fusedopt.optim.radam import radam
 from fusedopt.optim.rmsprop import rmsprop
 from fusedopt.optim.rprop import rprop
 from fusedopt.optim.sgd import sgd
+from fusedopt.optim.signsgd import signsgd
+from fusedopt.optim.yogi import yogi
 
 __all__ = [
-    "adadelta", "adagrad", "adam", "adamax", "adamw", "ademamix", "lamb", "lars", "lion",
-    "nadam", "radam", "rmsprop", "rprop", "sgd",
+    "adadelta", "adagrad", "adam", "adamax", "adamw", "ademamix", "adopt", "asgd", "lamb",
+    "lars", "lion", "nadam", "radam", "rmsprop", "rprop", "sgd", "signsgd", "yogi",
 ]  # fmt: skip

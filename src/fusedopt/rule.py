@@ -104,10 +104,16 @@ DECOUPLED = Option("decoupled_weight_decay", False, _check.flag)
 L1 = Option("l1", 0.0, _check.nonnegative, term="l1")
 
 
+# names of the flag that decouples weight decay: torch's, pytorch_optimizer's
+_DECOUPLES = (DECOUPLED.name, "weight_decouple")
+
+
 def kept(options: Mapping[str, Any]) -> float:
     """Return what decoupled weight decay leaves of a parameter in a step; 1 if it is not asked."""
-    lost: float = options["lr"] * options["weight_decay"]
-    return 1.0 - lost if options["decoupled_weight_decay"] else 1.0
+    if not any(options.get(name) for name in _DECOUPLES):
+        return 1.0
+    rate: float = 1.0 if options.get("fixed_decay") else options["lr"]
+    return 1 - rate * float(options["weight_decay"])
 
 
 NARROW = ("bfloat16", "int8")  # narrow values of `state_dtype`
@@ -160,10 +166,13 @@ class Rule:
     advance : callable(options) -> dict, optional
         Returns the values of `memory` in the optimizer's next step. It may be called more than once
         for a step, and must depend only on the options, among them what was remembered after the
-        last successful step.
+        last successful step. What else it returns is for the constants of this step alone.
     numbers : tuple of (name, callable(step, options) -> float)
         What torch keeps for each parameter as a number beside its state: functions of how many
         steps were taken, and of the options. They are in state dicts of the torch class alone.
+    recall : callable(step, numbers, options) -> dict, optional
+        Returns what is remembered after that many steps where torch keeps such `numbers` (by name)
+        in its place. The options hold what is remembered, if the group has it.
     """
 
     name: str
@@ -175,6 +184,7 @@ class Rule:
     memory: tuple[Scalar, ...] = ()
     advance: Callable[[Options], dict[str, Any]] | None = None
     numbers: tuple[tuple[str, Callable[[int, Options], float]], ...] = ()
+    recall: Callable[[int, dict[str, float], Options], dict[str, float]] | None = None
 
     @cached_property
     def checks(self) -> dict[str, Check]:
@@ -209,7 +219,7 @@ class Rule:
     def _terms(self) -> tuple[str, str, str]:
         """The options that weight L1 and L2, and that has no L2; empty if there is none."""
         names = {option.term: option.name for option in self.options}
-        decoupled = DECOUPLED.name if DECOUPLED in self.options else ""
+        decoupled = next((row.name for row in self.options if row.name in _DECOUPLES), "")
         return names.get("l1", ""), names.get("l2", ""), decoupled
 
     def check(self, options: Options, where: str = "") -> Options:
@@ -258,9 +268,8 @@ class Rule:
         if self.advance is None:
             return options
         new = self.advance(options)
-        return options | {
-            row.name: row.check(where + row.name, new[row.name]) for row in self.memory
-        }
+        checked = {row.name: row.check(where + row.name, new[row.name]) for row in self.memory}
+        return options | new | checked
 
     def writes(self, options: Options, *places: Options | None) -> list[tuple[Options, str, Any]]:
         """Return (dict, key, value) for each number that a successful step stores in each place."""

@@ -51,6 +51,11 @@ def takers(state_dtype: str) -> tuple[str, ...]:
 STATES = {
     name: sum(cls.rule.uses(cls.rule.defaults | OPTIMIZERS[name])) for name, cls in _CLASSES.items()
 }
+# narrow formats that a rule refuses
+REFUSED = {
+    name: {dtype for state in cls.rule.states for dtype in state.refuses}
+    for name, cls in _CLASSES.items()
+}
 DTYPES = ("float32", "float64")
 
 _BLOCK = 65_537  # values repeat after this many: a prime, so that no two tensors begin alike

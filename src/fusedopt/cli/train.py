@@ -50,6 +50,8 @@ OPTIMIZERS = {
     "adamax": Choice("Adamax", 5e-3),
     "adamw": Choice("AdamW", 2e-3),
     "ademamix": Choice("AdEMAMix", 2e-3),
+    "adopt": Choice("ADOPT", 5e-3),
+    "asgd": Choice("ASGD", 3e-1),
     "lamb": Choice("LAMB", 5e-3),
     "lars": Choice("LARS", 3.0),
     "lion": Choice("Lion", 5e-4),
@@ -58,13 +60,15 @@ OPTIMIZERS = {
     "rmsprop": Choice("RMSprop", 1e-3),
     "rprop": Choice("Rprop", 1e-3, "constant", 30, whole=True),
     "sgd": Choice("SGD", 5e-2, options={"momentum": 0.9}),
+    "signsgd": Choice("SignSGD", 5e-4),
+    "yogi": Choice("Yogi", 1e-2),
     "gd": Choice("SGD", 1e-1, "constant", 200, whole=True),
 }
 # option here -> option of the class, description
 PENALTIES = {
     "momentum": ("momentum", "momentum"),
     "l1": ("l1", "L1 penalty"),
-    "l2": ("weight_decay", "L2 penalty; adamw, lamb: decoupled decay"),
+    "l2": ("weight_decay", "L2 penalty; adamw, lamb, lion, signsgd, yogi: decoupled decay"),
 }
 # name -> (rate, steps of the whole run, steps of an epoch) -> schedule
 SCHEDULES: dict[str, Callable[[float, int, int], schedules.Schedule]] = {

@@ -10,6 +10,8 @@ from fusedopt.reference.adagrad import Adagrad, adagrad
 from fusedopt.reference.adam import Adam, AdamW, adam, adamw
 from fusedopt.reference.adamax import Adamax, adamax
 from fusedopt.reference.ademamix import AdEMAMix, ademamix
+from fusedopt.reference.adopt import ADOPT, adopt
+from fusedopt.reference.asgd import ASGD, asgd
 from fusedopt.reference.lamb import LAMB, lamb
 from fusedopt.reference.lars import LARS, lars
 from fusedopt.reference.lion import Lion, lion
@@ -18,10 +20,12 @@ from fusedopt.reference.radam import RAdam, radam
 from fusedopt.reference.rmsprop import RMSprop, rmsprop
 from fusedopt.reference.rprop import Rprop, rprop
 from fusedopt.reference.sgd import SGD, sgd
+from fusedopt.reference.signsgd import SignSGD, signsgd
+from fusedopt.reference.yogi import Yogi, yogi
 
 __all__ = [
-    "LAMB", "LARS", "SGD", "AdEMAMix", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "Lion",
-    "NAdam", "RAdam", "RMSprop", "Rprop",
-    "adadelta", "adagrad", "adam", "adamax", "adamw", "ademamix", "lamb", "lars", "lion",
-    "nadam", "radam", "rmsprop", "rprop", "sgd",
+    "ADOPT", "ASGD", "LAMB", "LARS", "SGD", "AdEMAMix", "Adadelta", "Adagrad", "Adam", "AdamW",
+    "Adamax", "Lion", "NAdam", "RAdam", "RMSprop", "Rprop", "SignSGD", "Yogi",
+    "adadelta", "adagrad", "adam", "adamax", "adamw", "ademamix", "adopt", "asgd", "lamb",
+    "lars", "lion", "nadam", "radam", "rmsprop", "rprop", "sgd", "signsgd", "yogi",
 ]  # fmt: skip

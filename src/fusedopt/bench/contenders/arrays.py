@@ -138,10 +138,9 @@ class Functional(WithStates):
         super().__init__(problem, params)
         fusedopt.set_num_threads(problem.threads)
         self.function = getattr(functional, problem.optimizer)
-        known = inspect.signature(self.function).parameters
-        self.options = {k: v for k, v in problem.options.items() if k in known}
-        rule = getattr(fusedopt, CLASSES[problem.optimizer]).rule
-        options = rule.defaults | problem.options
+        self.known = inspect.signature(self.function).parameters.keys()
+        self.rule = rule = getattr(fusedopt, CLASSES[problem.optimizer]).rule
+        self.options = options = rule.begun(rule.defaults | problem.options)
         used = compress(rule.states, rule.uses(options))
         for state, arrays in zip(used, self.states, strict=True):
             for a, p in zip(arrays, params, strict=True):
@@ -150,9 +149,9 @@ class Functional(WithStates):
 
     def step(self) -> object:
         self.count += 1
-        return self.function(
-            self._params, self.grads, *self.states, step=self.count, **self.options
-        )
+        self.options = self.rule.advanced(self.options)
+        given = {name: self.options[name] for name in self.known & self.options.keys()}
+        return self.function(self._params, self.grads, *self.states, step=self.count, **given)
 
 
 class InPlace(WithStates):

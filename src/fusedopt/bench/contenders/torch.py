@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from fusedopt._check import Array
@@ -75,9 +74,7 @@ class Torch(OnTensors):
         import torch
 
         cls = getattr(torch.optim, CLASSES[problem.optimizer])
-        known = inspect.signature(cls).parameters  # some have no fused kernel to refuse
-        asked = {k: v for k, v in implementation.items() if v or k in known}
-        self.optimizer = cls(self.tensors, **problem.options, **asked)
+        self.optimizer = cls(self.tensors, **problem.options, **implementation)
         if compiled:
             self.step = torch.compile(self.optimizer.step)  # type: ignore[method-assign]
 
