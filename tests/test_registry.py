@@ -20,12 +20,14 @@ def test_three_files_of_one_name(rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_class_cases_and_readme(rule):
+def test_class_cases_and_documents(rule):
     assert any(c.rule.name == rule for c in CLASSES)
     assert any(case.rule == rule for case in CASES)
     readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "optimizers.md").read_text()
     for cls in (c for c in CLASSES if c.rule.name == rule):
-        assert f"| `{cls.__name__}` |" in readme
+        assert f"`{cls.__name__}`" in readme
+        assert page.count(f"\n| `{cls.__name__}` |") == 2
         assert any(case.cls == cls.__name__ for case in CASES)
 
 
