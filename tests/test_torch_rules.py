@@ -8,7 +8,16 @@ import pickle
 
 import numpy as np
 import pytest
-from test_rules import AVERAGES, Averages, Begins, PlainAverages, PlainBegins
+from test_rules import (
+    AVERAGES,
+    NO_16_BITS,
+    TOO_NARROW,
+    Averages,
+    Begins,
+    PlainAverages,
+    PlainBegins,
+    Refuses,
+)
 from test_torch_table import STORAGE, as_numpy, check_state, raw
 from torch_cases import fo, torch
 
@@ -62,6 +71,27 @@ def test_state_that_torch_makes_in_its_constructor():
     wide.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})  # made in its first step
     wide.param_groups[1]["params"][0].grad = torch.ones(3)
     wide.step()
+
+
+def test_refused_formats():
+    """As in NumPy: when it is made, when a group is added, and when options change."""
+    cls = fo._torch_class(Refuses)
+    p, q = (torch.nn.Parameter(torch.ones(9)) for _ in range(2))
+    with pytest.raises(ValueError, match=rf"^param_groups\[0\].{TOO_NARROW}or None$"):
+        cls([p], state_dtype="int8")
+    opt = cls([p], state_dtype="bfloat16")
+    with pytest.raises(ValueError, match=rf"^param_groups\[1\].{TOO_NARROW}"):
+        opt.add_param_group({"params": [q], "state_dtype": "int8"})
+    p.grad = torch.ones(9)
+    opt.param_groups[0]["amsgrad"] = True
+    with pytest.raises(ValueError, match=rf"^param_groups\[0\].{NO_16_BITS}$"):
+        opt.step()
+    assert torch.equal(p, torch.ones(9)) and not opt.state
+    opt.param_groups[0]["amsgrad"] = False
+    opt.step()
+    wide = cls([q])
+    wide.load_state_dict(opt.state_dict())
+    assert wide.state[q]["exp_avg_sq"].dtype == torch.float32
 
 
 def memory(opt, i):

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from fusedopt import _arrays, _check, _threads
+from fusedopt import _arrays, _check, _storage, _threads
 from fusedopt._check import Array
 from fusedopt.formats import Stored
 from fusedopt.optimizer import Optimizer
@@ -138,6 +138,13 @@ def _check_lists(
                 f"{name}[{i}]: is None; these options need it, pass {way} of the parameter in the "
                 "first step"
             )
+        for i, array in enumerate(values if use and state.refuses else ()):
+            if _storage.narrow(array) in state.refuses:
+                kind = array.format if isinstance(array, Stored) else array.dtype
+                raise ValueError(
+                    f"{name}[{i}]: {rule.name} keeps {state.name!r}, for which {kind} is too "
+                    "narrow; pass float32"
+                )
 
 
 def listed(rule: Rule, params: _List, states: list[_List], step: int) -> _arrays.ArrayList:

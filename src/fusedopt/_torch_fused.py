@@ -287,6 +287,7 @@ class Fused(StateKeeper):
         for row in self._rule.memory:
             if row.name in group:
                 checked[row.name] = row.check(where + row.name, group[row.name])
+        self._rule.refuse_narrow(where, group)
         return checked
 
     def __getstate__(self) -> dict[str, Any]:

@@ -46,7 +46,8 @@ class Optimizer:
     state_dtype : None, "float32", "bfloat16" or "int8", default None
         How moments are kept between steps: in float32 (float64 for float64 parameters), in 2 bytes
         or in 1 + 1 / 64 bytes for each element; see `fusedopt.formats` for what that costs in
-        precision.
+        precision. A rule whose state would lose by it what the rule needs refuses the format, for
+        arrays of any size; its documentation says why.
     master_bits : None, 16, 24 or 32, default None
         Length of the number of which a bfloat16 parameter shows the upper half; the rest is kept as
         state. 32, the default, loses nothing; what 24 or 16 cut off is rounded stochastically in

@@ -55,12 +55,17 @@ class State:
     init : str
         Its initial value: "zeros", "param" (the parameter's value), or the name of the option that
         holds the value of every element.
+    refuses : tuple of str
+        The values of `state_dtype` that lose what the rule needs of it, of "bfloat16" and "int8".
+        An optimizer, a group, a change of options and a function that would keep it so are refused
+        by name. The class's documentation says why.
     """
 
     name: str
     squared: bool = False
     needs: str = ""
     init: str = "zeros"
+    refuses: tuple[str, ...] = ()
 
     def first(self, options: Mapping[str, Any]) -> float | None:
         """Return the initial value of every element; None if it is the parameter's."""
@@ -94,9 +99,11 @@ class Scalar:
 MAXIMIZE = Option("maximize", False, _check.flag)
 L1 = Option("l1", 0.0, _check.nonnegative, term="l1")
 
+NARROW = ("bfloat16", "int8")  # narrow values of `state_dtype`
+
 # what every optimizer has; documented at `fusedopt.Optimizer`
 COMMON = (
-    Option("state_dtype", None, _check.choice(None, "float32", "bfloat16", "int8")),
+    Option("state_dtype", None, _check.choice(None, "float32", *NARROW)),
     Option("master_bits", None, _check.choice(None, 16, 24, 32)),
     Option("min_8bit_size", 4096, _check.count),
     Option("seed", 0, _check.count),
@@ -198,7 +205,23 @@ class Rule:
         }
         if self.demand is not None:
             self.demand(where, checked)
+        self.refuse_narrow(where, checked)
         return checked
+
+    def refuse_narrow(self, where: str, options: Mapping[str, Any]) -> None:
+        """Raise ValueError if a state in use refuses `state_dtype`, see `State`."""
+        asked = options.get("state_dtype")
+        if asked in (None, "float32"):
+            return
+        used = [row for row, use in zip(self.states, self.uses(options), strict=True) if use]
+        for state in used:
+            if asked in state.refuses:
+                refused = {name for row in used for name in row.refuses}
+                ways = [repr(name) for name in NARROW if name not in refused]
+                raise ValueError(
+                    f"{where}state_dtype: {self.name} keeps {state.name!r}, for which {asked!r} is "
+                    f"too narrow; use {' or '.join([*ways, 'None'])}"
+                )
 
     def begun(self, options: Options) -> Options:
         """Return the options with the initial values of what the rule remembers."""

@@ -38,7 +38,8 @@ Parameters
 {own}
 state_dtype : {{None, "float32", "bfloat16", "int8"}}, default None
     How the state is kept: in float32, whatever the parameter's dtype, unless a narrower dtype is
-    asked for (float64 of float64 parameters). See `fusedopt.Optimizer`.
+    asked for (float64 of float64 parameters); some rules refuse narrow ones. See
+    `fusedopt.Optimizer`.
 master_bits : {{None, 16, 24, 32}}, default None
     Bits of a 16-bit parameter that steps compute with, rounded stochastically to 24 and 16. None:
     32 of a bfloat16 parameter, of which what it does not show is kept as ``residual`` in its state;
