@@ -29,6 +29,11 @@ class Case:
     states: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     class_options: dict[str, Any] = field(default_factory=dict)  # more options, of the class
+    remembered: dict[str, Any] = field(default_factory=dict)  # arguments of the function alone
+
+    @property
+    def of_function(self) -> dict[str, Any]:
+        return self.options | self.remembered
 
     @property
     def fast(self) -> Callable[..., None]:
@@ -43,6 +48,16 @@ class Case:
 
     def __str__(self) -> str:
         return self.name
+
+    def takes(self, options: dict[str, Any]) -> bool:
+        return takes(self.cls, options)
+
+
+def takes(name: str, options: dict[str, Any]) -> bool:
+    """Whether a class takes options that all have: its rule declares what it refuses."""
+    rule, kept = getattr(fusedopt, name).rule, options.get("state_dtype")
+    is_too_narrow = any(kept in state.refuses for state in rule.states)
+    return not is_too_narrow and (rule.average is None or options.get("ema") is None)
 
 
 def _adam(name: str, function: str = "adam", amsgrad: bool = False, **options: Any) -> Case:
@@ -79,6 +94,16 @@ def _lars(name: str, **options: Any) -> Case:
     return Case("lars", name, "lars", "LARS", ("momentum_buffer",), options)
 
 
+def _schedulefree(name: str, **options: Any) -> Case:
+    kind = "sgd" if "sgd" in name else "adamw"
+    states = ("z", "exp_avg_sq") if kind == "adamw" else ("z",)
+    remembered = {"k": 3, "weight_sum": 0.7, "lr_max": 0.4}
+    cls = {"adamw": "ScheduleFreeAdamW", "sgd": "ScheduleFreeSGD"}[kind]
+    return Case(
+        "schedulefree", name, f"schedulefree{kind}", cls, states, options, remembered=remembered
+    )
+
+
 CASES = [
     _adam("adam"),
     _adam("adam-lr-betas-eps", lr=0.3, betas=(0.5, 0.75), eps=1e-3),
@@ -104,6 +129,22 @@ CASES = [
     _adagrad("adagrad"),
     _adagrad("adagrad-decay", lr=0.5, lr_decay=0.25, weight_decay=0.1, maximize=True),
     _adagrad("adagrad-first", first=0.3, eps=0.0),
+    _schedulefree("schedulefree-adamw"),
+    _schedulefree(
+        "schedulefree-adamw-all",
+        lr=0.3,
+        betas=(0.6, 0.75),
+        eps=1e-3,
+        weight_decay=0.1,
+        warmup_steps=3,
+        r=1.0,
+        weight_lr_power=1.0,
+    ),
+    _schedulefree("schedulefree-sgd"),
+    _schedulefree(
+        "schedulefree-sgd-all", lr=0.1, momentum=0.4, weight_decay=0.1, warmup_steps=3, r=0.5
+    ),
+    _schedulefree("schedulefree-sgd-still", lr=0.0),  # without a weight in the average
     _lamb("lamb", lr=0.01),
     _lamb("lamb-all", lr=0.3, betas=(0.5, 0.75), eps=1e-3, weight_decay=0.0, maximize=True),
     _lars("lars"),

@@ -25,8 +25,8 @@ def run_functional(case, step_of, arrays, options):
 def compare(case, make):
     """Run case on two sets of the same arrays, ours and the reference's; all bytes must agree."""
     ours, theirs = make(), make()
-    run_functional(case, case.fast, ours, case.options)
-    run_functional(case, case.reference, theirs, case.options)
+    run_functional(case, case.fast, ours, case.of_function)
+    run_functional(case, case.reference, theirs, case.of_function)
     assert_same(ours, theirs, ["param", "grad", *case.states])
 
 

@@ -586,4 +586,4 @@ def test_functional_state_that_is_none(case):
 
 def step_of(case, p, g, states, **options):
     names = [f"{name}s" for name in case.states]
-    case.fast(p, g, **dict(zip(names, states, strict=True)), step=1, **case.options | options)
+    case.fast(p, g, **dict(zip(names, states, strict=True)), step=1, **case.of_function | options)

@@ -12,7 +12,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import CASES, canonical
+from cases import CASES, canonical, takes
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -86,6 +86,7 @@ class Lockstep(RuleBasedStateMachine):
                 data=st.data())  # fmt: skip
     def begin(self, make, storage, sizes, data):
         self.cls, options = make
+        storage = storage if takes(self.cls, storage) else {}
         self.options = options | storage
         self.folder = tempfile.TemporaryDirectory(prefix="fusedopt-machine-")
         self.snapshot = None
@@ -181,6 +182,8 @@ class Lockstep(RuleBasedStateMachine):
     @rule(storage=STORAGE)
     def convert(self, storage):
         """Both continue in new optimizers that keep their state in another format."""
+        if not takes(self.cls, storage):
+            return
         if any(p.dtype == np.float64 for group in self.groups[0] for p in group["params"]):
             return
         dicts = [opt.state_dict() for opt in self.opts]

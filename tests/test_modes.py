@@ -85,12 +85,15 @@ STORAGE = [
     (np.float64, {"ema": 0.9, "ema_warmup": True}),
     (np.float16, {"state_dtype": "int8", "min_8bit_size": 0}),
     (np.float32, {"state_dtype": "bfloat16"}),
+    (np.float16, {}),
 ]
 
 
+TABLE = [(case, *row) for case in CASES for row in STORAGE if case.takes(row[1])]
+
+
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize(("dtype", "storage"), STORAGE, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "dtype", "storage"), TABLE, ids=str)
 def test_classes(case, dtype, storage, count):
     sizes = [BIG if count > 1 else 5000, 700, 3]
     right = trained(case, nullcontext, fusedopt, dtype, storage, sizes)
@@ -100,8 +103,7 @@ def test_classes(case, dtype, storage, count):
             assert ours == right, name
 
 
-@pytest.mark.parametrize(("dtype", "storage"), STORAGE, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "dtype", "storage"), TABLE, ids=str)
 def test_references(case, dtype, storage):
     sizes = [700, 3]
     right = trained(case, nullcontext, fusedopt, dtype, storage, sizes)
@@ -119,7 +121,7 @@ def test_functions(case):
         states = [[some(3000, np.float32, 3 + k) ** 2] for k in range(len(case.states))]
         for number in (1, 2):
             with context():
-                function([p], [g], *states, step=number, **case.options)
+                function([p], [g], *states, step=number, **case.of_function)
         return [canonical(a) for a in (p, *(s for (s,) in states))]
 
     for kind in (np.float32, np.float16):

@@ -58,6 +58,8 @@ VALUES = {  # by the check of an option
     _check.decay_rate: RATES,
     _check.decay_rates: st.tuples(RATES, RATES),
     _check.flag: st.booleans(),
+    _check.count: st.integers(0, 9),
+    _check.steps: st.integers(0, 9),
 }
 
 
@@ -71,7 +73,7 @@ def test_any_options(function, data, dtype, step):
     known = inspect.signature(fast).parameters
     options = {
         option.name: data.draw(VALUES[option.check], label=option.name)
-        for option in rule.options
+        for option in (*rule.options, *rule.memory)
         if option.name in known
     }
     if rule.demand is not None:
@@ -83,8 +85,13 @@ def test_any_options(function, data, dtype, step):
     arrays = [rng.standard_normal(TILE + 3).astype(dtype) for _ in range(2)]
     arrays += [rng.random(TILE + 3).astype(dtype) for _ in rule.states]
     ours, theirs = ([a.copy() for a in arrays] for _ in range(2))
+    faults = []
     for step_of, (p, g, *states) in ((fast, ours), (plain, theirs)):
-        step_of([p], [g], *[[state] for state in states], step=step, **options)
+        try:
+            step_of([p], [g], *[[state] for state in states], step=step, **options)
+        except ValueError as fault:  # numbers that do not fit each other
+            faults.append(str(fault))
+    assert not faults or (len(faults) == 2 and faults[0] == faults[1])
     assert_same(ours, theirs, ["param", "grad", *rule.state_names])
 
 

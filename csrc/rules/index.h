@@ -23,6 +23,7 @@
 #include "lars.h"
 #include "lion.h"
 #include "rmsprop.h"
+#include "schedulefree.h"
 #include "sgd.h"
 
 #undef FO_RULES
@@ -34,4 +35,5 @@
     X(lion, LION_SCALARS, 1, 1, PLAIN, FO_SETS)                                                    \
     X(rmsprop, RMSPROP_SCALARS, 3, 1, PLAIN, FO_SETS)                                              \
     X(adagrad, ADAGRAD_SCALARS, 1, 1, PLAIN, FO_SETS)                                              \
+    X(schedulefree, SCHEDULEFREE_SCALARS, 2, 1, PLAIN, FO_NO_SETS)                                 \
     X(add, ADD_SCALARS, 0, 0, INTERNAL, FO_NO_SETS)

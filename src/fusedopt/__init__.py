@@ -34,6 +34,7 @@ from fusedopt.optim.lamb import LAMB  # noqa: E402
 from fusedopt.optim.lars import LARS  # noqa: E402
 from fusedopt.optim.lion import Lion  # noqa: E402
 from fusedopt.optim.rmsprop import RMSprop  # noqa: E402
+from fusedopt.optim.schedulefree import ScheduleFreeAdamW, ScheduleFreeSGD  # noqa: E402
 from fusedopt.optim.sgd import SGD  # noqa: E402
 from fusedopt.optimizer import Optimizer  # noqa: E402
 from fusedopt.scaler import GradScaler  # noqa: E402
@@ -52,6 +53,8 @@ __all__ = [
     "Lion",
     "Optimizer",
     "RMSprop",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeSGD",
     "StepResult",
     "StepStats",
     "__version__",

@@ -6,6 +6,10 @@ from fusedopt.optim.lamb import lamb
 from fusedopt.optim.lars import lars
 from fusedopt.optim.lion import lion
 from fusedopt.optim.rmsprop import rmsprop
+from fusedopt.optim.schedulefree import schedulefreeadamw, schedulefreesgd
 from fusedopt.optim.sgd import sgd
 
-__all__ = ["adagrad", "adam", "adamw", "lamb", "lars", "lion", "rmsprop", "sgd"]
+__all__ = [
+    "adagrad", "adam", "adamw", "lamb", "lars", "lion", "rmsprop",
+    "schedulefreeadamw", "schedulefreesgd", "sgd",
+]  # fmt: skip

@@ -40,6 +40,10 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 STATES = {
     name: sum(cls.rule.uses(cls.rule.defaults | OPTIMIZERS[name])) for name, cls in _CLASSES.items()
 }
+# those that take narrow state
+NARROW = tuple(
+    name for name, cls in _CLASSES.items() if not any(s.refuses for s in cls.rule.states)
+)
 DTYPES = ("float32", "float64")
 
 _BLOCK = 65_537  # values repeat after this many: a prime, so that no two tensors begin alike

@@ -11,9 +11,17 @@ from fusedopt.reference.lamb import LAMB, lamb
 from fusedopt.reference.lars import LARS, lars
 from fusedopt.reference.lion import Lion, lion
 from fusedopt.reference.rmsprop import RMSprop, rmsprop
+from fusedopt.reference.schedulefree import (
+    ScheduleFreeAdamW,
+    ScheduleFreeSGD,
+    schedulefreeadamw,
+    schedulefreesgd,
+)
 from fusedopt.reference.sgd import SGD, sgd
 
 __all__ = [
     "LAMB", "LARS", "SGD", "Adagrad", "Adam", "AdamW", "Lion", "RMSprop",
-    "adagrad", "adam", "adamw", "lamb", "lars", "lion", "rmsprop", "sgd",
+    "ScheduleFreeAdamW", "ScheduleFreeSGD",
+    "adagrad", "adam", "adamw", "lamb", "lars", "lion", "rmsprop",
+    "schedulefreeadamw", "schedulefreesgd", "sgd",
 ]  # fmt: skip

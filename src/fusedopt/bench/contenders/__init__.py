@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fusedopt.bench.cases import OPTIMIZERS
+from fusedopt.bench.cases import NARROW, OPTIMIZERS
 from fusedopt.bench.contenders._base import Contender, Row
 from fusedopt.bench.contenders.arrays import (
     Functional,
@@ -29,6 +29,7 @@ LIMIT, OURS, AGAIN = "limit", "fusedopt", "fusedopt-again"
 # Slow contenders, by the time of an element: smaller cases show as much of them as larger ones.
 _10_NS: dict[str, Any] = {"most_elements": 10**7, "most_why": "takes 10 ns or more an element"}
 _OURS: dict[str, Any] = {"optimizers": tuple(OPTIMIZERS), "traced": True}
+_OURS_NARROW: dict[str, Any] = {**_OURS, "optimizers": NARROW}
 _TORCH: dict[str, Any] = {"optimizers": ("adagrad", *Row.optimizers)}
 _3_NS: dict[str, Any] = {"most_elements": 15 * 10**7, "most_why": "takes 3 ns or more an element"}
 
@@ -56,15 +57,16 @@ ROWS: dict[str, Row] = {
         Row(OURS, "fusedopt", Fusedopt, **_OURS),
         Row(AGAIN, "fusedopt, again", Fusedopt, **_OURS),
         Row("functional", "fusedopt.functional", Functional, **_OURS),
-        Row("fusedopt-torch", "fusedopt.torch", FusedoptTorch, ("torch",)),
+        Row("fusedopt-torch", "fusedopt.torch", FusedoptTorch, ("torch",),
+            optimizers=tuple(OPTIMIZERS)),
         Row("fusedopt-bf16", "fusedopt, bfloat16 state", Fusedopt, dtypes=("float32",),
-            options={"state_dtype": "bfloat16"}, tolerance=0.05, **_OURS),
+            options={"state_dtype": "bfloat16"}, tolerance=0.05, **_OURS_NARROW),
         Row("fusedopt-int8", "fusedopt, 8-bit state", Fusedopt, dtypes=("float32",),
-            options={"state_dtype": "int8"}, tolerance=0.25, **_OURS),
+            options={"state_dtype": "int8"}, tolerance=0.25, **_OURS_NARROW),
         Row("fusedopt-short", "fusedopt, bfloat16 weights, 8-bit state", FusedoptShort,
             ("ml_dtypes",), dtypes=("float32",),
             options={"state_dtype": "int8", "master_bits": 24}, tolerance=0.25, temporaries=2,
-            **_OURS),
+            **_OURS_NARROW),
         Row("numpy", "NumPy, in place", InPlace, temporaries=1, traced=True),
         Row("reference", "fusedopt.reference", Fusedopt, options={"plain": True}, temporaries=4,
             **_OURS, **_10_NS),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import cache
+from itertools import compress
 from math import ceil
 from statistics import median
 from time import perf_counter
@@ -136,11 +138,25 @@ class Functional(WithStates):
         super().__init__(problem, params)
         fusedopt.set_num_threads(problem.threads)
         self.function = getattr(functional, problem.optimizer)
+        known = inspect.signature(self.function).parameters
+        self.options = {k: v for k, v in problem.options.items() if k in known}
+        self.rule = rule = getattr(fusedopt, CLASSES[problem.optimizer]).rule
+        options = rule.defaults | problem.options
+        self.remembered = [row.name for row in rule.memory if row.name in known]
+        self.group = rule.begun(options)
+        used = compress(rule.states, rule.uses(options))
+        for state, arrays in zip(used, self.states, strict=True):
+            for a, p in zip(arrays, params, strict=True):
+                first = state.first(options)
+                a[...] = p if first is None else first
 
     def step(self) -> object:
         self.count += 1
+        if self.remembered:
+            self.group = self.rule.advanced(self.group)
+            self.options |= {name: self.group[name] for name in self.remembered}
         return self.function(
-            self._params, self.grads, *self.states, step=self.count, **self.problem.options
+            self._params, self.grads, *self.states, step=self.count, **self.options
         )
 
 
