@@ -134,9 +134,22 @@ def _ademamix(name: str, **options: Any) -> Case:
 
 
 def takes(cls: str, storage: Any) -> bool:
-    """Whether a class does not refuse to keep its state so: a `state_dtype`, or options."""
-    kind = storage.get("state_dtype") if isinstance(storage, dict) else storage
-    return not any(kind in state.refuses for state in getattr(fusedopt, cls).rule.states)
+    """Whether a class refuses none of some options that all have, or this `state_dtype`."""
+    rule = RULES[cls]
+    options = storage if isinstance(storage, dict) else {"state_dtype": storage}
+    if rule.average is not None and options.get("ema") is not None:
+        return False
+    return not any(options.get("state_dtype") in state.refuses for state in rule.states)
+
+
+def _schedulefree(name: str, **options: Any) -> Case:
+    kind = "sgd" if "sgd" in name else "adamw"
+    states = ("z", "exp_avg_sq") if kind == "adamw" else ("z",)
+    remembered = {"k": 3, "weight_sum": 0.7, "lr_max": 0.4}
+    cls = {"adamw": "ScheduleFreeAdamW", "sgd": "ScheduleFreeSGD"}[kind]
+    return Case(
+        "schedulefree", name, f"schedulefree{kind}", cls, states, options, remembered=remembered
+    )
 
 
 CASES = [
@@ -207,6 +220,22 @@ CASES = [
     _ademamix("ademamix"),
     _ademamix("ademamix-warmup", alpha=8.0, t_alpha_beta3=3.0, weight_decay=0.3, maximize=True),
     _ademamix("ademamix-all", lr=0.3, betas=(0.5, 0.75, 0.25), eps=1e-3, alpha=0.5),
+    _schedulefree("schedulefree-adamw"),
+    _schedulefree(
+        "schedulefree-adamw-all",
+        lr=0.3,
+        betas=(0.6, 0.75),
+        eps=1e-3,
+        weight_decay=0.1,
+        warmup_steps=3,
+        r=1.0,
+        weight_lr_power=1.0,
+    ),
+    _schedulefree("schedulefree-sgd"),
+    _schedulefree(
+        "schedulefree-sgd-all", lr=0.1, momentum=0.4, weight_decay=0.1, warmup_steps=3, r=0.5
+    ),
+    _schedulefree("schedulefree-sgd-still", lr=0.0),  # without a weight in the average
     _lamb("lamb", lr=0.01),
     _lamb("lamb-all", lr=0.3, betas=(0.5, 0.75), eps=1e-3, weight_decay=0.0, maximize=True),
     _lars("lars"),

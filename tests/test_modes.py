@@ -84,6 +84,7 @@ STORAGE = [
     (np.float64, {"ema": 0.9, "ema_warmup": True}),
     (np.float16, {"state_dtype": "int8", "min_8bit_size": 0}),
     (np.float32, {"state_dtype": "bfloat16"}),
+    (np.float16, {}),
 ]
 ROWS = [
     (case, dtype, storage)

@@ -19,7 +19,7 @@ from test_rules import (
     Refuses,
 )
 from test_torch_table import STORAGE, as_numpy, check_state, raw
-from torch_cases import fo, torch
+from torch_cases import evaluating, fo, torch, training
 
 TorchBegins, TorchAverages = fo._torch_class(Begins), fo._torch_class(Averages)
 for made in (TorchBegins, TorchAverages):
@@ -258,7 +258,7 @@ def test_options_of_our_own_optimizers(name):
         cls([p], momentum_decay=1.0)
     with pytest.raises(TypeError, match="^lr: expected a number"):
         cls([p], lr="0.1")
-    opt = cls([p], lr=torch.tensor(0.125))
+    opt = training(cls([p], lr=torch.tensor(0.125)))
     with pytest.raises(ValueError, match=r"^param_groups\[1\].weight_decay: must be >= 0"):
         opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "weight_decay": -1.0})
     assert len(opt.param_groups) == 1
@@ -267,10 +267,10 @@ def test_options_of_our_own_optimizers(name):
     with pytest.raises(ValueError, match=r"^param_groups\[0\].lr: must be finite"):
         opt.step()
     assert torch.equal(p, torch.ones(3)) and not opt.state
-    scheduled = cls([p], lr=0.1)
+    scheduled = training(cls([p], lr=0.1))
     scheduler = torch.optim.lr_scheduler.ExponentialLR(scheduled, 0.5)
     scheduled.step()
     scheduler.step()
     assert scheduled.param_groups[0]["lr"] == 0.05
-    twin = pickle.loads(pickle.dumps(scheduled))
+    twin = pickle.loads(pickle.dumps(evaluating(scheduled)))
     assert type(twin) is cls and twin.state_dict().keys() == scheduled.state_dict().keys()

@@ -9,7 +9,7 @@ import itertools
 import numpy as np
 import pytest
 from cases import CASES, CLASSES, STEP_OPTIONS, canonical, takes
-from torch_cases import fo, torch
+from torch_cases import evaluating, fo, torch, training
 
 from fusedopt import reference
 
@@ -82,6 +82,8 @@ def test_bits(name, options, dtype, storage, shapes):
     """Options of a step are given to the constructor, or to the step; with copies or without."""
     turn = RULES.index((name, options)) + STORAGE.index((dtype, storage))
     for row, (averages, step_options) in list(enumerate(OPTION_ROWS))[turn % 4 :: 4]:
+        if not takes(name, averages):
+            averages = {}
         generator = torch.Generator().manual_seed(0)
         start = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
         params = [torch.nn.Parameter(p.clone()) for p in start]
@@ -91,7 +93,7 @@ def test_bits(name, options, dtype, storage, shapes):
         narrow = torch.bfloat16 if row % 3 else torch.float16
         copies = [torch.zeros(p.shape, dtype=narrow) for p in start] if row // 4 % 2 else None
         theirs = copies and [as_numpy(copy.clone()) for copy in copies]
-        opt = getattr(fo, name)(params, **options, **storage, **averages, **made)
+        opt = training(getattr(fo, name)(params, **options, **storage, **averages, **made))
         peer = getattr(reference, name)(arrays, **options, **storage, **averages)
         for step in range(3):
             for p in params:
@@ -128,14 +130,19 @@ def test_another_default_device(name, options, dtype, storage):
             for p in (torch.randn(700).to(dtype), wide[:, :20], wide[:, 20:].t().contiguous().t())
         ]
         grads = [torch.randn(p.shape).to(dtype) for p in params]
-        opt = getattr(fo, name)(params, ema=0.9, max_grad_norm=1.0, **options, **storage)
+        averages = {"ema": 0.9} if takes(name, {"ema": 0.9}) else {}
+        opt = training(
+            getattr(fo, name)(params, **averages, max_grad_norm=1.0, **options, **storage)
+        )
         torch.set_default_device(device)
         try:
             for _ in range(2):
                 for p, g in zip(params, grads, strict=True):
                     p.grad = g
                 opt.step()
+                evaluating(opt)
                 opt.load_state_dict(opt.state_dict())
+                training(opt)
             with opt.swap_ema():
                 pass
         finally:

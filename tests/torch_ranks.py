@@ -293,6 +293,39 @@ def averages():
         assert losses[False] == losses[True], losses
 
 
+def modes():
+    """Train and eval mode on shards: the parameters, and what the model computes, of the whole."""
+    from torch.distributed.fsdp import fully_shard
+
+    model, whole = net(), net()
+    fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)), reshard_after_forward=False)
+    ours, theirs = (
+        fo.ScheduleFreeAdamW(m.parameters(), lr=0.01, warmup_steps=2) for m in (model, whole)
+    )
+
+    def same():
+        with torch.no_grad():
+            torch.testing.assert_close(model(batch(99)), whole(batch(99)), rtol=0, atol=1e-6)
+        for a, b in zip(full(model), full(whole), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+    for seed in range(4):
+        for opt in (ours, theirs):
+            opt.train()
+        same()
+        train(model, ours, [seed])
+        train_whole(whole, theirs, [seed])
+        same()
+        y = full(model)
+        average = [x.full_tensor() for x in ours.ema_params().values()]
+        for opt in (ours, theirs):
+            opt.eval()
+        same()
+        for x, p, before in zip(average, full(model), y, strict=True):
+            torch.testing.assert_close(x, p, rtol=0, atol=0)
+            assert not seed or not torch.equal(p, before)
+
+
 def save(model, opt, name):
     state, opt_state = get_state_dict(model, opt)
     dcp.save({"model": state, "optimizer": opt_state}, checkpoint_id=FOLDER / name)

@@ -31,6 +31,7 @@
 #include "radam.h"
 #include "rmsprop.h"
 #include "rprop.h"
+#include "schedulefree.h"
 #include "sgd.h"
 #include "signsgd.h"
 #include "yogi.h"
@@ -54,4 +55,5 @@
     X(adamax, ADAMAX_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                             \
     X(adadelta, ADADELTA_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                         \
     X(ademamix, ADEMAMIX_SCALARS, 3, 3, PLAIN, FO_NO_SETS)                                         \
+    X(schedulefree, SCHEDULEFREE_SCALARS, 2, 1, PLAIN, FO_NO_SETS)                                 \
     X(add, ADD_SCALARS, 0, 0, INTERNAL, FO_NO_SETS)

@@ -42,6 +42,7 @@ from fusedopt.optim.nadam import NAdam  # noqa: E402
 from fusedopt.optim.radam import RAdam  # noqa: E402
 from fusedopt.optim.rmsprop import RMSprop  # noqa: E402
 from fusedopt.optim.rprop import Rprop  # noqa: E402
+from fusedopt.optim.schedulefree import ScheduleFreeAdamW, ScheduleFreeSGD  # noqa: E402
 from fusedopt.optim.sgd import SGD  # noqa: E402
 from fusedopt.optim.signsgd import SignSGD  # noqa: E402
 from fusedopt.optim.yogi import Yogi  # noqa: E402
@@ -71,6 +72,8 @@ __all__ = [
     "RMSprop",
     "Rprop",
     "SignSGD",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeSGD",
     "StepResult",
     "StepStats",
     "Yogi",

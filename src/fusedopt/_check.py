@@ -332,6 +332,16 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def training(name: str, value: Any) -> bool:
+    """Return `value`, which must be True."""
+    if not flag(name, value):
+        raise ValueError(
+            f"{name}: must be True, as arrays hold what steps need but in the block of swap_ema, "
+            "which shows what to evaluate"
+        )
+    return True
+
+
 def count(name: str, value: Any, least: int = 0) -> int:
     """Return `value` as an int >= `least`, below 2**63."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):

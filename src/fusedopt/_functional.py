@@ -52,7 +52,7 @@ def function(cls: type[Optimizer], engine: _Engine | None = None) -> Step:
     flags = {s.needs: plural for s, plural in rows if rule.defaults.get(s.needs) is False}
     begins = {state.init for state in rule.states}  # the caller has initialised the state
     own = [option for option in rule.options if option.name not in flags.keys() | begins]
-    remembered = [row.name for row in rule.memory]
+    remembered = [row.name for row in rule.memory if not row.shown]
     known = {"seed", *remembered, *(option.name for option in own)}
 
     def step_function(
@@ -112,7 +112,7 @@ def _signature(rule: Rule, plurals: Sequence[str], own: Sequence[Option]) -> ins
     parameters.append(inspect.Parameter("step", only))
     for option in own:
         parameters.append(inspect.Parameter(option.name, only, default=option.default))
-    parameters += [inspect.Parameter(row.name, only) for row in rule.memory]
+    parameters += [inspect.Parameter(row.name, only) for row in rule.memory if not row.shown]
     parameters.append(inspect.Parameter("seed", only, default=rule.defaults["seed"]))
     return inspect.Signature(parameters, return_annotation=None)
 

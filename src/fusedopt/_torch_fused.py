@@ -290,6 +290,7 @@ class Fused(StateKeeper):
             if row.name in group:
                 checked[row.name] = row.check(where + row.name, group[row.name])
         self._rule.refuse_narrow(where, group)
+        self._rule.refuse_ema(where, group)
         return checked
 
     @classmethod
@@ -357,7 +358,9 @@ class Fused(StateKeeper):
             name, value = option.name, group[option.name]
             if isinstance(option.default, tuple):
                 options[name] = _numbers(f"{where}.{name}", value, len(option.default))
-            elif not (isinstance(option.default, bool) or (value is None and not self._is_torchs)):
+            elif not (
+                isinstance(option.default, int) or (value is None and not self._is_torchs)
+            ):  # a bool, or a count
                 options[name] = _number(f"{where}.{name}", value)
         options |= self._checked_own(f"{where}.", options)
         states = self._states(self._rule.uses(options), options.get("ema") is not None)
@@ -482,12 +485,15 @@ def plain_base(rule: Rule) -> type[Any]:
             bound = signature.bind(*args, **options)
             bound.apply_defaults()
             params = bound.arguments.pop("params")
-            super().__init__(params, _checked(rule, "", bound.arguments))
+            ignored = {
+                row.name: row.check(row.name, bound.arguments[row.name]) for row in rule.ignored
+            }
+            super().__init__(params, _checked(rule, "", bound.arguments) | ignored)
 
         def __setstate__(self, state: dict[str, Any]) -> None:
             super().__setstate__(state)
             for group in self.param_groups:
-                for option in rule.options:
+                for option in (*rule.options, *rule.ignored):
                     group.setdefault(option.name, option.default)
 
     Base.__signature__ = signature
@@ -497,7 +503,7 @@ def plain_base(rule: Rule) -> type[Any]:
 def _signature(rule: Rule) -> inspect.Signature:
     either, only = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter("params", either)]
-    for option in rule.options:
+    for option in (*rule.options, *rule.ignored):
         kind = only if option in (L1, MAXIMIZE) else either
         parameters.append(inspect.Parameter(option.name, kind, default=option.default))
     return inspect.Signature(sorted(parameters, key=lambda parameter: parameter.kind))

@@ -71,7 +71,9 @@ class StateKeeper:
         """Return which state arrays are to be made; refuse state that is there in part."""
         missing = [state for state in states if not _has(own, state)]
         absent = [state for state in missing if state != "ema"]  # which may begin at any time
-        if self._rule.counts and begun and (own.get("step") is None or absent):
+        counts = self._rule.counts
+        begun = begun and (counts or any(_has(own, state) for state in states if state != "ema"))
+        if begun and (absent or (counts and own.get("step") is None)):
             raise ValueError(
                 f"{name}: its state has no {', '.join(absent) or 'step'}, which these options "
                 "need; set them when the optimizer is made, or load a checkpoint that has it"
@@ -125,7 +127,12 @@ class StateKeeper:
             where = f"{self._name(group, i)}.{state.name}"
             blocks = made.get(state.name + _plain.BLOCKS)
             array = _plain.as_stored(made[key], blocks, state.squared)
-            value = _plain.as_stored(param.detach(), None, False)
+            source = param.detach()
+            if state.init == "param":  # in the memory order of the state
+                like = _plain.local(where, made[key], (*_plain.DTYPES, torch.uint8))
+                if source.stride() != like.stride() or source.is_neg():
+                    source = torch.empty_like(like, dtype=source.dtype).copy_(source)
+            value = _plain.as_stored(source, None, False)
             seeded = {"seed": 0, **options}
             _storage.begin(where, array, state, value, seeded, (number, 1 + k))
 

@@ -14,11 +14,13 @@ from fusedopt.optim.nadam import nadam
 from fusedopt.optim.radam import radam
 from fusedopt.optim.rmsprop import rmsprop
 from fusedopt.optim.rprop import rprop
+from fusedopt.optim.schedulefree import schedulefreeadamw, schedulefreesgd
 from fusedopt.optim.sgd import sgd
 from fusedopt.optim.signsgd import signsgd
 from fusedopt.optim.yogi import yogi
 
 __all__ = [
     "adadelta", "adagrad", "adam", "adamax", "adamw", "ademamix", "adopt", "asgd", "lamb",
-    "lars", "lion", "nadam", "radam", "rmsprop", "rprop", "sgd", "signsgd", "yogi",
+    "lars", "lion", "nadam", "radam", "rmsprop", "rprop", "schedulefreeadamw",
+    "schedulefreesgd", "sgd", "signsgd", "yogi",
 ]  # fmt: skip

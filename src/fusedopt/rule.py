@@ -92,12 +92,41 @@ class Scalar:
         Its initial value: a number, or the name of the option that holds it.
     check : callable(name, value) -> value
         As in `Option`.
+    shown : bool
+        Whether it is there to be read alone, and no step depends on it: functions do not take it.
     """
 
     name: str
     init: float | str
     check: Check = _check.number
+    shown: bool = False
 
+
+@dataclass(frozen=True)
+class Average:
+    """An average x of the parameters by which a rule takes its steps, and which it does not keep.
+
+    The parameters y lie between it and a state array z, ``y = (1 - weight) * z + weight * x``, and
+    x is what to evaluate. `Optimizer.swap_ema` and `Optimizer.ema_params` show it, so that such a
+    rule refuses `ema`; a torch class has ``train`` and ``eval``.
+
+    Attributes
+    ----------
+    state : str
+        Name of z.
+    option : str
+        What holds the weight, for messages.
+    weight : callable(options) -> float
+        Its value.
+    """
+
+    state: str
+    option: str
+    weight: Callable[[Options], float]
+
+
+# of a rule with an `Average`: whether the parameters hold y, which arrays do, and tensors may
+MODE = Scalar("train_mode", True, _check.flag, shown=True)
 
 MAXIMIZE = Option("maximize", False, _check.flag)
 DECOUPLED = Option("decoupled_weight_decay", False, _check.flag)
@@ -173,6 +202,12 @@ class Rule:
     recall : callable(step, numbers, options) -> dict, optional
         Returns what is remembered after that many steps where torch keeps such `numbers` (by name)
         in its place. The options hold what is remembered, if the group has it.
+        last successful step.
+    average : Average, optional
+        What to evaluate in the place of the parameters. Such a rule remembers `MODE`.
+    ignored : tuple of Option
+        Further options of the class that made the rule known, which have no effect here: the torch
+        class accepts them and keeps them in groups, where that class looks for them.
     """
 
     name: str
@@ -185,15 +220,16 @@ class Rule:
     advance: Callable[[Options], dict[str, Any]] | None = None
     numbers: tuple[tuple[str, Callable[[int, Options], float]], ...] = ()
     recall: Callable[[int, dict[str, float], Options], dict[str, float]] | None = None
+    average: Average | None = None
+    ignored: tuple[Option, ...] = ()
 
     @cached_property
     def checks(self) -> dict[str, Check]:
-        """The checks of all entries of a group but its parameters: options, and memory."""
+        """The checks of all entries of a group of arrays but these: options, and memory."""
         rows: list[Option | Scalar] = [*self.options, *COMMON, *self.memory]
-        return {
-            row.name: _check.or_callable(row.check) if row.name == "lr" else row.check
-            for row in rows
-        }
+        checks = {row.name: row.check for row in rows}
+        checks["lr"] = _check.or_callable(checks["lr"])
+        return checks | ({MODE.name: _check.training} if MODE in self.memory else {})
 
     @cached_property
     def check_rate(self) -> Check:
@@ -232,6 +268,7 @@ class Rule:
         if self.demand is not None:
             self.demand(where, checked)
         self.refuse_narrow(where, checked)
+        self.refuse_ema(where, checked)
         return checked
 
     def refuse_narrow(self, where: str, options: Mapping[str, Any]) -> None:
@@ -255,6 +292,14 @@ class Rule:
         if not callable(rate) or all(state.init != "lr" for state in self.states):
             return options
         return options | {"lr": self.check_rate(f"lr({step})", rate(step))}
+
+    def refuse_ema(self, where: str, options: Mapping[str, Any]) -> None:
+        """Raise ValueError if `ema` is asked of a rule with an average of its own."""
+        if self.average is not None and options.get("ema") is not None:
+            raise ValueError(
+                f"{where}ema: {self.name} has an average of its own, which swap_ema and ema_params "
+                "show; leave ema out"
+            )
 
     def begun(self, options: Options) -> Options:
         """Return the options with the initial values of what the rule remembers."""

@@ -29,6 +29,7 @@ except ModuleNotFoundError as exc:
     ) from exc
 
 import fusedopt
+from fusedopt._torch_average import Averaging
 from fusedopt._torch_fused import Fused, plain_base
 from fusedopt.optimizer import Optimizer
 
@@ -96,6 +97,20 @@ capturable, differentiable : bool, default False
 _OURS = """params, {names}
     As for `fusedopt.{name}`; `lr` is a number."""
 
+_IGNORED = """
+{names} : optional
+    Accepted and without effect."""
+
+_MODES = """
+
+``train()`` must be called before the first step, and again after ``eval()``, which puts the average
+x, what to evaluate and to deploy, in the place of the parameters; both may be called twice. They
+round, as x and y are computed from one another: to leave no trace, use the block of `swap_ema`.
+``state_dict()`` in train mode warns once, because a model that is saved beside it holds y, which is
+right to resume a run and wrong to evaluate. State dicts load into the class that made the rule
+known and the other way round; the mode is in them, so save and load model and optimizer together.
+"""
+
 _AGREEMENT = """, within a few
 units in the last place of torch's. State and ``state_dict`` are torch's, and load into either;
 groups have our own options only where they are not the default. What differs: state of 16-bit
@@ -113,6 +128,7 @@ def _torch_class(fast: type[Optimizer]) -> type[Any]:
     known = inspect.signature(base).parameters
     extras = {row.name: row for row in rows if row.name not in known}
     names = ", ".join(row.name for row in rows if row.name in known)
+    ignored = [row.name for row in fast.rule.ignored]
     agreement = _AGREEMENT if peer else ""
     if numbers := ", ".join(name for name, _ in fast.rule.numbers):
         agreement += f";\n{numbers} of a parameter is noted in its state when a state dict is made"
@@ -120,15 +136,18 @@ def _torch_class(fast: type[Optimizer]) -> type[Any]:
         first=f"`{'torch.optim' if peer else 'fusedopt'}.{name}` for CPU tensors, all of them "
         "stepped in one pass and one call.",
         own=(_TORCHS if peer else _OURS).format(names=names, name=name)
-        + (f"\n{', '.join(extras)}\n    As for `fusedopt.{name}`; of a group." if extras else ""),
+        + (f"\n{', '.join(extras)}\n    As for `fusedopt.{name}`; of a group." if extras else "")
+        + (_IGNORED.format(names=", ".join(ignored)) if ignored else ""),
         function=name.lower(),
         agreement=agreement,
+        modes=_MODES.rstrip() if fast.rule.average else "",
     )
     body = {
         "__module__": __name__, "__qualname__": name, "__doc__": doc, "_rule": fast.rule,
         "_is_torchs": peer is not None, "_extras": extras,
     }  # fmt: skip
-    return type(name, (Fused, base), body)
+    ours = (Averaging, Fused) if fast.rule.average else (Fused,)
+    return type(name, (*ours, base), body)
 
 
 _CLASSES = [cls for cls in vars(fusedopt).values() if hasattr(cls, "rule")]

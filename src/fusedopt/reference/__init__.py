@@ -19,13 +19,21 @@ from fusedopt.reference.nadam import NAdam, nadam
 from fusedopt.reference.radam import RAdam, radam
 from fusedopt.reference.rmsprop import RMSprop, rmsprop
 from fusedopt.reference.rprop import Rprop, rprop
+from fusedopt.reference.schedulefree import (
+    ScheduleFreeAdamW,
+    ScheduleFreeSGD,
+    schedulefreeadamw,
+    schedulefreesgd,
+)
 from fusedopt.reference.sgd import SGD, sgd
 from fusedopt.reference.signsgd import SignSGD, signsgd
 from fusedopt.reference.yogi import Yogi, yogi
 
 __all__ = [
     "ADOPT", "ASGD", "LAMB", "LARS", "SGD", "AdEMAMix", "Adadelta", "Adagrad", "Adam", "AdamW",
-    "Adamax", "Lion", "NAdam", "RAdam", "RMSprop", "Rprop", "SignSGD", "Yogi",
+    "Adamax", "Lion", "NAdam", "RAdam", "RMSprop", "Rprop", "ScheduleFreeAdamW",
+    "ScheduleFreeSGD", "SignSGD", "Yogi",
     "adadelta", "adagrad", "adam", "adamax", "adamw", "ademamix", "adopt", "asgd", "lamb",
-    "lars", "lion", "nadam", "radam", "rmsprop", "rprop", "sgd", "signsgd", "yogi",
+    "lars", "lion", "nadam", "radam", "rmsprop", "rprop", "schedulefreeadamw",
+    "schedulefreesgd", "sgd", "signsgd", "yogi",
 ]  # fmt: skip
