@@ -358,9 +358,9 @@ class Fused(StateKeeper):
             name, value = option.name, group[option.name]
             if isinstance(option.default, tuple):
                 options[name] = _numbers(f"{where}.{name}", value, len(option.default))
-            elif not (
-                isinstance(option.default, int) or (value is None and not self._is_torchs)
-            ):  # a bool, or a count
+            elif isinstance(option.default, int):  # a bool, or a count
+                continue
+            elif value is not None or self._is_torchs:
                 options[name] = _number(f"{where}.{name}", value)
         options |= self._checked_own(f"{where}.", options)
         states = self._states(self._rule.uses(options), options.get("ema") is not None)
