@@ -93,11 +93,12 @@ def peer_of(name, params, options):
     if hasattr(torch.optim, name):
         return getattr(torch.optim, name)(params, foreach=False, **options)
     package = pytest.importorskip("pytorch_optimizer", reason="compares with it: extra `peers`")
-    given = {k: v for k, v in options.items() if k != "clip_exp"}
+    always = {"AdEMAMix": {"weight_decouple": True}}.get(name, {})
+    given = always | {k: v for k, v in options.items() if k != "clip_exp"}
     if "clip_exp" in options:
         power = options["clip_exp"]
         given["clip_lambda"] = None if power is None else lambda step: step**power
-    return getattr(package, name)(params, foreach=False, **{"weight_decouple": True} | given)
+    return getattr(package, name)(params, foreach=False, **given)
 
 
 def test_radam_is_rectified_where_more_than_five_gradients_count():
