@@ -7,6 +7,7 @@ asserts that the parameters agree within 1e-6. FOLDER has the rendezvous and the
 """
 
 import functools
+import inspect
 import math
 import os
 import sys
@@ -102,11 +103,14 @@ def sharded(module, name="AdamW", base=OPTIONS, **more):
             fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     options = base | ({"momentum": 0.9} if name == "SGD" else {}) | more
-    return model, getattr(module, name)(model.parameters(), **options)
+    cls = getattr(module, name)
+    known = inspect.signature(cls).parameters
+    return model, cls(model.parameters(), **{k: v for k, v in options.items() if k in known})
 
 
 def fsdp():
-    for name in (name for name in fo.__all__ if hasattr(torch.optim, name)):
+    names = {name for name in fo.__all__ if hasattr(torch.optim, name)}
+    for name in sorted(names - {"Rprop"}):  # torch's Rprop takes no shards
 
         def run(module, name=name):
             model, opt = sharded(module, name)
