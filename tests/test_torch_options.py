@@ -8,7 +8,7 @@ import signal
 
 import numpy as np
 import pytest
-from torch_cases import fo, leaf, numbers, since, torch
+from torch_cases import ANY_SHAPE, fo, leaf, numbers, since, torch
 
 import fusedopt
 
@@ -534,7 +534,7 @@ def test_copies_without_gradient_that_are_not_plain():
     assert torch.equal(target, frozen)
 
 
-@pytest.mark.parametrize("name", fo.__all__)
+@pytest.mark.parametrize("name", ANY_SHAPE)
 def test_the_average_begins_with_the_first_step(name):
     """With the parameter of then, also where torch makes state in the constructor."""
     p = leaf(3)

@@ -33,6 +33,7 @@ from fusedopt.optim.adam import Adam, AdamW  # noqa: E402
 from fusedopt.optim.lamb import LAMB  # noqa: E402
 from fusedopt.optim.lars import LARS  # noqa: E402
 from fusedopt.optim.lion import Lion  # noqa: E402
+from fusedopt.optim.muon import Muon  # noqa: E402
 from fusedopt.optim.rmsprop import RMSprop  # noqa: E402
 from fusedopt.optim.sgd import SGD  # noqa: E402
 from fusedopt.optimizer import Optimizer  # noqa: E402
@@ -50,6 +51,7 @@ __all__ = [
     "GradAccumulator",
     "GradScaler",
     "Lion",
+    "Muon",
     "Optimizer",
     "RMSprop",
     "StepResult",

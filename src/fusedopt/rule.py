@@ -6,9 +6,9 @@ adapters, references and the benchmark read a rule's options, state and constant
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypedDict
 
 from fusedopt import _check
@@ -16,6 +16,7 @@ from fusedopt import _check
 Options = dict[str, Any]
 Check = Callable[[str, Any], Any]
 Constants = Callable[..., dict[str, float]]  # (step, count=None) -> by name
+Plan = tuple[Constants, int, Callable[[Any], None] | None]  # see `Rule.plan`
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,12 @@ class Rule:
         Returns the values of `memory` in the optimizer's next step. It may be called more than once
         for a step, and must depend only on the options, among them what was remembered after the
         last successful step.
+    outside : callable(direction, options), optional
+        Of a MATRIX rule (csrc/rules/index.h): replaces the direction of a leaf, an array or tensor
+        of the compute type in the parameter's shape, in place. It comes before the first write of a
+        step, and may raise; its bits are not promised.
+    demand_shape : callable(where, shape), optional
+        Raises ValueError for a parameter of a shape that is not allowed.
     """
 
     name: str
@@ -153,6 +160,8 @@ class Rule:
     counts: bool = True
     memory: tuple[Scalar, ...] = ()
     advance: Callable[[Options], dict[str, Any]] | None = None
+    outside: Callable[[Any, Options], None] | None = None
+    demand_shape: Callable[[str, Sequence[int]], None] | None = None
 
     @cached_property
     def checks(self) -> dict[str, Check]:
@@ -200,6 +209,11 @@ class Rule:
             self.demand(where, checked)
         return checked
 
+    def check_shape(self, where: str, shape: Sequence[int]) -> None:
+        """Raise ValueError if the rule steps no parameters of a shape."""
+        if self.demand_shape is not None:
+            self.demand_shape(where, shape)
+
     def begun(self, options: Options) -> Options:
         """Return the options with the initial values of what the rule remembers."""
         return options | {
@@ -228,6 +242,14 @@ class Rule:
     def uses(self, options: Mapping[str, Any]) -> tuple[bool, ...]:
         """Return for each state whether these options need it."""
         return tuple(not state.needs or bool(options[state.needs]) for state in self.states)
+
+    def plan(self, options: Options) -> Plan:
+        """Return what steps with these options are made of.
+
+        That is their constants, see `at`, the seed of the noise, and what replaces a direction.
+        """
+        outside = None if self.outside is None else partial(self.outside, options=options)
+        return self.at(options), options["seed"], outside
 
     def at(self, options: Options) -> Constants:
         """Return the constants of steps with these options: the rule's and what all rules have.

@@ -10,10 +10,11 @@ from fusedopt.reference.adam import Adam, AdamW, adam, adamw
 from fusedopt.reference.lamb import LAMB, lamb
 from fusedopt.reference.lars import LARS, lars
 from fusedopt.reference.lion import Lion, lion
+from fusedopt.reference.muon import Muon, muon
 from fusedopt.reference.rmsprop import RMSprop, rmsprop
 from fusedopt.reference.sgd import SGD, sgd
 
 __all__ = [
-    "LAMB", "LARS", "SGD", "Adagrad", "Adam", "AdamW", "Lion", "RMSprop",
-    "adagrad", "adam", "adamw", "lamb", "lars", "lion", "rmsprop", "sgd",
+    "LAMB", "LARS", "SGD", "Adagrad", "Adam", "AdamW", "Lion", "Muon", "RMSprop",
+    "adagrad", "adam", "adamw", "lamb", "lars", "lion", "muon", "rmsprop", "sgd",
 ]  # fmt: skip
