@@ -25,7 +25,8 @@ def parameters(seed=0, dtype=torch.float32, shapes=SHAPES):
 
 
 def give(params, seed):
-    for p, g in zip(params, parameters(seed, torch.float64, [p.shape for p in params]), strict=True):
+    drawn = parameters(seed, torch.float64, [p.shape for p in params])
+    for p, g in zip(params, drawn, strict=True):
         p.grad = g.detach().to(p.dtype)
 
 
@@ -125,7 +126,8 @@ def test_memory_orders(dtype, storage):
         made = [p.detach() for p in parameters(dtype=dtype, shapes=[shape] * 4)]
         if views:
             gaps = torch.zeros(48, 32, dtype=dtype)[::2]
-            made[1:] = [made[1].t().contiguous().t(), gaps.copy_(made[2]), torch._neg_view(-made[3])]
+            transposed, negative = made[1].t().contiguous().t(), torch._neg_view(-made[3])
+            made[1:] = [transposed, gaps.copy_(made[2]), negative]
         params = [torch.nn.Parameter(p) for p in made]
         assert [p.is_contiguous() and not p.is_neg() for p in params].count(False) == 3 * views
         opt = fo.Muon(params, lr=0.01, **storage)

@@ -120,7 +120,7 @@ def fsdp():
 
 
 def matrices():
-    """Shards of a matrix are refused, a replica steps as a tensor; ranks may have other matrices."""
+    """Shards of a matrix are refused, a replica is stepped; ranks may have other matrices."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (WORLD,))

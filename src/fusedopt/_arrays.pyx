@@ -317,8 +317,8 @@ cdef class ArrayList(LeafList):
         Parameters
         ----------
         prepare : callable(grads) -> (list of array or None, list of tuple)
-            A gradient for each leaf, None leaves it out; and of each group `Rule.plan`. May set `writes`, which are made with the last
-            of the step's, behind all that can fail.
+            A gradient for each leaf, None leaves it out; and of each group `Rule.plan`. May set
+            `writes`, which are made with the last of the step's, behind all that can fail.
         grads
             What `prepare` gets.
         threads : int

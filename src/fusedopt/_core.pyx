@@ -293,6 +293,6 @@ def force_threads(bint yes):
     fo_force_threads(yes)
 
 
-# of all rules, name -> number, names of the scalars, states, whether layer-wise, whether a matrix's;
-# read once: it takes memory
+# of all rules, name -> number, names of the scalars, states, whether layer-wise, whether a matrix
+# rule; read once: it takes memory
 RULES = {row[0]: (number, row[1], row[2], row[4], row[5]) for number, row in enumerate(table())}

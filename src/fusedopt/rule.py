@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, TypedDict
 
 from fusedopt import _check
@@ -248,8 +248,10 @@ class Rule:
 
         That is their constants, see `at`, the seed of the noise, and what replaces a direction.
         """
-        outside = None if self.outside is None else partial(self.outside, options=options)
-        return self.at(options), options["seed"], outside
+        if self.outside is None:
+            return self.at(options), options["seed"], None
+        outside = self.outside
+        return self.at(options), options["seed"], lambda direction: outside(direction, options)
 
     def at(self, options: Options) -> Constants:
         """Return the constants of steps with these options: the rule's and what all rules have.

@@ -95,8 +95,8 @@ _OURS = """params, {names}
     As for `fusedopt.{name}`; `lr` is a number."""
 
 _BITS = "the bits of `fusedopt.reference.{function}`"
-_OUTSIDE = """torch's own operations on each direction, whose bits are not promised, between two passes
-that are rounded as in `fusedopt.reference.{function}`; a shard of a DTensor is refused"""
+_OUTSIDE = """torch's own operations on each direction, whose bits are not promised, between two
+passes that are rounded as in `fusedopt.reference.{function}`; a shard of a DTensor is refused"""
 
 _AGREEMENT = """, within a few
 units in the last place of torch's. State and ``state_dict`` are torch's, and load into either;

@@ -29,7 +29,8 @@ class Pair:
         rest: Callable[[Params], Optimizer],
     ) -> None:
         """Make both, each on its part."""
-        self._opts = [make(part) for make, part in zip((matrices, rest), _parts(params))]
+        first, second = _parts(params)
+        self._opts = (matrices(first), rest(second))
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -67,10 +68,11 @@ class Pair:
 
 def _parts(tree: Params) -> tuple[Params, Params]:
     """Return the matrices of a nesting, and all else."""
-    return tuple(  # type: ignore[return-value]
+    matrices, rest = (
         {
             name: {key: array for key, array in layer.items() if (array.ndim == 2) is wanted}
             for name, layer in tree.items()
         }
         for wanted in (True, False)
     )
+    return matrices, rest

@@ -46,7 +46,8 @@ class Choice:
         """Return the default of an option of the class, None if it has no such option."""
         known = inspect.signature(getattr(fusedopt, self.cls)).parameters
         value = known[name].default if name in known else None
-        return self.options.get(name, value)
+        found: float | None = self.options.get(name, value)
+        return found
 
 
 OPTIMIZERS = {

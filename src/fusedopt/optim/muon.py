@@ -41,18 +41,18 @@ def make_orthogonal(u: Any, options: Options) -> None:
     `u` is an array, or a tensor: then the steps are the operations of torch.optim.Muon.
     """
     rows, columns = u.shape
-    coefficients, steps = options["ns_coefficients"], options["ns_steps"]
     iterate = _in_place if isinstance(u, np.ndarray) else _in_bfloat16
-    u[...] = iterate(u, *coefficients, int(steps), options["eps"])
+    with np.errstate(all="ignore"):
+        u[...] = iterate(u, options["ns_coefficients"], options["ns_steps"], options["eps"])
     if options["adjust_lr_fn"] == "match_rms_adamw":
         u *= 0.2 * sqrt(max(rows, columns))
     else:
         u *= sqrt(max(1, rows / columns))
 
 
-@np.errstate(all="ignore")
-def _in_place(u: Any, a: float, b: float, c: float, steps: int, eps: float) -> Any:
+def _in_place(u: Any, coefficients: tuple[float, ...], steps: int, eps: float) -> Any:
     """Return the result of the iteration, computed by NumPy in the dtype of `u`."""
+    a, b, c = coefficients
     is_tall = u.shape[0] > u.shape[1]
     squares = np.einsum("ij,ij->", u, u, dtype=np.float64)
     x = (u.T if is_tall else u) / max(sqrt(squares), eps)
@@ -68,8 +68,9 @@ def _in_place(u: Any, a: float, b: float, c: float, steps: int, eps: float) -> A
     return x.T if is_tall else x
 
 
-def _in_bfloat16(u: Any, a: float, b: float, c: float, steps: int, eps: float) -> Any:
+def _in_bfloat16(u: Any, coefficients: tuple[float, ...], steps: int, eps: float) -> Any:
     """Return the result of the iteration as torch.optim.Muon computes it."""
+    a, b, c = coefficients
     is_tall = u.shape[0] > u.shape[1]
     x = u.bfloat16()
     x = x.T if is_tall else x
@@ -104,9 +105,10 @@ RULE = Rule(
 class Muon(Optimizer):
     """Muon [1]_: momentum, made orthogonal; of matrices, as `torch.optim.Muon`.
 
-    The direction of a matrix is its momentum ``U S V'`` with singular values near 1, about ``U V'``,
-    by Newton-Schulz iterations: products of matrices. Meant for the hidden layers of a network; what
-    is no matrix is refused: give biases, and better the first and last layer too, to `AdamW`.
+    The direction of a matrix is its momentum ``U S V'`` with singular values near 1, so about
+    ``U V'``, by Newton-Schulz iterations, which are products of matrices. It is meant for the
+    hidden layers of a network. What is no matrix is refused: give biases to `AdamW`, and better the
+    first and the last layer too.
 
     Parameters
     ----------
