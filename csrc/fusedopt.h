@@ -122,7 +122,8 @@ typedef struct fo_rule {
     const char *const *scalars; /* names, ended by NULL */
     int states;                 /* number of its state arrays, optional ones last */
     int required;               /* how many of them every leaf must have */
-    int layerwise; /* its rate depends on norms over the leaf: fo_run needs tiles, stats */
+    int layerwise; /* it has a direction over the leaf: see fo_direct; fo_run needs tiles, stats */
+    int matrix;    /* layer-wise, and its last state array holds the direction during a step */
     int internal;  /* the package's own; no optimizer is made of it */
 } fo_rule;
 
@@ -145,7 +146,10 @@ fo_status fo_measure(fo_leaf *leaves, ptrdiff_t n, const fo_run *run, int thread
  * sums of squares of each leaf's parameter and of the direction in which the rule would go (0 for a
  * leaf without gradient), and leaves all else alone. The arguments are those of the fo_step that
  * follows with run->has_direction set; in between the caller may add the sums of other parts of the
- * same tensors. FO_BAD_ARGUMENT for a rule that is not layer-wise, and where fo_step returns it. */
+ * same tensors. Of a matrix rule it also writes the direction into the last state array, which is
+ * FO_F64 where the parameter is, else FO_F32: the caller may replace it, and fo_step goes along
+ * what it finds there. FO_BAD_ARGUMENT for a rule that is not layer-wise, and where fo_step returns
+ * it. */
 fo_status fo_direct(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
                     ptrdiff_t n_hypers, const fo_run *run, int threads);
 

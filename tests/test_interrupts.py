@@ -18,6 +18,20 @@ opt = fusedopt.SGD([p], lr=1.0)
         "assert (p == -opt.state['params[0]']['step']).all()",
         "",
     ),
+    "step of matrices": (
+        """
+params = [np.ones((20, 30), np.float32), np.ones((30, 20))]
+grads = [np.ones((20, 30), np.float32), np.ones((30, 20))]
+opt = fusedopt.Muon(params, lr=1.0, momentum=0.0, weight_decay=1.0, ns_steps=1)
+opt.step(grads)
+direction = [p.copy() for p in params]
+""",
+        "opt.step(grads)",
+        "states = list(opt.state.values()); assert states[0]['step'] == states[1]['step']; "
+        "assert all((p == d).all() for p, d in zip(params, direction)); "
+        "assert all((s['momentum_buffer'] == 1).all() for s in states)",
+        "opt.step(grads)",
+    ),
     "load": (
         """
 def make(fill):

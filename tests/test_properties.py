@@ -69,7 +69,7 @@ VALUES = {  # by the check of an option
 }
 
 
-@pytest.mark.parametrize("function", functional.__all__)
+@pytest.mark.parametrize("function", [cls.__name__.lower() for cls in CLASSES])
 @settings(max_examples=30, deadline=None)
 @given(data=st.data(), dtype=FLOATS, step=st.integers(1, 10**7))
 def test_any_options(function, data, dtype, step):

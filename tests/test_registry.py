@@ -5,12 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
-from cases import CASES, CLASSES
+from cases import CASES, EVERY_CLASS, MATRIX_CASES
 
 from fusedopt import _core, functional, reference
 from fusedopt.cli.train import OPTIMIZERS
 
 ROOT = Path(__file__).parent.parent
+EVERY_CASE = [*CASES, *MATRIX_CASES]
 RULES = {row[0]: row for row in _core.rules()}
 
 
@@ -21,14 +22,14 @@ def test_three_files_of_one_name(rule):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_class_cases_and_documents(rule):
-    assert any(c.rule.name == rule for c in CLASSES)
-    assert any(case.rule == rule for case in CASES)
+    assert any(c.rule.name == rule for c in EVERY_CLASS)
+    assert any(case.rule == rule for case in EVERY_CASE)
     readme = (ROOT / "README.md").read_text()
     page = (ROOT / "docs" / "optimizers.md").read_text()
-    for cls in (c for c in CLASSES if c.rule.name == rule):
+    for cls in (c for c in EVERY_CLASS if c.rule.name == rule):
         assert f"`{cls.__name__}`" in readme
         assert page.count(f"\n| `{cls.__name__}` |") == 2
-        assert any(case.cls == cls.__name__ for case in CASES)
+        assert any(case.cls == cls.__name__ for case in EVERY_CASE)
 
 
 def files(rule):
@@ -62,7 +63,7 @@ LISTS = {  # the lists of rules; the benchmark's peers, which have some of them
     "rule", sorted(RULES.keys() - {"adam", "sgd"})
 )  # which are examples everywhere
 def test_no_other_file_names_a_rule(rule):
-    names = {rule, *(c.__name__ for c in CLASSES if c.rule.name == rule)}
+    names = {rule, *(c.__name__ for c in EVERY_CLASS if c.rule.name == rule)}
     word = re.compile(rf"\b({'|'.join(names)})\b")
     found = {
         path.relative_to(ROOT).as_posix()
@@ -74,7 +75,7 @@ def test_no_other_file_names_a_rule(rule):
     assert set(files(rule)) <= found <= {*files(rule), *LISTS}
 
 
-@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("cls", EVERY_CLASS, ids=lambda c: c.__name__)
 def test_class_fits_the_table(cls):
     """State and scalars of the class are those of the C rule, in number and by name.
 
@@ -82,14 +83,16 @@ def test_class_fits_the_table(cls):
     """
     rule = cls.rule
     _, scalars, states, required = RULES[rule.name]
-    assert required <= len(rule.states) <= states
-    assert sum(rule.uses(rule.defaults)) >= required
+    is_matrix = _core.RULES[rule.name][-1]  # then one state is there during a step alone
+    assert is_matrix == (rule.outside is not None)
+    assert required - is_matrix <= len(rule.states) <= states - is_matrix
+    assert sum(rule.uses(rule.defaults)) >= required - is_matrix
     hyper = rule.at(rule.advanced(rule.begun(rule.defaults)))(1)
     assert set(hyper) == {*scalars, "grad_scale", "l2", "l1", "ema_weight"}
     assert all(isinstance(value, float) for value in hyper.values())
 
 
-@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("cls", EVERY_CLASS, ids=lambda c: c.__name__)
 def test_reference_class_has_the_same_signature(cls):
     plain = getattr(reference, cls.__name__)
     assert issubclass(plain, cls)
@@ -104,6 +107,7 @@ def test_reference_function_has_the_same_signature(name):
 
 
 def test_classes_and_functions_are_all_listed():
-    assert set(functional.__all__) == {case.function for case in CASES}
-    assert {choice.cls for choice in OPTIMIZERS.values()} == {c.__name__ for c in CLASSES}
-    assert set(reference.__all__) == {*functional.__all__, *(c.__name__ for c in CLASSES)}
+    names = {cls.__name__ for cls in EVERY_CLASS}
+    assert set(functional.__all__) == {case.function for case in EVERY_CASE}
+    assert {choice.cls for choice in OPTIMIZERS.values()} == names
+    assert set(reference.__all__) == {*functional.__all__, *names}

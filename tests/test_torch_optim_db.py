@@ -7,12 +7,12 @@ common = pytest.importorskip(
     "torch.testing._internal.common_optimizers", reason="needs expecttest: extra `peers`"
 )
 
-import fusedopt.torch as fo  # noqa: E402 (needs torch)
+from torch_cases import ANY_SHAPE, fo  # noqa: E402 (needs torch)
 
 INFOS = {
     info.optim_cls.__name__: info
     for info in common.optim_db
-    if info.optim_cls.__name__ in fo.__all__
+    if info.optim_cls.__name__ in ANY_SHAPE
 }
 INPUTS = [
     pytest.param(name, entry, dtype, id=f"{name}-{entry.desc}-{dtype}".replace(" ", "_"))
@@ -29,7 +29,7 @@ ERRORS = [
 
 def test_all_are_there():
     """torch's list has every optimizer that is in both modules."""
-    assert set(INFOS) == {name for name in fo.__all__ if hasattr(torch.optim, name)}
+    assert set(INFOS) == {name for name in ANY_SHAPE if hasattr(torch.optim, name)}
     assert len(INPUTS) >= 50 and len(ERRORS) >= 10
 
 

@@ -9,7 +9,7 @@ import signal
 import numpy as np
 import pytest
 from cases import takes
-from torch_cases import fo, leaf, numbers, since, torch
+from torch_cases import ANY_SHAPE, fo, leaf, numbers, since, torch
 
 import fusedopt
 
@@ -535,7 +535,7 @@ def test_copies_without_gradient_that_are_not_plain():
     assert torch.equal(target, frozen)
 
 
-@pytest.mark.parametrize("name", [name for name in fo.__all__ if takes(name, {"ema": 0.5})])
+@pytest.mark.parametrize("name", [name for name in ANY_SHAPE if takes(name, {"ema": 0.5})])
 def test_the_average_begins_with_the_first_step(name):
     """With the parameter of then, also where torch makes state in the constructor."""
     p = leaf(3)

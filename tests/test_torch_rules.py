@@ -19,7 +19,7 @@ from test_rules import (
     Refuses,
 )
 from test_torch_table import STORAGE, as_numpy, check_state, raw
-from torch_cases import evaluating, fo, torch, training
+from torch_cases import ANY_SHAPE, evaluating, fo, torch, training
 
 TorchBegins, TorchAverages = fo._torch_class(Begins), fo._torch_class(Averages)
 for made in (TorchBegins, TorchAverages):
@@ -246,7 +246,7 @@ def test_state_of_another_optimizer_of_torch(peer):
     assert torch.equal(*params)
 
 
-@pytest.mark.parametrize("name", [name for name in fo.__all__ if not hasattr(torch.optim, name)])
+@pytest.mark.parametrize("name", [name for name in ANY_SHAPE if not hasattr(torch.optim, name)])
 def test_options_of_our_own_optimizers(name):
     """Without a class of torch, options are checked as in fusedopt, given or edited."""
     p = torch.nn.Parameter(torch.ones(3))

@@ -8,8 +8,8 @@ import itertools
 
 import numpy as np
 import pytest
-from cases import CASES, CLASSES, STEP_OPTIONS, canonical, takes
-from torch_cases import evaluating, fo, torch, training
+from cases import CASES, EVERY_CLASS, STEP_OPTIONS, canonical, takes
+from torch_cases import ANY_SHAPE, evaluating, fo, torch, training
 
 from fusedopt import reference
 
@@ -73,14 +73,19 @@ def check_state(own, theirs):
 
 
 def test_all_optimizers_are_here():
-    assert set(fo.__all__) == {cls.__name__ for cls in CLASSES} == {name for name, _ in RULES}
+    assert set(fo.__all__) == {cls.__name__ for cls in EVERY_CLASS}
+    assert set(ANY_SHAPE) == {name for name, _ in RULES}
 
 
 @pytest.mark.parametrize("shapes", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize(("name", "options", "dtype", "storage"), ROWS, ids=str)
 def test_bits(name, options, dtype, storage, shapes):
-    """Options of a step are given to the constructor, or to the step; with copies or without."""
     turn = RULES.index((name, options)) + STORAGE.index((dtype, storage))
+    check_bits(name, options, dtype, storage, shapes, turn)
+
+
+def check_bits(name, options, dtype, storage, shapes, turn):
+    """Options of a step are given to the constructor, or to the step; with copies or without."""
     for row, (averages, step_options) in list(enumerate(OPTION_ROWS))[turn % 4 :: 4]:
         if not takes(name, averages):
             averages = {}

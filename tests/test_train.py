@@ -73,9 +73,10 @@ def test_same_weights_for_any_threads_and_isa():
 
 
 @pytest.mark.parametrize("suffix", ["npz", "safetensors"])
-def test_interrupted_and_resumed_is_uninterrupted(capsys, tmp_path, monkeypatch, suffix):
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])  # muon: two optimizers in one file
+def test_interrupted_and_resumed_is_uninterrupted(capsys, tmp_path, monkeypatch, suffix, optimizer):
     path = tmp_path / f"run.{suffix}"
-    options = ["--epochs", 4, "--schedule", "one-cycle", "--warmup", 10]
+    options = ["--epochs", 4, "--schedule", "one-cycle", "--warmup", 10, "--optimizer", optimizer]
     whole = run(capsys, *options)
     seen = []
     train_epoch = train.train_epoch
@@ -190,12 +191,15 @@ def test_info(capsys):
         assert re.search(rf"^{label} +{re.escape(text)}$", out, re.M)
 
 
-def test_monitor(capsys, tmp_path):
-    """Monitoring changes no bit, prints its findings, and draws them."""
-    without = run(capsys, "--epochs", 2, "--no-reference")
-    out = run(capsys, "--epochs", 2, "--no-reference", "--monitor", tmp_path / "m.png")
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_monitor(capsys, tmp_path, optimizer):
+    """Monitoring changes no bit, prints its findings of every layer, and draws them."""
+    options = ["--optimizer", optimizer, "--epochs", 2, "--no-reference"]
+    without = run(capsys, *options)
+    out = run(capsys, *options, "--monitor", tmp_path / "m.png", "--plot", tmp_path / "p.png")
     assert weights(out) == weights(without)
-    assert re.search(r"params\['dense1'\]\['W'\] +\d\.\d\de[-+]\d\d", out)
+    rows = re.findall(r"params\['dense\d'\]\['[Wb]'\] +\d\.\d\de[-+]\d\d", out)
+    assert len(rows) == 6
     assert (tmp_path / "m.png").stat().st_size > 10_000
     dead = run(capsys, "--epochs", 2, "--no-reference", "--monitor", "--lr", 1e-9)
     assert "too small; raise the learning rate" in dead

@@ -7,6 +7,9 @@ torch = pytest.importorskip("torch", reason="tests the PyTorch adapter: extra `t
 import fusedopt.torch as fo  # noqa: E402 (needs torch)
 from fusedopt.formats import Stored  # noqa: E402
 
+# those that step tensors of any shape; test_torch_muon.py has the others
+ANY_SHAPE = [name for name in fo.__all__ if getattr(fo, name)._rule.demand_shape is None]
+
 
 def since(version):
     """Mark a test that needs at least a version of torch, e.g. "2.6"."""

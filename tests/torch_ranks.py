@@ -109,8 +109,9 @@ def sharded(module, name="AdamW", base=OPTIONS, **more):
 
 
 def fsdp():
+    whole = {name for name in fo.__all__ if getattr(fo, name)._rule.outside is not None}
     names = {name for name in fo.__all__ if hasattr(torch.optim, name)}
-    for name in sorted(names - {"Rprop"}):  # torch's Rprop takes no shards
+    for name in sorted(names - whole - {"Rprop"}):  # torch's Rprop takes no shards
 
         def run(module, name=name):
             model, opt = sharded(module, name)
@@ -120,6 +121,42 @@ def fsdp():
             return model
 
         agree(run)
+
+
+def matrices():
+    """Shards of a matrix are refused, a replica is stepped; ranks may have other matrices."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+    torch.manual_seed(0)
+    wide, grad = torch.randn(6, 9), torch.randn(6, 9)
+    made = {}
+    for placement in (Shard(0), Replicate()):
+        p = torch.nn.Parameter(distribute_tensor(wide, mesh, [placement]))
+        p.grad = distribute_tensor(grad, mesh, [placement])
+        opt = fo.Muon([p], lr=0.1)
+        try:
+            opt.step()
+        except ValueError as exc:
+            assert "['params'][0]: is a shard, and Muon computes with whole matrices" in str(exc)
+            assert not opt.state and torch.equal(p.full_tensor(), wide)
+        else:
+            made[placement] = p.to_local()
+    alone = torch.nn.Parameter(wide.clone())
+    alone.grad = grad
+    fo.Muon([alone], lr=0.1).step()
+    assert list(made) == [Replicate()] and torch.equal(made[Replicate()], alone)
+
+    both = [torch.nn.Parameter(wide.clone()), torch.nn.Parameter(2 * wide)]
+    one = fo.Muon(both, lr=0.1, max_grad_norm=0.5, stats=True)
+    mine = torch.nn.Parameter(both[RANK].detach().clone())
+    part = fo.Muon([mine], lr=0.1, max_grad_norm=0.5, stats=True, process_group=dist.group.WORLD)
+    both[0].grad, both[1].grad = grad, -grad
+    mine.grad = both[RANK].grad
+    one.step()
+    part.step()
+    torch.testing.assert_close(part.last_step.grad_norm, one.last_step.grad_norm)
+    torch.testing.assert_close(mine, both[RANK], rtol=0, atol=1e-3)
 
 
 def whole_norm(run):

@@ -4,7 +4,10 @@
  * A PLAIN rule is one function over a tile. A LAYERWISE one has a rate for each leaf, its trust
  * ratio. Before the step, <rule>_direction is called on every block; it writes the direction in
  * which the rule would go, and nothing else. <rule>_trust gets the norms of the parameter and of
- * that direction over the leaf, and returns the ratio, which the rule reads from h[FO_TRUST]. An
+ * that direction over the leaf, and returns the ratio, which the rule reads from h[FO_TRUST].
+ *
+ * A MATRIX rule has a direction too, but no ratio: its last state array, of the compute type, holds
+ * the direction during a step, and the caller replaces it between fo_direct and fo_step. An
  * INTERNAL rule is plain, but no optimizer: the package uses it and has no class for it.
  *
  * With FO_SETS, each set of formats in kernels.c gets a loop of its own for the rule, which makes
@@ -29,6 +32,7 @@
 #include "lion.h"
 #include "nadam.h"
 #include "radam.h"
+#include "muon.h"
 #include "rmsprop.h"
 #include "rprop.h"
 #include "schedulefree.h"
@@ -49,6 +53,7 @@
     X(asgd, ASGD_SCALARS, 1, 1, PLAIN, FO_NO_SETS)                                                 \
     X(signsgd, SIGNSGD_SCALARS, 1, 0, PLAIN, FO_NO_SETS)                                           \
     X(yogi, YOGI_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                                 \
+    X(muon, MUON_SCALARS, 2, 2, MATRIX, FO_NO_SETS)                                                \
     X(adagrad, ADAGRAD_SCALARS, 1, 1, PLAIN, FO_SETS)                                              \
     X(nadam, NADAM_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                               \
     X(radam, RADAM_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                               \

@@ -38,6 +38,7 @@ from fusedopt.optim.asgd import ASGD  # noqa: E402
 from fusedopt.optim.lamb import LAMB  # noqa: E402
 from fusedopt.optim.lars import LARS  # noqa: E402
 from fusedopt.optim.lion import Lion  # noqa: E402
+from fusedopt.optim.muon import Muon  # noqa: E402
 from fusedopt.optim.nadam import NAdam  # noqa: E402
 from fusedopt.optim.radam import RAdam  # noqa: E402
 from fusedopt.optim.rmsprop import RMSprop  # noqa: E402
@@ -67,6 +68,7 @@ __all__ = [
     "GradScaler",
     "Lion",
     "NAdam",
+    "Muon",
     "Optimizer",
     "RAdam",
     "RMSprop",

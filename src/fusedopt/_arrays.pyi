@@ -1,6 +1,6 @@
 """Types of the compiled border for arrays."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, final
 
 from numpy.typing import NDArray
@@ -8,11 +8,9 @@ from numpy.typing import NDArray
 from fusedopt._leaves import LeafList
 from fusedopt._options import Reduction, StepOptions, StepResult
 from fusedopt.formats import Stored
+from fusedopt.rule import Plan
 
-# the gradient of each leaf; of each group the constants of a step, and the seed of the noise
-_Prepared: TypeAlias = tuple[
-    list[NDArray[Any] | None], list[tuple[Callable[..., Mapping[str, float]], int]]
-]
+_Prepared: TypeAlias = tuple[list[NDArray[Any] | None], list[Plan]]  # of each leaf; of each group
 
 def are_settled(param_groups: Any, groups: list[Any]) -> bool: ...
 def find_none(values: Sequence[Any], grads: Sequence[Any]) -> int: ...

@@ -160,6 +160,8 @@ cdef class ArrayList(LeafList):
     cdef readonly list states  # of each leaf, arrays or `Stored` or None
     cdef readonly list grad_names
     cdef LeafRecord *records
+    cdef list plans           # of the groups, during a step
+    cdef dict directions      # during a step of a matrix rule: by leaf, what it goes along
     cdef fo_stats *kept       # of an accumulator: what was measured of each leaf, or NULL
     cdef readonly object count  # steps of the whole list, a Python int
     cdef bint swapped         # whether `Swap` has it
@@ -168,6 +170,7 @@ cdef class ArrayList(LeafList):
         self.set_rule(rule, state_names)
         self.names, self.grad_names, self.states = [], [], []
         self.params, self.stored = [], []
+        self.directions = {}
         self.count = 0
 
     def __dealloc__(self):
@@ -313,10 +316,9 @@ cdef class ArrayList(LeafList):
 
         Parameters
         ----------
-        prepare : callable(grads) -> (list of array or None, list of (callable, int))
-            A gradient for each leaf, None leaves it out; and of each group the constants of a step,
-            see `Rule.at`, and the seed of the noise. May set `writes`, which are made with the last
-            of the step's, behind all that can fail.
+        prepare : callable(grads) -> (list of array or None, list of tuple)
+            A gradient for each leaf, None leaves it out; and of each group `Rule.plan`. May set
+            `writes`, which are made with the last of the step's, behind all that can fail.
         grads
             What `prepare` gets.
         threads : int
@@ -364,10 +366,13 @@ cdef class ArrayList(LeafList):
         memset(&how, 0, sizeof(how))
         try:
             updated = self.take(grads, plans)
+            self.plans = plans
             if options is not None or self.layerwise:
                 prepare_sums(&self.sums, self.leaves, n, &how)
             number = self.count + 1  # an object: no memory may run out behind writes
             if options is None:
+                if self.matrix:
+                    self.direct(None, &how, threads)
                 with nogil:
                     status = run_step(
                         self.rule, self.leaves, n, self.hypers.of, self.hypers.n, &how, threads)
@@ -482,6 +487,21 @@ cdef class ArrayList(LeafList):
             seen[(group, step)] = added
         return added
 
+    cdef int add_direction(self, ptrdiff_t i, fo_array *to) except -1:
+        cdef Py_buffer view
+        cdef bint is_double = self.leaves[i].param.format == FO_F64
+        direction = numpy.empty_like(
+            self.params[i], float64 if is_double else float32, subok=False)
+        PyObject_GetBuffer(direction, &view, PyBUF_STRIDES | PyBUF_WRITABLE)
+        to.data, to.format = view.buf, FO_F64 if is_double else FO_F32
+        PyBuffer_Release(&view)  # the dict holds it
+        self.directions[i] = direction
+        return 0
+
+    cdef int replace(self, ptrdiff_t i) except -1:
+        (<tuple>self.plans[self.records[i].group])[2](self.directions[i])
+        return 0
+
     cdef int take_others(self, list grads, options, list copies) except -1:
         """Export the copies; check them, and gradients that the step zeroes.
 
@@ -499,8 +519,13 @@ cdef class ArrayList(LeafList):
         return self.check_others(options.zero_grads, copies is not None)
 
     cdef void let_go(self) noexcept:
-        """Release what a step alone has exported."""
-        cdef ptrdiff_t i
+        """Release what a step alone has exported, or made."""
+        cdef ptrdiff_t i, slot = len(self.state_names)
+        self.plans = None
+        if self.matrix:
+            self.directions.clear()
+            for i in range(self.n):
+                self.leaves[i].state[slot].data = NULL
         for i in range(self.n):
             if <void *>self.records[i].grad.obj != NULL:
                 PyBuffer_Release(&self.records[i].grad)

@@ -85,7 +85,7 @@ cdef extern from "fusedopt.h" nogil:
     ctypedef struct fo_rule:
         const char *name
         const char *const *scalars
-        int states, required, layerwise, internal
+        int states, required, layerwise, matrix, internal
 
     const fo_rule *fo_rules()
     fo_status fo_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,

@@ -266,6 +266,13 @@ def three_decay_rates(name: str, value: Any) -> tuple[float, ...]:
     return decay_rates(name, value, 3)
 
 
+def numbers(name: str, value: Any, length: int) -> tuple[float, ...]:
+    """Return `value` as a number of finite floats."""
+    if not isinstance(value, (tuple, list)) or len(value) != length:
+        raise TypeError(f"{name}: expected {length} numbers, got {value!r}")
+    return tuple(number(f"{name}[{i}]", x) for i, x in enumerate(value))
+
+
 def decay_rate(name: str, value: Any) -> float:
     """Return `value` as a float in [0, 1)."""
     rate = number(name, value)
@@ -357,6 +364,18 @@ def steps(name: str, value: Any, least: int = 0) -> int:
     if result >= 2**62:
         raise ValueError(f"{name}: must be below 2**62, got {value}")
     return result
+
+
+def count_below(limit: int) -> Any:
+    """Return a check of a count below a limit."""
+
+    def check(name: str, value: Any) -> int:
+        result = count(name, value)
+        if result >= limit:
+            raise ValueError(f"{name}: must be below {limit}, got {value}")
+        return result
+
+    return check
 
 
 def choice(*allowed: Any) -> Any:

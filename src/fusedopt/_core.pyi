@@ -11,7 +11,7 @@ TILE: int
 BLOCK: int
 STREAMS: int
 STATS: np.dtype[np.void]
-RULES: dict[str, tuple[int, list[str], int, bool]]
+RULES: dict[str, tuple[int, list[str], int, bool, bool]]
 
 @final
 class Ieee:

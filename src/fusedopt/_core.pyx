@@ -223,7 +223,7 @@ def allocate(specs):
 # ------------------------------------------------------------------ tables
 
 cdef list table():
-    """All rules of C: (name, [scalars], states, required states, layer-wise, internal)."""
+    """All rules of C: (name, [scalars], states, required, layer-wise, matrix, internal)."""
     cdef const fo_rule *row = fo_rules()
     cdef const char *const *scalar
     rows = []
@@ -233,14 +233,14 @@ cdef list table():
             names.append(scalar[0].decode())
             scalar += 1
         rows.append((row.name.decode(), names, row.states, row.required, bool(row.layerwise),
-                     bool(row.internal)))
+                     bool(row.matrix), bool(row.internal)))
         row += 1
     return rows
 
 
 def rules():
     """The optimizers' rules of the C table: (name, [scalars], states, required states)."""
-    return [row[:4] for row in table() if not row[5]]
+    return [row[:4] for row in table() if not row[6]]
 
 
 def formats():
@@ -293,6 +293,6 @@ def force_threads(bint yes):
     fo_force_threads(yes)
 
 
-# of all rules, name -> number, names of the scalars, states, whether layer-wise; read once: it
-# takes memory
-RULES = {row[0]: (number, row[1], row[2], row[4]) for number, row in enumerate(table())}
+# of all rules, name -> number, names of the scalars, states, whether layer-wise, whether a matrix
+# rule; read once: it takes memory
+RULES = {row[0]: (number, row[1], row[2], row[4], row[5]) for number, row in enumerate(table())}

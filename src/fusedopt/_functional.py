@@ -156,6 +156,8 @@ def listed(rule: Rule, params: _List, states: list[_List], step: int) -> _arrays
     work = _arrays.ArrayList(rule.name, rule.state_names)
     threads = _threads.get_num_threads()
     work.add(names, grad_names, list(params), rows, group=0, zero=False, threads=threads)
+    for name, param in zip(names, work.params, strict=True):
+        rule.check_shape(name, param.shape)
     work.set_steps(step - 1, [step - 1] * len(params))
     return work
 
@@ -164,5 +166,5 @@ def _step_in_c(
     rule: Rule, params: _List, grads: _List, states: list[_List], step: int, options: Options
 ) -> None:
     work, threads = listed(rule, params, states, step), _threads.get_num_threads()
-    plan = (rule.at(options), options["seed"])
+    plan = rule.plan(options)
     work.step(lambda grads: (list(grads), [plan]), grads, threads)

@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fusedopt import _tree
-from fusedopt.rule import Check, Constants, Options, Rule
-
-Plan = tuple[Constants, int]
+from fusedopt.rule import Check, Options, Plan, Rule
 
 _IMMUTABLE = (int, float, bool, str, type(None))
 
@@ -37,8 +35,8 @@ class Group:
         so that each step must check it.
     schedule : callable(step) -> float, or None
         `lr`, if it is not a number.
-    plan : (callable, int)
-        The constants of a step, see `Rule.at`, and the seed of the noise.
+    plan : tuple
+        See `Rule.plan`.
     """
 
     tree: Any
@@ -57,14 +55,14 @@ class Group:
         self.seen = dict(given) if all(map(_is_constant, values)) else None
         self.options, lr = options, options["lr"]
         self.schedule = lr if callable(lr) else None
-        self.plan = (rule.at(options), options["seed"])
+        self.plan = rule.plan(options)
 
     def schedule_rate(self, rule: Rule, step: int) -> None:
         """Take over the rate of a step from the schedule."""
         assert self.schedule is not None
         rate = rule.check_rate(f"lr({step})", self.schedule(step))
         self.options = self.options | {"lr": rate}
-        self.plan = (rule.at(self.options), self.options["seed"])
+        self.plan = rule.plan(self.options)
 
     def lacks(self, rule: Rule, used: tuple[bool, ...]) -> str | None:
         """Return the name of a state that is used, see `Rule.uses`, and was not allocated."""

@@ -61,6 +61,7 @@ cdef class Verdict:
 cdef class LeafList:
     cdef int rule             # number in the C table
     cdef bint layerwise
+    cdef bint matrix          # whether `replace` has the direction of a leaf before the step
     cdef tuple state_names
     cdef list scalar_names
     cdef fo_leaf *leaves
@@ -81,6 +82,8 @@ cdef class LeafList:
     cdef bint has_grad(self, ptrdiff_t i) noexcept
     cdef ptrdiff_t row(self, ptrdiff_t i) noexcept
     cdef ptrdiff_t count_rows(self) noexcept
+    cdef int add_direction(self, ptrdiff_t i, fo_array *to) except -1
+    cdef int replace(self, ptrdiff_t i) except -1
 
     cdef int set_rule(self, str rule, tuple state_names) except -1
     cdef int claim(self) except -1
@@ -92,6 +95,7 @@ cdef class LeafList:
     cdef int check_others(self, bint zero_grads, bint copies) except -1
 
     cdef Verdict run(self, options, reduction, fo_run *how, int threads)
+    cdef int direct(self, reduction, fo_run *how, int threads) except -1
     cdef Verdict judge(self, options, reduction, fo_run *how, int threads)
     cdef void zero_gradients(self) noexcept
     cdef int make_writes(self) except -1

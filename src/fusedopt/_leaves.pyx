@@ -54,7 +54,7 @@ cdef class LeafList:
 
     cdef int set_rule(self, str rule, tuple state_names) except -1:
         """Begin: a rule of the C table, and the names of its state arrays for messages."""
-        self.rule, self.scalar_names, _, self.layerwise = _core.RULES[rule]
+        self.rule, self.scalar_names, _, self.layerwise, self.matrix = _core.RULES[rule]
         self.state_names = state_names
         self.writes = []
         return 0
@@ -99,6 +99,14 @@ cdef class LeafList:
 
     cdef ptrdiff_t count_rows(self) noexcept:
         return self.n
+
+    cdef int add_direction(self, ptrdiff_t i, fo_array *to) except -1:
+        """Point an array of a leaf at new memory, of the compute type, for a step's direction."""
+        raise NotImplementedError
+
+    cdef int replace(self, ptrdiff_t i) except -1:
+        """Replace the direction of a leaf, which is there, in place."""
+        raise NotImplementedError
 
     # ---------------------------------------------------------------- one thread at a time
 
@@ -201,20 +209,39 @@ cdef class LeafList:
                 self.zero_gradients()
             for i in range(self.n):
                 self.leaves[i].grad.data = NULL  # copies are written of what is as it was
-        elif self.layerwise and reduction is not None:
-            with nogil:
-                status = run_direct(
-                    self.rule, self.leaves, self.n, self.hypers.of, self.hypers.n, how, threads)
-            check(status)
-            table = self.table()
-            reduction.directions(table)
-            self.take_table(table)
-            how.has_direction = 1
+        elif self.matrix or (self.layerwise and reduction is not None):
+            self.direct(reduction, how, threads)
         with nogil:
             status = run_step(
                 self.rule, self.leaves, self.n, self.hypers.of, self.hypers.n, how, threads)
         check(status)
         return verdict
+
+    cdef int direct(self, reduction, fo_run *how, int threads) except -1:
+        """Find the directions of a layer-wise rule; have them replaced, or their norms summed.
+
+        Nothing else is written yet: what this raises leaves all as it was.
+        """
+        cdef fo_status status
+        cdef ptrdiff_t i, slot = len(self.state_names)
+        if self.matrix:
+            for i in range(self.n):
+                if self.leaves[i].grad.data != NULL:
+                    self.add_direction(i, &self.leaves[i].state[slot])
+        with nogil:
+            status = run_direct(
+                self.rule, self.leaves, self.n, self.hypers.of, self.hypers.n, how, threads)
+        check(status)
+        if self.matrix:
+            for i in range(self.n):
+                if self.leaves[i].grad.data != NULL and self.leaves[i].n > 0:
+                    self.replace(i)
+        else:
+            table = self.table()
+            reduction.directions(table)
+            self.take_table(table)
+        how.has_direction = 1
+        return 0
 
     cdef Verdict judge(self, options, reduction, fo_run *how, int threads):
         """Measure the gradients if the step must know them before it writes; scale every leaf.

@@ -207,6 +207,7 @@ cdef class TensorList(LeafList):
     cdef list touched         # what is written beside them: gradients set to zero, copies
     cdef list targets, copies  # tensors, and what was stepped in the place of each
     cdef list labels           # of the former: names, or (leaf, place)
+    cdef list directions       # of a matrix rule: by leaf, what it goes along, or None
     cdef list made            # (parameter, its new state)
     cdef bint rule_counts     # whether the rule asks for the number of the step
     cdef dict seen            # (group, step, count) -> index of its constants
@@ -263,8 +264,8 @@ cdef class TensorList(LeafList):
         ----------
         owner : optimizer
             Asked, where needed, to ``_make_state``, ``_make_extras``, ``_stand_in``, ``_copy``,
-            ``_count``, ``_refuse_both``, ``_shared``, ``_constants``, ``_name`` and ``_reduction``:
-            see `fusedopt.torch`.
+            ``_count``, ``_refuse_both``, ``_shared``, ``_constants``, ``_name``, ``_reduction``,
+            ``_new_direction`` and ``_replace``: see `fusedopt.torch`.
         groups : list of (list, GroupPlan)
             The parameters of each group, and what a step must know of it.
         counted : bool
@@ -299,6 +300,7 @@ cdef class TensorList(LeafList):
             self.zeroes = options is not None and options.zero_grads
             self.capsules, self.written, self.touched, self.seen = [], [], [], {}
             self.targets, self.copies, self.labels, self.made = [], [], [], []
+            self.directions = []
             for group, (params, plan) in enumerate(groups):
                 self.gather(group, params, plan, counted, state, copies)
             reduction = stats = None
@@ -320,6 +322,8 @@ cdef class TensorList(LeafList):
                         number, 0, True, verdict.grad_norm, verdict.clip_factor, None)
                     return
             else:
+                if self.matrix:
+                    self.direct(None, &how, threads)
                 with nogil:
                     status = run_step(
                         self.rule, self.leaves, self.n, self.hypers.of, self.hypers.n, &how,
@@ -342,10 +346,40 @@ cdef class TensorList(LeafList):
             for i in range(self.n):
                 let_go(&self.records[i])
             self.capsules = self.targets = self.copies = self.labels = self.made = None
+            self.directions = None
             self.owner = self.plan = None
             fo_leave_ieee(before)
             self.release()
             self.copier.enable_grad(grad)
+
+    cdef int add_direction(self, ptrdiff_t i, fo_array *to) except -1:
+        cdef LeafRecord *record = &self.records[i]
+        cdef DLTensor t
+        cdef bint is_double = self.leaves[i].param.format == FO_F64
+        direction = self.owner._new_direction(
+            <object>record.tensors[PARAM], self.order(record), is_double)
+        if not self.resolve(direction, &t):
+            raise SystemError("fusedopt: a new tensor is not plain; please report")
+        to.data, to.format = <char *>t.data + t.byte_offset, FO_F64 if is_double else FO_F32
+        self.directions += [None] * (i - len(self.directions)) + [direction]
+        return 0
+
+    cdef int replace(self, ptrdiff_t i) except -1:
+        self.owner._replace(self.records[i].group, self.directions[i])
+        return 0
+
+    cdef tuple order(self, LeafRecord *record):
+        """The strides in which a leaf is stepped."""
+        cdef DLTensor t
+        cdef Axes axes
+        cdef int64_t strides[MAX_AXES]
+        cdef int k
+        cdef bint found = self.resolve(<object>record.tensors[PARAM], &t)
+        if found:
+            axes = axes_of(&t)
+        if not found or not choose_order(record, &axes, strides):
+            raise SystemError("fusedopt: a tensor changed meanwhile; please report")
+        return tuple([strides[k] for k in range(t.ndim)])
 
     cdef int finish(self, state) except -1:
         """Count the step, write what was done on copies, and take over new state."""
@@ -594,16 +628,8 @@ cdef class TensorList(LeafList):
 
     cdef int lay(self, LeafRecord *record) except -1:
         """Put copies in the place of tensors that are `elsewhere`."""
-        cdef DLTensor t
-        cdef Axes axes
-        cdef int64_t strides[MAX_AXES]
-        cdef int place, k
-        cdef bint found = self.resolve(<object>record.tensors[PARAM], &t)
-        if found:
-            axes = axes_of(&t)
-        if not found or not choose_order(record, &axes, strides):
-            raise SystemError("fusedopt: a tensor changed meanwhile; please report")
-        order = tuple([strides[k] for k in range(t.ndim)])
+        cdef int place
+        cdef tuple order = self.order(record)
         for place in range(PLACES):
             if record.elsewhere >> place & 1:
                 tensor = <object>record.tensors[place]

@@ -276,12 +276,26 @@ class Fused(StateKeeper):
             param_group.setdefault(name, value)
         options = {**self.defaults, **param_group}
         self._checked_own(f"{where}.", options)
+        self._check_shapes(param_group)
         begun = self._rule.begun(options)
         for row in self._rule.memory:
             param_group.setdefault(row.name, begun[row.name])
         super().add_param_group(param_group)  # type: ignore[misc]
         for name in _OF_NO_GROUP:
             self.param_groups[-1].pop(name, None)  # which torch takes from the defaults
+
+    def _check_shapes(self, group: dict[str, Any]) -> None:
+        """Raise ValueError naming a parameter of a new group that the rule does not step."""
+        if self._rule.demand_shape is None or isinstance(group["params"], set):
+            return
+        params = group["params"]
+        group["params"] = params = [params] if isinstance(params, torch.Tensor) else list(params)
+        for i, param in enumerate(params):
+            name = f"param_groups[{len(self.param_groups)}]['params'][{i}]"
+            if isinstance(param, tuple) and len(param) == 2:  # its name comes first
+                name, param = f"{name} ({param[0]})", param[1]
+            if isinstance(param, torch.Tensor):
+                self._rule.demand_shape(name, tuple(param.shape))
 
     def _checked_own(self, where: str, group: Options) -> Options:
         """Return what is checked here, and not by torch."""
@@ -358,10 +372,12 @@ class Fused(StateKeeper):
             name, value = option.name, group[option.name]
             if isinstance(option.default, tuple):
                 options[name] = _numbers(f"{where}.{name}", value, len(option.default))
-            elif isinstance(option.default, int):  # a bool, or a count
-                continue
-            elif value is not None or self._is_torchs:
+            elif isinstance(option.default, float) or (
+                option.default is None and isinstance(value, (Real, torch.Tensor))
+            ):
                 options[name] = _number(f"{where}.{name}", value)
+            elif self._is_torchs and not isinstance(option.default, bool):
+                options[name] = option.check(f"{where}.{name}", value)  # no step of torch's does
         options |= self._checked_own(f"{where}.", options)
         states = self._states(self._rule.uses(options), options.get("ema") is not None)
         squares = tuple(state.squared for state in self._rule.states)
@@ -385,10 +401,26 @@ class Fused(StateKeeper):
     ) -> tuple[list[Any], list[Any], list[tuple[Any, Any, str]]]:
         """Return what C can work on for [parameter, gradient, copy, *state]: see `stand_ins`."""
         name = self._name(group, i)
+        if self._rule.outside is not None and _ranks.sharded_dims(tensors[0]):
+            raise ValueError(
+                f"{name}: is a shard, and {type(self).__name__} computes with whole matrices; use "
+                "AdamW for it, or keep it whole"
+            )
         residual = residual_dtype(self.param_groups[group])
         where = [name, f"{name}.grad", f"copy_out of {name}"]
         where += [f"{name}.{state}" for state in names]
         return _plain.stand_ins(where, tensors, extras, residual, zeroes)
+
+    def _replace(self, group: int, direction: Any) -> None:
+        """Replace the direction of a parameter by what the rule makes of it."""
+        assert self._rule.outside is not None
+        self._rule.outside(direction, self._groups[group].options)
+
+    @staticmethod
+    def _new_direction(param: Any, strides: tuple[int, ...], is_double: bool) -> Any:
+        """Return a tensor for it, in a memory order, in the dtype that steps compute in."""
+        dtype = torch.float64 if is_double else torch.float32
+        return param.detach().new_empty_strided(param.shape, strides, dtype=dtype)
 
     def _refuse_both(self, group: int, i: int, state: str) -> NoReturn:
         raise ValueError(f"{self._name(group, i)}: {_plain.both(state)}")
@@ -457,8 +489,7 @@ def _number(where: str, value: Any) -> float:
 
 def _numbers(where: str, value: Any, count: int) -> tuple[float, ...]:
     if not isinstance(value, (tuple, list)) or len(value) != count:
-        number = {2: "two", 3: "three"}[count]
-        raise TypeError(f"{where}: expected {number} numbers, got {value!r}")
+        raise TypeError(f"{where}: expected {count} numbers, got {value!r}")
     return tuple(_number(f"{where}[{i}]", x) for i, x in enumerate(value))
 
 

@@ -50,19 +50,20 @@ def _shards(params: Sequence[Any]) -> list[tuple[list[Any], list[int]]]:
     """Return, for each way in which DTensors are sharded, process groups and numbers of tensors."""
     found: dict[tuple[Any, ...], list[int]] = {}
     for number, param in enumerate(params):
-        placements = getattr(param, "placements", None)
-        if placements is None:
-            continue
-        dims = tuple(
-            dim
-            for dim, placement in enumerate(placements)
-            if not (placement.is_replicate() or placement.is_partial())
-        )  # beside Shard there is _StridedShard, of FSDP2 over tensor parallelism
-        if dims:
+        if dims := sharded_dims(param):
             found.setdefault((param.device_mesh, dims), []).append(number)
     return [
         ([mesh.get_group(dim) for dim in dims], numbers) for (mesh, dims), numbers in found.items()
     ]
+
+
+def sharded_dims(param: Any) -> tuple[int, ...]:
+    """Return the dimensions of its mesh in which a DTensor is sharded; () of any other tensor."""
+    return tuple(
+        dim
+        for dim, placement in enumerate(getattr(param, "placements", ()))
+        if not (placement.is_replicate() or placement.is_partial())
+    )  # beside Shard there is _StridedShard, of FSDP2 over tensor parallelism
 
 
 def _all_reduce(array: Array, group: Any, operation: str) -> None:

@@ -10,6 +10,7 @@ from fusedopt.optim.asgd import asgd
 from fusedopt.optim.lamb import lamb
 from fusedopt.optim.lars import lars
 from fusedopt.optim.lion import lion
+from fusedopt.optim.muon import muon
 from fusedopt.optim.nadam import nadam
 from fusedopt.optim.radam import radam
 from fusedopt.optim.rmsprop import rmsprop
@@ -21,6 +22,6 @@ from fusedopt.optim.yogi import yogi
 
 __all__ = [
     "adadelta", "adagrad", "adam", "adamax", "adamw", "ademamix", "adopt", "asgd", "lamb",
-    "lars", "lion", "nadam", "radam", "rmsprop", "rprop", "schedulefreeadamw",
+    "lars", "lion", "muon", "nadam", "radam", "rmsprop", "rprop", "schedulefreeadamw",
     "schedulefreesgd", "sgd", "signsgd", "yogi",
 ]  # fmt: skip

@@ -154,6 +154,8 @@ class Optimizer:
                 raise ValueError(f"{name}: two parameters have this name; use other dict keys")
             taken.add(name)
         stored, states = _storage.allocate(names, params, self.rule, options)
+        for name, param in zip(names, stored, strict=True):
+            self.rule.check_shape(name, param.shape)
         shown, old = {"params": tree, **options}, len(self._work)
         leaves, nodes = range(old, old + len(names)), list(_tree.nodes(root, tree))
         made = _groups.Group(tree, _tree.reader(tree), nodes, leaves, self.rule.uses(options))
@@ -348,6 +350,11 @@ class Optimizer:
         if reduce is not None:
             if not callable(reduce):
                 raise TypeError(f"reduce: expected a callable, got {type(reduce).__name__}")
+            if self.rule.outside is not None:
+                raise ValueError(
+                    f"reduce: {self._class_name()} computes with whole matrices, and reduce is for "
+                    "parts of leaves; let each rank step other matrices"
+                )
             if how.norm_type != 2:
                 raise ValueError("norm_type: reduce sums over ranks; only the norm 2 is of a sum")
             reduction = Reduction(reduce)
@@ -400,7 +407,7 @@ class Optimizer:
         for i, group in enumerate(self._groups):
             options = self.rule.advanced(group.options, f"param_groups[{i}]: in this step ")
             writes += self.rule.writes(options, self.param_groups[i], group.options, group.seen)
-            advanced.append((self.rule.at(options), options["seed"]))
+            advanced.append(self.rule.plan(options))
         self._work.writes = writes
         return advanced
 

@@ -6,7 +6,7 @@ adapters, references and the benchmark read a rule's options, state and constant
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypedDict
@@ -16,6 +16,7 @@ from fusedopt import _check
 Options = dict[str, Any]
 Check = Callable[[str, Any], Any]
 Constants = Callable[..., dict[str, float]]  # (step, count=None) -> by name
+Plan = tuple[Constants, int, Callable[[Any], None] | None]  # see `Rule.plan`
 
 
 @dataclass(frozen=True)
@@ -202,12 +203,17 @@ class Rule:
     recall : callable(step, numbers, options) -> dict, optional
         Returns what is remembered after that many steps where torch keeps such `numbers` (by name)
         in its place. The options hold what is remembered, if the group has it.
-        last successful step.
     average : Average, optional
         What to evaluate in the place of the parameters. Such a rule remembers `MODE`.
     ignored : tuple of Option
         Further options of the class that made the rule known, which have no effect here: the torch
         class accepts them and keeps them in groups, where that class looks for them.
+    outside : callable(direction, options), optional
+        Of a MATRIX rule (csrc/rules/index.h): replaces the direction of a leaf, an array or tensor
+        of the compute type in the parameter's shape, in place. It comes before the first write of a
+        step, and may raise; its bits are not promised.
+    demand_shape : callable(where, shape), optional
+        Raises ValueError for a parameter of a shape that is not allowed.
     """
 
     name: str
@@ -222,6 +228,8 @@ class Rule:
     recall: Callable[[int, dict[str, float], Options], dict[str, float]] | None = None
     average: Average | None = None
     ignored: tuple[Option, ...] = ()
+    outside: Callable[[Any, Options], None] | None = None
+    demand_shape: Callable[[str, Sequence[int]], None] | None = None
 
     @cached_property
     def checks(self) -> dict[str, Check]:
@@ -301,6 +309,11 @@ class Rule:
                 "show; leave ema out"
             )
 
+    def check_shape(self, where: str, shape: Sequence[int]) -> None:
+        """Raise ValueError if the rule steps no parameters of a shape."""
+        if self.demand_shape is not None:
+            self.demand_shape(where, shape)
+
     def begun(self, options: Options) -> Options:
         """Return the options with the initial values of what the rule remembers."""
         return options | {
@@ -328,6 +341,16 @@ class Rule:
     def uses(self, options: Mapping[str, Any]) -> tuple[bool, ...]:
         """Return for each state whether these options need it."""
         return tuple(not state.needs or bool(options[state.needs]) for state in self.states)
+
+    def plan(self, options: Options) -> Plan:
+        """Return what steps with these options are made of.
+
+        That is their constants, see `at`, the seed of the noise, and what replaces a direction.
+        """
+        if self.outside is None:
+            return self.at(options), options["seed"], None
+        outside = self.outside
+        return self.at(options), options["seed"], lambda direction: outside(direction, options)
 
     def at(self, options: Options) -> Constants:
         """Return the constants of steps with these options: the rule's and what all rules have.

@@ -72,7 +72,7 @@ TypeError, ValueError
 
 Notes
 -----
-Results are the bits of `fusedopt.reference.{function}`{agreement}. A step that raises has changed
+Results are {bits}{agreement}. A step that raises has changed
 nothing. Parameters are float32, float64, bfloat16 or float16, on the CPU.
 
 8-bit state is kept as ``NAME_codes`` and, one byte for each 64 of them in the order of the index,
@@ -86,7 +86,7 @@ does a bfloat16 model's checkpoint of torch.optim, which has no ``residual``: lo
 _TORCHS = """params, {names}
     As for `torch.optim.{name}`.
 foreach : bool, optional
-    Accepted and without effect.
+    Where torch has it: accepted and without effect.
 fused : bool, optional
     Where torch has it: GradScaler leaves its scale to the step if True, which takes it off on the
     fly. Unlike torch's, which writes to ``.grad`` what it took the scale off, the step leaves
@@ -110,6 +110,9 @@ round, as x and y are computed from one another: to leave no trace, use the bloc
 right to resume a run and wrong to evaluate. State dicts load into the class that made the rule
 known and the other way round; the mode is in them, so save and load model and optimizer together.
 """
+_BITS = "the bits of `fusedopt.reference.{function}`"
+_OUTSIDE = """torch's own operations on each direction, whose bits are not promised, between two
+passes that are rounded as in `fusedopt.reference.{function}`; a shard of a DTensor is refused"""
 
 _AGREEMENT = """, within a few
 units in the last place of torch's. State and ``state_dict`` are torch's, and load into either;
@@ -140,6 +143,7 @@ def _torch_class(fast: type[Optimizer]) -> type[Any]:
         + (_IGNORED.format(names=", ".join(ignored)) if ignored else ""),
         function=name.lower(),
         agreement=agreement,
+        bits=(_BITS if fast.rule.outside is None else _OUTSIDE).format(function=name.lower()),
         modes=_MODES.rstrip() if fast.rule.average else "",
     )
     body = {

@@ -1,5 +1,6 @@
 /* Whether a layer-wise step in two calls, fo_direct and then fo_step on its sums, is that of one
  * call, and whether sums of parts of a tensor, added by the caller, give the whole's trust ratio.
+ * For a matrix rule, whether fo_step goes along what the caller put in the place of the direction.
  *
  *     direct [lists] [seed] */
 #include "lists.h"
@@ -29,7 +30,7 @@ static int is_same_in_two_calls(int rule, uint64_t seed, long *stepped)
     const fo_status status =
         fo_direct(rule, two.leaves, two.n, two.hypers, two.n_hypers, &two.run, threads);
     memset(two.run.tiles, 0, (size_t)fo_count_tiles(two.leaves, two.n) * sizeof *two.run.tiles);
-    int same = difference(&one, &two) == NULL;
+    int same = fo_rules()[rule].matrix || difference(&one, &two) == NULL; /* it writes a state */
     for (ptrdiff_t i = 0; i < two.n && status == FO_OK; i++) {
         fo_stats untouched = two.run.stats[i];
         untouched.param = 2, untouched.update = 3;
@@ -76,8 +77,41 @@ static int is_whole_of_parts(int rule, uint64_t seed)
     run.has_direction = 1;
     right &= fo_step(rule, parts, 2, two.hypers, two.n_hypers, &run, 1) == FO_OK;
     right &= fo_step(rule, one.leaves, 1, one.hypers, one.n_hypers, &one.run, 1) == FO_OK;
+    if (fo_rules()[rule].matrix) /* which has no trust ratio */
+        parts[0].trust = parts[1].trust = one.leaves[0].trust;
     right &= n == 0 || is_close(parts[0].trust, one.leaves[0].trust);
     right &= n == 0 || is_close(parts[1].trust, one.leaves[0].trust);
+    free_list(&one);
+    free_list(&two);
+    return right;
+}
+
+/* Whether a step along no direction at all changes parameters as one with a gradient and a state of
+ * zeros; and whether a direction in another format than the compute type's is refused. */
+static int is_replaced(int rule, uint64_t seed)
+{
+    const wish w = {rule, FO_F32, FO_F32, FO_F32, 1, 3000, 0};
+    const int last = fo_rules()[rule].states - 1;
+    source a = source_seeded(seed), b = source_seeded(seed);
+    list one = make_list(&a, w), two = make_list(&b, w);
+    fo_leaf *leaf = &one.leaves[0], *other = &two.leaves[0];
+    const size_t bytes = (size_t)leaf->n * sizeof(float);
+    fo_hyper hyper = {.grad_scale = 1, .ema_weight = 0.5};
+    for (int k = 0; k < FO_MAX_SCALARS; k++)
+        hyper.scalars[k] = 0.25 * (1 + k);
+    leaf->hyper = other->hyper = 0;
+    leaf->grad_scale = other->grad_scale = 1;
+    int right = fo_direct(rule, leaf, 1, &hyper, 1, &one.run, 1) == FO_OK;
+    one.run.has_direction = 1;
+    memset(leaf->state[last].data, 0, bytes);
+    right &= fo_step(rule, leaf, 1, &hyper, 1, &one.run, 1) == FO_OK;
+    memset(other->grad.data, 0, bytes);
+    for (int k = 0; k < last; k++)
+        memset(other->state[k].data, 0, bytes);
+    right &= fo_step(rule, other, 1, &hyper, 1, &two.run, 1) == FO_OK;
+    right &= memcmp(leaf->param.data, other->param.data, bytes) == 0;
+    leaf->state[last].format = FO_BF16;
+    right &= fo_step(rule, leaf, 1, &hyper, 1, &one.run, 1) == FO_BAD_ARGUMENT || leaf->n == 0;
     free_list(&one);
     free_list(&two);
     return right;
@@ -107,6 +141,7 @@ int main(int count, char **arguments)
             const uint64_t number = (uint64_t)(seed * 1000000007 + i);
             failed += !is_same_in_two_calls(rule, number, &stepped);
             failed += !is_whole_of_parts(rule, number);
+            failed += fo_rules()[rule].matrix && !is_replaced(rule, number);
         }
     }
     fprintf(stderr, "direct: %ld lists stepped in two calls, %ld failures\n", stepped, failed);

@@ -270,8 +270,11 @@ list make_list(source *s, wish w)
             add_array(s, &l, i, 1, &leaf->grad, format_of(s, w.grad), w.hostile);
         const ptrdiff_t optional = rule->states - rule->required;
         const ptrdiff_t states = rule->required + (optional > 0 ? choose(s, optional + 1) : 0);
-        for (int k = 0; k < states; k++)
-            add_array(s, &l, i, 2 + k, &leaf->state[k], state, w.hostile);
+        for (int k = 0; k < states; k++) { /* a direction is of the compute type */
+            const int is_direction = rule->matrix && k == rule->states - 1;
+            const int native = format == FO_F64 ? FO_F64 : FO_F32;
+            add_array(s, &l, i, 2 + k, &leaf->state[k], is_direction ? native : state, w.hostile);
+        }
         if (choose(s, 3) == 0)
             add_array(s, &l, i, EMA, &leaf->ema, format == FO_F64 ? FO_F64 : FO_F32, w.hostile);
         if (choose(s, 3) == 0) {

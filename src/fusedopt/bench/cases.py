@@ -21,6 +21,7 @@ _CLASSES = {
     cls.__name__.lower(): cls
     for cls in vars(fusedopt).values()
     if isinstance(cls, type) and issubclass(cls, Optimizer) and cls is not Optimizer
+    if cls.rule.demand_shape is None  # every case has a vector
 }
 CLASSES = {name: cls.__name__ for name, cls in _CLASSES.items()}
 _CHANGED = {"sgd": {"momentum": 0.9}}  # options that differ from the defaults

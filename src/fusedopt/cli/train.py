@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from operator import methodcaller
 from pathlib import Path
 from time import perf_counter
@@ -22,26 +23,32 @@ from fusedopt import _checkpoint, _tree, reference, schedules
 from fusedopt.cli import data as data_module
 from fusedopt.cli import files, model
 from fusedopt.cli.data import Data
+from fusedopt.cli.pair import Pair
 from fusedopt.cli.plot import save_plot
 from fusedopt.monitor import History
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A class of fusedopt, and defaults here; `options` are those that differ from the class's."""
+    """A class of fusedopt, and defaults here; `options` are those that differ from the class's.
+
+    `rest` is the class for what is no matrix, where the first steps matrices alone.
+    """
 
     cls: str
     lr: float
     schedule: str = "cosine"
     epochs: int = 10
-    options: Mapping[str, float] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     whole: bool = False  # one batch of all data
+    rest: str = ""
 
     def default(self, name: str) -> float | None:
         """Return the default of an option of the class, None if it has no such option."""
         known = inspect.signature(getattr(fusedopt, self.cls)).parameters
         value = known[name].default if name in known else None
-        return self.options.get(name, value)
+        found: float | None = self.options.get(name, value)
+        return found
 
 
 OPTIMIZERS = {
@@ -58,6 +65,7 @@ OPTIMIZERS = {
     "lion": Choice("Lion", 5e-4),
     "nadam": Choice("NAdam", 2e-3),
     "radam": Choice("RAdam", 1e-2),
+    "muon": Choice("Muon", 2e-3, options={"adjust_lr_fn": "match_rms_adamw"}, rest="AdamW"),
     "rmsprop": Choice("RMSprop", 1e-3),
     "rprop": Choice("Rprop", 1e-3, "constant", 30, whole=True),
     "schedulefreeadamw": Choice("ScheduleFreeAdamW", 2.5e-3, "constant"),
@@ -71,7 +79,7 @@ OPTIMIZERS = {
 PENALTIES = {
     "momentum": ("momentum", "momentum"),
     "l1": ("l1", "L1 penalty"),
-    "l2": ("weight_decay", "L2 penalty; adamw, lamb, lion, signsgd, yogi: decoupled decay"),
+    "l2": ("weight_decay", "L2 penalty, or decoupled decay where the optimizer has that"),
 }
 # name -> (rate, steps of the whole run, steps of an epoch) -> schedule
 SCHEDULES: dict[str, Callable[[float, int, int], schedules.Schedule]] = {
@@ -96,7 +104,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def each(value: Callable[[Choice], Any]) -> str:
         return ", ".join(f"{k} {x:g}" for k, v in OPTIMIZERS.items() if (x := value(v)) is not None)
 
-    add("--optimizer", choices=OPTIMIZERS, default="adam", help="gd: full batch")
+    add("--optimizer", choices=OPTIMIZERS, default="adam",
+        help="gd: full batch; muon: matrices, and AdamW the rest")  # fmt: skip
     add("--lr", type=float, help=f"learning rate (default: {each(lambda c: c.lr)})")
     add("--schedule", choices=SCHEDULES, help="of the learning rate (default: cosine; gd constant)")
     add("--warmup", type=int, default=0, metavar="STEPS", help="linear rise before the schedule")
@@ -182,7 +191,11 @@ def make_optimizer(module: Any, params: model.Params, o: argparse.Namespace, dat
         for option, (name, _) in PENALTIES.items()
         if choice.default(name) is not None
     }
-    return getattr(module, choice.cls)(params, lr=lr, **kind)
+    make = partial(getattr(module, choice.cls), lr=lr, **(dict(choice.options) | kind))
+    if not choice.rest:
+        return make(params)
+    rest = partial(getattr(module, choice.rest), lr=lr, weight_decay=o.l2)
+    return Pair(params, make, rest)
 
 
 def batches(data: Data, o: argparse.Namespace, epoch: int) -> Iterator[NDArray[np.intp]]:
@@ -312,7 +325,9 @@ def run(state: Run, opt: Any, data: Data, o: argparse.Namespace, tqdm: Any) -> N
     if o.monitor is not None and monitor.steps:  # resuming a finished run takes none
         report_layers(monitor, o.monitor)
     if o.plot is not None:
-        title = f"{type(opt).__name__}, {o.schedule} schedule, batches of {o.batch_size}"
+        choice = OPTIMIZERS[o.optimizer]
+        title = " and ".join(name for name in (choice.cls, choice.rest) if name)
+        title += f", {o.schedule} schedule, batches of {o.batch_size}"
         save_plot(o.plot, state.history, title)
         print(f"plot: {o.plot}")
 

@@ -15,6 +15,7 @@ from fusedopt.reference.asgd import ASGD, asgd
 from fusedopt.reference.lamb import LAMB, lamb
 from fusedopt.reference.lars import LARS, lars
 from fusedopt.reference.lion import Lion, lion
+from fusedopt.reference.muon import Muon, muon
 from fusedopt.reference.nadam import NAdam, nadam
 from fusedopt.reference.radam import RAdam, radam
 from fusedopt.reference.rmsprop import RMSprop, rmsprop
@@ -31,9 +32,9 @@ from fusedopt.reference.yogi import Yogi, yogi
 
 __all__ = [
     "ADOPT", "ASGD", "LAMB", "LARS", "SGD", "AdEMAMix", "Adadelta", "Adagrad", "Adam", "AdamW",
-    "Adamax", "Lion", "NAdam", "RAdam", "RMSprop", "Rprop", "ScheduleFreeAdamW",
+    "Adamax", "Lion", "Muon", "NAdam", "RAdam", "RMSprop", "Rprop", "ScheduleFreeAdamW",
     "ScheduleFreeSGD", "SignSGD", "Yogi",
     "adadelta", "adagrad", "adam", "adamax", "adamw", "ademamix", "adopt", "asgd", "lamb",
-    "lars", "lion", "nadam", "radam", "rmsprop", "rprop", "schedulefreeadamw",
+    "lars", "lion", "muon", "nadam", "radam", "rmsprop", "rprop", "schedulefreeadamw",
     "schedulefreesgd", "sgd", "signsgd", "yogi",
 ]  # fmt: skip
