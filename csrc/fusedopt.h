@@ -122,7 +122,7 @@ typedef struct fo_rule {
     const char *const *scalars; /* names, ended by NULL */
     int states;                 /* number of its state arrays, optional ones last */
     int required;               /* how many of them every leaf must have */
-    int layerwise; /* its rate depends on norms over the leaf: fo_run needs tiles, stats */
+    int layerwise; /* its rate depends on sums over the leaf: fo_run needs tiles, stats */
     int internal;  /* the package's own; no optimizer is made of it */
 } fo_rule;
 
@@ -142,10 +142,11 @@ fo_status fo_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers
 fo_status fo_measure(fo_leaf *leaves, ptrdiff_t n, const fo_run *run, int threads);
 
 /* One read of all that a layer-wise rule reads: fills `param` and `update` of run->stats with the
- * sums of squares of each leaf's parameter and of the direction in which the rule would go (0 for a
- * leaf without gradient), and leaves all else alone. The arguments are those of the fo_step that
- * follows with run->has_direction set; in between the caller may add the sums of other parts of the
- * same tensors. FO_BAD_ARGUMENT for a rule that is not layer-wise, and where fo_step returns it. */
+ * sums of squares of each leaf's parameter and of the direction in which the rule would go (of a
+ * rule that counts, with numbers of elements; 0 for a leaf without gradient), and leaves all else
+ * alone. The arguments are those of the fo_step that follows with run->has_direction set; in
+ * between the caller may add the sums of other parts of the same tensors. FO_BAD_ARGUMENT for a
+ * rule that is not layer-wise, and where fo_step returns it. */
 fo_status fo_direct(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
                     ptrdiff_t n_hypers, const fo_run *run, int threads);
 

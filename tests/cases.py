@@ -49,6 +49,12 @@ class Case:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def is_layerwise(self) -> bool:
+        """Whether a step needs sums over each leaf before it writes."""
+        rule = getattr(fusedopt, self.cls).rule
+        return rule.row([self.options]) in LAYERWISE
+
     def takes(self, options: dict[str, Any]) -> bool:
         return takes(self.cls, options)
 
@@ -115,6 +121,8 @@ CASES = [
     _adam("adam-all", amsgrad=True, weight_decay=0.1, l1=0.02, maximize=True),
     _adam("adamw", "adamw"),
     _adam("adamw-all", "adamw", amsgrad=True, lr=0.1, weight_decay=0.3, maximize=True),
+    _adam("adamw-cautious", "adamw", cautious=True),
+    _adam("adamw-cautious-all", "adamw", amsgrad=True, lr=0.1, maximize=True, cautious=True),
     _sgd("gd", lr=0.1),
     _sgd("gd-l1-l2", lr=0.1, l1=0.01, weight_decay=0.1, maximize=True),
     _sgd("momentum", lr=0.1, momentum=0.9),
@@ -122,6 +130,7 @@ CASES = [
     _sgd("nesterov", lr=0.1, momentum=0.8, nesterov=True, l1=0.01, maximize=True),
     _lion("lion"),
     _lion("lion-all", lr=0.1, betas=(0.5, 0.0), weight_decay=0.3, maximize=True),
+    _lion("lion-cautious", lr=0.1, weight_decay=0.3, cautious=True),
     _rmsprop("rmsprop"),
     _rmsprop("rmsprop-momentum", lr=0.3, alpha=0.5, eps=1e-3, momentum=0.8, weight_decay=0.1),
     _rmsprop("rmsprop-centered", centered=True, maximize=True),

@@ -3,9 +3,11 @@
  *
  * A PLAIN rule is one function over a tile. A LAYERWISE one has a rate for each leaf, its trust
  * ratio. Before the step, <rule>_direction is called on every block; it writes the direction in
- * which the rule would go, and nothing else. <rule>_trust gets the norms of the parameter and of
- * that direction over the leaf, and returns the ratio, which the rule reads from h[FO_TRUST]. An
- * INTERNAL rule is plain, but no optimizer: the package uses it and has no class for it.
+ * which the rule would go, and nothing else. <rule>_trust gets the sums of squares of the parameter
+ * and of that direction over the leaf, and returns the ratio, which the rule reads from
+ * h[FO_TRUST]. A COUNTING rule is such a one whose direction is 1 or 0: <rule>_trust gets how many
+ * elements the leaf has, and of how many the direction is 1. An INTERNAL rule is plain, but no
+ * optimizer: the package uses it and has no class for it.
  *
  * With FO_SETS, each set of formats in kernels.c gets a loop of its own for the rule, which makes
  * the wheel larger: for rules where measurement shows that this matters. With FO_NO_SETS, one loop
@@ -19,9 +21,11 @@
 #include "adagrad.h"
 #include "adam.h"
 #include "add.h"
+#include "cautious_adam.h"
 #include "lamb.h"
 #include "lars.h"
 #include "lion.h"
+#include "cautious_lion.h" /* uses both of the above */
 #include "rmsprop.h"
 #include "schedulefree.h"
 #include "sgd.h"
@@ -36,4 +40,6 @@
     X(rmsprop, RMSPROP_SCALARS, 3, 1, PLAIN, FO_SETS)                                              \
     X(adagrad, ADAGRAD_SCALARS, 1, 1, PLAIN, FO_SETS)                                              \
     X(schedulefree, SCHEDULEFREE_SCALARS, 2, 1, PLAIN, FO_NO_SETS)                                 \
+    X(cautious_adam, CAUTIOUS_ADAM_SCALARS, 3, 2, COUNTING, FO_NO_SETS)                            \
+    X(cautious_lion, CAUTIOUS_LION_SCALARS, 1, 1, COUNTING, FO_NO_SETS)                            \
     X(add, ADD_SCALARS, 0, 0, INTERNAL, FO_NO_SETS)

@@ -59,6 +59,10 @@ cdef class LeafList:
         self.writes = []
         return 0
 
+    def use_row(self, str rule):
+        """Step by a row of the C table from now on; a rule may have two, see `Rule.variant`."""
+        self.rule, self.scalar_names, _, self.layerwise = _core.RULES[rule]
+
     def __dealloc__(self):
         free(self.leaves)
         free(self.hypers.of)

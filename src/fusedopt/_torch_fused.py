@@ -18,7 +18,7 @@ from fusedopt._options import Reduction, StepOptions, StepResult
 from fusedopt._storage import MASTERS
 from fusedopt._torch_state import OWN, StateKeeper, copier, residual_dtype
 from fusedopt.optim import adam as _adam
-from fusedopt.rule import L1, MAXIMIZE, Constants, Options, Rule
+from fusedopt.rule import CAUTIOUS, L1, MAXIMIZE, Constants, Options, Rule
 
 # options of a step, which are in `defaults` only, where they are not the default
 _OF_NO_GROUP = frozenset(_options.DEFAULTS) - {"grad_scale"}
@@ -112,8 +112,9 @@ class Fused(StateKeeper):
             "ema": ema,
             "ema_warmup": ema_warmup,
         }
-        own = {name: value for name, value in own.items() if value != OWN[name].default}
-        self._storage_options = _own_options(own)
+        own |= {name: options.pop(name) for name in self._own if name in options}
+        own = {name: value for name, value in own.items() if value != self._own[name].default}
+        self._storage_options = self._own_options(own)
         super().__init__(params, *args, **options)  # type: ignore[call-arg]
         self.defaults.update(self._storage_options)
         # in defaults, which torch copies and pickles; of no group, as a norm is of all
@@ -137,8 +138,13 @@ class Fused(StateKeeper):
         if "_rule" in vars(cls):
             own = list(inspect.signature(Fused.__init__).parameters.values())[3:-1]
             shown = inspect.signature(cls.__mro__[cls.__mro__.index(StateKeeper) + 1])
+            rows = cls._rule.options if cls._is_torchs else ()
+            lacks = [row for row in rows if row.name not in shown.parameters and row.term != "l1"]
+            cls._own = OWN | {row.name: row for row in lacks}
+            only = inspect.Parameter.KEYWORD_ONLY
+            more = [inspect.Parameter(row.name, only, default=row.default) for row in lacks]
             cls.__signature__ = shown.replace(  # type: ignore[attr-defined]
-                parameters=[*shown.parameters.values(), *own]
+                parameters=[*shown.parameters.values(), *more, *own]
             )
 
     @torch.compiler.disable
@@ -205,6 +211,9 @@ class Fused(StateKeeper):
         if skip:
             assert how is not None
             how = replace(how, skip=True)
+        if self._rule.variant is not None:
+            known = [self._groups[i].options for i in range(len(groups))]
+            self._leaves.use_row(self._rule.row(known))
         if self._rule.advance is not None:
             self._leaves.writes = self._advance()
         self._leaves.step(
@@ -268,7 +277,7 @@ class Fused(StateKeeper):
         where = f"param_groups[{len(self.param_groups)}]"
         _refuse_of_no_group(where, param_group)
         _refuse_options(where, {**self.defaults, **param_group})
-        for name, value in _own_options(param_group, f"{where}: ").items():
+        for name, value in self._own_options(param_group, f"{where}: ").items():
             param_group[name] = value
         for name, value in self._storage_options.items():
             param_group.setdefault(name, value)
@@ -280,6 +289,14 @@ class Fused(StateKeeper):
         super().add_param_group(param_group)  # type: ignore[misc]
         for name in _OF_NO_GROUP:
             self.param_groups[-1].pop(name, None)  # which torch takes from the defaults
+
+    def _own_options(self, options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+        """Return those of our own options that are given, checked."""
+        return {
+            name: option.check(where + name, options[name])
+            for name, option in self._own.items()
+            if name in options
+        }
 
     def _checked_own(self, where: str, group: Options) -> Options:
         """Return what is checked here, and not by torch."""
@@ -328,7 +345,8 @@ class Fused(StateKeeper):
 
     def _checked(self, where: str, group: Mapping[str, Any]) -> _Group:
         """Return a group with its options checked, as anybody may write into it."""
-        rule = [option for option in self._rule.options if option.name in self.defaults]
+        known = self.defaults.keys() - self._own.keys()
+        rule = [option for option in self._rule.options if option.name in known]
         remembered = [row.name for row in self._rule.memory]
         names = ["params", *(option.name for option in rule), *remembered]
         if missing := [name for name in names if name not in group]:
@@ -336,7 +354,7 @@ class Fused(StateKeeper):
         _refuse_options(where, group)
         _refuse_of_no_group(where, group)
         options = {name: value for name, value in group.items() if name != "params"}
-        options |= _own_options(group, f"{where}.")
+        options |= self._own_options(group, f"{where}.")
         for option in rule:
             name, value = option.name, group[option.name]
             if isinstance(option.default, tuple):
@@ -417,15 +435,6 @@ def _refuse_of_no_group(where: str, group: Mapping[str, Any]) -> None:
             )
 
 
-def _own_options(options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Return those of our own options that are given, checked."""
-    return {
-        name: option.check(where + name, options[name])
-        for name, option in OWN.items()
-        if name in options
-    }
-
-
 def _is_constant(item: tuple[str, Any]) -> bool:
     name, value = item
     if type(value) is tuple:
@@ -493,7 +502,7 @@ def _signature(rule: Rule) -> inspect.Signature:
     either, only = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter("params", either)]
     for option in (*rule.options, *rule.ignored):
-        kind = only if option in (L1, MAXIMIZE) else either
+        kind = only if option in (L1, MAXIMIZE, CAUTIOUS) else either
         parameters.append(inspect.Parameter(option.name, kind, default=option.default))
     return inspect.Signature(sorted(parameters, key=lambda parameter: parameter.kind))
 

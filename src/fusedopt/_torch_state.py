@@ -11,7 +11,7 @@ import torch
 from fusedopt import _copies, _storage
 from fusedopt import _torch_plain as _plain
 from fusedopt.formats import FORMATS
-from fusedopt.rule import COMMON, Rule
+from fusedopt.rule import COMMON, Option, Rule
 
 OWN = {option.name: option for option in COMMON}  # options that torch's optimizers do not have
 _DTYPES = {  # by storage format; 8-bit codes of either sign are bytes
@@ -30,6 +30,7 @@ class StateKeeper:
     """The state of an optimizer of torch's, in formats of ours; to stand among its bases."""
 
     _rule: ClassVar[Rule]
+    _own: ClassVar[Mapping[str, Option]]  # `OWN`, and options of the rule that torch's has not
     _groups: Any  # by number: their options, as last checked, and plans
     _is_swapped = False  # whether the averages are in the place of the parameters: see swap_ema
     defaults: Any  # torch's
@@ -208,9 +209,9 @@ class StateKeeper:
         super(StateKeeper, twin).load_state_dict({**saved, "state": {}})  # type: ignore[misc]
         places = {}
         for g, group in enumerate(twin.param_groups):
-            for name in OWN:
+            for name in self._own:
                 group.pop(name, None)
-            group.update({k: v for k, v in self.param_groups[g].items() if k in OWN})
+            group.update({k: v for k, v in self.param_groups[g].items() if k in self._own})
             numbers = saved["param_groups"][g]["params"]
             places.update({n: (g, i) for i, n in enumerate(numbers)})
         for number, own in saved["state"].items():

@@ -6,7 +6,7 @@ adapters, references and the benchmark read a rule's options, state and constant
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypedDict
@@ -126,6 +126,7 @@ class Average:
 MODE = Scalar("train_mode", True, _check.flag, shown=True)
 
 MAXIMIZE = Option("maximize", False, _check.flag)
+CAUTIOUS = Option("cautious", False, _check.flag)
 L1 = Option("l1", 0.0, _check.nonnegative, term="l1")
 
 NARROW = ("bfloat16", "int8")  # narrow values of `state_dtype`
@@ -179,6 +180,9 @@ class Rule:
         Returns the values of `memory` in the optimizer's next step. It may be called more than once
         for a step, and must depend only on the options, among them what was remembered after the
         last successful step.
+    variant : (str, str), optional
+        An option, and the name of another row of the C table: it steps all groups if one has the
+        option, and must step the others as the first does.
     average : Average, optional
         What to evaluate in the place of the parameters. Such a rule remembers `MODE`.
     ignored : tuple of Option
@@ -194,6 +198,7 @@ class Rule:
     counts: bool = True
     memory: tuple[Scalar, ...] = ()
     advance: Callable[[Options], dict[str, Any]] | None = None
+    variant: tuple[str, str] | None = None
     average: Average | None = None
     ignored: tuple[Option, ...] = ()
 
@@ -214,6 +219,12 @@ class Rule:
     def defaults(self) -> Options:
         """The default of each option by name, including those that every optimizer has."""
         return {option.name: option.default for option in (*self.options, *COMMON)}
+
+    def row(self, groups: Iterable[Mapping[str, Any]]) -> str:
+        """Return the name of the row of the C table that steps groups with these options."""
+        if self.variant is not None and any(group.get(self.variant[0]) for group in groups):
+            return self.variant[1]
+        return self.name
 
     @cached_property
     def state_names(self) -> tuple[str, ...]:

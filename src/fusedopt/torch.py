@@ -18,6 +18,7 @@ a run can change from one to the other and back. The others are subclasses of
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 try:
@@ -96,6 +97,11 @@ capturable, differentiable : bool, default False
 _OURS = """params, {names}
     As for `fusedopt.{name}`; `lr` is a number."""
 
+_MORE = """
+{names}
+    As for `fusedopt.{name}`. Groups have it where it is not the default, and it is not taken from a
+    state dict."""
+
 _IGNORED = """
 {names} : optional
     Accepted and without effect."""
@@ -124,12 +130,15 @@ def _torch_class(fast: type[Optimizer]) -> type[Any]:
     peer = getattr(torch.optim, name, None)
     base = peer or plain_base(fast.rule)
     rows = [row for row in fast.rule.options if row.term != "l1"]  # which is of no torch optimizer
-    names = ", ".join(row.name for row in rows)
+    theirs = inspect.signature(base).parameters
+    names = ", ".join(row.name for row in rows if row.name in theirs)
+    more = [row.name for row in rows if row.name not in theirs]
     ignored = [row.name for row in fast.rule.ignored]
     doc = _DOC.format(
         first=f"`{'torch.optim' if peer else 'fusedopt'}.{name}` for CPU tensors, all of them "
         "stepped in one pass and one call.",
         own=(_TORCHS if peer else _OURS).format(names=names, name=name)
+        + (_MORE.format(names=", ".join(more), name=name) if more else "")
         + (_IGNORED.format(names=", ".join(ignored)) if ignored else ""),
         function=name.lower(),
         agreement=_AGREEMENT if peer else "",

@@ -8,7 +8,7 @@ from typing import Any, Unpack
 from fusedopt import _check
 from fusedopt._functional import function
 from fusedopt.optimizer import Optimizer
-from fusedopt.rule import L1, MAXIMIZE, Common, Option, Options, Rule, State
+from fusedopt.rule import CAUTIOUS, L1, MAXIMIZE, Common, Option, Options, Rule, State
 
 
 def _constants(step: int, o: Options) -> dict[str, float]:
@@ -49,9 +49,22 @@ ADAM = Rule(
 )
 ADAMW = Rule(
     name="adam",
-    options=(*_OPTIONS, Option("weight_decay", 1e-2, _check.nonnegative), _AMSGRAD, MAXIMIZE),
+    options=(
+        *_OPTIONS,
+        Option("weight_decay", 1e-2, _check.nonnegative),
+        _AMSGRAD,
+        MAXIMIZE,
+        CAUTIOUS,
+    ),
     states=_STATES,
-    constants=lambda step, o: _constants(step, o) | {"keep": 1 - o["lr"] * o["weight_decay"]},
+    constants=lambda step, o: (
+        _constants(step, o)
+        | {
+            "keep": 1 - o["lr"] * o["weight_decay"],
+            "cautious": float(o.get("cautious", False)),
+        }
+    ),
+    variant=("cautious", "cautious_adam"),
 )
 
 
@@ -143,6 +156,11 @@ class AdamW(Adam):
         As for `Adam`; so are the options in `common`.
     weight_decay : float, default 1e-2
         >= 0: before the update the parameter shrinks by the factor ``1 - lr * weight_decay``.
+    cautious : bool, default False
+        Let an element stay, but for its decay, where its update is not against the present gradient
+        [2]_: where ``exp_avg`` and the gradient have not the same sign. The update of the others is
+        divided by the share of those in the leaf, or by 1e-3 if that is less. To know the share
+        takes one more read of parameters, gradients and state, and sums over ranks as a norm does.
 
     Raises
     ------
@@ -156,6 +174,8 @@ class AdamW(Adam):
     References
     ----------
     .. [1] Loshchilov & Hutter, ICLR 2019, Algorithm 2.
+    .. [2] Liang et al., 2024 (arXiv 2411.16085), Algorithm 2; as ``caution`` of timm 1.0.31, which
+       compares signs by a product that may underflow.
     """
 
     rule = ADAMW
@@ -170,12 +190,13 @@ class AdamW(Adam):
         *,
         amsgrad: bool = False,
         maximize: bool = False,
+        cautious: bool = False,
         **common: Unpack[Common],
     ) -> None:
         """See the class."""
         Optimizer.__init__(
             self, params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad,
-            maximize=maximize, **common,
+            maximize=maximize, cautious=cautious, **common,
         )  # fmt: skip
 
 
