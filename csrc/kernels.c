@@ -109,7 +109,7 @@ enum { FO_PIECE = 128, FO_AHEAD = 768, FO_LINE = 64 };
     static const char *const FO_CAT3(rule, names, FO_ISA)[] = {LIST(FO_NAME) NULL};
 FO_RULES(FO_NAMES)
 
-enum { PLAIN, INTERNAL, LAYERWISE, MATRIX };
+enum { PLAIN, INTERNAL, LAYERWISE, COUNTING, MATRIX };
 #define FO_ROW(rule, LIST, states, required, KIND, SETS)                                           \
     {#rule,                                                                                        \
      FO_CAT3(rule, names, FO_ISA),                                                                 \
@@ -124,6 +124,7 @@ static const fo_rule FO_CAT(rules, FO_ISA)[] = {FO_RULES(FO_ROW){.name = NULL}};
 #define INTERNAL_TRUST(rule) NULL
 #define MATRIX_TRUST(rule) NULL
 #define LAYERWISE_TRUST(rule) FO_CAT3(rule##_trust, f64, FO_ISA)
+#define COUNTING_TRUST(rule) FO_CAT3(rule##_trust, f64, FO_ISA)
 #define FO_OWN_TRUST(rule, LIST, states, required, KIND, SETS) KIND##_TRUST(rule),
 static fo_trust *const FO_CAT(trust, FO_ISA)[] = {FO_RULES(FO_OWN_TRUST)};
 

@@ -54,6 +54,12 @@ class Case:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def is_layerwise(self) -> bool:
+        """Whether a step needs sums over each leaf before it writes."""
+        rule = getattr(fusedopt, self.cls).rule
+        return rule.row([self.options]) in LAYERWISE
+
 
 def _adam(name: str, function: str = "adam", amsgrad: bool = False, **options: Any) -> Case:
     states = ("exp_avg", "exp_avg_sq") + ("max_exp_avg_sq",) * amsgrad
@@ -166,6 +172,8 @@ CASES = [
     _adam("adamw", "adamw"),
     _adam("adamw-eps-hat", "adamw", eps=1e-3, eps_hat=True),
     _adam("adamw-all", "adamw", amsgrad=True, lr=0.1, weight_decay=0.3, maximize=True),
+    _adam("adamw-cautious", "adamw", cautious=True),
+    _adam("adamw-cautious-all", "adamw", amsgrad=True, lr=0.1, maximize=True, cautious=True),
     _sgd("gd", lr=0.1),
     _sgd("gd-l1-l2", lr=0.1, l1=0.01, weight_decay=0.1, maximize=True),
     _sgd("momentum", lr=0.1, momentum=0.9),
@@ -173,6 +181,7 @@ CASES = [
     _sgd("nesterov", lr=0.1, momentum=0.8, nesterov=True, l1=0.01, maximize=True),
     _lion("lion"),
     _lion("lion-all", lr=0.1, betas=(0.5, 0.0), weight_decay=0.3, maximize=True),
+    _lion("lion-cautious", lr=0.1, weight_decay=0.3, cautious=True),
     _rmsprop("rmsprop"),
     _rmsprop("rmsprop-momentum", lr=0.3, alpha=0.5, eps=1e-3, momentum=0.8, weight_decay=0.1),
     _rmsprop("rmsprop-centered", centered=True, maximize=True),

@@ -4,7 +4,7 @@ import inspect
 
 import numpy as np
 import pytest
-from cases import CASES, CLASSES, LAYERWISE, TILE, assert_same, threads
+from cases import CASES, CLASSES, TILE, assert_same, threads
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -114,7 +114,7 @@ def test_any_sizes_many_leaves(sizes, count):
 
 
 # layer-wise rules sum over the elements in order
-@pytest.mark.parametrize("case", [c for c in CASES if c.rule not in LAYERWISE], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if not c.is_layerwise], ids=str)
 @settings(max_examples=20, deadline=None)
 @given(scale=st.sampled_from([2.0**k for k in range(-8, 9)]), data=st.data())
 def test_elements_do_not_mix(case, scale, data):

@@ -232,11 +232,13 @@ def norms_of_parts():
 
 
 def trust_ratios():
-    """LAMB and LARS: the rate of a leaf is that of the whole tensor, with and without a clip."""
+    """Rates and counts of a leaf are those of the whole tensor, with and without a clip."""
     for name, options in (
         ("LAMB", {"lr": 0.05}),
         ("LAMB", {"lr": 0.05, "weight_decay": 0.3, "max_grad_norm": 0.1}),
         ("LARS", {"lr": 5.0, "weight_decay": 0.1}),
+        ("AdamW", {"lr": 0.01, "cautious": True}),
+        ("Lion", {"lr": 0.001, "cautious": True, "max_grad_norm": 0.1}),
     ):
         model, opt = sharded(fo, name, base={}, **options)
         train(model, opt, range(4))

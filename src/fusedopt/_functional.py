@@ -148,12 +148,14 @@ def _check_lists(
                 )
 
 
-def listed(rule: Rule, params: _List, states: list[_List], step: int) -> _arrays.ArrayList:
+def listed(
+    rule: Rule, params: _List, states: list[_List], step: int, options: Options
+) -> _arrays.ArrayList:
     """Return the leaves, checked, before the step of this number."""
     rows = list(zip(*states, strict=True)) or [()] * len(params)
     names = [f"params[{i}]" for i in range(len(params))]
     grad_names = [f"grads[{i}]" for i in range(len(params))]
-    work = _arrays.ArrayList(rule.name, rule.state_names)
+    work = _arrays.ArrayList(rule.row([options]), rule.state_names)
     threads = _threads.get_num_threads()
     work.add(names, grad_names, list(params), rows, group=0, zero=False, threads=threads)
     for name, param in zip(names, work.params, strict=True):
@@ -165,6 +167,6 @@ def listed(rule: Rule, params: _List, states: list[_List], step: int) -> _arrays
 def _step_in_c(
     rule: Rule, params: _List, grads: _List, states: list[_List], step: int, options: Options
 ) -> None:
-    work, threads = listed(rule, params, states, step), _threads.get_num_threads()
+    work, threads = listed(rule, params, states, step, options), _threads.get_num_threads()
     plan = rule.plan(options)
     work.step(lambda grads: (list(grads), [plan]), grads, threads)

@@ -18,7 +18,7 @@ from fusedopt._options import Reduction, StepOptions, StepResult
 from fusedopt._storage import MASTERS
 from fusedopt._torch_state import OWN, StateKeeper, copier, residual_dtype
 from fusedopt.optim import adam as _adam
-from fusedopt.rule import L1, MAXIMIZE, Constants, Option, Options, Rule
+from fusedopt.rule import CAUTIOUS, L1, MAXIMIZE, Constants, Option, Options, Rule
 
 # options of a step, which are in `defaults` only, where they are not the default
 _OF_NO_GROUP = frozenset(_options.DEFAULTS) - {"grad_scale"}
@@ -206,6 +206,9 @@ class Fused(StateKeeper):
         ):
             how = self._step_options(options)
         copies = None if copy_out is None else self._copies(copy_out)
+        if self._rule.variant is not None:
+            known = [self._groups[i].options for i in range(len(groups))]
+            self._leaves.use_row(self._rule.row(known))
         if self._rule.advance is not None:
             self._leaves.writes = self._advance()
         self._leaves.step(
@@ -535,7 +538,7 @@ def _signature(rule: Rule) -> inspect.Signature:
     either, only = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter("params", either)]
     for option in (*rule.options, *rule.ignored):
-        kind = only if option in (L1, MAXIMIZE) else either
+        kind = only if option in (L1, MAXIMIZE, CAUTIOUS) else either
         parameters.append(inspect.Parameter(option.name, kind, default=option.default))
     return inspect.Signature(sorted(parameters, key=lambda parameter: parameter.kind))
 

@@ -387,6 +387,8 @@ class Optimizer:
                 self._read_options(i, group)
         if self._plans is not None:
             return flat, self._plans
+        if self.rule.variant is not None:
+            self._work.use_row(self.rule.row(group.options for group in self._groups))
         for group in self._groups:
             if group.schedule is not None:
                 group.schedule_rate(self.rule, self._work.count + 1)

@@ -6,7 +6,7 @@ adapters, references and the benchmark read a rule's options, state and constant
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypedDict
@@ -131,6 +131,7 @@ MODE = Scalar("train_mode", True, _check.flag, shown=True)
 
 MAXIMIZE = Option("maximize", False, _check.flag)
 DECOUPLED = Option("decoupled_weight_decay", False, _check.flag)
+CAUTIOUS = Option("cautious", False, _check.flag)
 L1 = Option("l1", 0.0, _check.nonnegative, term="l1")
 
 
@@ -203,6 +204,9 @@ class Rule:
     recall : callable(step, numbers, options) -> dict, optional
         Returns what is remembered after that many steps where torch keeps such `numbers` (by name)
         in its place. The options hold what is remembered, if the group has it.
+    variant : (str, str), optional
+        An option, and the name of another row of the C table: it steps all groups if one has the
+        option, and must step the others as the first does.
     average : Average, optional
         What to evaluate in the place of the parameters. Such a rule remembers `MODE`.
     ignored : tuple of Option
@@ -226,6 +230,7 @@ class Rule:
     advance: Callable[[Options], dict[str, Any]] | None = None
     numbers: tuple[tuple[str, Callable[[int, Options], float]], ...] = ()
     recall: Callable[[int, dict[str, float], Options], dict[str, float]] | None = None
+    variant: tuple[str, str] | None = None
     average: Average | None = None
     ignored: tuple[Option, ...] = ()
     outside: Callable[[Any, Options], None] | None = None
@@ -248,6 +253,12 @@ class Rule:
     def defaults(self) -> Options:
         """The default of each option by name, including those that every optimizer has."""
         return {option.name: option.default for option in (*self.options, *COMMON)}
+
+    def row(self, groups: Iterable[Mapping[str, Any]]) -> str:
+        """Return the name of the row of the C table that steps groups with these options."""
+        if self.variant is not None and any(group.get(self.variant[0]) for group in groups):
+            return self.variant[1]
+        return self.name
 
     @cached_property
     def state_names(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Any, Unpack
 from fusedopt import _check
 from fusedopt._functional import function
 from fusedopt.optimizer import Optimizer
-from fusedopt.rule import L1, MAXIMIZE, Common, Option, Options, Rule, State
+from fusedopt.rule import CAUTIOUS, L1, MAXIMIZE, Common, Option, Options, Rule, State
 
 
 def corrections(
@@ -71,9 +71,17 @@ ADAMW = Rule(
         _AMSGRAD,
         MAXIMIZE,
         *_CONVENTIONS,
+        CAUTIOUS,
     ),
     states=_STATES,
-    constants=lambda step, o: _constants(step, o) | {"keep": 1 - o["lr"] * o["weight_decay"]},
+    constants=lambda step, o: (
+        _constants(step, o)
+        | {
+            "keep": 1 - o["lr"] * o["weight_decay"],
+            "cautious": float(o.get("cautious", False)),
+        }
+    ),
+    variant=("cautious", "cautious_adam"),
 )
 
 
@@ -177,6 +185,11 @@ class AdamW(Adam):
         As for `Adam`; so are the options in `common`.
     weight_decay : float, default 1e-2
         >= 0: before the update the parameter shrinks by the factor ``1 - lr * weight_decay``.
+    cautious : bool, default False
+        Let an element stay, but for its decay, where its update is not against the present gradient
+        [2]_: where ``exp_avg`` and the gradient have not the same sign. The update of the others is
+        divided by the share of those in the leaf, or by 1e-3 if that is less. To know the share
+        takes one more read of parameters, gradients and state, and sums over ranks as a norm does.
 
     Raises
     ------
@@ -190,6 +203,8 @@ class AdamW(Adam):
     References
     ----------
     .. [1] Loshchilov & Hutter, ICLR 2019, Algorithm 2.
+    .. [2] Liang et al., 2024 (arXiv 2411.16085), Algorithm 2; as ``caution`` of timm 1.0.31, which
+       compares signs by a product that may underflow.
     """
 
     rule = ADAMW
@@ -206,12 +221,14 @@ class AdamW(Adam):
         maximize: bool = False,
         bias_correction: bool = True,
         eps_hat: bool = False,
+        cautious: bool = False,
         **common: Unpack[Common],
     ) -> None:
         """See the class."""
         Optimizer.__init__(
             self, params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad,
-            maximize=maximize, bias_correction=bias_correction, eps_hat=eps_hat, **common,
+            maximize=maximize, bias_correction=bias_correction, eps_hat=eps_hat,
+            cautious=cautious, **common,
         )  # fmt: skip
 
 

@@ -6,13 +6,13 @@ import numpy as np
 
 from fusedopt._check import Array
 from fusedopt.optim import adam as _fast
-from fusedopt.reference._plain import reference
+from fusedopt.reference._plain import Sums, masked, reference
 
 
 def _adam(
     p: Array, g: Array, m: Array, v: Array, x: Array | None, *, step: int, lr: float,
-    betas: tuple[float, float], eps: float, bias_correction: bool, eps_hat: bool,
-    keep: float = 1.0, **_: Any,
+    betas: tuple[float, float], eps: float, bias_correction: bool, eps_hat: bool, sums: Sums,
+    keep: float = 1.0, cautious: bool = False, **_: Any,
 ) -> None:  # fmt: skip
     c, (beta1, beta2) = p.dtype.type, betas  # c: round a constant once
     mean, root = _fast.corrections(step, betas, bias_correction, eps_hat)
@@ -21,7 +21,8 @@ def _adam(
     if x is not None:
         x[...] = np.where((x >= v) | np.isnan(x), x, v)
     d = np.sqrt(v if x is None else x) / c(root) + c(eps)
-    p[...] = p * c(keep) - (c(lr / mean) * m) / d
+    moves, factor = masked(m, g, sums) if cautious else (c(1), 1.0)
+    p[...] = p * c(keep) - (c(lr / mean * factor) * (m * moves)) / d
 
 
 def _adamw(*arrays: Any, lr: float, weight_decay: float, **options: Any) -> None:
