@@ -95,8 +95,8 @@ FO_INLINE float to_odd(double x)
     return near.f;
 }
 
-FO_INLINE void encode_wide(fo_format format, const wide_block *from, const noise *random,
-                           int slot, void *data, void *extra)
+FO_INLINE void encode_wide(fo_format format, const wide_block *from, const noise *random, int slot,
+                           void *data, void *extra)
 {
     block narrow;
     FO_SIMD

@@ -13,7 +13,14 @@
 #include "block.h"
 
 /* Encoders ask once per block: a test of every element would cost more than the rounding. */
-FO_INLINE int has_nan(const block *from) { return largest_of(from) > INFINITE; }
+FO_INLINE int has_nan(const block *from)
+{
+#if defined(FO_VECTORS)
+    return any_nan(from->f);
+#else
+    return largest_of(from) > INFINITE;
+#endif
+}
 
 FO_INLINE void quiet_nans(const block *restrict from, uint16_t *restrict to)
 {
@@ -25,9 +32,18 @@ FO_INLINE void quiet_nans(const block *restrict from, uint16_t *restrict to)
 
 FO_INLINE void decode_bf16(const uint16_t *restrict from, block *restrict to)
 {
+#if defined(FO_VECTORS)
+    vector *out = (vector *)to->u;
+    for (int i = 0; i < FO_VECTORS; i += 2) {
+        const vector words = load_for_unpack16(from + i * DWORDS);
+        out[i] = low16(words);
+        out[i + 1] = high16(words);
+    }
+#else
     FO_SIMD
     for (int j = 0; j < FO_BLOCK; j++)
         to->u[j] = (uint32_t)from[j] << 16;
+#endif
 }
 
 /* To nearest, ties to even. An infinity has no low bits, so nothing carries into it. */
@@ -45,12 +61,22 @@ FO_INLINE void encode_bf16_stochastic(const block *restrict from, const noise *r
                                       int slot, uint16_t *restrict to)
 {
     block sums;
+#if defined(FO_VECTORS)
+    const vector *in = (const vector *)from->u;
+    vector *out = (vector *)sums.u;
+    for (int i = 0, j = FO_VECTORS / 2; i < FO_VECTORS / 2; i++, j++) {
+        const vector r = random_vector(random, i, slot);
+        out[i] = V(add_epi32)(in[i], r & K(low_half));
+        out[j] = V(add_epi32)(in[j], V(srli_epi32)(r, 16));
+    }
+#else
     FO_SIMD
     for (int j = 0; j < HALF; j++) {
         uint32_t r = random_of(random, j, slot);
         sums.u[j] = from->u[j] + (r & 0xffff);
         sums.u[j + HALF] = from->u[j + HALF] + (r >> 16);
     }
+#endif
     upper_halves(&sums, to);
     quiet_nans(from, to);
 }
@@ -103,8 +129,8 @@ FO_INLINE void decode_low8(const uint16_t *restrict from, const int8_t *restrict
 }
 
 /* Rounds to 24 bits, stochastically; from there on as encode_low16. */
-FO_INLINE void encode_low8(const block *restrict from, const noise *restrict random,
-                           int slot, uint16_t *restrict to, uint8_t *restrict low)
+FO_INLINE void encode_low8(const block *restrict from, const noise *restrict random, int slot,
+                           uint16_t *restrict to, uint8_t *restrict low)
 {
 #if defined(FO_VECTORS)
     const vector *in = (const vector *)from->u;
@@ -118,9 +144,8 @@ FO_INLINE void encode_low8(const block *restrict from, const noise *restrict ran
     }
     for (int i = 0; i < FO_VECTORS; i += 2) {
         const vector x = sums[i], y = sums[i + 1];
-        store_packed16(to + i * DWORDS,
-                       V(packus_epi32)(V(srli_epi32)(x, 16), V(srli_epi32)(y, 16)));
-        bytes[i / 2] = V(srli_epi16)(V(packus_epi32)(x & K(low_half), y & K(low_half)), 8);
+        store_packed16(to + i * DWORDS, pack_upper(x, y));
+        bytes[i / 2] = V(srli_epi16)(pack_lower(x, y), 8);
     }
     for (int i = 0; i < FO_VECTORS; i += 4)
         store_packed8(low + i * DWORDS,

@@ -47,7 +47,7 @@ FO_INLINE void make_noise(uint32_t key, ptrdiff_t at, noise *to)
 /* Number j of an array's slot: 0 is the parameter, then come the states. */
 FO_INLINE uint32_t random_of(const noise *from, int j, int slot)
 {
-    return from->u[j] * fo_codec.slots[slot];
+    return slot == 1 ? from->u[j] : from->u[j] * fo_codec.slots[slot]; /* its factor is 1 */
 }
 
 FO_INLINE uint32_t absolute(uint32_t bits) { return bits & 0x7fffffffu; }
@@ -71,7 +71,7 @@ FO_INLINE uint32_t largest_of(const block *from)
 FO_INLINE vector random_vector(const noise *from, int i, int slot)
 {
     const vector x = ((const vector *)from->u)[i];
-    return slot == 1 ? x : V(mullo_epi32)(x, V(set1_epi32)((int)fo_codec.slots[slot]));
+    return slot == 1 ? x : multiply(x, V(set1_epi32)((int)fo_codec.slots[slot]));
 }
 #endif
 
@@ -83,8 +83,7 @@ FO_INLINE void upper_halves(const block *restrict from, uint16_t *restrict to)
 #if defined(FO_VECTORS)
     const vector *x = (const vector *)from->u;
     for (int i = 0; i < FO_VECTORS; i += 2)
-        store_packed16(to + i * DWORDS, V(packus_epi32)(V(srli_epi32)(x[i], 16),
-                                                        V(srli_epi32)(x[i + 1], 16)));
+        store_packed16(to + i * DWORDS, pack_upper(x[i], x[i + 1]));
 #else
     FO_SIMD
     for (int j = 0; j < FO_BLOCK; j++)

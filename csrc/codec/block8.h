@@ -83,13 +83,14 @@ FO_INLINE uint8_t encode_8bit_plain(const block *restrict from, const noise *res
 
 #if defined(FO_VECTORS)
 
-static FO_APART void decode_8bit_any(const uint8_t *from, uint32_t about, int is_signed, block *to)
+static FO_APART void FO_CAT(decode_8bit_any, FO_ISA)(const uint8_t *from, uint32_t about,
+                                                     int is_signed, block *to)
 {
     decode_8bit_plain(from, about, is_signed, to);
 }
 
-static FO_APART uint8_t encode_8bit_any(const block *from, const noise *random, int slot,
-                                        int is_signed, uint8_t *to)
+static FO_APART uint8_t FO_CAT(encode_8bit_any, FO_ISA)(const block *from, const noise *random,
+                                                        int slot, int is_signed, uint8_t *to)
 {
     return encode_8bit_plain(from, random, slot, is_signed, to);
 }
@@ -100,7 +101,7 @@ FO_INLINE void decode_8bit(const uint8_t *restrict from, uint32_t about, int is_
     const vector base = V(set1_epi32)((int)fo_codec.base[about]);
     vector *out = (vector *)to->u;
     if (__builtin_expect(about & 1, 0)) {
-        decode_8bit_any(from, about, is_signed, to);
+        FO_CAT(decode_8bit_any, FO_ISA)(from, about, is_signed, to);
         return;
     }
     for (int i = 0; i < FO_VECTORS; i += 4) {
@@ -128,11 +129,11 @@ FO_INLINE uint8_t encode_8bit(const block *restrict from, const noise *restrict 
         sizes[i] = in[i];
         if (is_signed)
             sizes[i] &= K(size);
-        most = i == 0 ? sizes[0] : V(max_epu32)(most, sizes[i]);
+        most = i == 0 ? sizes[0] : larger(most, sizes[i]);
     }
-    const uint32_t largest = top(most);
+    const uint32_t largest = largest_dword(most);
     if (__builtin_expect(largest >= INFINITE, 0))
-        return encode_8bit_any(from, random, slot, is_signed, to);
+        return FO_CAT(encode_8bit_any, FO_ISA)(from, random, slot, is_signed, to);
 
     const uint32_t base = base_of(largest, is_signed);
     const vector first = V(srli_epi16)(V(set1_epi32)((int)fo_codec.base[base]), 4);
@@ -143,10 +144,10 @@ FO_INLINE uint8_t encode_8bit(const block *restrict from, const noise *restrict 
         *y = V(srli_epi32)(V(add_epi32)(*y, V(srli_epi32)(r, 12)), 20);
     }
     for (int i = 0; i < FO_VECTORS / 2; i++) {
-        const vector words = V(packus_epi32)(sizes[2 * i], sizes[2 * i + 1]);
+        const vector words = V(packs_epi32)(sizes[2 * i], sizes[2 * i + 1]);
         sums[i] = V(subs_epu16)(words, first);
         if (!is_signed)
-            sums[i] = V(max_epu16)(sums[i], V(min_epu16)(words, K(words_one)));
+            sums[i] = V(max_epi16)(sums[i], V(min_epi16)(words, K(words_one)));
     }
     for (int i = 0; i < FO_VECTORS; i += 4) {
         vector codes = V(packus_epi16)(sums[i / 2], sums[i / 2 + 1]);
