@@ -10,7 +10,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -63,10 +63,14 @@ enum { FO_PIECE = 128, FO_AHEAD = 768, FO_LINE = 64 };
 #define FO_DECODED block
 #define FO_DECODE decode
 #define FO_ENCODE encode
+#if defined(__SSE2__) && !defined(__AVX2__) /* old CPUs: smaller before faster */
+#define FO_SETS(X, rule)
+#else
 #define FO_SETS(X, rule) /* formats with a loop of their own: parameter, gradient, two states */   \
     X(rule, bf16_state_blocks, FO_F32, FO_F32, FO_BF16_STOCHASTIC, FO_BF16_STOCHASTIC)             \
     X(rule, int8_state_blocks, FO_F32, FO_F32, FO_S8, FO_U8)                                       \
     X(rule, int8_state_bf16_param_blocks, FO_BF16_LOW8, FO_BF16, FO_S8, FO_U8)
+#endif
 #define FO_ABS fabsf
 #define FO_SQRT sqrtf
 #define FO_FMA fmaf

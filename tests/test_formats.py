@@ -18,6 +18,7 @@ PARAMS = ["float32", *(name for name in NARROW if name not in ("int8", "uint8"))
 GRADS = [np.float32, np.float64, np.float16, BF16]
 STATES = ["float32", "bfloat16", "int8"]
 STOCHASTIC = ["bfloat16+int8", "int8", "uint8"]  # and those with it in their name
+SLOTS = 1 + max(len(cls.rule.states) for cls in CLASSES)
 
 
 def make(name, n, fill=None, offset=0):
@@ -312,26 +313,31 @@ def test_rounding_has_no_bias(name):
 
 
 def test_noise_is_random_enough():
-    """Uniform, and uncorrelated with neighbours, the other half, another key or another step."""
+    """Uniform, and uncorrelated with neighbours, the other half, another array or another step."""
     n = 1 << 19
-    counter = np.arange(n, dtype=np.uint32)
-    before = None
+    before = []
     for t in range(8):
-        x = formats.noise(formats.key(t, 0, 1, 0), counter)
-        halves = [x & np.uint32(0xFFFF), x >> np.uint32(16)]
-        centred = [(h - 32767.5) / (65536 / np.sqrt(12)) for h in halves]
-        for h, c in zip(halves, centred, strict=True):
-            counts = np.bincount(h >> np.uint32(8), minlength=256)
+        now = []
+        for slot in range(SLOTS):
+            x = formats.random_bits(20, formats.key(1, 2, t, slot), n // BLOCK).ravel()
+            counts = np.bincount(x >> np.uint32(12), minlength=256)
             chi = ((counts - n / 256) ** 2 / (n / 256)).sum()
             assert abs(chi - 255) / np.sqrt(510) < 5
+            now.append((x - (2**20 - 1) / 2) / (2**20 / np.sqrt(12)))
+        for c in now:
             for lag in (1, 2, 3, 31, 32, 33, 64, 256, 512):
                 assert abs((c[lag:] * c[:-lag]).mean()) * np.sqrt(n) < 5
-        assert abs((centred[0] * centred[1]).mean()) * np.sqrt(n) < 5
-        if before is not None:
-            for a in before:
-                for c in centred:
-                    assert abs((a * c).mean()) * np.sqrt(n) < 5
-        before = centred
+        for a, b in [*itertools.combinations(now, 2), *itertools.product(before, now)]:
+            for lag in (0, 32):
+                assert abs((a[lag:] * b[: n - lag]).mean()) * np.sqrt(n) < 5
+        before = now[:2]
+
+
+def test_slots_have_factors_of_their_own():
+    keys = [formats.key(5, 6, 7, slot) for slot in range(SLOTS)]
+    assert len({key & 0xFFFFFFFF for key in keys}) == 1  # the leaf's hash is computed once
+    assert len({key >> 32 for key in keys}) == len(keys)
+    assert all(key >> 32 & 1 for key in keys)  # else numbers would be lost
 
 
 @pytest.mark.parametrize("master_bits", [16, 24, 32])
@@ -367,6 +373,42 @@ def test_relative_error_of_8_bits(name):
     if name == "uint8":
         assert (got > 0).all()
     assert make(name, BLOCK, np.zeros(BLOCK, np.float32)).decode().tolist() == [0.0] * BLOCK
+
+
+def test_what_second_moments_become_below_the_window():
+    """The window's smallest number; below 2^-129 that or 0, at random; 0 for 0."""
+    x = np.full(BLOCK, 2.0**-128, np.float32)
+    x[0], x[1:17], x[17:] = 1.0, 0.0, np.float32(2.0**-130)
+    x[-1] = 2.0**-128
+    array, smallest, zeros = make("uint8", BLOCK), 2.0**-31 * 1.125, 0
+    for step in range(200):
+        array.encode(x, formats.key(0, 0, step, 2))
+        got = array.decode()
+        assert (got[1:17] == 0).all() and got[-1] == smallest
+        assert np.isin(got[17:-1], [0, smallest]).all()
+        zeros += (got[17:-1] == 0).sum()
+    assert abs(zeros / (200 * 46) - 0.5) < 5 * 0.5 / np.sqrt(200 * 46)
+
+
+@pytest.mark.parametrize("name", _core.available_isas())
+def test_bits_of_tiny_moments(name):
+    """Squares around 2^-129, below which moments become 0."""
+    rng = np.random.default_rng(0)
+    n = 64 * BLOCK
+    scale = np.repeat(np.exp2(np.linspace(-75, -50, 64)), BLOCK)
+    grads = [(rng.standard_normal(n) * scale).astype(np.float32) for _ in range(6)]
+    found = []
+    with isa(name):
+        for module in (fusedopt, reference):
+            p = values(n, np.float32, 1, False)
+            opt = module.Adam(p, eps=1e-30, state_dtype="int8", min_8bit_size=0)
+            for g in grads:
+                opt.step(g)
+            state = opt.state["params"]
+            found.append([p, *raw(state["exp_avg"]), *raw(state["exp_avg_sq"])])
+    assert_same(*found, ["param", "m", "m's blocks", "v", "v's blocks"])
+    codes = found[0][3]
+    assert (codes == 0).any() and (codes == 1).any() and (codes > 1).any()
 
 
 @pytest.mark.parametrize("name", ["int8", "uint8"])
