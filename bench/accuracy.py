@@ -13,7 +13,8 @@ A lower loss is a difference too: a biased second moment acts as another learnin
 like an improvement.
 
 An optimizer's rate is the best, with seed 0, of a grid of powers of 10 ** 0.5 around its default;
-the grid grows while its best rate is at an end. Its other options are the defaults.
+the grid grows while its best rate is at an end. Its other options are the defaults. All follow the
+same schedule, those that need none too.
 
 torch computes losses and gradients; fusedopt steps NumPy arrays: pip install ".[test,peers]". The
 text is Python's own (pydoc_data.topics), so losses depend on the version of Python.
@@ -29,6 +30,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
@@ -46,8 +48,8 @@ from torch.nn import functional as F
 
 import fusedopt
 from fusedopt import schedules
-from fusedopt.bench.cases import CLASSES, OPTIMIZERS
 
+CLASSES = {cls.__name__.lower(): cls for cls in vars(fusedopt).values() if hasattr(cls, "rule")}
 Params = dict[str, np.ndarray]
 Tensors = dict[str, Tensor]
 Batch = tuple[Tensor, Tensor]
@@ -242,12 +244,26 @@ def train(
     params = {name: p.astype(form.dtype) for name, p in task.init(rng).items()}
     peak = task.lr if lr is None else lr
     rate = schedules.warmup(20, then=schedules.linear(peak, 0.0, task.steps - 20))
-    opt = cls(params, lr=rate, **form.options)
+    # a rule for matrices leaves vectors, tables and the last layer to AdamW at the task's rate
+    mine = set(params)
+    if cls.rule.demand_shape is not None:
+        mine = {n for n, p in params.items() if p.ndim == 2 and "table" not in n and "out" not in n}
+    rest = schedules.warmup(20, then=schedules.linear(task.lr, 0.0, task.steps - 20))
+    parts = [
+        ({n: params[n] for n in params if n in mine}, cls, rate),
+        ({n: params[n] for n in params if n not in mine}, fusedopt.AdamW, rest),
+    ]
+    optimizers = [(own, kind(own, lr=lr, **form.options)) for own, kind, lr in parts if own]
     for _ in range(task.steps):
         leaves = {name: as_tensor(p).requires_grad_() for name, p in params.items()}
         grads = torch.autograd.grad(task.loss(leaves, task.batch(rng)), list(leaves.values()))
-        opt.step({n: g.numpy().astype(form.dtype) for n, g in zip(leaves, grads, strict=True)})
-    with torch.no_grad():
+        found = {n: g.numpy().astype(form.dtype) for n, g in zip(leaves, grads, strict=True)}
+        for own, opt in optimizers:
+            opt.step({name: found[name] for name in own})
+    with torch.no_grad(), ExitStack() as stack:
+        for _, opt in optimizers:
+            if opt.rule.average is not None:
+                stack.enter_context(opt.swap_ema())
         return task.loss({n: as_tensor(p) for n, p in params.items()}, task.held_out).item()
 
 
@@ -261,7 +277,7 @@ def run(job: Job) -> float:
     task, name, seed, lr = job
     if name in FORMATS:
         return train(TASKS[task](), FORMATS[name], seed)
-    return train(TASKS[task](), Format(), seed, getattr(fusedopt, CLASSES[name]), lr)
+    return train(TASKS[task](), Format(), seed, CLASSES[name], lr)
 
 
 def key(job: Job) -> str:
@@ -340,7 +356,7 @@ class Losses:
 
 def tuned(losses: Losses, task: str, name: str) -> float:
     """Return the rate of the grid with the lowest loss with seed 0; NaN counts as infinite."""
-    default = OPTIMIZERS[name]["lr"]
+    default = CLASSES[name].rule.defaults["lr"]
     low, high = -2, 2
     while True:
         grid = [float(f"{default * 10 ** (k / 2):.3g}") for k in range(low, high + 1)]
