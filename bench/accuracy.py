@@ -1,13 +1,19 @@
-"""Train three small models with Adam in every storage format, and compare held-out losses.
+"""Train three small models, and compare held-out losses: of storage formats, or of optimizers.
 
     python bench/accuracy.py [--seeds 5] [--task embedding] [--format float32] [--markdown FILE]
                              [--json FILE]
+    python bench/accuracy.py --optimizer all [--seeds 3] [--task embedding] ...
+
+The first trains with Adam in every storage format, the second with each optimizer in float32.
 
 A format passes a task if its mean loss over the seeds differs from float32's by less than the
 standard deviation of float32's loss over the same seeds. All formats see the same initial weights
 and the same batches, so the difference is a mean of pairs; its standard error is printed too.
 A lower loss is a difference too: a biased second moment acts as another learning rate, and may look
 like an improvement.
+
+An optimizer's rate is the best, with seed 0, of a grid of powers of 10 ** 0.5 around its default;
+the grid grows while its best rate is at an end. Its other options are the defaults.
 
 torch computes losses and gradients; fusedopt steps NumPy arrays: pip install ".[test,peers]". The
 text is Python's own (pydoc_data.topics), so losses depend on the version of Python.
@@ -25,7 +31,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import mean, stdev
@@ -40,10 +46,12 @@ from torch.nn import functional as F
 
 import fusedopt
 from fusedopt import schedules
+from fusedopt.bench.cases import CLASSES, OPTIMIZERS
 
 Params = dict[str, np.ndarray]
 Tensors = dict[str, Tensor]
 Batch = tuple[Tensor, Tensor]
+Job = tuple[str, str, int, float | None]
 
 
 @dataclass(frozen=True)
@@ -226,12 +234,15 @@ FORMATS = {
 }
 
 
-def train(task: Task, form: Format, seed: int) -> float:
-    """Return the held-out loss at the end of training."""
+def train(
+    task: Task, form: Format, seed: int, cls: Any = fusedopt.Adam, lr: float | None = None
+) -> float:
+    """Return the held-out loss at the end of training; by default the rate is the task's."""
     rng = np.random.default_rng(seed)
     params = {name: p.astype(form.dtype) for name, p in task.init(rng).items()}
-    rate = schedules.warmup(20, then=schedules.linear(task.lr, 0.0, task.steps - 20))
-    opt = fusedopt.Adam(params, lr=rate, **form.options)
+    peak = task.lr if lr is None else lr
+    rate = schedules.warmup(20, then=schedules.linear(peak, 0.0, task.steps - 20))
+    opt = cls(params, lr=rate, **form.options)
     for _ in range(task.steps):
         leaves = {name: as_tensor(p).requires_grad_() for name, p in params.items()}
         grads = torch.autograd.grad(task.loss(leaves, task.batch(rng)), list(leaves.values()))
@@ -245,15 +256,17 @@ def as_tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array.astype(np.float32, copy=False))
 
 
-def run(job: tuple[str, str, int]) -> float:
-    """Return the loss of (task, format, seed); called in worker processes."""
-    task, form, seed = job
-    return train(TASKS[task](), FORMATS[form], seed)
+def run(job: Job) -> float:
+    """Return the loss of (task, format or optimizer, seed, rate); called in worker processes."""
+    task, name, seed, lr = job
+    if name in FORMATS:
+        return train(TASKS[task](), FORMATS[name], seed)
+    return train(TASKS[task](), Format(), seed, getattr(fusedopt, CLASSES[name]), lr)
 
 
-def key(job: tuple[str, str, int]) -> str:
+def key(job: Job) -> str:
     """Return the name of a job in the file of losses."""
-    return "/".join(map(str, job))
+    return "/".join(str(part) for part in job if part is not None)
 
 
 def single_thread() -> None:
@@ -262,7 +275,21 @@ def single_thread() -> None:
     fusedopt.set_num_threads(1)
 
 
-def report(task: str, losses: dict[str, list[float]]) -> list[str]:
+OF_FORMATS = """\
+# Accuracy of the storage formats
+
+Held-out loss after training with Adam, mean of {} seeds. The difference is
+a mean of pairs of the same initial weights and batches, the error its standard error.
+"""
+OF_OPTIMIZERS = """\
+# Accuracy of the optimizers
+
+Held-out loss after training in float32, mean of {} seeds. The rate is the best, with seed 0, of
+powers of 10 ** 0.5 around the default; other options are the defaults.
+"""
+
+
+def report_formats(task: str, losses: dict[str, list[float]]) -> list[str]:
     """Return the Markdown table of one task, float32 first."""
     base = losses["float32"]
     spread = stdev(base)
@@ -284,6 +311,51 @@ def report(task: str, losses: dict[str, list[float]]) -> list[str]:
     return [*rows, ""]
 
 
+def report_optimizers(task: str, found: dict[str, tuple[float, list[float]]]) -> list[str]:
+    """Return the Markdown table of one task, from (rate, losses) of each optimizer, best first."""
+    rows = [f"## {task}", "", "| optimizer | rate | loss | over seeds |", "|---|---|---|---|"]
+    for name, (lr, losses) in sorted(found.items(), key=lambda item: mean(item[1][1])):
+        rows.append(f"| {name} | {lr:.2g} | {mean(losses):.4f} | {stdev(losses):.4f} |")
+    return [*rows, ""]
+
+
+class Losses:
+    """The losses of jobs, run by a pool and kept in a file if there is one."""
+
+    def __init__(self, pool: ProcessPoolExecutor, path: Path | None) -> None:
+        self.pool, self.path = pool, path
+        self.known: dict[str, float] = {}
+        if path and path.exists():
+            self.known = json.loads(path.read_text())
+
+    def __call__(self, jobs: list[Job]) -> list[float]:
+        """Return the loss of each job."""
+        missing = [job for job in jobs if key(job) not in self.known]
+        for job, loss in zip(missing, self.pool.map(run, missing), strict=True):
+            self.known[key(job)] = loss
+            if self.path:
+                self.path.write_text(json.dumps(self.known, indent=1) + "\n")
+        return [self.known[key(job)] for job in jobs]
+
+
+def tuned(losses: Losses, task: str, name: str) -> float:
+    """Return the rate of the grid with the lowest loss with seed 0; NaN counts as infinite."""
+    default = OPTIMIZERS[name]["lr"]
+    low, high = -2, 2
+    while True:
+        grid = [float(f"{default * 10 ** (k / 2):.3g}") for k in range(low, high + 1)]
+        found = losses([(task, name, 0, lr) for lr in grid])
+        best = min(
+            range(len(grid)), key=lambda i: found[i] if found[i] == found[i] else float("inf")
+        )
+        if low > -8 and best == 0:
+            low -= 1
+        elif high < 8 and best == len(grid) - 1:
+            high += 1
+        else:
+            return grid[best]
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -293,34 +365,37 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--markdown", type=Path, help="also write the output to this file")
     parser.add_argument("--json", type=Path, help="keep losses here; losses in it are not rerun")
+    parser.add_argument("--optimizer", help="all, or names with commas: compare these instead")
     options = parser.parse_args()
     if options.seeds < 2:
         parser.error("--seeds: a standard deviation needs at least 2")
+    names = list(CLASSES) if options.optimizer == "all" else (options.optimizer or "").split(",")
+    if options.optimizer and (unknown := [name for name in names if name not in CLASSES]):
+        parser.error(f"--optimizer: unknown: {', '.join(unknown)}; known: {', '.join(CLASSES)}")
     formats = [f for f in FORMATS if f == "float32" or f in (options.format or FORMATS)]
     command = "python " + " ".join(["bench/accuracy.py", *sys.argv[1:]])
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    title = OF_OPTIMIZERS if options.optimizer else OF_FORMATS
     rows = [
-        "# Accuracy of the storage formats",
-        "",
-        f"Held-out loss after training with Adam, mean of {options.seeds} seeds. The difference is",
-        "a mean of pairs of the same initial weights and batches, the error its standard error.",
+        *title.format(options.seeds).splitlines(),
         f"`{command}`; fusedopt {fusedopt.__version__}, {versions}.",
         "",
     ]
     print(*rows, sep="\n")
-    known: dict[str, float] = {}
-    if options.json and options.json.exists():
-        known = json.loads(options.json.read_text())
     with ProcessPoolExecutor(options.jobs, initializer=single_thread) as pool:
+        losses = Losses(pool, options.json)
         for task in options.task or TASKS:
-            jobs = [(task, form, seed) for form in formats for seed in range(options.seeds)]
-            missing = [job for job in jobs if key(job) not in known]
-            for job, loss in zip(missing, pool.map(run, missing), strict=True):
-                known[key(job)] = loss
-                if options.json:
-                    options.json.write_text(json.dumps(known, indent=1) + "\n")
-            losses = iter([known[key(job)] for job in jobs])
-            table = report(task, {form: list(islice(losses, options.seeds)) for form in formats})
+            if options.optimizer:
+                rates = {name: tuned(losses, task, name) for name in names}
+                table = report_optimizers(task, {
+                    name: (lr, losses([(task, name, seed, lr) for seed in range(options.seeds)]))
+                    for name, lr in rates.items()
+                })  # fmt: skip
+            else:
+                table = report_formats(task, {
+                    form: losses([(task, form, seed, None) for seed in range(options.seeds)])
+                    for form in formats
+                })  # fmt: skip
             rows += table
             print(*table, sep="\n", flush=True)
     if options.markdown:

@@ -38,35 +38,35 @@ FO_INLINE void decode(fo_format format, const void *data, const void *extra, blo
     }
 }
 
-/* Encodes one block. The noise depends on `key`, of the array in this step, and `weyl`, of the
- * block. */
-FO_INLINE void encode(fo_format format, const block *from, uint32_t key, uint32_t weyl, void *data,
-                      void *extra)
+/* Encodes one block. `random` is the noise of the block, `factor` that of the array's slot; neither
+ * is used by formats that round to nearest. */
+FO_INLINE void encode(fo_format format, const block *from, const noise *random, int slot,
+                      void *data, void *extra)
 {
     switch (format) {
     case FO_BF16_LOW16:
         encode_low16(from, data, extra);
         break;
     case FO_BF16_LOW8:
-        encode_low8(from, key, weyl, data, extra);
+        encode_low8(from, random, slot, data, extra);
         break;
     case FO_S8:
-        *(uint8_t *)extra = encode_8bit(from, key, weyl, 1, data);
+        *(uint8_t *)extra = encode_8bit(from, random, slot, 1, data);
         break;
     case FO_U8:
-        *(uint8_t *)extra = encode_8bit(from, key, weyl, 0, data);
+        *(uint8_t *)extra = encode_8bit(from, random, slot, 0, data);
         break;
     case FO_F16:
         encode_f16(from, data);
         break;
     case FO_F16_STOCHASTIC:
-        encode_f16_stochastic(from, key, weyl, data);
+        encode_f16_stochastic(from, random, slot, data);
         break;
     case FO_BF16:
         encode_bf16(from, data);
         break;
     default:
-        encode_bf16_stochastic(from, key, weyl, data);
+        encode_bf16_stochastic(from, random, slot, data);
     }
 }
 
@@ -95,14 +95,14 @@ FO_INLINE float to_odd(double x)
     return near.f;
 }
 
-FO_INLINE void encode_wide(fo_format format, const wide_block *from, uint32_t key, uint32_t weyl,
+FO_INLINE void encode_wide(fo_format format, const wide_block *from, const noise *random, int slot,
                            void *data, void *extra)
 {
     block narrow;
     FO_SIMD
     for (int j = 0; j < FO_BLOCK; j++)
         narrow.f[j] = format == FO_BF16_LOW16 ? (float)from->f[j] : to_odd(from->f[j]);
-    encode(format, &narrow, key, weyl, data, extra);
+    encode(format, &narrow, random, slot, data, extra);
 }
 
 #endif

@@ -22,6 +22,19 @@ static const fo_format_info fo_format_table[FO_FORMATS] = {
     [FO_U8] = {"uint8", 1, 1, BLOCK_SHIFT, 1},
 };
 
+/* What codecs compute with, in another file than they are in: a compiler that sees such a number
+ * builds it in registers in each turn of a loop, which takes more operations than a load. */
+typedef struct fo_codec_constants {
+    uint32_t base[256];                /* by an 8-bit block's byte: its base, as two words of
+                                          floats' upper halves */
+    uint32_t hash[2];                  /* multipliers of the noise */
+    uint32_t slots[1 + FO_MAX_STATES]; /* factors of the noise, of the parameter and the states */
+    uint32_t size, random20, random8;  /* masks of |x| and of random numbers */
+    uint32_t half, low_half;           /* of a dword */
+    uint32_t words_signed_code, words_code, bytes_sign, words_one;
+} fo_codec_constants;
+extern const fo_codec_constants fo_codec;
+
 /* Bytes of elements [0, n) in data and in extra; n is a multiple of FO_BLOCK or the array's end. */
 static inline ptrdiff_t fo_data_bytes(const fo_array *array, ptrdiff_t n)
 {

@@ -144,12 +144,12 @@ fo_status fo_measure(fo_leaf *leaves, ptrdiff_t n, const fo_run *run, int thread
 
 /* One read of all that a layer-wise rule reads: fills `param` and `update` of run->stats with the
  * sums of squares of each leaf's parameter and of the direction in which the rule would go (0 for a
- * leaf without gradient), and leaves all else alone. The arguments are those of the fo_step that
- * follows with run->has_direction set; in between the caller may add the sums of other parts of the
- * same tensors. Of a matrix rule it also writes the direction into the last state array, which is
- * FO_F64 where the parameter is, else FO_F32: the caller may replace it, and fo_step goes along
- * what it finds there. FO_BAD_ARGUMENT for a rule that is not layer-wise, and where fo_step returns
- * it. */
+ * leaf without gradient; of a rule that counts, with numbers of elements), and leaves all else
+ * alone. The arguments are those of the fo_step that follows with run->has_direction set; in
+ * between the caller may add the sums of other parts of the same tensors. Of a matrix rule it also
+ * writes the direction into the last state array, which is FO_F64 where the parameter is, else
+ * FO_F32: the caller may replace it, and fo_step goes along what it finds there. FO_BAD_ARGUMENT
+ * for a rule that is not layer-wise, and where fo_step returns it. */
 fo_status fo_direct(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
                     ptrdiff_t n_hypers, const fo_run *run, int threads);
 

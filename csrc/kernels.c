@@ -10,7 +10,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -63,10 +63,15 @@ enum { FO_PIECE = 128, FO_AHEAD = 768, FO_LINE = 64 };
 #define FO_DECODED block
 #define FO_DECODE decode
 #define FO_ENCODE encode
+#if defined(__SSE2__) && !defined(__AVX2__) /* old CPUs: smaller before faster */
+#define FO_SETS(X, rule)
+#else
 #define FO_SETS(X, rule) /* formats with a loop of their own: parameter, gradient, two states */   \
     X(rule, bf16_state_blocks, FO_F32, FO_F32, FO_BF16_STOCHASTIC, FO_BF16_STOCHASTIC)             \
     X(rule, int8_state_blocks, FO_F32, FO_F32, FO_S8, FO_U8)                                       \
     X(rule, int8_state_bf16_param_blocks, FO_BF16_LOW8, FO_BF16, FO_S8, FO_U8)
+#endif
+#define FO_ABS fabsf
 #define FO_SQRT sqrtf
 #define FO_FMA fmaf
 #define FO_BITS uint32_t
@@ -81,6 +86,7 @@ enum { FO_PIECE = 128, FO_AHEAD = 768, FO_LINE = 64 };
 #undef FO_DECODE
 #undef FO_ENCODE
 #undef FO_SETS
+#undef FO_ABS
 #undef FO_SQRT
 #undef FO_FMA
 #undef FO_BITS
@@ -95,6 +101,7 @@ enum { FO_PIECE = 128, FO_AHEAD = 768, FO_LINE = 64 };
 #define FO_DECODE decode_wide
 #define FO_ENCODE encode_wide
 #define FO_SETS(X, rule)
+#define FO_ABS fabs
 #define FO_SQRT sqrt
 #define FO_FMA fma
 #define FO_BITS uint64_t
@@ -106,7 +113,7 @@ enum { FO_PIECE = 128, FO_AHEAD = 768, FO_LINE = 64 };
     static const char *const FO_CAT3(rule, names, FO_ISA)[] = {LIST(FO_NAME) NULL};
 FO_RULES(FO_NAMES)
 
-enum { PLAIN, INTERNAL, LAYERWISE, MATRIX };
+enum { PLAIN, INTERNAL, LAYERWISE, COUNTING, MATRIX };
 #define FO_ROW(rule, LIST, states, required, KIND, SETS)                                           \
     {#rule,                                                                                        \
      FO_CAT3(rule, names, FO_ISA),                                                                 \
@@ -121,6 +128,7 @@ static const fo_rule FO_CAT(rules, FO_ISA)[] = {FO_RULES(FO_ROW){.name = NULL}};
 #define INTERNAL_TRUST(rule) NULL
 #define MATRIX_TRUST(rule) NULL
 #define LAYERWISE_TRUST(rule) FO_CAT3(rule##_trust, f64, FO_ISA)
+#define COUNTING_TRUST(rule) FO_CAT3(rule##_trust, f64, FO_ISA)
 #define FO_OWN_TRUST(rule, LIST, states, required, KIND, SETS) KIND##_TRUST(rule),
 static fo_trust *const FO_CAT(trust, FO_ISA)[] = {FO_RULES(FO_OWN_TRUST)};
 

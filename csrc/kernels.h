@@ -21,8 +21,8 @@ typedef struct fo_task {
  * elements and tiles. */
 typedef void fo_range(const fo_task *task, const fo_leaf *leaf, ptrdiff_t begin, ptrdiff_t end);
 
-/* The trust ratio of a layer-wise rule for a leaf, from the norms of its parameter and of the
- * direction in which the rule would go. */
+/* The trust ratio of a layer-wise rule for a leaf, from the sums of squares of its parameter and of
+ * the direction in which the rule would go, or from what a rule counts of it: rules/index.h. */
 typedef double fo_trust(const double *scalars, double param, double direction);
 
 enum { FO_COMPUTE_F32, FO_COMPUTE_F64, FO_COMPUTES }; /* the types that rules are compiled for */

@@ -3,7 +3,6 @@
 #include "ieee.h"
 #include "total.h"
 
-#include <math.h>
 #include <string.h>
 
 static int is_format(const fo_array *array)
@@ -90,8 +89,8 @@ static void set_trust(const fo_work *w, const fo_kernels *kernels)
     for (ptrdiff_t i = 0; i < w->n; i++) {
         fo_leaf *leaf = &w->leaves[i];
         if (leaf->grad.data != NULL)
-            leaf->trust = trust(w->task.hypers[leaf->hyper].scalars, sqrt(stats[i].param),
-                                sqrt(stats[i].update));
+            leaf->trust =
+                trust(w->task.hypers[leaf->hyper].scalars, stats[i].param, stats[i].update);
     }
 }
 

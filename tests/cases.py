@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ TILE = _core.TILE
 EVERY_CLASS = [cls for cls in vars(fusedopt).values() if getattr(cls, "rule", None) is not None]
 # those that step arrays of any shape: the tables are of arrays of many; test_muon.py has the others
 CLASSES = [cls for cls in EVERY_CLASS if cls.rule.demand_shape is None]
+RULES = {cls.__name__: cls.rule for cls in EVERY_CLASS}
 LAYERWISE = {name for name, (*_, layerwise, _) in _core.RULES.items() if layerwise}
 DTYPES = (np.float32, np.float64)
 
@@ -29,20 +31,34 @@ class Case:
     states: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     class_options: dict[str, Any] = field(default_factory=dict)  # more options, of the class
+    first_step: int = 1  # of functions
+    remembered: dict[str, Any] = field(default_factory=dict)  # what the function takes beside them
+
+    @property
+    def plurals(self) -> list[str]:
+        """The names of the lists of state in functions."""
+        by_name = {state.name: state.plural or f"{state.name}s" for state in RULES[self.cls].states}
+        return [by_name[name] for name in self.states]
 
     @property
     def fast(self) -> Callable[..., None]:
-        return getattr(fusedopt.functional, self.function)
+        return partial(getattr(fusedopt.functional, self.function), **self.remembered)
 
     @property
     def reference(self) -> Callable[..., None]:
-        return getattr(reference, self.function)
+        return partial(getattr(reference, self.function), **self.remembered)
 
     def make(self, params: Any, module: Any = fusedopt) -> Any:
         return getattr(module, self.cls)(params, **self.options, **self.class_options)
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def is_layerwise(self) -> bool:
+        """Whether a step needs sums over each leaf before it writes."""
+        rule = getattr(fusedopt, self.cls).rule
+        return rule.row([self.options]) in LAYERWISE
 
 
 def _adam(name: str, function: str = "adam", amsgrad: bool = False, **options: Any) -> Case:
@@ -75,8 +91,71 @@ def _adagrad(name: str, first: float = 0.0, **options: Any) -> Case:
     return Case("adagrad", name, "adagrad", "Adagrad", ("sum",), options, begins)
 
 
+def _adopt(name: str, **options: Any) -> Case:
+    return Case("adopt", name, "adopt", "ADOPT", ("exp_avg", "exp_avg_sq"), options)
+
+
+def _asgd(name: str, last_lr: float = 0.01, **options: Any) -> Case:
+    return Case("asgd", name, "asgd", "ASGD", ("ax",), options, remembered={"last_lr": last_lr})
+
+
+def _signsgd(name: str, **options: Any) -> Case:
+    states = ("momentum_buffer",) if options.get("momentum", 0.9) else ()
+    return Case("signsgd", name, "signsgd", "SignSGD", states, options)
+
+
+def _yogi(name: str, first: float = 1e-6, **options: Any) -> Case:
+    states, begins = ("exp_avg", "exp_avg_sq"), {"initial_accumulator": first}
+    return Case("yogi", name, "yogi", "Yogi", states, options, begins)
+
+
+def _rprop(name: str, lr: float = 0.01, **options: Any) -> Case:
+    return Case("rprop", name, "rprop", "Rprop", ("prev", "step_size"), options, {"lr": lr})
+
+
 def _lars(name: str, **options: Any) -> Case:
     return Case("lars", name, "lars", "LARS", ("momentum_buffer",), options)
+
+
+def _nadam(name: str, **options: Any) -> Case:
+    return Case("nadam", name, "nadam", "NAdam", ("exp_avg", "exp_avg_sq"), options)
+
+
+def _radam(name: str, first_step: int = 1, **options: Any) -> Case:
+    states = ("exp_avg", "exp_avg_sq")
+    return Case("radam", name, "radam", "RAdam", states, options, first_step=first_step)
+
+
+def _adamax(name: str, **options: Any) -> Case:
+    return Case("adamax", name, "adamax", "Adamax", ("exp_avg", "exp_inf"), options)
+
+
+def _adadelta(name: str, **options: Any) -> Case:
+    return Case("adadelta", name, "adadelta", "Adadelta", ("square_avg", "acc_delta"), options)
+
+
+def _ademamix(name: str, **options: Any) -> Case:
+    states = ("exp_avg", "exp_avg_sq", "exp_avg_slow")
+    return Case("ademamix", name, "ademamix", "AdEMAMix", states, options)
+
+
+def takes(cls: str, storage: Any) -> bool:
+    """Whether a class refuses none of some options that all have, or this `state_dtype`."""
+    rule = RULES[cls]
+    options = storage if isinstance(storage, dict) else {"state_dtype": storage}
+    if rule.average is not None and options.get("ema") is not None:
+        return False
+    return not any(options.get("state_dtype") in state.refuses for state in rule.states)
+
+
+def _schedulefree(name: str, **options: Any) -> Case:
+    kind = "sgd" if "sgd" in name else "adamw"
+    states = ("z", "exp_avg_sq") if kind == "adamw" else ("z",)
+    remembered = {"k": 3, "weight_sum": 0.7, "lr_max": 0.4}
+    cls = {"adamw": "ScheduleFreeAdamW", "sgd": "ScheduleFreeSGD"}[kind]
+    return Case(
+        "schedulefree", name, f"schedulefree{kind}", cls, states, options, remembered=remembered
+    )
 
 
 CASES = [
@@ -88,8 +167,13 @@ CASES = [
     _adam("adam-amsgrad", amsgrad=True),
     _adam("adam-maximize", maximize=True),
     _adam("adam-all", amsgrad=True, weight_decay=0.1, l1=0.02, maximize=True),
+    _adam("adam-eps-hat", eps=1e-3, eps_hat=True, amsgrad=True),
+    _adam("adam-uncorrected", bias_correction=False, weight_decay=0.01),
     _adam("adamw", "adamw"),
+    _adam("adamw-eps-hat", "adamw", eps=1e-3, eps_hat=True),
     _adam("adamw-all", "adamw", amsgrad=True, lr=0.1, weight_decay=0.3, maximize=True),
+    _adam("adamw-cautious", "adamw", cautious=True),
+    _adam("adamw-cautious-all", "adamw", amsgrad=True, lr=0.1, maximize=True, cautious=True),
     _sgd("gd", lr=0.1),
     _sgd("gd-l1-l2", lr=0.1, l1=0.01, weight_decay=0.1, maximize=True),
     _sgd("momentum", lr=0.1, momentum=0.9),
@@ -97,13 +181,70 @@ CASES = [
     _sgd("nesterov", lr=0.1, momentum=0.8, nesterov=True, l1=0.01, maximize=True),
     _lion("lion"),
     _lion("lion-all", lr=0.1, betas=(0.5, 0.0), weight_decay=0.3, maximize=True),
+    _lion("lion-cautious", lr=0.1, weight_decay=0.3, cautious=True),
     _rmsprop("rmsprop"),
     _rmsprop("rmsprop-momentum", lr=0.3, alpha=0.5, eps=1e-3, momentum=0.8, weight_decay=0.1),
     _rmsprop("rmsprop-centered", centered=True, maximize=True),
     _rmsprop("rmsprop-all", centered=True, momentum=0.5, alpha=0.9, weight_decay=0.01),
+    _adopt("adopt"),
+    _adopt("adopt-l2", lr=0.1, betas=(0.5, 0.75), clip_exp=None, weight_decay=0.1, eps=0.0),
+    _adopt(
+        "adopt-decoupled",
+        clip_exp=0.0,
+        weight_decay=0.3,
+        weight_decouple=True,
+        fixed_decay=True,
+        maximize=True,
+    ),
+    _asgd("asgd"),
+    _asgd("asgd-mean", lr=0.3, lambd=0.1, alpha=0.5, t0=0.0, last_lr=0.2),
+    _asgd("asgd-l2", lr=0.1, lambd=0.0, t0=1.0, weight_decay=0.1, maximize=True),
+    _signsgd("signsgd", lr=0.1, momentum=0.0, weight_decay=0.3, maximize=True),
+    _signsgd("signum", momentum=0.5),
+    _signsgd("signum-l2", lr=0.1, weight_decay=0.1, weight_decouple=False),
+    _yogi("yogi"),
+    _yogi("yogi-l2", first=0.3, lr=0.3, weight_decay=0.1, weight_decouple=False, maximize=True),
+    _yogi("yogi-decoupled", betas=(0.5, 0.0), weight_decay=0.3, fixed_decay=True, eps=0.0),
+    _rprop("rprop"),
+    _rprop("rprop-all", lr=0.3, etas=(0.3, 1.5), step_sizes=(1e-2, 0.7), maximize=True),
     _adagrad("adagrad"),
     _adagrad("adagrad-decay", lr=0.5, lr_decay=0.25, weight_decay=0.1, maximize=True),
     _adagrad("adagrad-first", first=0.3, eps=0.0),
+    _nadam("nadam"),
+    _nadam("nadam-l2", lr=0.3, betas=(0.5, 0.75), eps=1e-3, weight_decay=0.1, maximize=True),
+    _nadam("nadam-decoupled", weight_decay=0.3, momentum_decay=2.0, decoupled_weight_decay=True),
+    _nadam("nadam-beta-0", betas=(0.0, 0.0), momentum_decay=0.0, eps=0.0),
+    _radam("radam"),
+    _radam("radam-rectified", first_step=6),
+    _radam(
+        "radam-l2", 6, betas=(0.5, 0.75), eps=1e-3, weight_decay=0.1, maximize=True
+    ),  # from 8 on
+    _radam("radam-decoupled", 6, betas=(0.9, 0.95), weight_decay=0.3, decoupled_weight_decay=True),
+    _adamax("adamax"),
+    _adamax("adamax-all", lr=0.3, betas=(0.5, 0.75), eps=1e-3, weight_decay=0.1, maximize=True),
+    _adamax("adamax-beta-0", betas=(0.0, 0.0), eps=0.0),
+    _adadelta("adadelta"),
+    _adadelta("adadelta-all", lr=0.3, rho=0.5, eps=1e-3, weight_decay=0.1, maximize=True),
+    _adadelta("adadelta-rho-1", rho=1.0, eps=1e-2),
+    _ademamix("ademamix"),
+    _ademamix("ademamix-warmup", alpha=8.0, t_alpha_beta3=3.0, weight_decay=0.3, maximize=True),
+    _ademamix("ademamix-all", lr=0.3, betas=(0.5, 0.75, 0.25), eps=1e-3, alpha=0.5),
+    _schedulefree("schedulefree-adamw"),
+    _schedulefree(
+        "schedulefree-adamw-all",
+        lr=0.3,
+        betas=(0.6, 0.75),
+        eps=1e-3,
+        weight_decay=0.1,
+        warmup_steps=3,
+        r=1.0,
+        weight_lr_power=1.0,
+    ),
+    _schedulefree("schedulefree-sgd"),
+    _schedulefree(
+        "schedulefree-sgd-all", lr=0.1, momentum=0.4, weight_decay=0.1, warmup_steps=3, r=0.5
+    ),
+    _schedulefree("schedulefree-sgd-still", lr=0.0),  # without a weight in the average
     _lamb("lamb", lr=0.01),
     _lamb("lamb-all", lr=0.3, betas=(0.5, 0.75), eps=1e-3, weight_decay=0.0, maximize=True),
     _lars("lars"),

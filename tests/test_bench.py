@@ -265,6 +265,17 @@ def test_another_update_is_refused(name):
         worker.build(wrong, problem)
 
 
+@pytest.mark.parametrize("rule", OPTIMIZERS)
+@pytest.mark.parametrize("name", [OURS, "functional", "fusedopt-torch", "fusedopt-int8"])
+def test_ours_compute_every_rule_that_they_have(name, rule):
+    if name == "fusedopt-torch":
+        pytest.importorskip("torch", reason="extra `torch`")
+    known = rule in ROWS[name].optimizers
+    assert known or (name == "fusedopt-int8" and rule.startswith("schedulefree"))
+    if known:
+        worker.build(ROWS[name], Problem(CASES["1k"], rule, "float32", fusedopt.get_num_threads()))
+
+
 @pytest.mark.parametrize("name", sorted(ROWS))
 def test_a_rule_that_a_contender_lacks_is_refused(name):
     unknown = [rule for rule in OPTIMIZERS if rule not in ROWS[name].optimizers] or ["other"]

@@ -18,7 +18,7 @@ STEPS = 4
 
 def run_functional(case, step_of, arrays, options):
     p, g, *states = arrays
-    for step in range(1, STEPS + 1):
+    for step in range(case.first_step, case.first_step + STEPS):
         step_of([p], [g], *[[s] for s in states], step=step, **options)
 
 

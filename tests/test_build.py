@@ -96,7 +96,7 @@ def test_fused_multiply_add_only_where_bits_allow(functions):
             found = [i for i in found if not re.match(r"vfmadd\d+[ps]d", i)]
         rests = sum(i.startswith("vfnmadd") for i in found)
         assert len(found) == 2 * rests, name
-        fused |= {name.partition("_")[0]} if rests else set()
+        fused |= {re.split("_f(?:32|64)_", name)[0]} if rests else set()
     # those whose constants have a root to divide by
     assert fused == {rule for rule, (_, scalars, *_) in _core.RULES.items() if "root" in scalars}
 
@@ -115,9 +115,13 @@ def test_rules_are_vectorised(functions, rule, kind, isa):
 
 @pytest.mark.parametrize("isa", WIDEST)
 def test_formats_are_vectorised(functions, isa):
-    """Decoding and encoding within the loop of a rule use packed integers."""
-    for name in (f"adam_f32_{isa}_bf16_state", f"adam_f32_{isa}_int8_state"):
-        code = code_of(functions, name)
+    """Decoding and encoding use packed integers, but for SSE2 within the loop of a rule."""
+    known = [[f"adam_f32_{isa}_bf16_state"], [f"adam_f32_{isa}_int8_state"]]
+    parts = [
+        [f"{name}_f32_{isa}" for name in ("load_any", "store_any")] + [f"adam_f32_{isa}_blocks"]
+    ]
+    for names in parts if isa == "sse2" else known:
+        code = [i for name in names for i in code_of(functions, name)]
         widening = [i for i in code if re.match(r"v?(pmov[sz]x(bd|wd)|punpck[lh](bw|wd))", i)]
         narrowing = [i for i in code if re.match(r"v?(pmov(db|dw|wb)|packus|punpck|perm[it]2w)", i)]
         hashing = [i for i in code if re.match(r"v?(pmulld|pmuludq)", i)]

@@ -288,7 +288,7 @@ def test_options_of_any_numeric_type(tmp_path, cls, suffix):
     p = np.linspace(-1, 1, 50, dtype=np.float32)
     make = getattr(fusedopt, cls)
     for name, default in make(p.copy()).param_groups[0].items():
-        if name in ("params", "state_dtype", "master_bits", "ema"):
+        if name in ("params", "state_dtype", "master_bits", "ema", "train_mode"):
             continue
         for value in unusual(default):
             params = [p.copy(), p.copy()]
@@ -305,7 +305,7 @@ def test_options_of_any_numeric_type(tmp_path, cls, suffix):
 
 
 SWITCHED_OFF = [  # class, state, options when made, options set later that do not use the state
-    (cls.__name__, state.name, {state.needs: type(default)(0.9)}, {state.needs: default})
+    (cls.__name__, state.name, {state.needs: type(default)(0.9)}, {state.needs: type(default)(0)})
     for cls in CLASSES
     for state in cls.rule.states
     if state.needs
@@ -324,7 +324,7 @@ def test_options_switched_off(tmp_path, cls, state, made, then, suffix):
     opt.param_groups[0].update(then)
     opt.step(g)
     opt.save(path)
-    for options in ({}, made):
+    for options in (then, made):
         others = [p.copy() for p in params]
         other = getattr(fusedopt, cls)(others, **options)
         other.load(path)
@@ -338,14 +338,14 @@ def test_options_switched_off(tmp_path, cls, state, made, then, suffix):
     opt.param_groups[0].update(made)
     opt.save(path)
     with pytest.raises(ValueError, match=f"that this optimizer does not have: {state}"):
-        getattr(fusedopt, cls)(params).load(path)
+        getattr(fusedopt, cls)(params, **then).load(path)
 
 
 @pytest.mark.parametrize(("cls", "state", "made", "then"), SWITCHED_OFF, ids=str)
 def test_options_that_were_never_on(tmp_path, cls, state, made, then):
     """State that the file lacks and its options do not use gets its initial value."""
     path = tmp_path / "x.npz"
-    getattr(fusedopt, cls)([np.ones(4)]).save(path)
+    getattr(fusedopt, cls)([np.ones(4)], **then).save(path)
     opt = getattr(fusedopt, cls)([np.ones(4)], **made)
     opt.step([np.ones(4)])
     opt.load(path)

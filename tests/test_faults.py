@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 from campaigns import faults
-from cases import CASES, assert_same
+from cases import CASES, assert_same, takes
 
 import fusedopt
 from fusedopt import reference
@@ -97,8 +97,16 @@ def test_loading_ones_own_arrays_in_another_order():
     assert values == [2.0, 1.0]
 
 
-@pytest.mark.parametrize("storage", [{}, {"state_dtype": "bfloat16"}, {"state_dtype": "int8"}])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "storage"),
+    [
+        (case, {} if kind is None else {"state_dtype": kind})
+        for case in CASES
+        for kind in (None, "bfloat16", "int8")
+        if takes(case.cls, kind)
+    ],
+    ids=str,
+)
 def test_storms(case, storage):
     """Gradients of mostly NaN, infinities, largest and smallest numbers, then normal ones."""
     finite = np.finfo(np.float32)

@@ -12,7 +12,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import CASES, canonical
+from cases import CASES, canonical, takes
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -86,6 +86,7 @@ class Lockstep(RuleBasedStateMachine):
                 data=st.data())  # fmt: skip
     def begin(self, make, storage, sizes, data):
         self.cls, options = make
+        storage = storage if takes(self.cls, storage) else {}
         self.options = options | storage
         self.folder = tempfile.TemporaryDirectory(prefix="fusedopt-machine-")
         self.snapshot = None
@@ -159,7 +160,7 @@ class Lockstep(RuleBasedStateMachine):
         value = data.draw(GOOD[name])
         for opt in self.opts:
             options = opt.param_groups[group % len(opt.param_groups)]
-            if name in options:
+            if name in options and np.shape(value) == np.shape(options[name]):
                 options[name] = value
 
     @precondition(lambda self: len(self.groups[0]) < 4)
@@ -181,7 +182,8 @@ class Lockstep(RuleBasedStateMachine):
     @rule(storage=STORAGE)
     def convert(self, storage):
         """Both continue in new optimizers that keep their state in another format."""
-        if any(p.dtype == np.float64 for group in self.groups[0] for p in group["params"]):
+        is_double = any(p.dtype == np.float64 for group in self.groups[0] for p in group["params"])
+        if is_double or not takes(self.cls, storage):
             return
         dicts = [opt.state_dict() for opt in self.opts]
         self.options = {k: v for k, v in self.options.items() if "8bit" not in k and k != "seed"}

@@ -4,14 +4,14 @@ import threading
 
 import numpy as np
 import pytest
-from cases import CASES, CLASSES, LAYERWISE, canonical
+from cases import CASES, CLASSES, canonical
 
 import fusedopt
 from fusedopt import reference
 
 SHAPES = [(6, 70), (9,), (1, 5), (1300,)]  # one rank has nothing of (1, 5)
-# one case of each class: its last, with most options
-RULES = list({case.cls: case for case in CASES}.values())
+# one case of each row of the C table and class: its last, with most options
+RULES = list({(case.cls, case.is_layerwise): case for case in CASES}.values())
 OPTIONS = [
     {"max_grad_norm": 0.5},
     {"max_grad_norm": np.inf, "grad_scale": -0.5},
@@ -110,7 +110,7 @@ def test_parts_step_as_the_whole(case, options):
                     np.testing.assert_allclose(mine, its, rtol=2e-5, err_msg=column)
     assert [r.clip_factor for r in runs[0][1]] == [r.clip_factor for r in runs[1][1]]
     measures = "max_grad_norm" in options
-    calls = measures + (case.rule in LAYERWISE) + options.get("stats", False) * (2 - measures)
+    calls = measures + case.is_layerwise + options.get("stats", False) * (2 - measures)
     assert ranks.calls == 3 * calls
 
 

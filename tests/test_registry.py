@@ -12,7 +12,9 @@ from fusedopt.cli.train import OPTIMIZERS
 
 ROOT = Path(__file__).parent.parent
 EVERY_CASE = [*CASES, *MATRIX_CASES]
-RULES = {row[0]: row for row in _core.rules()}
+VARIANTS = {c.rule.variant[1]: c.rule for c in EVERY_CLASS if c.rule.variant is not None}
+TABLE = {row[0]: row for row in _core.rules()}
+RULES = {name: row for name, row in TABLE.items() if name not in VARIANTS}
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -21,12 +23,14 @@ def test_three_files_of_one_name(rule):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_class_cases_and_readme(rule):
+def test_class_cases_and_documents(rule):
     assert any(c.rule.name == rule for c in EVERY_CLASS)
     assert any(case.rule == rule for case in EVERY_CASE)
     readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "optimizers.md").read_text()
     for cls in (c for c in EVERY_CLASS if c.rule.name == rule):
-        assert f"| `{cls.__name__}` |" in readme
+        assert f"`{cls.__name__}`" in readme
+        assert page.count(f"\n| `{cls.__name__}` |") == 2
         assert any(case.cls == cls.__name__ for case in EVERY_CASE)
 
 
@@ -70,19 +74,29 @@ def test_no_other_file_names_a_rule(rule):
         if path.suffix in (".c", ".h", ".py", ".pyi", ".pyx", ".pxd")
         and word.search(path.read_text("utf-8"))
     }
-    assert set(files(rule)) <= found <= {*files(rule), *LISTS}
+    variants = {f"csrc/rules/{name}.h" for name, its in VARIANTS.items() if its.name == rule}
+    assert set(files(rule)) <= found <= {*files(rule), *LISTS, *variants}
 
 
 @pytest.mark.parametrize("cls", EVERY_CLASS, ids=lambda c: c.__name__)
 def test_class_fits_the_table(cls):
-    """State and scalars of the class are those of the C rule, in number and by name."""
+    """State and scalars of the class are those of the C rule, in number and by name.
+
+    A class may have less than all of the optional state.
+    """
     rule = cls.rule
     _, scalars, states, required = RULES[rule.name]
     is_matrix = _core.RULES[rule.name][-1]  # then one state is there during a step alone
     assert is_matrix == (rule.outside is not None)
-    assert len(rule.states) == states - is_matrix
+    assert required - is_matrix <= len(rule.states) <= states - is_matrix
     assert sum(rule.uses(rule.defaults)) >= required - is_matrix
-    hyper = rule.at(rule.defaults)(1)
+    if rule.variant is not None:
+        option, variant = rule.variant
+        assert TABLE[variant][2:] == (states, required)
+        scalars = {*scalars, *TABLE[variant][1]}
+        assert (ROOT / f"csrc/rules/{variant}.h").exists()
+        assert any(case.cls == cls.__name__ and case.options.get(option) for case in CASES)
+    hyper = rule.at(rule.advanced(rule.begun(rule.defaults)))(1)
     assert set(hyper) == {*scalars, "grad_scale", "l2", "l1", "ema_weight"}
     assert all(isinstance(value, float) for value in hyper.values())
 

@@ -1,6 +1,6 @@
 """What a rule may declare, with made-up rules on existing C loops.
 
-Initial values of its state, and numbers that it remembers for a group.
+Initial values of its state, formats that it refuses, and numbers that it remembers for a group.
 """
 
 import threading
@@ -185,6 +185,81 @@ def test_functions_take_state_as_it_is():
         begins([p], [g], [None], [x], step=1)
     with pytest.raises(ValueError, match=r"exp_avg_sqs\[0\]: is None; .* pass numpy.full_like of"):
         begins([p], [g], [m], [None], step=1)
+
+
+# ---------------------------------------------------------------- formats that state refuses
+
+REFUSES = replace(
+    ADAM,
+    states=(
+        State("exp_avg"),
+        State("exp_avg_sq", squared=True, refuses=("int8",)),
+        State("max_exp_avg_sq", squared=True, needs="amsgrad", refuses=("bfloat16",)),
+    ),
+)
+
+
+class Refuses(fusedopt.Adam):
+    rule = REFUSES
+
+    def __init__(self, params, **options):
+        Optimizer.__init__(self, params, **options)
+
+
+PlainRefuses, plain_refuses = reference(Refuses, _adam)
+refuses = _functional.function(Refuses)
+TOO_NARROW = "state_dtype: adam keeps 'exp_avg_sq', for which 'int8' is too narrow; use 'bfloat16' "
+NO_16_BITS = (
+    "state_dtype: adam keeps 'max_exp_avg_sq', for which 'bfloat16' is too narrow; use None"
+)
+
+
+@pytest.mark.parametrize("kind", [Refuses, PlainRefuses])
+def test_refused_formats(kind):
+    """By name: when an optimizer or a group is made, when options change, in state dicts."""
+    p = np.ones(9, np.float32)
+    with pytest.raises(ValueError, match=f"^{TOO_NARROW}or None$"):
+        kind(p, state_dtype="int8")  # also below min_8bit_size
+    with pytest.raises(ValueError, match=f"^{NO_16_BITS}$"):
+        kind(p, state_dtype="bfloat16", amsgrad=True)
+    opt = kind([{"params": p}], state_dtype="bfloat16")
+    with pytest.raises(ValueError, match=rf"^params\[1\].{TOO_NARROW}or None$"):
+        opt.add_param_group({"params": p.copy(), "state_dtype": "int8"})
+    assert len(opt.state) == 1
+    opt.step([np.ones(9)])
+    before = p.copy()
+    opt.param_groups[0]["amsgrad"] = True
+    with pytest.raises(ValueError, match=rf"^param_groups\[0\].{NO_16_BITS}$"):
+        opt.step([np.ones(9)])
+    assert np.array_equal(p, before)
+    opt.param_groups[0]["amsgrad"] = False
+    saved = opt.state_dict()
+    saved["param_groups"][0]["state_dtype"] = "int8"
+    with pytest.raises(ValueError, match=rf"^state dict: param_groups\[0\].{TOO_NARROW}"):
+        opt.load_state_dict(saved)
+    for state_dtype in (None, "float32"):
+        kind(p, state_dtype=state_dtype, amsgrad=True).step(np.ones(9))
+
+
+@pytest.mark.parametrize("step_of", [refuses, plain_refuses])
+def test_refused_formats_of_functions(step_of):
+    p, g, m = (np.ones(64, np.float32) for _ in range(3))
+    codes = Stored("uint8", np.zeros(64, np.uint8), np.zeros(1, np.uint8))
+    half = np.ones(64, np.float16)
+    kept = Stored("bfloat16+int16", np.zeros(64, np.uint16), np.zeros(64, np.int16))
+    for lists, message in [
+        (
+            ([codes],),
+            r"^exp_avg_sqs\[0\]: adam keeps 'exp_avg_sq', for which uint8 is too narrow; ",
+        ),
+        (([m], [half]), r"^max_exp_avg_sqs\[0\]: adam keeps .*, for which float16 is too narrow; "),
+    ]:
+        with pytest.raises(ValueError, match=f"{message}pass float32$"):
+            step_of([p], [g], [m], *lists, step=1)
+    assert (p == 1).all()
+    step_of([p], [g], [m], [half], step=1)
+    wide = np.zeros(64, np.float32)
+    step_of([p], [g], [m], [wide], [kept], step=1)
 
 
 # ---------------------------------------------------------------- what a rule remembers

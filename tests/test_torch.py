@@ -1,7 +1,10 @@
 """Agreement with torch.optim, or a rule's original library, over 100 steps, within bounds."""
 
+import inspect
+
 import numpy as np
 import pytest
+from cases import CLASSES
 
 import fusedopt
 
@@ -12,6 +15,8 @@ STEPS = 100
 # torch's single-tensor code rounds in another order, each step by a few ULP of the update and one
 # of p.
 BOUND = 4
+# Of rules whose parameter torch rounds twice in a step: roundings of p add up as a random walk.
+TWICE = {"NAdam": 20}
 
 ROWS = [
     ("Adam", {}),
@@ -34,6 +39,22 @@ ROWS = [
     ("Adagrad", {"lr": 0.5, "lr_decay": 0.1}),
     ("Adagrad", {"weight_decay": 0.1, "maximize": True}),
     ("Adagrad", {"initial_accumulator_value": 0.3, "eps": 1e-3}),
+    ("NAdam", {}),
+    ("NAdam", {"lr": 0.01, "betas": (0.5, 0.9), "momentum_decay": 0.1, "maximize": True}),
+    ("NAdam", {"weight_decay": 0.1, "decoupled_weight_decay": True}),
+    ("RAdam", {}),
+    ("RAdam", {"betas": (0.5, 0.9), "weight_decay": 0.1, "maximize": True}),
+    ("RAdam", {"betas": (0.5, 0.6), "lr": 0.01}),
+    ("RAdam", {"weight_decay": 0.1, "decoupled_weight_decay": True}),
+    ("Adamax", {}),
+    ("Adamax", {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-3, "maximize": True}),
+    ("Adamax", {"weight_decay": 0.1}),
+    ("Adadelta", {}),
+    ("Adadelta", {"lr": 0.5, "rho": 0.7, "eps": 1e-3, "weight_decay": 0.1, "maximize": True}),
+    ("ASGD", {}),
+    ("ASGD", {"lr": 0.1, "lambd": 0.1, "alpha": 0.5, "t0": 3, "weight_decay": 0.1}),
+    ("Rprop", {}),
+    ("Rprop", {"lr": 0.3, "etas": (0.3, 1.5), "step_sizes": (1e-2, 0.7), "maximize": True}),
     ("Lion", {}),
     ("Lion", {"lr": 0.01, "betas": (0.5, 0.9), "weight_decay": 0.1}),
 ]
@@ -44,8 +65,19 @@ def peer_of(name, tensors, options):
     if name in PACKAGES:
         package = pytest.importorskip(PACKAGES[name], reason="compares with it: extra `peers`")
         return getattr(package, name)(tensors, **options)
-    fused = {} if name == "RMSprop" else {"fused": False}
-    return getattr(torch.optim, name)(tensors, **options, foreach=False, **fused)
+    cls = getattr(torch.optim, name)
+    fused = {"fused": False} if "fused" in inspect.signature(cls).parameters else {}
+    return cls(tensors, **options, foreach=False, **fused)
+
+
+@pytest.fixture(autouse=True)
+def torch_default(request):
+    """Let torch keep its numbers in float64 where parameters are: NAdam's product of momenta."""
+    before = torch.get_default_dtype()
+    if "float64" in request.node.name:
+        torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=lambda d: d.__name__)
@@ -70,7 +102,7 @@ def test_agrees(name, options, dtype):
     for a, b, total in zip(ours, theirs, path, strict=True):
         unit = np.finfo(dtype).eps * (np.abs(a) + total)
         worst = float(np.max(np.abs(a - b.detach().numpy()) / unit))
-        assert worst <= BOUND, f"{worst:.2f}"
+        assert worst <= TWICE.get(name, BOUND), f"{worst:.2f}"
     for state, p in zip(opt.state.values(), theirs, strict=True):
         for key, value in state.items():
             if key != "step":
@@ -95,7 +127,9 @@ def test_adagrad_without_eps_is_torchs_where_all_gradients_were_zero():
 
 
 def test_state_names_and_defaults_are_torchs():
-    for name in ("Adagrad", "Adam", "AdamW", "RMSprop", "SGD"):
+    names = [cls.__name__ for cls in CLASSES if hasattr(torch.optim, cls.__name__)]
+    assert len(names) >= 6
+    for name in names:
         ours = getattr(fusedopt, name)([np.ones(2)]).param_groups[0]
         theirs = getattr(torch.optim, name)([torch.ones(2, requires_grad=True)]).param_groups[0]
         for option in set(ours) & set(theirs) - {"params"}:

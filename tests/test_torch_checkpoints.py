@@ -452,3 +452,59 @@ def test_numpy_and_torch_keep_the_same_codes():
     for name in ("exp_avg", "exp_avg_sq"):
         assert (own[name].data == opt.state[p][name + "_codes"].numpy()).all()
         assert (own[name].extra == opt.state[p][name + "_blocks"].numpy()).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ASGD", {"lr": 0.1, "lambd": 0.1, "t0": 2.0}),
+        ("ASGD", {"lr": 0.3, "lambd": 1.0, "alpha": 2.0, "weight_decay": 0.1}),
+        ("Rprop", {"lr": 0.1, "etas": (0.3, 1.5)}),
+    ],
+)
+@pytest.mark.parametrize("late", [False, True])
+def test_a_run_changes_between_torch_and_ours(name, options, late):
+    """At a rate that a scheduler has changed after the last step; with torch's state, all of it."""
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(50))
+    q = torch.nn.Parameter(p.detach().clone())
+    modules = itertools.cycle([fo, torch.optim] if late else [torch.optim, fo])
+    opt, peer = (
+        getattr(next(modules), name)([p], **options),
+        getattr(torch.optim, name)([q], **options, foreach=False),
+    )
+    for step in range(12):
+        if step % 3 == 2:
+            saved = copy.deepcopy(opt.state_dict())
+            opt = getattr(next(modules), name)([p], **options)
+            opt.load_state_dict(saved)
+            mine, its = saved["state"][0], peer.state_dict()["state"][0]
+            assert mine.keys() == its.keys()
+            for key, value in its.items():
+                torch.testing.assert_close(mine[key], value, rtol=3e-6, atol=1e-6)
+        grad = torch.randn(50)
+        p.grad, q.grad = grad.clone(), grad
+        opt.step()
+        peer.step()
+        torch.testing.assert_close(p, q, rtol=3e-6, atol=1e-6)
+        for group in (*opt.param_groups, *peer.param_groups):
+            group["lr"] = options["lr"] * 0.7 ** (step + 1)
+
+
+def test_a_checkpoint_of_torchs_asgd_that_has_no_step():
+    """And one whose numbers no rate explains: the group's is taken."""
+    p, q = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    fresh = torch.optim.ASGD([p], lr=0.1)
+    opt = fo.ASGD([q])
+    opt.load_state_dict(fresh.state_dict())
+    p.grad, q.grad = torch.ones(3), torch.ones(3)
+    fresh.step()
+    opt.step()
+    torch.testing.assert_close(p, q)
+    saved = copy.deepcopy(fresh.state_dict())
+    saved["param_groups"][0].update(lambd=1.0, alpha=3.0)
+    saved["state"][0]["eta"].fill_(1e10)
+    opt.load_state_dict(saved)
+    assert opt.param_groups[0]["last_lr"] == 0.1
+    opt.step()
+    assert torch.isfinite(q).all()

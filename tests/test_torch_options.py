@@ -8,6 +8,7 @@ import signal
 
 import numpy as np
 import pytest
+from cases import takes
 from torch_cases import ANY_SHAPE, fo, leaf, numbers, since, torch
 
 import fusedopt
@@ -534,7 +535,7 @@ def test_copies_without_gradient_that_are_not_plain():
     assert torch.equal(target, frozen)
 
 
-@pytest.mark.parametrize("name", ANY_SHAPE)
+@pytest.mark.parametrize("name", [name for name in ANY_SHAPE if takes(name, {"ema": 0.5})])
 def test_the_average_begins_with_the_first_step(name):
     """With the parameter of then, also where torch makes state in the constructor."""
     p = leaf(3)
@@ -544,7 +545,7 @@ def test_the_average_begins_with_the_first_step(name):
     with pytest.raises(ValueError, match="no average yet: it begins with the first step"):
         opt.ema_params()
     opt.step()
-    assert torch.equal(opt.ema_params()[p], torch.full((3,), 8.0))
+    torch.testing.assert_close(opt.ema_params()[p], torch.full((3,), 8.0))  # least step of Rprop
 
 
 def test_a_signal_under_a_mode_while_a_step_ends():

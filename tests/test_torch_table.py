@@ -8,8 +8,8 @@ import itertools
 
 import numpy as np
 import pytest
-from cases import CASES, EVERY_CLASS, STEP_OPTIONS, canonical
-from torch_cases import ANY_SHAPE, fo, torch
+from cases import CASES, EVERY_CLASS, STEP_OPTIONS, canonical, takes
+from torch_cases import ANY_SHAPE, evaluating, fo, torch, training
 
 from fusedopt import reference
 
@@ -33,6 +33,7 @@ STORAGE = [
     (torch.float32, {"state_dtype": "int8", "min_8bit_size": 64, "seed": 5}),
     (torch.bfloat16, {"state_dtype": "int8", "min_8bit_size": 64}),
 ]
+ROWS = [(*rule, *kept) for rule in RULES for kept in STORAGE if takes(rule[0], kept[1])]
 AVERAGES = [{}, {"ema": 0.9}, {"ema": 0.9, "ema_warmup": True}]
 # (averages, options of the step): each case of a rule takes some rows, all its cases together most
 OPTION_ROWS = [
@@ -77,8 +78,7 @@ def test_all_optimizers_are_here():
 
 
 @pytest.mark.parametrize("shapes", MODELS.values(), ids=MODELS)
-@pytest.mark.parametrize(("dtype", "storage"), STORAGE, ids=str)
-@pytest.mark.parametrize(("name", "options"), RULES, ids=str)
+@pytest.mark.parametrize(("name", "options", "dtype", "storage"), ROWS, ids=str)
 def test_bits(name, options, dtype, storage, shapes):
     turn = RULES.index((name, options)) + STORAGE.index((dtype, storage))
     check_bits(name, options, dtype, storage, shapes, turn)
@@ -87,6 +87,8 @@ def test_bits(name, options, dtype, storage, shapes):
 def check_bits(name, options, dtype, storage, shapes, turn):
     """Options of a step are given to the constructor, or to the step; with copies or without."""
     for row, (averages, step_options) in list(enumerate(OPTION_ROWS))[turn % 4 :: 4]:
+        if not takes(name, averages):
+            averages = {}
         generator = torch.Generator().manual_seed(0)
         start = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
         params = [torch.nn.Parameter(p.clone()) for p in start]
@@ -96,7 +98,7 @@ def check_bits(name, options, dtype, storage, shapes, turn):
         narrow = torch.bfloat16 if row % 3 else torch.float16
         copies = [torch.zeros(p.shape, dtype=narrow) for p in start] if row // 4 % 2 else None
         theirs = copies and [as_numpy(copy.clone()) for copy in copies]
-        opt = getattr(fo, name)(params, **options, **storage, **averages, **made)
+        opt = training(getattr(fo, name)(params, **options, **storage, **averages, **made))
         peer = getattr(reference, name)(arrays, **options, **storage, **averages)
         for step in range(3):
             for p in params:
@@ -121,8 +123,7 @@ def check_bits(name, options, dtype, storage, shapes, turn):
             check_state(opt.state[p] if p in opt.state else {}, own)
 
 
-@pytest.mark.parametrize(("dtype", "storage"), STORAGE, ids=str)
-@pytest.mark.parametrize(("name", "options"), RULES, ids=str)
+@pytest.mark.parametrize(("name", "options", "dtype", "storage"), ROWS, ids=str)
 def test_another_default_device(name, options, dtype, storage):
     """State is on its parameter's device, step counts on the CPU; also if copies are stepped."""
     results = []
@@ -134,14 +135,19 @@ def test_another_default_device(name, options, dtype, storage):
             for p in (torch.randn(700).to(dtype), wide[:, :20], wide[:, 20:].t().contiguous().t())
         ]
         grads = [torch.randn(p.shape).to(dtype) for p in params]
-        opt = getattr(fo, name)(params, ema=0.9, max_grad_norm=1.0, **options, **storage)
+        averages = {"ema": 0.9} if takes(name, {"ema": 0.9}) else {}
+        opt = training(
+            getattr(fo, name)(params, **averages, max_grad_norm=1.0, **options, **storage)
+        )
         torch.set_default_device(device)
         try:
             for _ in range(2):
                 for p, g in zip(params, grads, strict=True):
                     p.grad = g
                 opt.step()
+                evaluating(opt)
                 opt.load_state_dict(opt.state_dict())
+                training(opt)
             with opt.swap_ema():
                 pass
         finally:

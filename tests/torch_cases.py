@@ -39,6 +39,20 @@ def train(net, opt, seeds):
         opt.step()
 
 
+def training(opt):
+    """The optimizer, in train mode if it has modes."""
+    if opt._rule.average is not None:
+        opt.train()
+    return opt
+
+
+def evaluating(opt):
+    """The optimizer, in eval mode if it has modes."""
+    if opt._rule.average is not None:
+        opt.eval()
+    return opt
+
+
 def close(a, b, rtol=1e-5, atol=1e-6):
     for x, y in zip(a.parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(x, y, rtol=rtol, atol=atol)

@@ -7,6 +7,7 @@ asserts that the parameters agree within 1e-6. FOLDER has the rendezvous and the
 """
 
 import functools
+import inspect
 import math
 import os
 import sys
@@ -102,12 +103,15 @@ def sharded(module, name="AdamW", base=OPTIONS, **more):
             fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     options = base | ({"momentum": 0.9} if name == "SGD" else {}) | more
-    return model, getattr(module, name)(model.parameters(), **options)
+    cls = getattr(module, name)
+    known = inspect.signature(cls).parameters
+    return model, cls(model.parameters(), **{k: v for k, v in options.items() if k in known})
 
 
 def fsdp():
     whole = {name for name in fo.__all__ if getattr(fo, name)._rule.outside is not None}
-    for name in (name for name in fo.__all__ if hasattr(torch.optim, name) and name not in whole):
+    names = {name for name in fo.__all__ if hasattr(torch.optim, name)}
+    for name in sorted(names - whole - {"Rprop"}):  # torch's Rprop takes no shards
 
         def run(module, name=name):
             model, opt = sharded(module, name)
@@ -228,11 +232,13 @@ def norms_of_parts():
 
 
 def trust_ratios():
-    """LAMB and LARS: the rate of a leaf is that of the whole tensor, with and without a clip."""
+    """Rates and counts of a leaf are those of the whole tensor, with and without a clip."""
     for name, options in (
         ("LAMB", {"lr": 0.05}),
         ("LAMB", {"lr": 0.05, "weight_decay": 0.3, "max_grad_norm": 0.1}),
         ("LARS", {"lr": 5.0, "weight_decay": 0.1}),
+        ("AdamW", {"lr": 0.01, "cautious": True}),
+        ("Lion", {"lr": 0.001, "cautious": True, "max_grad_norm": 0.1}),
     ):
         model, opt = sharded(fo, name, base={}, **options)
         train(model, opt, range(4))
@@ -324,6 +330,39 @@ def averages():
                         computes_with(model, mean)
                     computes_with(model, now)
         assert losses[False] == losses[True], losses
+
+
+def modes():
+    """Train and eval mode on shards: the parameters, and what the model computes, of the whole."""
+    from torch.distributed.fsdp import fully_shard
+
+    model, whole = net(), net()
+    fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)), reshard_after_forward=False)
+    ours, theirs = (
+        fo.ScheduleFreeAdamW(m.parameters(), lr=0.01, warmup_steps=2) for m in (model, whole)
+    )
+
+    def same():
+        with torch.no_grad():
+            torch.testing.assert_close(model(batch(99)), whole(batch(99)), rtol=0, atol=1e-6)
+        for a, b in zip(full(model), full(whole), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+    for seed in range(4):
+        for opt in (ours, theirs):
+            opt.train()
+        same()
+        train(model, ours, [seed])
+        train_whole(whole, theirs, [seed])
+        same()
+        y = full(model)
+        average = [x.full_tensor() for x in ours.ema_params().values()]
+        for opt in (ours, theirs):
+            opt.eval()
+        same()
+        for x, p, before in zip(average, full(model), y, strict=True):
+            torch.testing.assert_close(x, p, rtol=0, atol=0)
+            assert not seed or not torch.equal(p, before)
 
 
 def save(model, opt, name):

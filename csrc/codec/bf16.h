@@ -13,7 +13,14 @@
 #include "block.h"
 
 /* Encoders ask once per block: a test of every element would cost more than the rounding. */
-FO_INLINE int has_nan(const block *from) { return largest_of(from) > INFINITE; }
+FO_INLINE int has_nan(const block *from)
+{
+#if defined(FO_VECTORS)
+    return any_nan(from->f);
+#else
+    return largest_of(from) > INFINITE;
+#endif
+}
 
 FO_INLINE void quiet_nans(const block *restrict from, uint16_t *restrict to)
 {
@@ -25,9 +32,18 @@ FO_INLINE void quiet_nans(const block *restrict from, uint16_t *restrict to)
 
 FO_INLINE void decode_bf16(const uint16_t *restrict from, block *restrict to)
 {
+#if defined(FO_VECTORS)
+    vector *out = (vector *)to->u;
+    for (int i = 0; i < FO_VECTORS; i += 2) {
+        const vector words = load_for_unpack16(from + i * DWORDS);
+        out[i] = low16(words);
+        out[i + 1] = high16(words);
+    }
+#else
     FO_SIMD
     for (int j = 0; j < FO_BLOCK; j++)
         to->u[j] = (uint32_t)from[j] << 16;
+#endif
 }
 
 /* To nearest, ties to even. An infinity has no low bits, so nothing carries into it. */
@@ -41,16 +57,26 @@ FO_INLINE void encode_bf16(const block *restrict from, uint16_t *restrict to)
     quiet_nans(from, to);
 }
 
-FO_INLINE void encode_bf16_stochastic(const block *restrict from, uint32_t key, uint32_t weyl,
-                                      uint16_t *restrict to)
+FO_INLINE void encode_bf16_stochastic(const block *restrict from, const noise *restrict random,
+                                      int slot, uint16_t *restrict to)
 {
     block sums;
+#if defined(FO_VECTORS)
+    const vector *in = (const vector *)from->u;
+    vector *out = (vector *)sums.u;
+    for (int i = 0, j = FO_VECTORS / 2; i < FO_VECTORS / 2; i++, j++) {
+        const vector r = random_vector(random, i, slot);
+        out[i] = V(add_epi32)(in[i], r & K(low_half));
+        out[j] = V(add_epi32)(in[j], V(srli_epi32)(r, 16));
+    }
+#else
     FO_SIMD
     for (int j = 0; j < HALF; j++) {
-        uint32_t random = noise(key, weyl + (uint32_t)j * WEYL);
-        sums.u[j] = from->u[j] + (random & 0xffff);
-        sums.u[j + HALF] = from->u[j + HALF] + (random >> 16);
+        uint32_t r = random_of(random, j, slot);
+        sums.u[j] = from->u[j] + (r & 0xffff);
+        sums.u[j + HALF] = from->u[j + HALF] + (r >> 16);
     }
+#endif
     upper_halves(&sums, to);
     quiet_nans(from, to);
 }
@@ -83,28 +109,58 @@ FO_INLINE void encode_low16(const block *restrict from, uint16_t *restrict to,
 FO_INLINE void decode_low8(const uint16_t *restrict from, const int8_t *restrict low,
                            block *restrict to)
 {
+#if defined(FO_VECTORS)
+    vector *out = (vector *)to->u;
+    for (int i = 0; i < FO_VECTORS; i += 4) {
+        const vector bytes = load_for_unpack8(low + i * DWORDS);
+        for (int k = 0; k < 2; k++) { /* a residual below zero borrows from the upper half */
+            const vector residual = k == 0 ? low8(bytes) : high8(bytes);
+            const vector upper = V(add_epi16)(load_for_unpack16(from + (i + 2 * k) * DWORDS),
+                                              V(srai_epi16)(residual, 15));
+            out[i + 2 * k] = V(unpacklo_epi16)(residual, upper);
+            out[i + 2 * k + 1] = V(unpackhi_epi16)(residual, upper);
+        }
+    }
+#else
     FO_SIMD
     for (int j = 0; j < FO_BLOCK; j++)
         to->u[j] = ((uint32_t)from[j] << 16) + ((uint32_t)low[j] << 8);
+#endif
 }
 
 /* Rounds to 24 bits, stochastically; from there on as encode_low16. */
-FO_INLINE void encode_low8(const block *restrict from, uint32_t key, uint32_t weyl,
+FO_INLINE void encode_low8(const block *restrict from, const noise *restrict random, int slot,
                            uint16_t *restrict to, uint8_t *restrict low)
 {
-    block longer, sums;
+#if defined(FO_VECTORS)
+    const vector *in = (const vector *)from->u;
+    vector sums[FO_VECTORS], bytes[FO_VECTORS / 2];
+    for (int i = 0; i < FO_VECTORS / 2; i++) {
+        const vector r = random_vector(random, i, slot);
+        const vector lower = V(srli_epi32)(r, 8) & K(random8), upper = V(srli_epi32)(r, 24);
+        const int j = i + FO_VECTORS / 2;
+        sums[i] = V(add_epi32)(in[i], lower | K(half));
+        sums[j] = V(add_epi32)(in[j], upper | K(half));
+    }
+    for (int i = 0; i < FO_VECTORS; i += 2) {
+        const vector x = sums[i], y = sums[i + 1];
+        store_packed16(to + i * DWORDS, pack_upper(x, y));
+        bytes[i / 2] = V(srli_epi16)(pack_lower(x, y), 8);
+    }
+    for (int i = 0; i < FO_VECTORS; i += 4)
+        store_packed8(low + i * DWORDS,
+                      V(packus_epi16)(bytes[i / 2], bytes[i / 2 + 1]) ^ K(bytes_sign));
+#else
     FO_SIMD
     for (int j = 0; j < HALF; j++) {
-        uint32_t random = noise(key, weyl + (uint32_t)j * WEYL);
-        uint32_t x = from->u[j] + ((random >> 8) & 0xff);
-        uint32_t y = from->u[j + HALF] + (random >> 24);
-        longer.u[j] = (x >> 8) & 0xff;
-        longer.u[j + HALF] = (y >> 8) & 0xff;
-        sums.u[j] = (x & 0xffffff00u) + 0x8000;
-        sums.u[j + HALF] = (y & 0xffffff00u) + 0x8000;
+        uint32_t r = random_of(random, j, slot);
+        uint32_t x = from->u[j] + ((r >> 8) & 0xff), y = from->u[j + HALF] + (r >> 24);
+        to[j] = (uint16_t)(((x & 0xffffff00u) + 0x8000) >> 16);
+        to[j + HALF] = (uint16_t)(((y & 0xffffff00u) + 0x8000) >> 16);
+        low[j] = (uint8_t)(x >> 8);
+        low[j + HALF] = (uint8_t)(y >> 8);
     }
-    upper_halves(&sums, to);
-    narrow(&longer, low);
+#endif
     if (has_nan(from))
         for (int j = 0; j < FO_BLOCK; j++)
             if (is_nan(from->u[j]))

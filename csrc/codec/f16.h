@@ -58,13 +58,12 @@ FO_INLINE uint32_t f16_subnormal(uint32_t bits, uint32_t random)
     return (uint32_t)(int32_t)(size.f * 0x1p24f + (float)(int32_t)random * 0x1p-16f);
 }
 
-FO_INLINE void encode_f16_stochastic(const block *restrict from, uint32_t key, uint32_t weyl,
-                                     uint16_t *restrict to)
+FO_INLINE void encode_f16_stochastic(const block *restrict from, const noise *restrict random,
+                                     int slot, uint16_t *restrict to)
 {
     FO_SIMD
     for (int j = 0; j < HALF; j++) {
-        uint32_t random = noise(key, weyl + (uint32_t)j * WEYL);
-        uint32_t r = random & 0xffff, s = random >> 16;
+        uint32_t bits = random_of(random, j, slot), r = bits & 0xffff, s = bits >> 16;
         uint32_t x = from->u[j], y = from->u[j + HALF];
         to[j] = (uint16_t)f16_of(x, r >> 3, f16_subnormal(x, r));
         to[j + HALF] = (uint16_t)f16_of(y, s >> 3, f16_subnormal(y, s));

@@ -3,8 +3,10 @@
  *
  * A PLAIN rule is one function over a tile. A LAYERWISE one has a rate for each leaf, its trust
  * ratio. Before the step, <rule>_direction is called on every block; it writes the direction in
- * which the rule would go, and nothing else. <rule>_trust gets the norms of the parameter and of
- * that direction over the leaf, and returns the ratio, which the rule reads from h[FO_TRUST].
+ * which the rule would go, and nothing else. <rule>_trust gets the sums of squares of the parameter
+ * and of that direction over the leaf, and returns the ratio, which the rule reads from
+ * h[FO_TRUST]. A COUNTING rule is such a one whose direction is 1 or 0: <rule>_trust gets how many
+ * elements the leaf has, and of how many the direction is 1.
  *
  * A MATRIX rule has a direction too, but no ratio: its last state array, of the compute type, holds
  * the direction during a step, and the caller replaces it between fo_direct and fo_step. An
@@ -19,15 +21,30 @@
  * aliasing").
  *
  * Included by tile.inc once per compute type, so it has no guard. */
+#include "adadelta.h"
 #include "adagrad.h"
 #include "adam.h"
+#include "adamax.h"
 #include "add.h"
+#include "ademamix.h"
+#include "adopt.h"
+#include "asgd.h"
 #include "lamb.h"
 #include "lars.h"
 #include "lion.h"
 #include "muon.h"
+#include "nadam.h"
+#include "radam.h"
 #include "rmsprop.h"
+#include "rprop.h"
+#include "schedulefree.h"
 #include "sgd.h"
+#include "signsgd.h"
+#include "yogi.h"
+
+/* these use some of the above */
+#include "cautious_adam.h"
+#include "cautious_lion.h"
 
 #undef FO_RULES
 #define FO_RULES(X) /* name, scalars, state arrays, how many of them are required, kind, sets */   \
@@ -37,6 +54,19 @@
     X(lars, LARS_SCALARS, 1, 1, LAYERWISE, FO_SETS)                                                \
     X(lion, LION_SCALARS, 1, 1, PLAIN, FO_SETS)                                                    \
     X(rmsprop, RMSPROP_SCALARS, 3, 1, PLAIN, FO_SETS)                                              \
+    X(rprop, RPROP_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                               \
+    X(adopt, ADOPT_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                               \
+    X(asgd, ASGD_SCALARS, 1, 1, PLAIN, FO_NO_SETS)                                                 \
+    X(signsgd, SIGNSGD_SCALARS, 1, 0, PLAIN, FO_NO_SETS)                                           \
+    X(yogi, YOGI_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                                 \
     X(muon, MUON_SCALARS, 2, 2, MATRIX, FO_NO_SETS)                                                \
     X(adagrad, ADAGRAD_SCALARS, 1, 1, PLAIN, FO_SETS)                                              \
+    X(nadam, NADAM_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                               \
+    X(radam, RADAM_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                               \
+    X(adamax, ADAMAX_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                             \
+    X(adadelta, ADADELTA_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                         \
+    X(ademamix, ADEMAMIX_SCALARS, 3, 3, PLAIN, FO_NO_SETS)                                         \
+    X(schedulefree, SCHEDULEFREE_SCALARS, 2, 1, PLAIN, FO_NO_SETS)                                 \
+    X(cautious_adam, CAUTIOUS_ADAM_SCALARS, 3, 2, COUNTING, FO_NO_SETS)                            \
+    X(cautious_lion, CAUTIOUS_LION_SCALARS, 1, 1, COUNTING, FO_NO_SETS)                            \
     X(add, ADD_SCALARS, 0, 0, INTERNAL, FO_NO_SETS)

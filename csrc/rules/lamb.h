@@ -38,8 +38,9 @@ FO_INLINE void FO_RULE(lamb_direction)(const double *h, ptrdiff_t n, const REAL 
     }
 }
 
-FO_INLINE double FO_RULE(lamb_trust)(const double *h, double param, double direction)
+FO_INLINE double FO_RULE(lamb_trust)(const double *h, double params, double directions)
 {
+    const double param = sqrt(params), direction = sqrt(directions);
     (void)h;
     return param > 0 && direction > 0 ? param / direction : 1;
 }

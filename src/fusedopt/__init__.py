@@ -28,34 +28,57 @@ from fusedopt._options import StepResult, StepStats  # noqa: E402
 from fusedopt._threads import get_num_threads, set_num_threads  # noqa: E402
 from fusedopt._version import __version__  # noqa: E402
 from fusedopt.accumulate import GradAccumulator  # noqa: E402
+from fusedopt.optim.adadelta import Adadelta  # noqa: E402
 from fusedopt.optim.adagrad import Adagrad  # noqa: E402
 from fusedopt.optim.adam import Adam, AdamW  # noqa: E402
+from fusedopt.optim.adamax import Adamax  # noqa: E402
+from fusedopt.optim.ademamix import AdEMAMix  # noqa: E402
+from fusedopt.optim.adopt import ADOPT  # noqa: E402
+from fusedopt.optim.asgd import ASGD  # noqa: E402
 from fusedopt.optim.lamb import LAMB  # noqa: E402
 from fusedopt.optim.lars import LARS  # noqa: E402
 from fusedopt.optim.lion import Lion  # noqa: E402
 from fusedopt.optim.muon import Muon  # noqa: E402
+from fusedopt.optim.nadam import NAdam  # noqa: E402
+from fusedopt.optim.radam import RAdam  # noqa: E402
 from fusedopt.optim.rmsprop import RMSprop  # noqa: E402
+from fusedopt.optim.rprop import Rprop  # noqa: E402
+from fusedopt.optim.schedulefree import ScheduleFreeAdamW, ScheduleFreeSGD  # noqa: E402
 from fusedopt.optim.sgd import SGD  # noqa: E402
+from fusedopt.optim.signsgd import SignSGD  # noqa: E402
+from fusedopt.optim.yogi import Yogi  # noqa: E402
 from fusedopt.optimizer import Optimizer  # noqa: E402
 from fusedopt.scaler import GradScaler  # noqa: E402
 
 _threadpoolctl.watch()
 
 __all__ = [
+    "ADOPT",
+    "ASGD",
     "LAMB",
     "LARS",
     "SGD",
+    "AdEMAMix",
+    "Adadelta",
     "Adagrad",
     "Adam",
     "AdamW",
+    "Adamax",
     "GradAccumulator",
     "GradScaler",
     "Lion",
+    "NAdam",
     "Muon",
     "Optimizer",
+    "RAdam",
     "RMSprop",
+    "Rprop",
+    "SignSGD",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeSGD",
     "StepResult",
     "StepStats",
+    "Yogi",
     "__version__",
     "formats",
     "functional",

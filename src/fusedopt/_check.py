@@ -253,11 +253,17 @@ def nonnegative(name: str, value: Any) -> float:
     return result
 
 
-def decay_rates(name: str, value: Any) -> tuple[float, float]:
-    """Return `value` as two floats in [0, 1)."""
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise TypeError(f"{name}: expected two numbers, got {value!r}")
-    return (decay_rate(f"{name}[0]", value[0]), decay_rate(f"{name}[1]", value[1]))
+def decay_rates(name: str, value: Any, count: int = 2) -> tuple[float, ...]:
+    """Return `value` as two floats in [0, 1), or as many as are asked for."""
+    if not isinstance(value, (tuple, list)) or len(value) != count:
+        number = {2: "two", 3: "three"}[count]
+        raise TypeError(f"{name}: expected {number} numbers, got {value!r}")
+    return tuple([decay_rate(f"{name}[{i}]", rate) for i, rate in enumerate(value)])
+
+
+def three_decay_rates(name: str, value: Any) -> tuple[float, ...]:
+    """Return `value` as three floats in [0, 1)."""
+    return decay_rates(name, value, 3)
 
 
 def numbers(name: str, value: Any, length: int) -> tuple[float, ...]:
@@ -275,9 +281,50 @@ def decay_rate(name: str, value: Any) -> float:
     return rate
 
 
+def fraction(name: str, value: Any) -> float:
+    """Return `value` as a float in [0, 1]."""
+    rate = number(name, value)
+    if not 0 <= rate <= 1:
+        raise ValueError(f"{name}: must be in [0, 1], got {rate}")
+    return rate
+
+
+def exponent(name: str, value: Any) -> float | None:
+    """Return `value` as a float from 0 to 16, such that powers of any step are finite, or None."""
+    result = None if value is None else number(name, value)
+    if result is not None and not 0 <= result <= 16:
+        raise ValueError(f"{name}: must be from 0 to 16, or None, got {result}")
+    return result
+
+
+def around_one(name: str, value: Any) -> tuple[float, float]:
+    """Return `value` as two floats, the first between 0 and 1, the second > 1."""
+    low, high = _two(name, value)
+    if not 0 < low < 1 < high:
+        raise ValueError(f"{name}: expected one number between 0 and 1 and one > 1, got {value!r}")
+    return low, high
+
+
+def interval(name: str, value: Any) -> tuple[float, float]:
+    """Return `value` as two finite floats >= 0, in order."""
+    low, high = _two(name, value)
+    if not 0 <= low <= high:
+        raise ValueError(f"{name}: expected numbers >= 0 in order, got {value!r}")
+    return low, high
+
+
+def _two(name: str, value: Any) -> tuple[float, float]:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name}: expected two numbers, got {value!r}")
+    return number(f"{name}[0]", value[0]), number(f"{name}[1]", value[1])
+
+
 def optional(check: Any) -> Any:
     """Return a check that also accepts None."""
     return lambda name, value: None if value is None else check(name, value)
+
+
+optional_positive = optional(positive)
 
 
 def or_callable(check: Any) -> Any:
@@ -290,6 +337,16 @@ def flag(name: str, value: Any) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
     return bool(value)
+
+
+def training(name: str, value: Any) -> bool:
+    """Return `value`, which must be True."""
+    if not flag(name, value):
+        raise ValueError(
+            f"{name}: must be True, as arrays hold what steps need but in the block of swap_ema, "
+            "which shows what to evaluate"
+        )
+    return True
 
 
 def count(name: str, value: Any, least: int = 0) -> int:

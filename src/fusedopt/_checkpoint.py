@@ -36,7 +36,7 @@ except ModuleNotFoundError:  # Windows
 
 _META = "fusedopt"  # the key of the metadata; no array has it
 _EXTRA = ":extra"  # ends the key of `Stored.extra`, the second array of a narrow format
-_VERSION = 1
+_VERSION = 1  # of the layout and of what codes mean; how steps round is no part of it
 _SUFFIXES = (".npz", ".safetensors")
 _TEMPORARY = ".tmp"  # ends the name of a file that is being written
 _SMALL, _FEW = 4096, 1000  # arrays of up to 4096 bytes share members if there are over 1000

@@ -7,6 +7,9 @@ from typing import Any, final
 class Copier:
     def __new__(cls) -> Copier: ...
     def call(self, grad: bool, function: Callable[..., Any], *args: Any) -> Any: ...
+    def apply(
+        self, targets: list[Any], sources: list[Any], writes: list[tuple[dict[str, Any], str, Any]]
+    ) -> None: ...
 
 @final
 class Swap:

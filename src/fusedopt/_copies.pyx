@@ -51,6 +51,12 @@ cdef class Copier:
                 self.set_grad(grad)
         return 0
 
+    def apply(self, list targets, list sources, list writes):
+        """Copy tensors into others, and store (dict, key, value): all of it in this one call."""
+        self.run(targets, sources)
+        for write in writes:
+            (<dict?>(<tuple>write)[0])[(<tuple>write)[1]] = (<tuple>write)[2]
+
     cdef int put_back(self, target, source) except -1:
         """Copy a tensor into one that had its shape."""
         with self.plainly():

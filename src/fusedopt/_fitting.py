@@ -71,8 +71,8 @@ def _states(
         for key, array in arrays.items():
             if key not in given:  # as in a new optimizer
                 new, slot = _storage.zeros_like(array), slots[key]
-                begun = rule.states[slot - 1]
-                _storage.begin(f"{name}.{key}", new, begun, params[leaf], its, (leaf, slot))
+                begun, first = rule.states[slot - 1], rule.beginning(its, step + 1)
+                _storage.begin(f"{name}.{key}", new, begun, params[leaf], first, (leaf, slot))
                 pairs += zip(_storage.parts(array), _storage.parts(new), strict=True)
             elif key != "step":
                 where, place = f"state dict: {name}.{key}", (leaf, step, slots.get(key, 0))

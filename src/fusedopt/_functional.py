@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from fusedopt import _arrays, _check, _threads
+from fusedopt import _arrays, _check, _storage, _threads
 from fusedopt._check import Array
 from fusedopt.formats import Stored
 from fusedopt.optimizer import Optimizer
@@ -28,7 +28,7 @@ params, grads, {states} : list of array
 step : int
     The number of this step, from 1.
 {options}
-    As for `{cls}`; `lr` is a number.{remembered}
+    As for `{cls}`{rate}.{remembered}
 seed : int
     Seed of stochastic rounding.
 
@@ -47,12 +47,12 @@ def function(cls: type[Optimizer], engine: _Engine | None = None) -> Step:
     rule remembers is an argument: its value in this step. `engine` replaces the step in C.
     """
     rule, take = cls.rule, engine or _step_in_c
-    plurals = [f"{state.name}s" for state in rule.states]
+    plurals = [state.plural or f"{state.name}s" for state in rule.states]
     rows = list(zip(rule.states, plurals, strict=True))
     flags = {s.needs: plural for s, plural in rows if rule.defaults.get(s.needs) is False}
     begins = {state.init for state in rule.states}  # the caller has initialised the state
     own = [option for option in rule.options if option.name not in flags.keys() | begins]
-    remembered = [row.name for row in rule.memory]
+    remembered = [row.name for row in rule.memory if not row.shown]
     known = {"seed", *remembered, *(option.name for option in own)}
 
     def step_function(
@@ -96,6 +96,7 @@ def function(cls: type[Optimizer], engine: _Engine | None = None) -> Step:
         cls=cls.__name__,
         states=", ".join(plurals),
         options=", ".join(option.name for option in own),
+        rate="; `lr` is a number" if "lr" in known else "",
         remembered=as_now if remembered else "",
         optional="".join(f" `{plural}` may be None." for plural in optional),
     )
@@ -111,7 +112,7 @@ def _signature(rule: Rule, plurals: Sequence[str], own: Sequence[Option]) -> ins
     parameters.append(inspect.Parameter("step", only))
     for option in own:
         parameters.append(inspect.Parameter(option.name, only, default=option.default))
-    parameters += [inspect.Parameter(row.name, only) for row in rule.memory]
+    parameters += [inspect.Parameter(row.name, only) for row in rule.memory if not row.shown]
     parameters.append(inspect.Parameter("seed", only, default=rule.defaults["seed"]))
     return inspect.Signature(parameters, return_annotation=None)
 
@@ -138,14 +139,23 @@ def _check_lists(
                 f"{name}[{i}]: is None; these options need it, pass {way} of the parameter in the "
                 "first step"
             )
+        for i, array in enumerate(values if use and state.refuses else ()):
+            if _storage.narrow(array) in state.refuses:
+                kind = array.format if isinstance(array, Stored) else array.dtype
+                raise ValueError(
+                    f"{name}[{i}]: {rule.name} keeps {state.name!r}, for which {kind} is too "
+                    "narrow; pass float32"
+                )
 
 
-def listed(rule: Rule, params: _List, states: list[_List], step: int) -> _arrays.ArrayList:
+def listed(
+    rule: Rule, params: _List, states: list[_List], step: int, options: Options
+) -> _arrays.ArrayList:
     """Return the leaves, checked, before the step of this number."""
     rows = list(zip(*states, strict=True)) or [()] * len(params)
     names = [f"params[{i}]" for i in range(len(params))]
     grad_names = [f"grads[{i}]" for i in range(len(params))]
-    work = _arrays.ArrayList(rule.name, rule.state_names)
+    work = _arrays.ArrayList(rule.row([options]), rule.state_names)
     threads = _threads.get_num_threads()
     work.add(names, grad_names, list(params), rows, group=0, zero=False, threads=threads)
     for name, param in zip(names, work.params, strict=True):
@@ -157,6 +167,6 @@ def listed(rule: Rule, params: _List, states: list[_List], step: int) -> _arrays
 def _step_in_c(
     rule: Rule, params: _List, grads: _List, states: list[_List], step: int, options: Options
 ) -> None:
-    work, threads = listed(rule, params, states, step), _threads.get_num_threads()
+    work, threads = listed(rule, params, states, step, options), _threads.get_num_threads()
     plan = rule.plan(options)
     work.step(lambda grads: (list(grads), [plan]), grads, threads)

@@ -54,10 +54,14 @@ cdef class LeafList:
 
     cdef int set_rule(self, str rule, tuple state_names) except -1:
         """Begin: a rule of the C table, and the names of its state arrays for messages."""
-        self.rule, self.scalar_names, _, self.layerwise, self.matrix = _core.RULES[rule]
+        self.use_row(rule)
         self.state_names = state_names
         self.writes = []
         return 0
+
+    def use_row(self, str rule):
+        """Step by a row of the C table from now on; a rule may have two, see `Rule.variant`."""
+        self.rule, self.scalar_names, _, self.layerwise, self.matrix = _core.RULES[rule]
 
     def __dealloc__(self):
         free(self.leaves)

@@ -169,7 +169,7 @@ class Reduction:
         return float(sums[0]), float(largest[0]), float(sums[1])
 
     def directions(self, table: Array) -> None:
-        """Sum the squares that trust ratios are made of."""
+        """Sum the squares that trust ratios are made of, or the counts of a rule that counts."""
         columns = np.column_stack([table["param"], table["update"]])
         self._add(columns)
         table["param"], table["update"] = columns.T

@@ -54,6 +54,14 @@ def state_format(is_double: bool, size: int, is_square: bool, options: Mapping[s
     return "float32"
 
 
+def narrow(array: Any) -> str | None:
+    """Return the `state_dtype` that keeps numbers as such state does; None if it is wide."""
+    if isinstance(array, Stored):
+        residual = array.format in (MASTERS[32], MASTERS[24])
+        return None if residual else {1: "int8", 2: "bfloat16"}.get(array.data.itemsize)
+    return "bfloat16" if isinstance(array, np.ndarray) and array.itemsize == 2 else None
+
+
 def _param_format(name: str, param: Array, options: Mapping[str, Any]) -> str | None:
     """Return the format of a 16-bit parameter, or None for any other."""
     bits = options["master_bits"]

@@ -18,7 +18,7 @@ from fusedopt._options import Reduction, StepOptions, StepResult
 from fusedopt._storage import MASTERS
 from fusedopt._torch_state import OWN, StateKeeper, copier, residual_dtype
 from fusedopt.optim import adam as _adam
-from fusedopt.rule import L1, MAXIMIZE, Constants, Options, Rule
+from fusedopt.rule import CAUTIOUS, L1, MAXIMIZE, Constants, Option, Options, Rule
 
 # options of a step, which are in `defaults` only, where they are not the default
 _OF_NO_GROUP = frozenset(_options.DEFAULTS) - {"grad_scale"}
@@ -68,7 +68,8 @@ class Fused(StateKeeper):
     _leaves: _tensors.TensorList | None = None
     last_step = StepResult(0, 0)  # what the last step did; also if GradScaler had it skipped
 
-    _storage_options: Mapping[str, Any] = {}
+    _own: ClassVar[Mapping[str, Option]]  # options that a class of torch's does not have
+    _own_given: Mapping[str, Any] = {}  # those of the constructor that are not the default
     _threads: int | None = None
     _is_torchs: ClassVar[bool]  # whether the constructor and its checks are of torch.optim
     _groups: dict[int, _Group]  # by number
@@ -112,10 +113,14 @@ class Fused(StateKeeper):
             "ema": ema,
             "ema_warmup": ema_warmup,
         }
-        own = {name: value for name, value in own.items() if value != OWN[name].default}
-        self._storage_options = _own_options(own)
+        own.update({name: options.pop(name) for name in self._extras if name in options})
+        self._own_given = {
+            name: value
+            for name, value in self._own_options(own).items()
+            if value != self._own[name].default
+        }
         super().__init__(params, *args, **options)  # type: ignore[call-arg]
-        self.defaults.update(self._storage_options)
+        self.defaults.update(self._own_given)
         # in defaults, which torch copies and pickles; of no group, as a norm is of all
         self.defaults.update({k: v for k, v in given.items() if v != _options.DEFAULTS[k]})
         self._replace_state()
@@ -135,7 +140,11 @@ class Fused(StateKeeper):
     def __init_subclass__(cls) -> None:
         """Show the base's arguments, and then ours, where the signature is asked for."""
         if "_rule" in vars(cls):
-            own = list(inspect.signature(Fused.__init__).parameters.values())[3:-1]
+            cls._own = {**OWN, **cls._extras}
+            only = inspect.Parameter.KEYWORD_ONLY
+            own = [inspect.Parameter(name, only, default=option.default)
+                   for name, option in cls._extras.items()]  # fmt: skip
+            own += list(inspect.signature(Fused.__init__).parameters.values())[3:-1]
             shown = inspect.signature(cls.__mro__[cls.__mro__.index(StateKeeper) + 1])
             cls.__signature__ = shown.replace(  # type: ignore[attr-defined]
                 parameters=[*shown.parameters.values(), *own]
@@ -184,27 +193,22 @@ class Fused(StateKeeper):
         loss = None
         if closure is not None:
             loss = copier.call(True, closure)
-        found_inf = getattr(self, "found_inf", None)  # set by GradScaler, and so is grad_scale
-        skip = found_inf is not None and found_inf.item() != 0
-        if skip and copy_out is None and not {**self.defaults, **options}.get("zero_grads"):
-            self.last_step = StepResult(self.last_step.step, 0, skipped=True)
-            return loss
         if self._leaves is None:
             self._leaves, self._groups = _new_list(self._rule), {}
         groups = [self._plan(i, group) for i, group in enumerate(self.param_groups)]
         how = None
         if (
             options
+            or copy_out is not None
+            or getattr(self, "found_inf", None) is not None  # GradScaler sets these two
             or getattr(self, "grad_scale", None) is not None
-            or not (_OF_NO_GROUP.isdisjoint(self.defaults))
+            or not _OF_NO_GROUP.isdisjoint(self.defaults)
         ):
             how = self._step_options(options)
         copies = None if copy_out is None else self._copies(copy_out)
-        if how is None and copies is not None:
-            how = StepOptions()
-        if skip:
-            assert how is not None
-            how = replace(how, skip=True)
+        if self._rule.variant is not None:
+            known = [self._groups[i].options for i in range(len(groups))]
+            self._leaves.use_row(self._rule.row(known))
         if self._rule.advance is not None:
             self._leaves.writes = self._advance()
         self._leaves.step(
@@ -225,7 +229,7 @@ class Fused(StateKeeper):
     @ieee
     def _step_options(self, given: Mapping[str, Any]) -> StepOptions:
         """Return what this step shall do around the rule."""
-        scale = getattr(self, "grad_scale", None)
+        scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         own = {name: self.defaults[name] for name in _OF_NO_GROUP if name in self.defaults}
         if unknown := given.keys() - _options.DEFAULTS:
             raise TypeError(
@@ -237,7 +241,8 @@ class Fused(StateKeeper):
             options["grad_scale"] = _options.CHECKS["grad_scale"](
                 "grad_scale", options["grad_scale"]
             ) * (1 / scale.item())
-        return _options.step_options(options)
+        how = _options.step_options(options)
+        return replace(how, skip=True) if found_inf is not None and found_inf.item() else how
 
     def _copies(self, given: Any) -> dict[int, Any]:
         """Return by the number of a parameter the tensor that gets its copy."""
@@ -268,9 +273,9 @@ class Fused(StateKeeper):
         where = f"param_groups[{len(self.param_groups)}]"
         _refuse_of_no_group(where, param_group)
         _refuse_options(where, {**self.defaults, **param_group})
-        for name, value in _own_options(param_group, f"{where}: ").items():
+        for name, value in self._own_options(param_group, f"{where}: ").items():
             param_group[name] = value
-        for name, value in self._storage_options.items():
+        for name, value in self._own_given.items():
             param_group.setdefault(name, value)
         options = {**self.defaults, **param_group}
         self._checked_own(f"{where}.", options)
@@ -301,7 +306,18 @@ class Fused(StateKeeper):
         for row in self._rule.memory:
             if row.name in group:
                 checked[row.name] = row.check(where + row.name, group[row.name])
+        self._rule.refuse_narrow(where, group)
+        self._rule.refuse_ema(where, group)
         return checked
+
+    @classmethod
+    def _own_options(cls, options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+        """Return those of our own options that are given, checked."""
+        return {
+            name: option.check(where + name, options[name])
+            for name, option in cls._own.items()
+            if name in options
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle keeps: torch's, number of threads, and the last step."""
@@ -310,6 +326,7 @@ class Fused(StateKeeper):
                 f"{type(self).__name__} with a process_group cannot be copied or pickled; make one "
                 "on the other parameters and give it state_dict()"
             )
+        self._note_numbers()
         state: Any = super().__getstate__()
         return {**state, "_threads": self._threads, "last_step": self.last_step}
 
@@ -340,23 +357,30 @@ class Fused(StateKeeper):
 
     def _checked(self, where: str, group: Mapping[str, Any]) -> _Group:
         """Return a group with its options checked, as anybody may write into it."""
-        rule = [option for option in self._rule.options if option.name in self.defaults]
+        rule = [
+            option
+            for option in self._rule.options
+            if option.name in self.defaults and option.name not in self._extras
+        ]
         remembered = [row.name for row in self._rule.memory]
         names = ["params", *(option.name for option in rule), *remembered]
         if missing := [name for name in names if name not in group]:
             raise ValueError(f"{where}: has no {', '.join(missing)}")
         _refuse_options(where, group)
         _refuse_of_no_group(where, group)
-        options = {name: value for name, value in group.items() if name != "params"}
-        options |= _own_options(group, f"{where}.")
+        options = {name: option.default for name, option in self._extras.items()}
+        options |= {name: value for name, value in group.items() if name != "params"}
+        options |= self._own_options(group, f"{where}.")
         for option in rule:
             name, value = option.name, group[option.name]
             if isinstance(option.default, tuple):
                 options[name] = _numbers(f"{where}.{name}", value, len(option.default))
-            elif isinstance(option.default, float):
+            elif isinstance(option.default, float) or (
+                option.default is None and isinstance(value, (Real, torch.Tensor))
+            ):
                 options[name] = _number(f"{where}.{name}", value)
-            elif not isinstance(option.default, bool):  # torch checks none of them in a step
-                options[name] = option.check(f"{where}.{name}", value)
+            elif self._is_torchs and not isinstance(option.default, bool):
+                options[name] = option.check(f"{where}.{name}", value)  # no step of torch's does
         options |= self._checked_own(f"{where}.", options)
         states = self._states(self._rule.uses(options), options.get("ema") is not None)
         squares = tuple(state.squared for state in self._rule.states)
@@ -447,15 +471,6 @@ def _refuse_of_no_group(where: str, group: Mapping[str, Any]) -> None:
             )
 
 
-def _own_options(options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Return those of our own options that are given, checked."""
-    return {
-        name: option.check(where + name, options[name])
-        for name, option in OWN.items()
-        if name in options
-    }
-
-
 def _is_constant(item: tuple[str, Any]) -> bool:
     name, value = item
     if type(value) is tuple:
@@ -504,12 +519,15 @@ def plain_base(rule: Rule) -> type[Any]:
             bound = signature.bind(*args, **options)
             bound.apply_defaults()
             params = bound.arguments.pop("params")
-            super().__init__(params, _checked(rule, "", bound.arguments))
+            ignored = {
+                row.name: row.check(row.name, bound.arguments[row.name]) for row in rule.ignored
+            }
+            super().__init__(params, _checked(rule, "", bound.arguments) | ignored)
 
         def __setstate__(self, state: dict[str, Any]) -> None:
             super().__setstate__(state)
             for group in self.param_groups:
-                for option in rule.options:
+                for option in (*rule.options, *rule.ignored):
                     group.setdefault(option.name, option.default)
 
     Base.__signature__ = signature
@@ -519,8 +537,8 @@ def plain_base(rule: Rule) -> type[Any]:
 def _signature(rule: Rule) -> inspect.Signature:
     either, only = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter("params", either)]
-    for option in rule.options:
-        kind = only if option in (L1, MAXIMIZE) else either
+    for option in (*rule.options, *rule.ignored):
+        kind = only if option in (L1, MAXIMIZE, CAUTIOUS) else either
         parameters.append(inspect.Parameter(option.name, kind, default=option.default))
     return inspect.Signature(sorted(parameters, key=lambda parameter: parameter.kind))
 

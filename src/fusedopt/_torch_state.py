@@ -11,9 +11,9 @@ import torch
 from fusedopt import _copies, _storage
 from fusedopt import _torch_plain as _plain
 from fusedopt.formats import FORMATS
-from fusedopt.rule import COMMON, Rule
+from fusedopt.rule import COMMON, Option, Rule
 
-OWN = {option.name: option for option in COMMON}  # options that torch's optimizers do not have
+OWN = {option.name: option for option in COMMON}  # how parameters and state are kept
 _DTYPES = {  # by storage format; 8-bit codes of either sign are bytes
     "float32": torch.float32,
     "float64": torch.float64,
@@ -30,7 +30,9 @@ class StateKeeper:
     """The state of an optimizer of torch's, in formats of ours; to stand among its bases."""
 
     _rule: ClassVar[Rule]
+    _extras: ClassVar[Mapping[str, Option]]  # of the rule, which a class of torch's does not have
     _groups: Any  # by number: their options, as last checked, and plans
+    _checked: Any  # returns those of a group
     _is_swapped = False  # whether the averages are in the place of the parameters: see swap_ema
     defaults: Any  # torch's
     param_groups: Any
@@ -69,7 +71,9 @@ class StateKeeper:
         """Return which state arrays are to be made; refuse state that is there in part."""
         missing = [state for state in states if not _has(own, state)]
         absent = [state for state in missing if state != "ema"]  # which may begin at any time
-        if self._rule.counts and begun and (own.get("step") is None or absent):
+        counts = self._rule.counts
+        begun = begun and (counts or any(_has(own, state) for state in states if state != "ema"))
+        if begun and (absent or (counts and own.get("step") is None)):
             raise ValueError(
                 f"{name}: its state has no {', '.join(absent) or 'step'}, which these options "
                 "need; set them when the optimizer is made, or load a checkpoint that has it"
@@ -123,7 +127,12 @@ class StateKeeper:
             where = f"{self._name(group, i)}.{state.name}"
             blocks = made.get(state.name + _plain.BLOCKS)
             array = _plain.as_stored(made[key], blocks, state.squared)
-            value = _plain.as_stored(param.detach(), None, False)
+            source = param.detach()
+            if state.init == "param":  # in the memory order of the state
+                like = _plain.local(where, made[key], (*_plain.DTYPES, torch.uint8))
+                if source.stride() != like.stride() or source.is_neg():
+                    source = torch.empty_like(like, dtype=source.dtype).copy_(source)
+            value = _plain.as_stored(source, None, False)
             seeded = {"seed": 0, **options}
             _storage.begin(where, array, state, value, seeded, (number, 1 + k))
 
@@ -161,13 +170,30 @@ class StateKeeper:
             )
         return int(taken)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return state and options, as in torch."""
+        self._note_numbers()
+        made: dict[str, Any] = super().state_dict()  # type: ignore[misc]
+        return made
+
+    def _note_numbers(self) -> None:
+        """Write the numbers that torch keeps in the state of a parameter: see `Rule.numbers`."""
+        for i, group in enumerate(self.param_groups if self._rule.numbers and self.state else ()):
+            options = self._checked(f"param_groups[{i}]", group).options
+            for k, param in enumerate(group["params"]):
+                own = self.state.get(param)
+                for name, number in self._rule.numbers if own and "step" in own else ():
+                    value = number(self._count(i, k, own["step"]), options)
+                    own[name] = torch.tensor(value, dtype=_count_dtype(), device="cpu")
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over state and options, as in torch, into this optimizer's own storage.
 
         How state is stored remains as this optimizer was made, whatever `state_dict` has: what
         comes in another dtype (torch's own bfloat16 state of a bfloat16 parameter, say) is
         converted, from and to 8-bit codes too, and torch's rule to cast state to the parameter's
-        dtype is not followed.
+        dtype is not followed. So do options that torch does not have and that the saved groups
+        lack.
 
         Raises
         ------
@@ -204,6 +230,8 @@ class StateKeeper:
             for name in OWN:
                 group.pop(name, None)
             group.update({k: v for k, v in self.param_groups[g].items() if k in OWN})
+            for name in self._extras.keys() & self.param_groups[g].keys():
+                group.setdefault(name, self.param_groups[g][name])  # of which torch says nothing
             numbers = saved["param_groups"][g]["params"]
             places.update({n: (g, i) for i, n in enumerate(numbers)})
         for number, own in saved["state"].items():
@@ -213,7 +241,26 @@ class StateKeeper:
             g, i = places[number]
             param = twin.param_groups[g]["params"][i]
             twin.state[param] = twin._loaded_leaf(g, i, param, own)
+        if self._rule.recall is not None:
+            twin._recall()
         return twin.state, twin.param_groups
+
+    def _recall(self) -> None:
+        """Give groups what the rule remembers, from the numbers that torch keeps in its place."""
+        assert self._rule.recall is not None
+        for g, group in enumerate(self.param_groups):
+            for name, value in self._rule.begun({**self._rule.defaults, **group}).items():
+                group.setdefault(name, value)
+            names, latest, numbers = [name for name, _ in self._rule.numbers], 0, {}
+            for i, param in enumerate(group["params"]):
+                own = self.state.get(param, {})
+                if all(isinstance(own.get(name), torch.Tensor) for name in ("step", *names)):
+                    taken = self._count(g, i, own["step"])
+                    if taken > latest:
+                        latest, numbers = taken, {name: own[name].item() for name in names}
+            if numbers:
+                options = self._checked(f"param_groups[{g}]", group).options
+                group.update(self._rule.recall(latest, numbers, options))
 
     def _loaded_leaf(
         self, group: int, i: int, param: Any, saved: Mapping[str, Any]

@@ -21,8 +21,9 @@ that the mean is kept: rounded to nearest, a value that moves by less than half 
 update would stop changing. The relative error of one rounding is below 1/8 (8-bit, within the
 window of 13 or 29 powers of two below the block's largest element), 1/128 (bfloat16) or 2**-15
 (with 8 residual bits), with mean 0. Below the window ``int8`` is 0; ``uint8``, which holds second
-moments, is the window's smallest number, so that no update divides by a moment that was lost. An
-infinite or NaN element of an 8-bit block is stored as NaN, and does not affect the other elements.
+moments, is the window's smallest number, so that no update divides by a moment that was lost;
+below 2**-129 it may be 0. An infinite or NaN element of an 8-bit block is stored as NaN, and does
+not affect the other elements.
 """
 
 from __future__ import annotations
@@ -176,27 +177,33 @@ def mix(x: int) -> int:
 
 
 def key(seed: int, leaf: int, step: int, slot: int) -> int:
-    """Return the 32-bit key of an array: slot 0 is the parameter, then come its states."""
-    return mix(mix(mix(mix(seed) + leaf) + step) + slot) >> 32
+    """Return the 64-bit key of an array: slot 0 is the parameter, then come its states.
+
+    The lower half is the same for all arrays of a leaf in a step, the upper one for all leaves.
+    """
+    own = mix(mix(mix(seed) + leaf) + step) >> 32
+    return pow(0x9E3779B9, slot - 1, 1 << 32) << 32 | own
 
 
 def noise(key: int, counter: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """Return 32 random bits for each counter."""
-    x = (counter * np.uint32(0x9E3779B9)) ^ np.uint32(key)
+    """Return 32 random bits for each counter: those of the leaf times the factor of the slot."""
+    x = (counter * np.uint32(0x9E3779B9)) ^ np.uint32(key & 0xFFFFFFFF)
     x ^= x >> np.uint32(16)
     x *= np.uint32(0x7FEB352D)
     x ^= x >> np.uint32(15)
     x *= np.uint32(0x846CA68B)
-    x ^= x >> np.uint32(16)
-    return x
+    return x * np.uint32(key >> 32 | 1)
 
 
-def random16(key: int, blocks: int, first: int = 0) -> NDArray[np.uint32]:
-    """Return 16 random bits for each element, in one row per block, from block `first` on."""
+def random_bits(count: int, key: int, blocks: int, first: int = 0) -> NDArray[np.uint32]:
+    """Return so many random bits for each element, in one row per block, from block `first` on.
+
+    The two elements that share 32 bits take the lowest and the highest of them.
+    """
     counter = np.arange(blocks * BLOCK // 2, dtype=np.uint32)
     counter += np.uint32(first * BLOCK // 2 % 2**32)
     random = noise(key, counter).reshape(blocks, BLOCK // 2)
-    return np.hstack([random & np.uint32(0xFFFF), random >> np.uint32(16)])
+    return np.hstack([random & np.uint32((1 << count) - 1), random >> np.uint32(32 - count)])
 
 
 # ---------------------------------------------------------------- codecs, on rows of one block
@@ -236,8 +243,9 @@ def encode(stored: Stored, values: Array, key: int, start: int = 0) -> None:
     if values.dtype == np.float64 and name != "bfloat16+int16":  # which holds a whole float32
         values = _to_odd(values)
     bits = _rows(np.ascontiguousarray(values, np.float32), np.uint32)
-    random = random16(key, len(bits), start // BLOCK)
-    if name in ("int8", "uint8"):
+    is_8bit = name in ("int8", "uint8")
+    random = random_bits(20 if is_8bit else 16, key, len(bits), start // BLOCK)
+    if is_8bit:
         assert extra is not None
         codes, extra[...] = _encode_8bit(bits, random, name == "int8")
     elif name.startswith("float16"):
@@ -305,7 +313,7 @@ def _decode_8bit(codes: Array, about: Array, signed: bool) -> NDArray[np.uint32]
     size = codes.astype(np.uint32) & top
     bits = np.where(size != 0, (size << np.uint32(20)) + base, np.uint32(0))
     if signed:
-        bits |= (codes.astype(np.uint32) & np.uint32(0x80)) << np.uint32(24)
+        bits += (codes.astype(np.uint32) & np.uint32(0x80)) << np.uint32(24)
     has_nonfinite = (about & np.uint8(1)).astype(bool)[:, None]
     return np.where(has_nonfinite & (size == top), QUIET_NAN, bits)
 
@@ -318,12 +326,10 @@ def _encode_8bit(
     largest = np.where(is_finite, size, np.uint32(0)).max(axis=1, initial=0)
     base = ((largest + np.uint32(2 << 20)) >> np.uint32(23)).astype(np.int32)
     base = np.maximum((base - (15 if signed else 31) + 1) & ~1, 0)
-    start = base.astype(np.uint32)[:, None] << np.uint32(23)
-    offset = (size + ((random << np.uint32(4)) | np.uint32(8)) - start).view(np.int32)
-    codes = np.maximum(offset, 0 if signed else 1 << 20).view(np.uint32) >> np.uint32(20)
+    sums = ((size + random) >> np.uint32(20)).astype(np.int32)
+    least = 0 if signed else np.minimum(sums, 1)
+    codes = np.maximum(sums - (base[:, None] << 3), least).astype(np.uint32)
     if signed:
         codes |= (bits >> np.uint32(24)) & np.uint32(0x80)
-    else:
-        codes = np.where(size != 0, codes, np.uint32(0))
     codes = np.where(is_finite, codes, np.uint32(0x7F if signed else 0xFF))
     return codes, (base | ~is_finite.all(axis=1)).astype(np.uint8)

@@ -13,6 +13,8 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, ClassVar, NoReturn, get_type_hints
 
+import numpy as np
+
 from fusedopt import (
     _arrays,
     _check,
@@ -25,6 +27,7 @@ from fusedopt import (
     _tree,
 )  # fmt: skip
 from fusedopt._check import Array
+from fusedopt._ieee import ieee
 from fusedopt._options import Reduction, StepOptions, StepResult
 from fusedopt.accumulate import GradAccumulator
 from fusedopt.formats import Stored
@@ -46,7 +49,8 @@ class Optimizer:
     state_dtype : None, "float32", "bfloat16" or "int8", default None
         How moments are kept between steps: in float32 (float64 for float64 parameters), in 2 bytes
         or in 1 + 1 / 64 bytes for each element; see `fusedopt.formats` for what that costs in
-        precision.
+        precision. A rule whose state would lose by it what the rule needs refuses the format, for
+        arrays of any size; its documentation says why.
     master_bits : None, 16, 24 or 32, default None
         Length of the number of which a bfloat16 parameter shows the upper half; the rest is kept as
         state. 32, the default, loses nothing; what 24 or 16 cut off is rounded stochastically in
@@ -139,6 +143,7 @@ class Optimizer:
             where=where and f"{where}.",
         )
         options = self.rule.begun(options)
+        first = self.rule.beginning(options, self._work.count + 1)
         tree, root = group["params"], f"{where}['params']" if where else "params"
         named = list(_tree.leaves(root, tree))
         names, params = [name for name, _ in named], [leaf for _, leaf in named]
@@ -156,7 +161,7 @@ class Optimizer:
         made = _groups.Group(tree, _tree.reader(tree), nodes, leaves, self.rule.uses(options))
         made.note(self.rule, shown, options)
         known, threads = [*self._groups, made], _threads.of(self._threads)
-        begin = partial(_storage.begin_all, names, stored, states, self.rule, options, leaves.start)
+        begin = partial(_storage.begin_all, names, stored, states, self.rule, first, leaves.start)
         self.param_groups.append(shown)
         try:
             self._work.add(names, grads, stored, states, number, True, threads, begin)
@@ -382,6 +387,8 @@ class Optimizer:
                 self._read_options(i, group)
         if self._plans is not None:
             return flat, self._plans
+        if self.rule.variant is not None:
+            self._work.use_row(self.rule.row(group.options for group in self._groups))
         for group in self._groups:
             if group.schedule is not None:
                 group.schedule_rate(self.rule, self._work.count + 1)
@@ -448,11 +455,18 @@ class Optimizer:
     def ema_params(self) -> dict[str, Array]:
         """Return the running averages of the parameters by leaf name: the live arrays.
 
+        Of a rule that takes its steps by an average (Schedule-Free) copies of that.
+
         Raises
         ------
         ValueError
             If no group has `ema`.
+        RuntimeError
+            Of such a rule, within a block of `swap_ema`, and if another thread is inside a call.
         """
+        if self.rule.average is not None:
+            with self._work:
+                return dict(zip(self._work.names, self._own_averages(), strict=True))
         averages = {
             name: arrays[-1]
             for name, arrays in zip(self._work.names, self._work.states, strict=True)
@@ -465,9 +479,9 @@ class Optimizer:
     def swap_ema(self) -> AbstractContextManager[None]:
         """Put the averages in the place of the parameters for a ``with`` block.
 
-        The parameters, which are back when it ends, however it ends, are kept in a copy meanwhile.
-        16-bit parameters show the average rounded to nearest. What is written to them within is
-        lost.
+        That is, what `ema_params` returns. The parameters, which are back when it ends, however it
+        ends, are kept in a copy meanwhile. 16-bit parameters show the average rounded to nearest.
+        What is written to them within is lost.
 
         Raises
         ------
@@ -479,15 +493,39 @@ class Optimizer:
             If another thread is inside a call of the same optimizer; and from any call that would
             change it within the block.
         """
-        self.ema_params()
+        if self.rule.average is None:
+            self.ema_params()
         return _arrays.Swap(self._work, self._shown_averages)
 
     def _shown_averages(self) -> list[Array | None]:
         """Return what each parameter shows of its average, or None."""
+        averages: Any = [its[-1] for its in self._work.states]
+        if self.rule.average is not None:
+            averages = self._own_averages()
         return [
-            None if its[-1] is None else _storage.shown(stored, its[-1])  # type: ignore[arg-type]
-            for stored, its in zip(self._work.stored, self._work.states, strict=True)
+            None if average is None else _storage.shown(stored, average)
+            for stored, average in zip(self._work.stored, averages, strict=True)
         ]
+
+    @ieee
+    def _own_averages(self) -> list[Array]:
+        """Compute the averages by which the rule takes its steps: see `rule.Average`."""
+        average = self.rule.average
+        assert average is not None
+        place = self.rule.state_names.index(average.state)
+        found = []
+        for group in self._groups:
+            extent = 1 - 1 / average.weight(group.options)
+            for i in group.leaves:
+                stored, z = self._work.stored[i], self._work.states[i][place]
+                y = stored.decode() if isinstance(stored, Stored) else stored
+                x = np.empty_like(y, subok=False)
+                with np.errstate(all="ignore"):
+                    np.subtract(z, y, out=x)  # type: ignore[arg-type]
+                    np.multiply(x, x.dtype.type(extent), out=x)
+                    np.add(x, y, out=x)
+                found.append(x)
+        return found
 
     # -------------------------------------------------------------- checkpoints
 

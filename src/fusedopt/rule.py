@@ -6,7 +6,7 @@ adapters, references and the benchmark read a rule's options, state and constant
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypedDict
@@ -50,18 +50,26 @@ class State:
     name : str
         As in torch.
     squared : bool
-        Whether it is a mean or sum of squares: never negative, and unsigned in 8 bits.
+        Whether it is a mean or sum of squares, or as these never negative: unsigned in 8 bits.
     needs : str
         The option that asks for it: not kept if that is False or 0. Empty: always kept.
     init : str
         Its initial value: "zeros", "param" (the parameter's value), or the name of the option that
-        holds the value of every element.
+        holds the value of every element; of a schedule of `lr`, that of the next step.
+    refuses : tuple of str
+        The values of `state_dtype` that lose what the rule needs of it, of "bfloat16" and "int8".
+        An optimizer, a group, a change of options and a function that would keep it so are refused
+        by name. The class's documentation says why.
+    plural : str
+        Name of its list in functions, if it is not `name` with an s.
     """
 
     name: str
     squared: bool = False
     needs: str = ""
     init: str = "zeros"
+    refuses: tuple[str, ...] = ()
+    plural: str = ""
 
     def first(self, options: Mapping[str, Any]) -> float | None:
         """Return the initial value of every element; None if it is the parameter's."""
@@ -85,19 +93,65 @@ class Scalar:
         Its initial value: a number, or the name of the option that holds it.
     check : callable(name, value) -> value
         As in `Option`.
+    shown : bool
+        Whether it is there to be read alone, and no step depends on it: functions do not take it.
     """
 
     name: str
     init: float | str
     check: Check = _check.number
+    shown: bool = False
 
+
+@dataclass(frozen=True)
+class Average:
+    """An average x of the parameters by which a rule takes its steps, and which it does not keep.
+
+    The parameters y lie between it and a state array z, ``y = (1 - weight) * z + weight * x``, and
+    x is what to evaluate. `Optimizer.swap_ema` and `Optimizer.ema_params` show it, so that such a
+    rule refuses `ema`; a torch class has ``train`` and ``eval``.
+
+    Attributes
+    ----------
+    state : str
+        Name of z.
+    option : str
+        What holds the weight, for messages.
+    weight : callable(options) -> float
+        Its value.
+    """
+
+    state: str
+    option: str
+    weight: Callable[[Options], float]
+
+
+# of a rule with an `Average`: whether the parameters hold y, which arrays do, and tensors may
+MODE = Scalar("train_mode", True, _check.flag, shown=True)
 
 MAXIMIZE = Option("maximize", False, _check.flag)
+DECOUPLED = Option("decoupled_weight_decay", False, _check.flag)
+CAUTIOUS = Option("cautious", False, _check.flag)
 L1 = Option("l1", 0.0, _check.nonnegative, term="l1")
+
+
+# names of the flag that decouples weight decay: torch's, pytorch_optimizer's
+_DECOUPLES = (DECOUPLED.name, "weight_decouple")
+
+
+def kept(options: Mapping[str, Any]) -> float:
+    """Return what decoupled weight decay leaves of a parameter in a step; 1 if it is not asked."""
+    if not any(options.get(name) for name in _DECOUPLES):
+        return 1.0
+    rate: float = 1.0 if options.get("fixed_decay") else options["lr"]
+    return 1 - rate * float(options["weight_decay"])
+
+
+NARROW = ("bfloat16", "int8")  # narrow values of `state_dtype`
 
 # what every optimizer has; documented at `fusedopt.Optimizer`
 COMMON = (
-    Option("state_dtype", None, _check.choice(None, "float32", "bfloat16", "int8")),
+    Option("state_dtype", None, _check.choice(None, "float32", *NARROW)),
     Option("master_bits", None, _check.choice(None, 16, 24, 32)),
     Option("min_8bit_size", 4096, _check.count),
     Option("seed", 0, _check.count),
@@ -143,7 +197,21 @@ class Rule:
     advance : callable(options) -> dict, optional
         Returns the values of `memory` in the optimizer's next step. It may be called more than once
         for a step, and must depend only on the options, among them what was remembered after the
-        last successful step.
+        last successful step. What else it returns is for the constants of this step alone.
+    numbers : tuple of (name, callable(step, options) -> float)
+        What torch keeps for each parameter as a number beside its state: functions of how many
+        steps were taken, and of the options. They are in state dicts of the torch class alone.
+    recall : callable(step, numbers, options) -> dict, optional
+        Returns what is remembered after that many steps where torch keeps such `numbers` (by name)
+        in its place. The options hold what is remembered, if the group has it.
+    variant : (str, str), optional
+        An option, and the name of another row of the C table: it steps all groups if one has the
+        option, and must step the others as the first does.
+    average : Average, optional
+        What to evaluate in the place of the parameters. Such a rule remembers `MODE`.
+    ignored : tuple of Option
+        Further options of the class that made the rule known, which have no effect here: the torch
+        class accepts them and keeps them in groups, where that class looks for them.
     outside : callable(direction, options), optional
         Of a MATRIX rule (csrc/rules/index.h): replaces the direction of a leaf, an array or tensor
         of the compute type in the parameter's shape, in place. It comes before the first write of a
@@ -160,17 +228,21 @@ class Rule:
     counts: bool = True
     memory: tuple[Scalar, ...] = ()
     advance: Callable[[Options], dict[str, Any]] | None = None
+    numbers: tuple[tuple[str, Callable[[int, Options], float]], ...] = ()
+    recall: Callable[[int, dict[str, float], Options], dict[str, float]] | None = None
+    variant: tuple[str, str] | None = None
+    average: Average | None = None
+    ignored: tuple[Option, ...] = ()
     outside: Callable[[Any, Options], None] | None = None
     demand_shape: Callable[[str, Sequence[int]], None] | None = None
 
     @cached_property
     def checks(self) -> dict[str, Check]:
-        """The checks of all entries of a group but its parameters: options, and memory."""
+        """The checks of all entries of a group of arrays but these: options, and memory."""
         rows: list[Option | Scalar] = [*self.options, *COMMON, *self.memory]
-        return {
-            row.name: _check.or_callable(row.check) if row.name == "lr" else row.check
-            for row in rows
-        }
+        checks = {row.name: row.check for row in rows}
+        checks["lr"] = _check.or_callable(checks["lr"])
+        return checks | ({MODE.name: _check.training} if MODE in self.memory else {})
 
     @cached_property
     def check_rate(self) -> Check:
@@ -181,6 +253,12 @@ class Rule:
     def defaults(self) -> Options:
         """The default of each option by name, including those that every optimizer has."""
         return {option.name: option.default for option in (*self.options, *COMMON)}
+
+    def row(self, groups: Iterable[Mapping[str, Any]]) -> str:
+        """Return the name of the row of the C table that steps groups with these options."""
+        if self.variant is not None and any(group.get(self.variant[0]) for group in groups):
+            return self.variant[1]
+        return self.name
 
     @cached_property
     def state_names(self) -> tuple[str, ...]:
@@ -193,10 +271,11 @@ class Rule:
         return (*self.state_names, "ema")
 
     @cached_property
-    def _terms(self) -> tuple[str, str]:
-        """The options that weight L1 and L2; empty if there is none."""
+    def _terms(self) -> tuple[str, str, str]:
+        """The options that weight L1 and L2, and that has no L2; empty if there is none."""
         names = {option.term: option.name for option in self.options}
-        return names.get("l1", ""), names.get("l2", "")
+        decoupled = next((row.name for row in self.options if row.name in _DECOUPLES), "")
+        return names.get("l1", ""), names.get("l2", ""), decoupled
 
     def check(self, options: Options, where: str = "") -> Options:
         """Return those of `options` that a group has, checked; messages begin with `where`."""
@@ -207,7 +286,39 @@ class Rule:
         }
         if self.demand is not None:
             self.demand(where, checked)
+        self.refuse_narrow(where, checked)
+        self.refuse_ema(where, checked)
         return checked
+
+    def refuse_narrow(self, where: str, options: Mapping[str, Any]) -> None:
+        """Raise ValueError if a state in use refuses `state_dtype`, see `State`."""
+        asked = options.get("state_dtype")
+        if asked in (None, "float32"):
+            return
+        used = [row for row, use in zip(self.states, self.uses(options), strict=True) if use]
+        for state in used:
+            if asked in state.refuses:
+                refused = {name for row in used for name in row.refuses}
+                ways = [repr(name) for name in NARROW if name not in refused]
+                raise ValueError(
+                    f"{where}state_dtype: {self.name} keeps {state.name!r}, for which {asked!r} is "
+                    f"too narrow; use {' or '.join([*ways, 'None'])}"
+                )
+
+    def beginning(self, options: Options, step: int) -> Options:
+        """Return the options that state begins by: a rate that it begins as is that of a step."""
+        rate = options["lr"]
+        if not callable(rate) or all(state.init != "lr" for state in self.states):
+            return options
+        return options | {"lr": self.check_rate(f"lr({step})", rate(step))}
+
+    def refuse_ema(self, where: str, options: Mapping[str, Any]) -> None:
+        """Raise ValueError if `ema` is asked of a rule with an average of its own."""
+        if self.average is not None and options.get("ema") is not None:
+            raise ValueError(
+                f"{where}ema: {self.name} has an average of its own, which swap_ema and ema_params "
+                "show; leave ema out"
+            )
 
     def check_shape(self, where: str, shape: Sequence[int]) -> None:
         """Raise ValueError if the rule steps no parameters of a shape."""
@@ -226,9 +337,8 @@ class Rule:
         if self.advance is None:
             return options
         new = self.advance(options)
-        return options | {
-            row.name: row.check(where + row.name, new[row.name]) for row in self.memory
-        }
+        checked = {row.name: row.check(where + row.name, new[row.name]) for row in self.memory}
+        return options | new | checked
 
     def writes(self, options: Options, *places: Options | None) -> list[tuple[Options, str, Any]]:
         """Return (dict, key, value) for each number that a successful step stores in each place."""
@@ -269,11 +379,11 @@ class Rule:
             if the rule has started again since.
         """
         constants, decay = self.constants, options.get("ema")
-        l1, l2 = self._terms
+        l1, l2, decoupled = self._terms
         common = {
             "grad_scale": -1.0 if options.get("maximize") else 1.0,
             "l1": options.get(l1, 0.0),
-            "l2": options.get(l2, 0.0),
+            "l2": 0.0 if options.get(decoupled) else options.get(l2, 0.0),
             "ema_weight": 0.0 if decay is None else 1 - decay,
         }
         if decay is None or not options.get("ema_warmup"):

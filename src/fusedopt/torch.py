@@ -18,6 +18,7 @@ a run can change from one to the other and back. The others are subclasses of
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 try:
@@ -28,6 +29,7 @@ except ModuleNotFoundError as exc:
     ) from exc
 
 import fusedopt
+from fusedopt._torch_average import Averaging
 from fusedopt._torch_fused import Fused, plain_base
 from fusedopt.optimizer import Optimizer
 
@@ -38,7 +40,8 @@ Parameters
 {own}
 state_dtype : {{None, "float32", "bfloat16", "int8"}}, default None
     How the state is kept: in float32, whatever the parameter's dtype, unless a narrower dtype is
-    asked for (float64 of float64 parameters). See `fusedopt.Optimizer`.
+    asked for (float64 of float64 parameters); some rules refuse narrow ones. See
+    `fusedopt.Optimizer`.
 master_bits : {{None, 16, 24, 32}}, default None
     Bits of a 16-bit parameter that steps compute with, rounded stochastically to 24 and 16. None:
     32 of a bfloat16 parameter, of which what it does not show is kept as ``residual`` in its state;
@@ -94,6 +97,19 @@ capturable, differentiable : bool, default False
 _OURS = """params, {names}
     As for `fusedopt.{name}`; `lr` is a number."""
 
+_IGNORED = """
+{names} : optional
+    Accepted and without effect."""
+
+_MODES = """
+
+``train()`` must be called before the first step, and again after ``eval()``, which puts the average
+x, what to evaluate and to deploy, in the place of the parameters; both may be called twice. They
+round, as x and y are computed from one another: to leave no trace, use the block of `swap_ema`.
+``state_dict()`` in train mode warns once, because a model that is saved beside it holds y, which is
+right to resume a run and wrong to evaluate. State dicts load into the class that made the rule
+known and the other way round; the mode is in them, so save and load model and optimizer together.
+"""
 _BITS = """the bits of `fusedopt.reference.{function}`{near}"""
 _NEAR = """, within a few
 units in the last place of torch's"""
@@ -114,21 +130,32 @@ def _torch_class(fast: type[Optimizer]) -> type[Any]:
     peer = getattr(torch.optim, name, None)
     base = peer or plain_base(fast.rule)
     rows = [row for row in fast.rule.options if row.term != "l1"]  # which is of no torch optimizer
-    names = ", ".join(row.name for row in rows)
+    known = inspect.signature(base).parameters
+    extras = {row.name: row for row in rows if row.name not in known}
+    names = ", ".join(row.name for row in rows if row.name in known)
+    ignored = [row.name for row in fast.rule.ignored]
+    agreement = _AGREEMENT if peer else ""
+    if numbers := ", ".join(name for name, _ in fast.rule.numbers):
+        agreement += f";\n{numbers} of a parameter is noted in its state when a state dict is made"
     doc = _DOC.format(
         first=f"`{'torch.optim' if peer else 'fusedopt'}.{name}` for CPU tensors, all of them "
         "stepped in one pass and one call.",
-        own=(_TORCHS if peer else _OURS).format(names=names, name=name),
+        own=(_TORCHS if peer else _OURS).format(names=names, name=name)
+        + (f"\n{', '.join(extras)}\n    As for `fusedopt.{name}`; of a group." if extras else "")
+        + (_IGNORED.format(names=", ".join(ignored)) if ignored else ""),
+        function=name.lower(),
+        agreement=agreement,
         bits=(_BITS if fast.rule.outside is None else _OUTSIDE).format(
             function=name.lower(), near=_NEAR if peer else ""
         ),
-        agreement=_AGREEMENT if peer else "",
+        modes=_MODES.rstrip() if fast.rule.average else "",
     )
     body = {
         "__module__": __name__, "__qualname__": name, "__doc__": doc, "_rule": fast.rule,
-        "_is_torchs": peer is not None,
+        "_is_torchs": peer is not None, "_extras": extras,
     }  # fmt: skip
-    return type(name, (Fused, base), body)
+    ours = (Averaging, Fused) if fast.rule.average else (Fused,)
+    return type(name, (*ours, base), body)
 
 
 _CLASSES = [cls for cls in vars(fusedopt).values() if hasattr(cls, "rule")]

@@ -37,9 +37,25 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     | _CHANGED.get(name, {})
     for name, cls in _CLASSES.items()
 }
+
+
+def takers(state_dtype: str) -> tuple[str, ...]:
+    """Return the optimizers that do not refuse to keep state so."""
+    return tuple(
+        name
+        for name, cls in _CLASSES.items()
+        if not any(state_dtype in state.refuses for state in cls.rule.states)
+    )
+
+
 # state arrays of a parameter, which a step reads and writes
 STATES = {
     name: sum(cls.rule.uses(cls.rule.defaults | OPTIMIZERS[name])) for name, cls in _CLASSES.items()
+}
+# narrow formats that a rule refuses
+REFUSED = {
+    name: {dtype for state in cls.rule.states for dtype in state.refuses}
+    for name, cls in _CLASSES.items()
 }
 DTYPES = ("float32", "float64")
 

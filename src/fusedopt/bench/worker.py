@@ -87,7 +87,7 @@ def distance(params: list[Array], problem: Problem) -> float:
     plain = getattr(reference, CLASSES[problem.optimizer])(p, **problem.options)
     plain.step(g * g.dtype.type(_FIRST_SCALE))
     plain.step(g)
-    return float(np.max(np.abs(np.concatenate(ours) - p)) / problem.options["lr"])
+    return float(np.max(np.abs(np.concatenate(ours) - p)) / plain.param_groups[0]["lr"])
 
 
 def step_once(contender: Contender) -> float:

@@ -7,6 +7,7 @@ import copy
 import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from operator import methodcaller
@@ -51,15 +52,27 @@ class Choice:
 
 
 OPTIMIZERS = {
+    "adadelta": Choice("Adadelta", 1.0),
     "adagrad": Choice("Adagrad", 2e-2),
     "adam": Choice("Adam", 2e-3),
+    "adamax": Choice("Adamax", 5e-3),
     "adamw": Choice("AdamW", 2e-3),
+    "ademamix": Choice("AdEMAMix", 2e-3),
+    "adopt": Choice("ADOPT", 5e-3),
+    "asgd": Choice("ASGD", 3e-1),
     "lamb": Choice("LAMB", 5e-3),
     "lars": Choice("LARS", 3.0),
     "lion": Choice("Lion", 5e-4),
+    "nadam": Choice("NAdam", 2e-3),
+    "radam": Choice("RAdam", 1e-2),
     "muon": Choice("Muon", 2e-3, options={"adjust_lr_fn": "match_rms_adamw"}, rest="AdamW"),
     "rmsprop": Choice("RMSprop", 1e-3),
+    "rprop": Choice("Rprop", 1e-3, "constant", 30, whole=True),
+    "schedulefreeadamw": Choice("ScheduleFreeAdamW", 2.5e-3, "constant"),
+    "schedulefreesgd": Choice("ScheduleFreeSGD", 0.5, "constant"),
     "sgd": Choice("SGD", 5e-2, options={"momentum": 0.9}),
+    "signsgd": Choice("SignSGD", 5e-4),
+    "yogi": Choice("Yogi", 1e-2),
     "gd": Choice("SGD", 1e-1, "constant", 200, whole=True),
 }
 # option here -> option of the class, description
@@ -216,6 +229,11 @@ def train_epoch(
         bar.set_postfix(loss=f"{np.mean(history['loss'][-20:]):.4f}", refresh=False)
 
 
+def shown(opt: Any) -> AbstractContextManager[None]:
+    """Return a context in which the parameters are those to evaluate, see `rule.Average`."""
+    return nullcontext() if opt is None or opt.rule.average is None else opt.swap_ema()
+
+
 def save(path: Path, state: Run, opt: Any, data: Data, o: argparse.Namespace) -> None:
     """Write one file with the parameters, the optimizer and the history."""
     arrays, meta = _checkpoint.pack(opt.state_dict())
@@ -296,12 +314,14 @@ def run(state: Run, opt: Any, data: Data, o: argparse.Namespace, tqdm: Any) -> N
             bar.set_description(f"epoch {state.epoch + 1}/{o.epochs}")
             train_epoch(state, opt, twin, data, o, bar, monitor)
             state.epoch += 1
-            _, predicted = model.evaluate(state.params, data.x_test, data.y_test)
+            with shown(opt):
+                _, predicted = model.evaluate(state.params, data.x_test, data.y_test)
             state.history["accuracy"].append(float(np.mean(predicted == data.y_test)))
             state.history["epoch_step"].append(len(state.history["loss"]))
             if o.save is not None:
                 save(o.save, state, opt, data, o)
-    report(state, None if twin is None else shadow, data)
+    with shown(opt), shown(twin):
+        report(state, None if twin is None else shadow, data)
     if o.monitor is not None and monitor.steps:  # resuming a finished run takes none
         report_layers(monitor, o.monitor)
     if o.plot is not None:

@@ -8,19 +8,30 @@ from typing import Any, Unpack
 from fusedopt import _check
 from fusedopt._functional import function
 from fusedopt.optimizer import Optimizer
-from fusedopt.rule import L1, MAXIMIZE, Common, Option, Options, Rule, State
+from fusedopt.rule import CAUTIOUS, L1, MAXIMIZE, Common, Option, Options, Rule, State
+
+
+def corrections(
+    step: int, betas: tuple[float, float], bias_correction: bool, eps_hat: bool
+) -> tuple[float, float]:
+    """Return by what the rate is divided, and by what the root is before epsilon is added to it."""
+    if not bias_correction:
+        return 1.0, 1.0
+    mean, root = 1 - betas[0] ** step, sqrt(1 - betas[1] ** step)
+    return (mean / root, 1.0) if eps_hat else (mean, root)
 
 
 def _constants(step: int, o: Options) -> dict[str, float]:
     beta1, beta2 = o["betas"]
+    mean, root = corrections(step, o["betas"], o["bias_correction"], o["eps_hat"])
     return {
         "keep": 1.0,
         "w1": 1 - beta1,
         "beta2": beta2,
         "w2": 1 - beta2,
-        "root": sqrt(1 - beta2**step),
+        "root": root,
         "eps": o["eps"],
-        "step_size": o["lr"] / (1 - beta1**step),
+        "step_size": o["lr"] / mean,
     }
 
 
@@ -30,6 +41,10 @@ _OPTIONS = (
     Option("eps", 1e-8, _check.nonnegative),
 )
 _AMSGRAD = Option("amsgrad", False, _check.flag)
+_CONVENTIONS = (
+    Option("bias_correction", True, _check.flag),
+    Option("eps_hat", False, _check.flag),
+)
 _STATES = (
     State("exp_avg"),
     State("exp_avg_sq", squared=True),
@@ -43,15 +58,30 @@ ADAM = Rule(
         L1,
         _AMSGRAD,
         MAXIMIZE,
+        *_CONVENTIONS,
     ),
     states=_STATES,
     constants=_constants,
 )
 ADAMW = Rule(
     name="adam",
-    options=(*_OPTIONS, Option("weight_decay", 1e-2, _check.nonnegative), _AMSGRAD, MAXIMIZE),
+    options=(
+        *_OPTIONS,
+        Option("weight_decay", 1e-2, _check.nonnegative),
+        _AMSGRAD,
+        MAXIMIZE,
+        *_CONVENTIONS,
+        CAUTIOUS,
+    ),
     states=_STATES,
-    constants=lambda step, o: _constants(step, o) | {"keep": 1 - o["lr"] * o["weight_decay"]},
+    constants=lambda step, o: (
+        _constants(step, o)
+        | {
+            "keep": 1 - o["lr"] * o["weight_decay"],
+            "cautious": float(o.get("cautious", False)),
+        }
+    ),
+    variant=("cautious", "cautious_adam"),
 )
 
 
@@ -79,6 +109,12 @@ class Adam(Optimizer):
         Divide by the largest second moment so far [2]_.
     maximize : bool, default False
         Step along the gradient, not against it.
+    bias_correction : bool, default True
+        Divide the moments by ``1 - beta**step``. False is FedAdam [3]_.
+    eps_hat : bool, default False
+        Add `eps` to the root of the second moment before it is corrected, as TensorFlow, Keras,
+        scikit-learn and thinc do: ``lr * sqrt(1 - beta2**step) / (1 - beta1**step)`` is the rate,
+        as in the paper's remark behind Algorithm 1.
     **common
         How arrays are stored, a running average of the parameters, threads; see `Optimizer`.
 
@@ -99,6 +135,9 @@ class Adam(Optimizer):
     ----------
     .. [1] Kingma & Ba, ICLR 2015, Algorithm 1.
     .. [2] Reddi, Kale & Kumar, ICLR 2018, Algorithm 2, in torch's form.
+    .. [3] Reddi et al., ICLR 2021, Algorithm 2, where the gradient is the mean of the clients'
+       updates times -1. Flower 1.42 corrects its rate in round t as in Adam's step t + 1: that is
+       ``bias_correction=False`` with such an `lr`, a callable.
 
     Examples
     --------
@@ -125,12 +164,15 @@ class Adam(Optimizer):
         l1: float = 0.0,
         amsgrad: bool = False,
         maximize: bool = False,
+        bias_correction: bool = True,
+        eps_hat: bool = False,
         **common: Unpack[Common],
     ) -> None:
         """See the class."""
         super().__init__(
             params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, l1=l1,
-            amsgrad=amsgrad, maximize=maximize, **common,
+            amsgrad=amsgrad, maximize=maximize, bias_correction=bias_correction, eps_hat=eps_hat,
+            **common,
         )  # fmt: skip
 
 
@@ -139,10 +181,15 @@ class AdamW(Adam):
 
     Parameters
     ----------
-    params, lr, betas, eps, amsgrad, maximize
+    params, lr, betas, eps, amsgrad, maximize, bias_correction, eps_hat
         As for `Adam`; so are the options in `common`.
     weight_decay : float, default 1e-2
         >= 0: before the update the parameter shrinks by the factor ``1 - lr * weight_decay``.
+    cautious : bool, default False
+        Let an element stay, but for its decay, where its update is not against the present gradient
+        [2]_: where ``exp_avg`` and the gradient have not the same sign. The update of the others is
+        divided by the share of those in the leaf, or by 1e-3 if that is less. To know the share
+        takes one more read of parameters, gradients and state, and sums over ranks as a norm does.
 
     Raises
     ------
@@ -156,6 +203,8 @@ class AdamW(Adam):
     References
     ----------
     .. [1] Loshchilov & Hutter, ICLR 2019, Algorithm 2.
+    .. [2] Liang et al., 2024 (arXiv 2411.16085), Algorithm 2; as ``caution`` of timm 1.0.31, which
+       compares signs by a product that may underflow.
     """
 
     rule = ADAMW
@@ -170,12 +219,16 @@ class AdamW(Adam):
         *,
         amsgrad: bool = False,
         maximize: bool = False,
+        bias_correction: bool = True,
+        eps_hat: bool = False,
+        cautious: bool = False,
         **common: Unpack[Common],
     ) -> None:
         """See the class."""
         Optimizer.__init__(
             self, params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad,
-            maximize=maximize, **common,
+            maximize=maximize, bias_correction=bias_correction, eps_hat=eps_hat,
+            cautious=cautious, **common,
         )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import Any, Unpack
 from fusedopt import _check
 from fusedopt._functional import function
 from fusedopt.optimizer import Optimizer
-from fusedopt.rule import MAXIMIZE, Common, Option, Options, Rule, State
+from fusedopt.rule import CAUTIOUS, MAXIMIZE, Common, Option, Options, Rule, State
 
 
 def _constants(step: int, o: Options) -> dict[str, float]:
@@ -19,6 +19,7 @@ def _constants(step: int, o: Options) -> dict[str, float]:
         "beta2": beta2,
         "w2": 1 - beta2,
         "keep": 1 - o["lr"] * o["weight_decay"],
+        "cautious": float(o["cautious"]),
     }
 
 
@@ -29,9 +30,11 @@ RULE = Rule(
         Option("betas", (0.9, 0.99), _check.decay_rates),
         Option("weight_decay", 0.0, _check.nonnegative),
         MAXIMIZE,
+        CAUTIOUS,
     ),
     states=(State("exp_avg"),),
     constants=_constants,
+    variant=("cautious", "cautious_lion"),
     counts=False,
 )
 
@@ -55,6 +58,8 @@ class Lion(Optimizer):
         Decoupled decay, >= 0: three to ten times AdamW's, because it is multiplied by `lr`.
     maximize : bool, default False
         Step along the gradient, not against it.
+    cautious : bool, default False
+        As for `AdamW` [2]_.
     **common
         How arrays are stored, a running average of the parameters, threads; see `Optimizer`.
 
@@ -70,6 +75,7 @@ class Lion(Optimizer):
     References
     ----------
     .. [1] Chen et al., NeurIPS 2023, Algorithm 2; as lion-pytorch 0.2.5.
+    .. [2] Liang et al., 2024 (arXiv 2411.16085); as ``caution`` of timm 1.0.31.
 
     Examples
     --------
@@ -92,12 +98,14 @@ class Lion(Optimizer):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
+        cautious: bool = False,
         **common: Unpack[Common],
     ) -> None:
         """See the class."""
         super().__init__(
-            params, lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize, **common
-        )
+            params, lr=lr, betas=betas, weight_decay=weight_decay, maximize=maximize,
+            cautious=cautious, **common,
+        )  # fmt: skip
 
 
 lion = function(Lion)

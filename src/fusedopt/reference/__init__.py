@@ -5,16 +5,36 @@ make the same checks before the first write. From there on they go leaf by leaf:
 middle of a step, of a signal's handler or for want of memory, leaves it half done.
 """
 
+from fusedopt.reference.adadelta import Adadelta, adadelta
 from fusedopt.reference.adagrad import Adagrad, adagrad
 from fusedopt.reference.adam import Adam, AdamW, adam, adamw
+from fusedopt.reference.adamax import Adamax, adamax
+from fusedopt.reference.ademamix import AdEMAMix, ademamix
+from fusedopt.reference.adopt import ADOPT, adopt
+from fusedopt.reference.asgd import ASGD, asgd
 from fusedopt.reference.lamb import LAMB, lamb
 from fusedopt.reference.lars import LARS, lars
 from fusedopt.reference.lion import Lion, lion
 from fusedopt.reference.muon import Muon, muon
+from fusedopt.reference.nadam import NAdam, nadam
+from fusedopt.reference.radam import RAdam, radam
 from fusedopt.reference.rmsprop import RMSprop, rmsprop
+from fusedopt.reference.rprop import Rprop, rprop
+from fusedopt.reference.schedulefree import (
+    ScheduleFreeAdamW,
+    ScheduleFreeSGD,
+    schedulefreeadamw,
+    schedulefreesgd,
+)
 from fusedopt.reference.sgd import SGD, sgd
+from fusedopt.reference.signsgd import SignSGD, signsgd
+from fusedopt.reference.yogi import Yogi, yogi
 
 __all__ = [
-    "LAMB", "LARS", "SGD", "Adagrad", "Adam", "AdamW", "Lion", "Muon", "RMSprop",
-    "adagrad", "adam", "adamw", "lamb", "lars", "lion", "muon", "rmsprop", "sgd",
+    "ADOPT", "ASGD", "LAMB", "LARS", "SGD", "AdEMAMix", "Adadelta", "Adagrad", "Adam", "AdamW",
+    "Adamax", "Lion", "Muon", "NAdam", "RAdam", "RMSprop", "Rprop", "ScheduleFreeAdamW",
+    "ScheduleFreeSGD", "SignSGD", "Yogi",
+    "adadelta", "adagrad", "adam", "adamax", "adamw", "ademamix", "adopt", "asgd", "lamb",
+    "lars", "lion", "muon", "nadam", "radam", "rmsprop", "rprop", "schedulefreeadamw",
+    "schedulefreesgd", "sgd", "signsgd", "yogi",
 ]  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -28,8 +27,8 @@ _GRAD, _STEP = ["grad", "largest_grad", "zeros", "nonfinite"], ["param", "update
 
 _NOTHING = StepOptions()
 
-# (parameter, direction of the rule) -> their norms over the leaf
-Norms = Callable[[Array, Array], tuple[float, float]]
+# (parameter, direction of the rule) -> their sums of squares over the leaf
+Sums = Callable[[Array, Array], tuple[float, float]]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -68,7 +67,7 @@ def leaf(
     how: StepOptions = _NOTHING,
     ema: Array | None = None,
     copy: Array | None = None,
-    norms: Norms | None = None,
+    sums: Sums | None = None,
 ) -> StepSums:
     """Decode what is stored, update in place, ``update(p, g, *states, step=, **options)``, encode.
 
@@ -89,7 +88,7 @@ def leaf(
         g = c(scale) * g
     if how.clip_value is not None:
         g = np.where(np.abs(g) > c(how.clip_value), np.copysign(c(how.clip_value), g), g)
-    update(p, _terms(g, p, hyper), *tensors, step=step, norms=norms or _norms, **options)
+    update(p, _terms(g, p, hyper), *tensors, step=step, sums=sums or _sums, **options)
     if ema is not None:
         ema[...] = ema + c(hyper["ema_weight"]) * (p - ema)
     if copy is not None:
@@ -101,14 +100,22 @@ def leaf(
     return (0.0, 0.0, 0.0) if before is None else step_sums(p, p - before)
 
 
-def _norms(p: Array, direction: Array) -> tuple[float, float]:
-    """Return the norms of a leaf and of a layer-wise rule's direction."""
-    return math.sqrt(squares(p)), math.sqrt(squares(direction))
+def _sums(p: Array, direction: Array) -> tuple[float, float]:
+    """Return the sums of squares of a leaf and of a layer-wise rule's direction."""
+    return squares(p), squares(direction)
 
 
-def _known_norms(param: float, way: float, p: Array, direction: Array) -> tuple[float, float]:
+def _known_sums(param: float, way: float, p: Array, direction: Array) -> tuple[float, float]:
     """Return them as they were summed over ranks."""
     return param, way
+
+
+def masked(way: Array, g: Array, sums: Sums) -> tuple[Array, float]:
+    """Return 1 for each element where both have the same sign, else 0, and what those move by."""
+    c = g.dtype.type
+    moves = np.where(g > 0, way > 0, (g < 0) & (way < 0)).astype(g.dtype)
+    count, marked = sums(np.full_like(g, c(1)), moves)
+    return moves, 1 / max(marked / count if count else 1.0, 1e-3)
 
 
 def _twin(array: Array | Stored | None) -> Array | Stored | None:
@@ -188,6 +195,11 @@ def step_sums(p: Array, update: Array) -> StepSums:
     """Return what is measured of a parameter and of its update."""
     largest = float(np.abs(update).max(initial=0))
     return step_squares(p), step_squares(update), largest
+
+
+def sign(x: Array) -> Array:
+    """Return the sign, of NaN 0, as in torch."""
+    return np.sign(np.where(np.isnan(x), x.dtype.type(0), x))
 
 
 class Verdict(NamedTuple):
@@ -280,15 +292,15 @@ class Plain(Optimizer):
             else (_GO_ON, None)
         )
         scales = scales or [how.grad_scale] * len(work)
-        norms: list[Norms | None] = [None] * len(work)
+        sums: list[Sums | None] = [None] * len(work)
         if self._is_layerwise and reduction is not None and not verdict.skipped:
-            norms = self._norms_over_ranks(flat_grads, by_leaf, scales, how, reduction)
+            sums = self._sums_over_ranks(flat_grads, by_leaf, scales, how, reduction)
         for i, grad in enumerate(flat_grads):
             copy = None if copies is None else copies[i]
             if grad is None or verdict.skipped:
                 self._copy(i, copy)
                 continue
-            table[_STEP][i] = self._step_leaf(i, grad, by_leaf[i], scales[i], how, copy, norms[i])
+            table[_STEP][i] = self._step_leaf(i, grad, by_leaf[i], scales[i], how, copy, sums[i])
         for grad in flat_grads if how.zero_grads else ():
             if grad is not None:
                 grad[...] = 0
@@ -311,7 +323,7 @@ class Plain(Optimizer):
 
     @property
     def _is_layerwise(self) -> bool:
-        return _core.RULES[self.rule.name][3]
+        return _core.RULES[self.rule.row(group.options for group in self._groups)][3]
 
     def _grad_sums(self, number: int, grad: Array) -> GradSums:
         param = self._work.params[number]
@@ -332,7 +344,7 @@ class Plain(Optimizer):
         scale: float,
         how: StepOptions,
         copy: Array | None,
-        norms: Norms | None,
+        sums: Sums | None,
         *,
         keep: bool = True,
     ) -> StepSums:
@@ -359,23 +371,23 @@ class Plain(Optimizer):
             how=how,
             ema=average,  # type: ignore[arg-type]
             copy=copy,
-            norms=norms,
+            sums=sums,
         )
 
-    def _norms_over_ranks(
+    def _sums_over_ranks(
         self,
         grads: Sequence[Array | None],
         options: Sequence[Options],
         scales: Sequence[float],
         how: StepOptions,
         reduction: Reduction,
-    ) -> list[Norms | None]:
-        """Return the norms of each leaf and of where it would go, summed before any is written."""
+    ) -> list[Sums | None]:
+        """Return the sums of each leaf and of where it would go, before any is written."""
         table = np.zeros(len(grads), _core.STATS)
 
         def note(i: int, p: Array, direction: Array) -> tuple[float, float]:
-            table["param"][i], table["update"][i] = squares(p), squares(direction)
-            return _norms(p, direction)
+            table["param"][i], table["update"][i] = found = _sums(p, direction)
+            return found
 
         for i, grad in enumerate(grads):
             if grad is not None:
@@ -383,8 +395,8 @@ class Plain(Optimizer):
                     i, grad, options[i], scales[i], how, None, partial(note, i), keep=False
                 )
         reduction.directions(table)
-        summed = np.sqrt([table["param"], table["update"]]).T.tolist()
-        return [partial(_known_norms, *row) for row in summed]
+        summed = zip(table["param"].tolist(), table["update"].tolist(), strict=True)
+        return [partial(_known_sums, *row) for row in summed]
 
 
 def reference(fast: type[Optimizer], update: Callable[..., None]) -> tuple[type[Optimizer], Step]:
@@ -394,13 +406,13 @@ def reference(fast: type[Optimizer], update: Callable[..., None]) -> tuple[type[
     ----------
     fast : type
         The class that gives both their signature and checks.
-    update : callable(p, g, *states, step, norms, **options)
+    update : callable(p, g, *states, step, sums, **options)
         The formula, in place, in the order of roundings; states that are not used are None.
-        ``norms(p, direction)`` returns the norms that a layer-wise rule needs.
+        ``sums(p, direction)`` returns the sums of squares that a layer-wise rule needs.
     """
 
     def take(rule: Rule, params: Any, grads: Any, states: Any, step: int, options: Options) -> None:
-        listed(rule, params, states, step).check(list(grads), _NOTHING, None)
+        listed(rule, params, states, step, options).check(list(grads), _NOTHING, None)
         rows = zip(params, grads, *states, strict=True)
         for number, (param, grad, *its) in enumerate(rows):
             if grad is not None:

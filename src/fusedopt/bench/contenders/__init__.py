@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fusedopt.bench.cases import OPTIMIZERS
+from fusedopt.bench.cases import OPTIMIZERS, takers
 from fusedopt.bench.contenders._base import Contender, Row
 from fusedopt.bench.contenders.arrays import (
     Functional,
@@ -29,7 +29,11 @@ LIMIT, OURS, AGAIN = "limit", "fusedopt", "fusedopt-again"
 # Slow contenders, by the time of an element: smaller cases show as much of them as larger ones.
 _10_NS: dict[str, Any] = {"most_elements": 10**7, "most_why": "takes 10 ns or more an element"}
 _OURS: dict[str, Any] = {"optimizers": tuple(OPTIMIZERS), "traced": True}
-_TORCH: dict[str, Any] = {"optimizers": ("adagrad", *Row.optimizers)}
+_BF16, _INT8 = (_OURS | {"optimizers": takers(kind)} for kind in ("bfloat16", "int8"))
+_FUSED: dict[str, Any] = {"optimizers": ("adagrad", *Row.optimizers)}  # of torch's fused step
+_TORCH: dict[str, Any] = {
+    "optimizers": ("adadelta", "adamax", "asgd", "nadam", "radam", "rprop", *_FUSED["optimizers"])
+}
 _3_NS: dict[str, Any] = {"most_elements": 15 * 10**7, "most_why": "takes 3 ns or more an element"}
 
 
@@ -56,25 +60,26 @@ ROWS: dict[str, Row] = {
         Row(OURS, "fusedopt", Fusedopt, **_OURS),
         Row(AGAIN, "fusedopt, again", Fusedopt, **_OURS),
         Row("functional", "fusedopt.functional", Functional, **_OURS),
-        Row("fusedopt-torch", "fusedopt.torch", FusedoptTorch, ("torch",)),
+        Row("fusedopt-torch", "fusedopt.torch", FusedoptTorch, ("torch",),
+            optimizers=tuple(OPTIMIZERS)),
         Row("fusedopt-bf16", "fusedopt, bfloat16 state", Fusedopt, dtypes=("float32",),
-            options={"state_dtype": "bfloat16"}, tolerance=0.05, **_OURS),
+            options={"state_dtype": "bfloat16"}, tolerance=0.05, **_BF16),
         Row("fusedopt-int8", "fusedopt, 8-bit state", Fusedopt, dtypes=("float32",),
-            options={"state_dtype": "int8"}, tolerance=0.25, **_OURS),
+            options={"state_dtype": "int8"}, tolerance=0.25, **_INT8),
         Row("fusedopt-short", "fusedopt, bfloat16 weights, 8-bit state", FusedoptShort,
             ("ml_dtypes",), dtypes=("float32",),
             options={"state_dtype": "int8", "master_bits": 24}, tolerance=0.25, temporaries=2,
-            **_OURS),
+            **_INT8),
         Row("numpy", "NumPy, in place", InPlace, temporaries=1, traced=True),
         Row("reference", "fusedopt.reference", Fusedopt, options={"plain": True}, temporaries=4,
             **_OURS, **_10_NS),
         Row("numba", "Numba, parallel loop", Numba, ("numba",), process="numba"),
         Row("torch-single", "torch, single tensor", Torch, ("torch",),
-            options={"foreach": False, "fused": False}, temporaries=2, **_TORCH, **_3_NS),
+            options={"foreach": False}, temporaries=2, **_TORCH, **_3_NS),
         Row("torch-foreach", "torch, foreach", Torch, ("torch",), options={"foreach": True},
             temporaries=2, **_TORCH, **_3_NS),
         Row("torch-fused", "torch, fused", Torch, ("torch",), options={"fused": True},
-            **_TORCH),
+            **_FUSED),
         Row("torch-compile", "torch, compiled", Torch, ("torch",), options={"compiled": True},
             temporaries=2, quick=False, most_tensors=8,
             most_why="compiling takes a third of a second for each tensor", **_TORCH),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import cache
+from itertools import compress
 from math import ceil
 from statistics import median
 from time import perf_counter
@@ -136,12 +138,20 @@ class Functional(WithStates):
         super().__init__(problem, params)
         fusedopt.set_num_threads(problem.threads)
         self.function = getattr(functional, problem.optimizer)
+        self.known = inspect.signature(self.function).parameters.keys()
+        self.rule = rule = getattr(fusedopt, CLASSES[problem.optimizer]).rule
+        self.options = options = rule.begun(rule.defaults | problem.options)
+        used = compress(rule.states, rule.uses(options))
+        for state, arrays in zip(used, self.states, strict=True):
+            for a, p in zip(arrays, params, strict=True):
+                first = state.first(options)
+                a[...] = p if first is None else first
 
     def step(self) -> object:
         self.count += 1
-        return self.function(
-            self._params, self.grads, *self.states, step=self.count, **self.problem.options
-        )
+        self.options = self.rule.advanced(self.options)
+        given = {name: self.options[name] for name in self.known & self.options.keys()}
+        return self.function(self._params, self.grads, *self.states, step=self.count, **given)
 
 
 class InPlace(WithStates):

@@ -62,6 +62,8 @@ class FusedoptTorch(OnTensors):
         self.optimizer = getattr(fusedopt.torch, CLASSES[problem.optimizer])(
             self.tensors, **problem.options
         )
+        if self.optimizer._rule.average is not None:
+            self.optimizer.train()
 
 
 class Torch(OnTensors):
