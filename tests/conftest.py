@@ -14,6 +14,8 @@ interrupt themselves or a child would wait for ever. With a handler here, childr
 import signal
 import sys
 
+import pytest
+
 from fusedopt import _core
 
 
@@ -27,3 +29,11 @@ def pytest_collection_finish():
     if torch := sys.modules.get("torch"):
         for dtype in (torch.float32, torch.float64):
             torch.ones(1, dtype=dtype).sqrt()
+
+
+@pytest.fixture
+def one_blas_thread():
+    """Products of small matrices take long where busy processes keep BLAS's threads waiting."""
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    with threadpoolctl.threadpool_limits(1, user_api="blas"):
+        yield

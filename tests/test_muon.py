@@ -16,6 +16,8 @@ import fusedopt
 from fusedopt import _core, functional, reference
 from fusedopt.optim import muon as module
 
+pytestmark = pytest.mark.usefixtures("one_blas_thread")
+
 BF16 = ml_dtypes.bfloat16
 ONE = [(30, 50)]
 SEVERAL = [(7, 90), (90, 7), (1, 600), (600, 1), (0, 5), (5, 0), (1, 1), (33, 33), (12, 20)]

@@ -14,6 +14,7 @@ from fusedopt.cli import train
 
 pytest.importorskip("sklearn", reason="trains on scikit-learn's digits: extra `demo`")
 pytest.importorskip("tqdm", reason="shows progress by tqdm: extra `demo`")
+pytestmark = pytest.mark.usefixtures("one_blas_thread")
 
 
 def run(capsys, *options):

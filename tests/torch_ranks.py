@@ -132,8 +132,8 @@ def matrices():
     wide, grad = torch.randn(6, 9), torch.randn(6, 9)
     made = {}
     for placement in (Shard(0), Replicate()):
-        p = torch.nn.Parameter(distribute_tensor(wide, mesh, [placement]))
-        p.grad = distribute_tensor(grad, mesh, [placement])
+        p = torch.nn.Parameter(distribute_tensor(wide.clone(), mesh, [placement]))
+        p.grad = distribute_tensor(grad.clone(), mesh, [placement])
         opt = fo.Muon([p], lr=0.1)
         try:
             opt.step()

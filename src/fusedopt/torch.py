@@ -110,12 +110,14 @@ round, as x and y are computed from one another: to leave no trace, use the bloc
 right to resume a run and wrong to evaluate. State dicts load into the class that made the rule
 known and the other way round; the mode is in them, so save and load model and optimizer together.
 """
-_BITS = "the bits of `fusedopt.reference.{function}`"
-_OUTSIDE = """torch's own operations on each direction, whose bits are not promised, between two
-passes that are rounded as in `fusedopt.reference.{function}`; a shard of a DTensor is refused"""
+_BITS = """the bits of `fusedopt.reference.{function}`{near}"""
+_NEAR = """, within a few
+units in the last place of torch's"""
+_OUTSIDE = """those of two passes, rounded as in `fusedopt.reference.{function}`, and of torch's own
+operations in bfloat16 on each direction between them: their bits are not promised. A shard of a
+DTensor is refused"""
 
-_AGREEMENT = """, within a few
-units in the last place of torch's. State and ``state_dict`` are torch's, and load into either;
+_AGREEMENT = """. State and ``state_dict`` are torch's, and load into either;
 groups have our own options only where they are not the default. What differs: state of 16-bit
 parameters is float32; tensors that overlap are refused, and so are parameters on other devices
 (there, torch's own step is the one to use); the version counter of each parameter is raised, that
@@ -143,7 +145,9 @@ def _torch_class(fast: type[Optimizer]) -> type[Any]:
         + (_IGNORED.format(names=", ".join(ignored)) if ignored else ""),
         function=name.lower(),
         agreement=agreement,
-        bits=(_BITS if fast.rule.outside is None else _OUTSIDE).format(function=name.lower()),
+        bits=(_BITS if fast.rule.outside is None else _OUTSIDE).format(
+            function=name.lower(), near=_NEAR if peer else ""
+        ),
         modes=_MODES.rstrip() if fast.rule.average else "",
     )
     body = {

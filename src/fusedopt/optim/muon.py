@@ -148,9 +148,10 @@ class Muon(Optimizer):
     the build of NumPy and on the number of its threads. `fusedopt.torch.Muon` uses torch's products
     in bfloat16, as `torch.optim.Muon` does.
 
-    A step needs memory for one more array of each parameter's shape in that dtype, and for the
-    products of one of them. ``reduce=`` is refused: it is for parts of leaves. State of a leaf:
-    ``step`` and ``momentum_buffer``. `fusedopt.reference.muon` is the formula.
+    A step needs memory for one more array of each parameter's shape in that dtype, which `memory`
+    does not count, and for the products of one of them. ``reduce=`` is refused: it is for parts of
+    leaves. State of a leaf: ``step`` and ``momentum_buffer``. `fusedopt.reference.muon` is the
+    formula.
 
     References
     ----------
