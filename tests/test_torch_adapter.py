@@ -62,7 +62,9 @@ def test_is_torchs_class(name):
     opt = cls([leaf(3)])
     assert isinstance(opt, peer)
     assert opt.defaults == peer([leaf(3)]).defaults
-    own = [option.name for option in COMMON]
+    own = [option.name for option in cls._own.values() if option not in COMMON]
+    assert own == (["cautious"] if name == "AdamW" else [])
+    own += [option.name for option in COMMON]
     own += [name for name in STEP_OPTIONS if name != "grad_scale"] + ["process_group", "threads"]
     assert list(inspect.signature(cls).parameters) == [*inspect.signature(peer).parameters, *own]
 

@@ -65,7 +65,7 @@ class Averaging:
             weight = self._weight(i)
             extent = 1 - weight if train else 1 - 1 / weight
             for k, param in enumerate(group["params"]):
-                own = self._own(param)
+                own = self._state_of(param)
                 if own is not None:
                     name = self._name(i, k)
                     values = _moved(
@@ -96,7 +96,7 @@ class Averaging:
             raise ValueError(f"{where}: must be between 0 and 1, got {weight}")
         return weight
 
-    def _own(self, param: Any) -> Mapping[str, Any] | None:
+    def _state_of(self, param: Any) -> Mapping[str, Any] | None:
         """Return the state of a parameter if it was stepped; else it is its own average."""
         assert self._rule.average is not None
         own = self.state.get(param)
@@ -176,7 +176,7 @@ class Averaging:
         for i, group in enumerate(self.param_groups):
             extent = 1 - 1 / self._weight(i)
             for k, param in enumerate(group["params"]):
-                name, own = self._name(i, k), self._own(param)
+                name, own = self._name(i, k), self._state_of(param)
                 if own is None or not self._is_training(i):
                     values = _wide(name, param, own or {})
                 else:
