@@ -73,6 +73,7 @@ class Fused(StateKeeper):
     _is_torchs: ClassVar[bool]  # whether the constructor and its checks are of torch.optim
     _groups: dict[int, _Group]  # by number
     _process_group: Any = None
+    _has_new_options = True  # of a group, for `Rule.row`
 
     def __init__(
         self,
@@ -211,9 +212,10 @@ class Fused(StateKeeper):
         if skip:
             assert how is not None
             how = replace(how, skip=True)
-        if self._rule.variant is not None:
+        if self._has_new_options:
             known = [self._groups[i].options for i in range(len(groups))]
             self._leaves.use_row(self._rule.row(known))
+            self._has_new_options = False
         if self._rule.advance is not None:
             self._leaves.writes = self._advance()
         self._leaves.step(
@@ -339,6 +341,7 @@ class Fused(StateKeeper):
         """Return the parameters of a group, and what the list must know of it."""
         known = self._groups.get(i)
         if known is None or not known.is_of(group):
+            self._has_new_options = True
             known = self._groups[i] = self._checked(f"param_groups[{i}]", group)
         params = group["params"]
         return params if type(params) is list else list(params), known.plan
