@@ -82,7 +82,6 @@ def test_any_options(function, data, dtype, step):
         for option in (*rule.options, *rule.memory)
         if option.name in known
     }
-    options |= {row.name: data.draw(VALUES[row.check], label=row.name) for row in rule.memory}
     if rule.demand is not None:
         try:
             rule.demand("", rule.defaults | options)

@@ -74,6 +74,7 @@ class Fused(StateKeeper):
     _is_torchs: ClassVar[bool]  # whether the constructor and its checks are of torch.optim
     _groups: dict[int, _Group]  # by number
     _process_group: Any = None
+    _has_new_options = True  # of a group, for `Rule.row`
 
     def __init__(
         self,
@@ -206,9 +207,10 @@ class Fused(StateKeeper):
         ):
             how = self._step_options(options)
         copies = None if copy_out is None else self._copies(copy_out)
-        if self._rule.variant is not None:
+        if self._has_new_options:
             known = [self._groups[i].options for i in range(len(groups))]
             self._leaves.use_row(self._rule.row(known))
+            self._has_new_options = False
         if self._rule.advance is not None:
             self._leaves.writes = self._advance()
         self._leaves.step(
@@ -351,6 +353,7 @@ class Fused(StateKeeper):
         """Return the parameters of a group, and what the list must know of it."""
         known = self._groups.get(i)
         if known is None or not known.is_of(group):
+            self._has_new_options = True
             known = self._groups[i] = self._checked(f"param_groups[{i}]", group)
         params = group["params"]
         return params if type(params) is list else list(params), known.plan
@@ -375,10 +378,9 @@ class Fused(StateKeeper):
             name, value = option.name, group[option.name]
             if isinstance(option.default, tuple):
                 options[name] = _numbers(f"{where}.{name}", value, len(option.default))
-            elif isinstance(option.default, float) or (
-                option.default is None and isinstance(value, (Real, torch.Tensor))
-            ):
-                options[name] = _number(f"{where}.{name}", value)
+            elif isinstance(option.default, float) or isinstance(value, torch.Tensor):
+                if value is not None or self._is_torchs:
+                    options[name] = _number(f"{where}.{name}", value)
             elif self._is_torchs and not isinstance(option.default, bool):
                 options[name] = option.check(f"{where}.{name}", value)  # no step of torch's does
         options |= self._checked_own(f"{where}.", options)

@@ -99,6 +99,7 @@ class Optimizer:
         self._work = _arrays.ArrayList(self.rule.name, self.rule.state_names)
         self._groups: list[_groups.Group] = []
         self._plans: list[Any] | None = None  # of the groups, if steps do not change them
+        self._has_new_options = True  # of a group, for `Rule.row`
         self._remembers = self.rule.advance is not None  # asked in every step
         self._bare = not _tree.is_groups(params)
         if isinstance(params, dict) and "params" in params and params.keys() & self.rule.checks:
@@ -162,6 +163,7 @@ class Optimizer:
         made.note(self.rule, shown, options)
         known, threads = [*self._groups, made], _threads.of(self._threads)
         begin = partial(_storage.begin_all, names, stored, states, self.rule, first, leaves.start)
+        self._has_new_options = True
         self.param_groups.append(shown)
         try:
             self._work.add(names, grads, stored, states, number, True, threads, begin)
@@ -379,7 +381,7 @@ class Optimizer:
             grads = grads._sums()
         flat = self._flatten(grads, "grads")
         if not _arrays.are_settled(self.param_groups, self._groups):
-            self._plans = None
+            self._plans, self._has_new_options = None, True
             self._check_groups()
             for i, group in enumerate(self._groups):
                 for node in group.nodes:
@@ -387,8 +389,9 @@ class Optimizer:
                 self._read_options(i, group)
         if self._plans is not None:
             return flat, self._plans
-        if self.rule.variant is not None:
+        if self._has_new_options:
             self._work.use_row(self.rule.row(group.options for group in self._groups))
+            self._has_new_options = False
         for group in self._groups:
             if group.schedule is not None:
                 group.schedule_rate(self.rule, self._work.count + 1)
