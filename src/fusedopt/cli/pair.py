@@ -31,6 +31,7 @@ class Pair:
         """Make both, each on its part."""
         first, second = _parts(params)
         self._opts = (matrices(first), rest(second))
+        self.rule = self._opts[0].rule
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
