@@ -59,9 +59,10 @@ def test_is_torchs_class(name):
     import inspect
 
     cls, peer = getattr(fo, name), getattr(torch.optim, name)
-    opt = cls([leaf(3)])
+    shape = (3,) if cls._rule.demand_shape is None else (3, 2)
+    opt = cls([leaf(*shape)])
     assert isinstance(opt, peer)
-    assert opt.defaults == peer([leaf(3)]).defaults
+    assert opt.defaults == peer([leaf(*shape)]).defaults
     own = [*cls._extras, *(option.name for option in COMMON)]
     own += [name for name in STEP_OPTIONS if name != "grad_scale"] + ["process_group", "threads"]
     assert list(inspect.signature(cls).parameters) == [*inspect.signature(peer).parameters, *own]
