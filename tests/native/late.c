@@ -27,6 +27,7 @@ static ptrdiff_t of_caller = CHUNKS / 2;
 
 const char *fo_backend(void) { return "none"; }
 void fo_forget_threads(void) {}
+const unsigned fo_awake = 50;
 
 static void body(void *context, ptrdiff_t begin, ptrdiff_t end)
 {
