@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 import fusedopt
-import fusedopt.torch as fo
 from fusedopt.optim import nadam, radam
 
 torch = pytest.importorskip("torch", reason="compares with torch.optim: extra `peers`")
+fo = pytest.importorskip("fusedopt.torch")
 
 STEPS = 25
 BOUND = {np.float32: 3e-6, np.float64: 1e-12}
