@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 import fusedopt
+from fusedopt import _core
 from fusedopt._check import Array
 from fusedopt.optimizer import Optimizer
 
@@ -57,6 +58,8 @@ REFUSED = {
     name: {dtype for state in cls.rule.states for dtype in state.refuses}
     for name, cls in _CLASSES.items()
 }
+# whether a rule has a rate for each leaf, of norms over it
+LAYERWISE = {name: bool(_core.RULES[cls.rule.name][3]) for name, cls in _CLASSES.items()}
 DTYPES = ("float32", "float64")
 
 _BLOCK = 65_537  # values repeat after this many: a prime, so that no two tensors begin alike

@@ -119,10 +119,13 @@ def text(recording: Recording) -> str:
     for entry in recording.entries:
         if entry.skipped:
             lines += ["", heading(entry), f"  skipped: {entry.skipped}"]
-        elif entry.rounds:
+            continue
+        if entry.rounds:
             lines += ["", f"{heading(entry)}; {background(entry)}"]
             lines += aligned(entry_table(entry, titles))
-            lines += [f"  left out: {line}" for line in grouped(entry.left_out, titles)]
+        elif entry.left_out:  # fusedopt itself
+            lines += ["", heading(entry)]
+        lines += [f"  left out: {line}" for line in grouped(entry.left_out, titles)]
     for case, rows in by_case(recording.memory).items():
         lines += ["", f"memory, {case}: {rows[0].elements:,} parameters"]
         lines += aligned(memory_table(rows, titles))

@@ -32,7 +32,16 @@ _OURS: dict[str, Any] = {"optimizers": tuple(OPTIMIZERS), "traced": True}
 _BF16, _INT8 = (_OURS | {"optimizers": takers(kind)} for kind in ("bfloat16", "int8"))
 _FUSED: dict[str, Any] = {"optimizers": ("adagrad", *Row.optimizers)}  # of torch's fused step
 _TORCH: dict[str, Any] = {
-    "optimizers": ("adadelta", "adamax", "asgd", "nadam", "radam", "rprop", *_FUSED["optimizers"])
+    "optimizers": (
+        "adadelta",
+        "adamax",
+        "asgd",
+        "nadam",
+        "radam",
+        "rmsprop",
+        "rprop",
+        *_FUSED["optimizers"],
+    )
 }
 _3_NS: dict[str, Any] = {"most_elements": 15 * 10**7, "most_why": "takes 3 ns or more an element"}
 
