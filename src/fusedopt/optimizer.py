@@ -10,7 +10,7 @@ import inspect
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from functools import partial
+from functools import cache, partial
 from typing import Any, ClassVar, NoReturn, get_type_hints
 
 import numpy as np
@@ -34,6 +34,12 @@ from fusedopt.formats import Stored
 from fusedopt.rule import Common, Options, Rule
 
 _ONE, _TWO, _PROPAGATE = 1.0, 2.0, "propagate"  # defaults of a step, which it knows by identity
+
+
+@cache
+def _common_types() -> dict[str, Any]:
+    """Return the types of `Common`, whose evaluation is much of what a class takes to import."""
+    return get_type_hints(Common)
 
 
 class Optimizer:
@@ -84,7 +90,7 @@ class Optimizer:
                     name, inspect.Parameter.KEYWORD_ONLY, default=cls.rule.defaults.get(name),
                     annotation=kind,
                 )
-                for name, kind in get_type_hints(Common).items()
+                for name, kind in _common_types().items()
             ]  # fmt: skip
             cls.__signature__ = shown.replace(parameters=own + common)  # type: ignore[attr-defined]
 
