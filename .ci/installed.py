@@ -46,10 +46,11 @@ def check_steps() -> None:
                 for option in cls.rule.options
                 if option.name in asked or option.term
             }
+            shapes = [3, 300_001] if cls.rule.demand_shape is None else [(1, 3), (70, 90)]
             results = []
             for module in (fusedopt, fusedopt.reference):
                 rng = np.random.default_rng(0)
-                params = [rng.standard_normal(n).astype(t) for n in (3, 300_001) for t in "fd"]
+                params = [rng.standard_normal(n).astype(t) for n in shapes for t in "fd"]
                 opt = getattr(module, cls.__name__)(params, **options)
                 for _ in range(3):
                     opt.step([rng.standard_normal(p.shape).astype(p.dtype) for p in params])
