@@ -44,10 +44,10 @@ FO_INLINE void FO_RULE(cautious_lion)(const double *h, ptrdiff_t n, REAL *param,
     FO_SIMD
     for (ptrdiff_t i = 0; i < n; i++) {
         const REAL way = beta1 * m[i] + w1 * g[i];
-        const REAL sign = way > 0 ? (REAL)1 : way < 0 ? (REAL)-1 : way == 0 ? (REAL)0 : way;
+        const REAL sign = FO_TYPED(sign_or_nan)(way);
         const REAL mean = beta2 * m[i] + w2 * g[i];
         const REAL moves = FO_TYPED(agrees)(way, g[i]);
-        p[i] = p[i] * keep - size * (sign * (moves > least ? moves : least)); /* a NaN stays */
+        p[i] = p[i] * keep - size * (sign * (moves > least ? moves : least));
         m[i] = mean;
     }
 }

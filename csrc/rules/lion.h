@@ -23,9 +23,8 @@ FO_INLINE void FO_RULE(lion)(const double *h, ptrdiff_t n, REAL *param, const RE
     FO_SIMD
     for (ptrdiff_t i = 0; i < n; i++) {
         const REAL way = beta1 * m[i] + w1 * g[i];
-        const REAL sign = way > 0 ? (REAL)1 : way < 0 ? (REAL)-1 : way == 0 ? (REAL)0 : way;
         const REAL mean = beta2 * m[i] + w2 * g[i];
-        p[i] = p[i] * keep - lr * sign; /* a NaN stays */
+        p[i] = p[i] * keep - lr * FO_TYPED(sign_or_nan)(way);
         m[i] = mean;
     }
 }

@@ -26,8 +26,7 @@ FO_INLINE void FO_RULE(rprop)(const double *h, ptrdiff_t n, REAL *param, const R
         const REAL low = free < least ? least : free; /* a NaN stays */
         const REAL size = low > most ? most : low;
         const REAL kept = way < 0 ? (REAL)0 : g[i];
-        const REAL sign = kept > 0 ? (REAL)1 : kept < 0 ? (REAL)-1 : (REAL)0;
-        p[i] = p[i] - sign * size;
+        p[i] = p[i] - FO_TYPED(sign_or_zero)(kept) * size;
         q[i] = kept;
         s[i] = size;
     }

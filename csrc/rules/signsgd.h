@@ -21,16 +21,13 @@ FO_INLINE void FO_RULE(signsgd)(const double *h, ptrdiff_t n, REAL *param, const
 
     if (b == NULL) {
         FO_SIMD
-        for (ptrdiff_t i = 0; i < n; i++) {
-            const REAL sign = g[i] > 0 ? (REAL)1 : g[i] < 0 ? (REAL)-1 : (REAL)0;
-            p[i] = p[i] * keep - lr * sign;
-        }
+        for (ptrdiff_t i = 0; i < n; i++)
+            p[i] = p[i] * keep - lr * FO_TYPED(sign_or_zero)(g[i]);
     } else {
         FO_SIMD
         for (ptrdiff_t i = 0; i < n; i++) {
             const REAL mean = b[i] + w * (g[i] - b[i]);
-            const REAL sign = mean > 0 ? (REAL)1 : mean < 0 ? (REAL)-1 : (REAL)0;
-            p[i] = p[i] * keep - lr * sign;
+            p[i] = p[i] * keep - lr * FO_TYPED(sign_or_zero)(mean);
             b[i] = mean;
         }
     }

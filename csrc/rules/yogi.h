@@ -26,8 +26,7 @@ FO_INLINE void FO_RULE(yogi)(const double *h, ptrdiff_t n, REAL *param, const RE
     for (ptrdiff_t i = 0; i < n; i++) {
         const REAL mean = m[i] + w1 * (g[i] - m[i]);
         const REAL square = g[i] * g[i], gap = v[i] - square;
-        const REAL sign = gap > 0 ? (REAL)1 : gap < 0 ? (REAL)-1 : (REAL)0;
-        const REAL moved = v[i] - (w2 * square) * sign;
+        const REAL moved = v[i] - (w2 * square) * FO_TYPED(sign_or_zero)(gap);
         p[i] = p[i] * keep - (step_size * mean) / (FO_TYPED(divide)(FO_SQRT(moved), root) + eps);
         m[i] = mean;
         v[i] = moved;
