@@ -253,11 +253,15 @@ def nonnegative(name: str, value: Any) -> float:
     return result
 
 
+def several(name: str, value: Any, length: int, word: str = "") -> None:
+    """Let `value` be a tuple or list of a length, which messages may have as a word."""
+    if not isinstance(value, (tuple, list)) or len(value) != length:
+        raise TypeError(f"{name}: expected {word or length} numbers, got {value!r}")
+
+
 def decay_rates(name: str, value: Any, count: int = 2) -> tuple[float, ...]:
     """Return `value` as two floats in [0, 1), or as many as are asked for."""
-    if not isinstance(value, (tuple, list)) or len(value) != count:
-        number = {2: "two", 3: "three"}[count]
-        raise TypeError(f"{name}: expected {number} numbers, got {value!r}")
+    several(name, value, count, {2: "two", 3: "three"}[count])
     return tuple([decay_rate(f"{name}[{i}]", rate) for i, rate in enumerate(value)])
 
 
@@ -268,8 +272,7 @@ def three_decay_rates(name: str, value: Any) -> tuple[float, ...]:
 
 def numbers(name: str, value: Any, length: int) -> tuple[float, ...]:
     """Return `value` as a number of finite floats."""
-    if not isinstance(value, (tuple, list)) or len(value) != length:
-        raise TypeError(f"{name}: expected {length} numbers, got {value!r}")
+    several(name, value, length)
     return tuple(number(f"{name}[{i}]", x) for i, x in enumerate(value))
 
 
@@ -314,8 +317,7 @@ def interval(name: str, value: Any) -> tuple[float, float]:
 
 
 def _two(name: str, value: Any) -> tuple[float, float]:
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise TypeError(f"{name}: expected two numbers, got {value!r}")
+    several(name, value, 2, "two")
     return number(f"{name}[0]", value[0]), number(f"{name}[1]", value[1])
 
 

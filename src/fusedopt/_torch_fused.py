@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NoReturn
 
 import torch
 
-from fusedopt import _copies, _options, _tensors, _threads
+from fusedopt import _check, _copies, _options, _tensors, _threads
 from fusedopt import _torch_plain as _plain
 from fusedopt import _torch_ranks as _ranks
 from fusedopt._ieee import ieee
@@ -493,8 +493,7 @@ def _number(where: str, value: Any) -> float:
 
 
 def _numbers(where: str, value: Any, count: int) -> tuple[float, ...]:
-    if not isinstance(value, (tuple, list)) or len(value) != count:
-        raise TypeError(f"{where}: expected {count} numbers, got {value!r}")
+    _check.several(where, value, count)
     return tuple(_number(f"{where}[{i}]", x) for i, x in enumerate(value))
 
 
