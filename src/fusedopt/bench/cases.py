@@ -53,11 +53,6 @@ def takers(state_dtype: str) -> tuple[str, ...]:
 STATES = {
     name: sum(cls.rule.uses(cls.rule.defaults | OPTIMIZERS[name])) for name, cls in _CLASSES.items()
 }
-# narrow formats that a rule refuses
-REFUSED = {
-    name: {dtype for state in cls.rule.states for dtype in state.refuses}
-    for name, cls in _CLASSES.items()
-}
 # whether a rule has a rate for each leaf, of norms over it
 LAYERWISE = {name: bool(_core.RULES[cls.rule.name][3]) for name, cls in _CLASSES.items()}
 DTYPES = ("float32", "float64")

@@ -31,7 +31,7 @@ PART_ROWS = ("numba", "torch-foreach", "torch-fused", "optax")
 RULE_ROWS = ("fusedopt-torch", "numpy", "torch-foreach", "torch-fused")
 SECONDS, QUICK_SECONDS, PART_SECONDS = 6.0, 3.0, 4.0
 QUICK_PLACEMENTS = 4
-USUAL = (None, False, 0, "adam", "float32")  # values of options that a command line may leave out
+USUAL = (None, False, "adam", "float32")  # values of options that a command line may leave out
 PROGRAM = "python -m fusedopt bench"  # the command that a report names
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fusedopt._check import Array
-from fusedopt.bench.cases import REFUSED, Problem
+from fusedopt.bench.cases import Problem
 
 
 class Contender(ABC):
@@ -96,8 +96,6 @@ class Row:
             return f"has no {problem.optimizer} of this form"
         if problem.dtype not in self.dtypes:
             return f"has no {problem.dtype}"
-        if self.options.get("state_dtype") in REFUSED[problem.optimizer]:
-            return f"has no {problem.optimizer} of this form"
         return None
 
     def too_much(self, problem: Problem, few_steps: bool = False) -> bool:
