@@ -242,18 +242,19 @@ def train(
     """Return the held-out loss at the end of training; by default the rate is the task's."""
     rng = np.random.default_rng(seed)
     params = {name: p.astype(form.dtype) for name, p in task.init(rng).items()}
-    peak = task.lr if lr is None else lr
-    rate = schedules.warmup(20, then=schedules.linear(peak, 0.0, task.steps - 20))
     # a rule for matrices leaves vectors, tables and the last layer to AdamW at the task's rate
     mine = set(params)
     if cls.rule.demand_shape is not None:
         mine = {n for n, p in params.items() if p.ndim == 2 and "table" not in n and "out" not in n}
-    rest = schedules.warmup(20, then=schedules.linear(task.lr, 0.0, task.steps - 20))
     parts = [
-        ({n: params[n] for n in params if n in mine}, cls, rate),
-        ({n: params[n] for n in params if n not in mine}, fusedopt.AdamW, rest),
+        ({n: params[n] for n in params if n in mine}, cls, task.lr if lr is None else lr),
+        ({n: params[n] for n in params if n not in mine}, fusedopt.AdamW, task.lr),
     ]
-    optimizers = [(own, kind(own, lr=lr, **form.options)) for own, kind, lr in parts if own]
+    optimizers = []
+    for own, kind, peak in parts:
+        rate = schedules.warmup(20, then=schedules.linear(peak, 0.0, task.steps - 20))
+        if own:
+            optimizers.append((own, kind(own, lr=rate, **form.options)))
     for _ in range(task.steps):
         leaves = {name: as_tensor(p).requires_grad_() for name, p in params.items()}
         grads = torch.autograd.grad(task.loss(leaves, task.batch(rng)), list(leaves.values()))

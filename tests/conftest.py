@@ -28,11 +28,11 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    every = config.getoption("every")
-    left = [item for item in items if zlib.crc32(item.nodeid.encode()) % every]
-    if left:
-        config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if zlib.crc32(item.nodeid.encode()) % every == 0]
+    every, kept, left = config.getoption("every"), [], []
+    for item in items:
+        (left if zlib.crc32(item.nodeid.encode()) % every else kept).append(item)
+    config.hook.pytest_deselected(items=left)
+    items[:] = kept
 
 
 def pytest_sessionstart():
