@@ -1,6 +1,8 @@
 """A signal handler that raises at any moment: a call has happened completely or not at all."""
 
+import gc
 import signal
+import sys
 
 import pytest
 from test_processes import run
@@ -118,6 +120,34 @@ while time.monotonic() < end:
 {finally_}
 print(alarms)
 """
+
+
+def interrupted_at(when, call):
+    """Whether Ctrl-C came, at the `when`-th line of Python code that the call runs.
+
+    Without collections of garbage: an exception in a callback of the collector, of which
+    hypothesis has one, is lost.
+    """
+    lines, before, collects = 0, sys.gettrace(), gc.isenabled()
+
+    def trace(frame, event, arg):
+        nonlocal lines
+        lines += event == "line"
+        if event == "line" and lines == when:
+            raise KeyboardInterrupt
+        return trace
+
+    gc.disable()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+        if collects:
+            gc.enable()
+    return False
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

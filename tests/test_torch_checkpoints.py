@@ -2,9 +2,10 @@
 
 import copy
 import itertools
-import sys
+from functools import partial
 
 import pytest
+from test_interrupts import interrupted_at
 from torch_cases import fo, leaf, numbers, torch
 
 import fusedopt
@@ -318,35 +319,17 @@ def test_a_load_is_interrupted_at_any_moment(name, state_dtype):
     for one in saved[::-1]:
         opt.load_state_dict(copy.deepcopy(one))
         states.append(look())
-    outcomes, when, lines = set(), 0, [0]
-
-    def trace(frame, event, arg):
-        lines[0] += event == "line"
-        if event == "line" and lines[0] == when:
-            raise KeyboardInterrupt
-        return trace
-
-    while True:
-        when, lines[0] = when + 1, 0
+    outcomes, when, interrupted = set(), 0, True
+    while interrupted:
+        when += 1 if when <= 40 else 7  # the later lines are similar
         opt.load_state_dict(copy.deepcopy(saved[0]))
         loading = copy.deepcopy(saved[1])
-        before = sys.gettrace()
-        sys.settrace(trace)
-        try:
-            opt.load_state_dict(loading)
-        except KeyboardInterrupt:
-            pass
-        else:
-            break
-        finally:
-            sys.settrace(before)
+        interrupted = interrupted_at(when, partial(opt.load_state_dict, loading))
         now = look()
         outcomes.add(next(i for i, state in enumerate(states) if alike(now, state)))
         assert torch.is_grad_enabled(), when
         assert not opt._optimizer_load_state_dict_pre_hooks
         assert not opt._optimizer_load_state_dict_post_hooks
-        if when > 40:
-            when += 6  # the later lines are similar
     assert outcomes >= {1} and when > 100
     opt.load_state_dict(copy.deepcopy(saved[1]))
     assert alike(look(), states[0])

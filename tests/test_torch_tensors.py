@@ -2,11 +2,11 @@
 
 import copy
 import gc
-import sys
 import threading
 import weakref
 
 import pytest
+from test_interrupts import interrupted_at
 from torch_cases import fo, leaf, since, torch, twins
 
 from fusedopt import _torch_plain
@@ -721,31 +721,15 @@ def test_a_signal_in_the_first_step(options, monkeypatch):
 @pytest.mark.parametrize("outside", [torch.enable_grad, torch.no_grad])
 def test_autograd_after_a_first_step_that_was_interrupted(outside, dtype, options):
     """At each line of the Python code that makes the state."""
-    when, lines = 0, [0]
-
-    def trace(frame, event, arg):
-        lines[0] += event == "line"
-        if event == "line" and lines[0] == when:
-            raise KeyboardInterrupt
-        return trace
-
+    when, interrupted = 0, True
     with outside():
         mode = torch.is_grad_enabled()
-        while True:
-            when, lines[0] = when + 1, 0
+        while interrupted:
+            when += 1
             opt = fo.AdamW([leaf(70, dtype=dtype), leaf(3, dtype=dtype)], **options)
-            before = sys.gettrace()
-            sys.settrace(trace)
-            try:
-                opt.step()
-            except KeyboardInterrupt:
-                pass
-            else:
-                break
-            finally:
-                sys.settrace(before)
-                now = torch.is_grad_enabled()
-                torch.set_grad_enabled(mode)
+            interrupted = interrupted_at(when, opt.step)
+            now = torch.is_grad_enabled()
+            torch.set_grad_enabled(mode)
             assert now == mode, when
     assert when > 50
 
