@@ -53,10 +53,27 @@ typedef struct fo_format_info {
 /* The table of formats, FO_FORMATS rows by fo_format. Constant. */
 const fo_format_info *fo_formats(void);
 
+/* Which of the leaf's elements an array has a number for. All but state has FO_EACH. */
+typedef enum fo_map {
+    FO_EACH,
+    FO_EVERY,  /* elements 0, every, 2 * every, ... */
+    FO_ROWS,   /* one number for each row of the leaf's matrices */
+    FO_COLUMNS /* one for each column of each matrix */
+} fo_map;
+
+/* What such maps need to know of a leaf, whose elements are in row-major order then. */
+typedef struct fo_shape {
+    ptrdiff_t every;                   /* of FO_EVERY: > 0 */
+    ptrdiff_t matrices, rows, columns; /* of FO_ROWS and FO_COLUMNS: a leaf of matrices of rows */
+    void *scratch;                     /* the same, during a step: fo_scratch() bytes, aligned to 8 */
+} fo_shape;
+
 typedef struct fo_array {
     void *data;  /* any alignment; NULL: this leaf has no such array */
-    void *extra; /* exponents of 8-bit blocks, or residual bits; any alignment */
+    void *extra; /* exponents of 8-bit blocks, or residual bits; any alignment. Of a map other than
+                    FO_EACH the leaf's fo_shape; the format is then FO_F32 or FO_F64 */
     fo_format format;
+    fo_map map;
 } fo_array;
 
 /* One set of constants, in double; a kernel rounds them once to the compute type. */
@@ -70,7 +87,7 @@ typedef struct fo_hyper {
 } fo_hyper;
 
 /* One parameter with all arrays that a step reads or writes for it. The arrays of a leaf hold n
- * elements each, in the same memory order. No array overlaps another one of any leaf, except that
+ * elements each, but for their fo_map, in the same memory order. No array overlaps another one of any leaf, except that
  * leaves may share gradients, which are only read. If the parameter is FO_F64, its state is too and
  * the arithmetic is in double; else states have any format but FO_F64 and the arithmetic is in
  * float. */
@@ -109,12 +126,25 @@ typedef struct fo_run {
     double clip_value; /* > 0: limits scaled gradients to [-clip_value, clip_value]; 0: no limit */
     int zero_grads;    /* sets gradients to 0; then no two leaves may share one */
     int has_grad;      /* set after fo_measure; the gradient sums in `stats` are already filled */
-    int has_direction; /* set after fo_direct; the sums in `stats` are used for the trust ratios */
+    int has_direction; /* set after fo_direct; the sums in `stats` are used for the trust ratios,
+                          and factors in fo_shape.scratch */
     int norm_only;     /* fo_measure fills `grad` and `nonfinite` alone, which takes less time */
     fo_measures measure; /* what fo_step fills `stats` with */
     fo_stats *tiles;     /* scratch, fo_count_tiles() of them; NULL if nothing is measured */
     fo_stats *stats;     /* results, one for each leaf; 0 for a leaf without gradient */
 } fo_run;
+
+/* Kinds of rules: see rules/index.h. Those from FO_LAYERWISE on need fo_direct before the step, of
+ * which fo_run must have tiles and stats. */
+typedef enum fo_kind {
+    FO_PLAIN,
+    FO_INTERNAL, /* the package's own; no optimizer is made of it */
+    FO_LAYERWISE,
+    FO_COUNTING,
+    FO_FACTORED, /* of matrices it keeps factors, of rows and of columns */
+    FO_SUMMING,  /* its constants depend on sums over all leaves: the caller makes them in between */
+    FO_MATRIX    /* its last state array holds the direction during a step */
+} fo_kind;
 
 /* A rule of the table, as a binding needs it. */
 typedef struct fo_rule {
@@ -122,9 +152,7 @@ typedef struct fo_rule {
     const char *const *scalars; /* names, ended by NULL */
     int states;                 /* number of its state arrays, optional ones last */
     int required;               /* how many of them every leaf must have */
-    int layerwise; /* it has a direction over the leaf: see fo_direct; fo_run needs tiles, stats */
-    int matrix;    /* layer-wise, and its last state array holds the direction during a step */
-    int internal;  /* the package's own; no optimizer is made of it */
+    fo_kind kind;
 } fo_rule;
 
 /* The rules, ended by a row whose name is NULL. Constant. */
@@ -144,12 +172,13 @@ fo_status fo_measure(fo_leaf *leaves, ptrdiff_t n, const fo_run *run, int thread
 
 /* One read of all that a layer-wise rule reads: fills `param` and `update` of run->stats with the
  * sums of squares of each leaf's parameter and of the direction in which the rule would go (0 for a
- * leaf without gradient; of a rule that counts, with numbers of elements), and leaves all else
- * alone. The arguments are those of the fo_step that follows with run->has_direction set; in
+ * leaf without gradient; of a rule that counts, with numbers of elements; of one that sums, with
+ * the sums of its two terms), and leaves all else alone. The arguments are those of the fo_step that follows with run->has_direction set; in
  * between the caller may add the sums of other parts of the same tensors. Of a matrix rule it also
  * writes the direction into the last state array, which is FO_F64 where the parameter is, else
- * FO_F32: the caller may replace it, and fo_step goes along what it finds there. FO_BAD_ARGUMENT
- * for a rule that is not layer-wise, and where fo_step returns it. */
+ * FO_F32: the caller may replace it, and fo_step goes along what it finds there. Of a factored one
+ * it writes the scratch. FO_BAD_ARGUMENT for a rule that has no direction, and where fo_step
+ * returns it. */
 fo_status fo_direct(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
                     ptrdiff_t n_hypers, const fo_run *run, int threads);
 
@@ -159,11 +188,25 @@ fo_stats fo_total(const fo_stats *stats, ptrdiff_t n);
 /* How many tiles n leaves have: the length of fo_run.tiles. */
 ptrdiff_t fo_count_tiles(const fo_leaf *leaves, ptrdiff_t n);
 
+/* Bytes that fo_shape.scratch needs, a multiple of 8. */
+size_t fo_scratch(const fo_shape *shape);
+
+/* How many elements an array of a leaf of n elements has. */
+static inline ptrdiff_t fo_count(const fo_array *array, ptrdiff_t n)
+{
+    const fo_shape *const shape = array->map == FO_EACH ? NULL : (const fo_shape *)array->extra;
+    return array->map == FO_EVERY     ? (n + shape->every - 1) / shape->every
+           : array->map == FO_ROWS    ? shape->matrices * shape->rows
+           : array->map == FO_COLUMNS ? shape->matrices * shape->columns
+                                      : n;
+}
+
 /* The key of the noise for leaf number `leaf` in a step, from 1. */
 uint64_t fo_key(uint64_t seed, uint64_t leaf, uint64_t step);
 
-/* Fills the state arrays of n leaves with zeros, split over threads as fo_step splits them: on
- * first touch each page lands near the thread that will use it. */
+/* Fills the state arrays of n leaves with zeros, but for those with another map than FO_EACH, which
+ * are small, split over threads as fo_step splits them: on first touch each page lands near the
+ * thread that will use it. */
 fo_status fo_zero_state(fo_leaf *leaves, ptrdiff_t n, int threads);
 
 /* For measurements of the memory's limit: reads and writes the bytes that fo_step does, with next

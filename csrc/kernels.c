@@ -4,8 +4,9 @@
  *
  * Everything here is static but that table. Every function's name holds the ISA, so that a
  * disassembly tells the copies apart. */
-#include "kernels.h"
+#include "factors.h"
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -76,6 +77,7 @@ enum { FO_PIECE = 128, FO_AHEAD = 768, FO_LINE = 64 };
 #define FO_FMA fmaf
 #define FO_BITS uint32_t
 #define FO_INFINITE 0x7f800000u
+#define FO_EPSILON FLT_EPSILON
 #include "tile.inc"
 #undef REAL
 #undef FO_TYPE
@@ -91,6 +93,7 @@ enum { FO_PIECE = 128, FO_AHEAD = 768, FO_LINE = 64 };
 #undef FO_FMA
 #undef FO_BITS
 #undef FO_INFINITE
+#undef FO_EPSILON
 
 #define REAL double
 #define FO_TYPE f64
@@ -106,6 +109,7 @@ enum { FO_PIECE = 128, FO_AHEAD = 768, FO_LINE = 64 };
 #define FO_FMA fma
 #define FO_BITS uint64_t
 #define FO_INFINITE 0x7ff0000000000000u
+#define FO_EPSILON DBL_EPSILON
 #include "tile.inc"
 
 #define FO_NAME(name) #name,
@@ -113,22 +117,17 @@ enum { FO_PIECE = 128, FO_AHEAD = 768, FO_LINE = 64 };
     static const char *const FO_CAT3(rule, names, FO_ISA)[] = {LIST(FO_NAME) NULL};
 FO_RULES(FO_NAMES)
 
-enum { PLAIN, INTERNAL, LAYERWISE, COUNTING, MATRIX };
 #define FO_ROW(rule, LIST, states, required, KIND, SETS)                                           \
-    {#rule,                                                                                        \
-     FO_CAT3(rule, names, FO_ISA),                                                                 \
-     states,                                                                                       \
-     required,                                                                                     \
-     KIND >= LAYERWISE,                                                                            \
-     KIND == MATRIX,                                                                               \
-     KIND == INTERNAL},
+    {#rule, FO_CAT3(rule, names, FO_ISA), states, required, FO_##KIND},
 static const fo_rule FO_CAT(rules, FO_ISA)[] = {FO_RULES(FO_ROW){.name = NULL}};
 
 #define PLAIN_TRUST(rule) NULL
 #define INTERNAL_TRUST(rule) NULL
+#define SUMMING_TRUST(rule) NULL
 #define MATRIX_TRUST(rule) NULL
 #define LAYERWISE_TRUST(rule) FO_CAT3(rule##_trust, f64, FO_ISA)
-#define COUNTING_TRUST(rule) FO_CAT3(rule##_trust, f64, FO_ISA)
+#define COUNTING_TRUST(rule) LAYERWISE_TRUST(rule)
+#define FACTORED_TRUST(rule) LAYERWISE_TRUST(rule)
 #define FO_OWN_TRUST(rule, LIST, states, required, KIND, SETS) KIND##_TRUST(rule),
 static fo_trust *const FO_CAT(trust, FO_ISA)[] = {FO_RULES(FO_OWN_TRUST)};
 
@@ -142,4 +141,7 @@ const fo_kernels FO_CAT(fo_kernels, FO_ISA) = {
     .direct = {FO_CAT3(direct, f32, FO_ISA), FO_CAT3(direct, f64, FO_ISA)},
     .copy = {FO_CAT3(copy, f32, FO_ISA), FO_CAT3(copy, f64, FO_ISA)},
     .stream = {FO_CAT3(stream, f32, FO_ISA), FO_CAT3(stream, f64, FO_ISA)},
+    .sum_factors = {FO_CAT3(sum_factors, f32, FO_ISA), FO_CAT3(sum_factors, f64, FO_ISA)},
+    .fold_factors = {FO_CAT3(fold_factors, f32, FO_ISA), FO_CAT3(fold_factors, f64, FO_ISA)},
+    .keep_factors = {FO_CAT3(keep_factors, f32, FO_ISA), FO_CAT3(keep_factors, f64, FO_ISA)},
 };

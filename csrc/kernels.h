@@ -21,9 +21,10 @@ typedef struct fo_task {
  * elements and tiles. */
 typedef void fo_range(const fo_task *task, const fo_leaf *leaf, ptrdiff_t begin, ptrdiff_t end);
 
-/* The trust ratio of a layer-wise rule for a leaf, from the sums of squares of its parameter and of
- * the direction in which the rule would go, or from what a rule counts of it: rules/index.h. */
-typedef double fo_trust(const double *scalars, double param, double direction);
+/* The trust ratio of a layer-wise rule for a leaf, from the number of its elements, and the sums of
+ * squares of its parameter and of the direction in which the rule would go, or what a rule counts
+ * of it: rules/index.h. */
+typedef double fo_trust(const double *scalars, double count, double param, double direction);
 
 enum { FO_COMPUTE_F32, FO_COMPUTE_F64, FO_COMPUTES }; /* the types that rules are compiled for */
 
@@ -36,6 +37,8 @@ typedef struct fo_kernels {
     fo_range *direct[FO_COMPUTES];  /* a layer-wise rule's direction, and sums */
     fo_range *copy[FO_COMPUTES];    /* the parameter's rounded copy, and nothing else */
     fo_range *stream[FO_COMPUTES];  /* the bytes of a step without its arithmetic */
+    /* of a factored rule, factors.inc: ranges are of parts of a leaf, and of its matrices */
+    fo_range *sum_factors[FO_COMPUTES], *fold_factors[FO_COMPUTES], *keep_factors[FO_COMPUTES];
 } fo_kernels;
 
 /* 64 bits in, 64 well-mixed bits out: the finaliser of splitmix64 (Steele, Lea & Flood, OOPSLA

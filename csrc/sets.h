@@ -23,7 +23,8 @@ typedef struct set {
 
 static inline int is_array_of(const fo_array *array, fo_format format)
 {
-    return array->data != NULL && array->format == format && fo_is_aligned(array);
+    return array->data != NULL && array->format == format && array->map == FO_EACH &&
+           fo_is_aligned(array);
 }
 
 /* Whether a leaf has exactly these arrays, all of them aligned. */
@@ -41,6 +42,7 @@ static inline int is_of(const fo_leaf *leaf, const set *formats)
 FO_INLINE void know(fo_array *array, fo_format format, int is_there)
 {
     array->format = format;
+    array->map = FO_EACH;
     if (is_there &&
         (array->data == NULL || (fo_format_table[format].extra != 0 && array->extra == NULL)))
         __builtin_unreachable();

@@ -6,7 +6,6 @@
  * which it begins: chunks cost about the same whatever the mixture of sizes, and a tile is never
  * cut. */
 #include "split.h"
-#include "threads.h"
 
 enum {
     TILE_LENGTH = FO_TILE + 32, /* elements that cost as much as a tile: 32 is its overhead */
@@ -35,8 +34,7 @@ static ptrdiff_t lay_out(fo_leaf *leaves, ptrdiff_t n, fo_choice which)
     return length;
 }
 
-/* The last leaf that starts at or before a place on the line. */
-static ptrdiff_t leaf_at(const fo_work *w, ptrdiff_t place)
+ptrdiff_t fo_leaf_at(const fo_work *w, ptrdiff_t place)
 {
     ptrdiff_t low = 0, high = w->n;
     while (high - low > 1) {
@@ -61,7 +59,7 @@ static void run_chunks(void *context, ptrdiff_t first, ptrdiff_t last)
     const ptrdiff_t from = first * CHUNK_LENGTH, to = last * CHUNK_LENGTH;
     const ptrdiff_t line_end = to < w->length ? to : w->length;
 
-    for (ptrdiff_t i = leaf_at(w, from); i < w->n && w->leaves[i].start < line_end; i++) {
+    for (ptrdiff_t i = fo_leaf_at(w, from); i < w->n && w->leaves[i].start < line_end; i++) {
         const fo_leaf *leaf = &w->leaves[i];
         const ptrdiff_t next = i + 1 < w->n ? w->leaves[i + 1].start : w->length;
         if (next == leaf->start)
@@ -75,14 +73,18 @@ static void run_chunks(void *context, ptrdiff_t first, ptrdiff_t last)
     }
 }
 
+fo_size fo_size_of(ptrdiff_t elements)
+{
+    return elements < MEDIUM_LENGTH  ? FO_SMALL
+           : elements < LARGE_LENGTH ? FO_MEDIUM
+                                     : FO_LARGE;
+}
+
 void fo_split(fo_work *w, fo_choice which, int threads)
 {
     w->length = lay_out(w->leaves, w->n, which);
     ptrdiff_t chunks = (w->length + CHUNK_LENGTH - 1) / CHUNK_LENGTH;
-    const fo_size size = w->length < MEDIUM_LENGTH  ? FO_SMALL
-                         : w->length < LARGE_LENGTH ? FO_MEDIUM
-                                                    : FO_LARGE;
-    fo_parallel(run_chunks, w, chunks, size, threads);
+    fo_parallel(run_chunks, w, chunks, fo_size_of(w->length), threads);
 }
 
 ptrdiff_t fo_count_tiles(const fo_leaf *leaves, ptrdiff_t n)

@@ -3,6 +3,7 @@
 #define FUSEDOPT_SPLIT_H
 
 #include "kernels.h"
+#include "threads.h"
 
 /* The work of one call. Owned by the caller, like the lists that it points to. */
 typedef struct fo_work {
@@ -28,6 +29,17 @@ static inline ptrdiff_t fo_tiles_of(const fo_leaf *leaf)
 {
     return (leaf->n + FO_TILE - 1) / FO_TILE;
 }
+
+/* The last leaf that starts at or before a place on the line. */
+ptrdiff_t fo_leaf_at(const fo_work *work, ptrdiff_t place);
+
+/* How much work so many elements are for a parallel loop. */
+fo_size fo_size_of(ptrdiff_t elements);
+
+/* Finds the factors of all leaves that have some, and writes those that the rule keeps: factors.c.
+ * Write the leaves' scratch (start). */
+void fo_find_factors(fo_work *work, const fo_kernels *kernels, int threads);
+void fo_keep_factors(fo_work *work, const fo_kernels *kernels, int threads);
 
 /* Calls work->range for all elements of the chosen leaves, on at most `threads` threads, and
  * returns when all is done. Writes the leaves' scratch (start, tile). Never fails. */

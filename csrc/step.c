@@ -1,5 +1,6 @@
 /* The calls that work on a list of leaves. Each checks the whole list before the first write, and
  * then makes one or several passes over it (split.c), whose sums it folds (total.c). */
+#include "factors.h"
 #include "ieee.h"
 #include "total.h"
 
@@ -9,6 +10,32 @@ static int is_format(const fo_array *array)
 {
     return (unsigned)array->format < FO_FORMATS &&
            (fo_formats()[array->format].extra == 0 || array->extra != NULL);
+}
+
+/* Whether a state array has a number for each element of the leaf, or is a sample of them. */
+static int is_mapped(const fo_array *array)
+{
+    if (array->map == FO_EACH)
+        return 1;
+    const fo_shape *shape = array->extra;
+    return array->map == FO_EVERY && shape != NULL && shape->every > 0 &&
+           (array->format == FO_F32 || array->format == FO_F64);
+}
+
+/* Whether a leaf of a factored rule has either factors, of matrices that are the leaf, or one number
+ * for each element. */
+static int has_factors(const fo_leaf *leaf, ptrdiff_t n_states)
+{
+    const fo_array *rows = &leaf->state[0], *columns = &leaf->state[1];
+    const int has_rest = leaf->state[n_states - 1].data != NULL;
+    if (rows->data == NULL && columns->data == NULL)
+        return has_rest && leaf->state[n_states - 1].map == FO_EACH;
+    const fo_shape *shape = rows->extra;
+    return !has_rest && rows->data != NULL && columns->data != NULL && rows->map == FO_ROWS &&
+           columns->map == FO_COLUMNS && shape != NULL && columns->extra == shape &&
+           shape->scratch != NULL && shape->matrices > 0 && shape->rows > 0 &&
+           shape->columns > 0 && shape->matrices * shape->rows * shape->columns == leaf->n &&
+           rows->format == columns->format;
 }
 
 /* Whether an array that a step writes beside the parameter may have this format, if it is there. */
@@ -33,7 +60,15 @@ static int is_valid(const fo_leaf *leaf, const fo_rule *rule, ptrdiff_t n_hypers
             (leaf->state[k].data == NULL && k < rule->required && leaf->n > 0 &&
              leaf->grad.data != NULL))
             return 0;
-    const fo_array *direction = rule->matrix ? &leaf->state[rule->states - 1] : NULL;
+    if (rule->kind == FO_FACTORED) {
+        if (leaf->n > 0 && leaf->grad.data != NULL && !has_factors(leaf, rule->states))
+            return 0;
+    } else {
+        for (int k = 0; k < FO_MAX_STATES; k++)
+            if (leaf->state[k].data != NULL && !is_mapped(&leaf->state[k]))
+                return 0;
+    }
+    const fo_array *direction = rule->kind == FO_MATRIX ? &leaf->state[rule->states - 1] : NULL;
     if (direction != NULL && direction->data != NULL &&
         direction->format != (is_double ? FO_F64 : FO_F32))
         return 0;
@@ -52,7 +87,7 @@ static int is_valid_call(const fo_rule *rules, int rule, const fo_leaf *leaves, 
     if (rule < 0)
         return 0;
     const int measures = how != NULL && how->measure != FO_MEASURE_NOTHING;
-    if ((rules[rule].layerwise || measures) &&
+    if ((rules[rule].kind >= FO_LAYERWISE || measures) &&
         (how == NULL || how->tiles == NULL || how->stats == NULL))
         return 0;
     for (ptrdiff_t i = 0; i < n; i++)
@@ -76,6 +111,8 @@ static int is_far(const fo_leaf *leaves, ptrdiff_t n)
 /* The squares of every leaf's parameter and direction, from one read of all that the rule reads. */
 static void direct(fo_work *w, const fo_kernels *kernels, int threads)
 {
+    if (kernels->rules[w->task.rule].kind == FO_FACTORED)
+        fo_find_factors(w, kernels, threads);
     w->range = kernels->direct;
     fo_split(w, FO_WITH_GRAD, threads);
     fo_fold_tiles(w, FO_PART_SQUARES, threads);
@@ -89,8 +126,8 @@ static void set_trust(const fo_work *w, const fo_kernels *kernels)
     for (ptrdiff_t i = 0; i < w->n; i++) {
         fo_leaf *leaf = &w->leaves[i];
         if (leaf->grad.data != NULL)
-            leaf->trust =
-                trust(w->task.hypers[leaf->hyper].scalars, stats[i].param, stats[i].update);
+            leaf->trust = trust(w->task.hypers[leaf->hyper].scalars, (double)leaf->n,
+                                stats[i].param, stats[i].update);
     }
 }
 
@@ -107,7 +144,8 @@ static __attribute__((noinline)) fo_status step(int rule, fo_leaf *leaves, ptrdi
     int copies_alone = 0;
     for (ptrdiff_t i = 0; i < n; i++)
         copies_alone |= fo_is_chosen(&leaves[i], FO_COPY_ALONE);
-    if (kernels->rules[rule].layerwise) {
+    const fo_kind kind = kernels->rules[rule].kind;
+    if (kind >= FO_LAYERWISE) {
         if (!how->has_direction)
             direct(&w, kernels, threads);
         if (kernels->trust[rule] != NULL)
@@ -121,6 +159,8 @@ static __attribute__((noinline)) fo_status step(int rule, fo_leaf *leaves, ptrdi
                       : how->has_grad                  ? FO_PART_STEP
                                                        : FO_PART_GRAD | FO_PART_STEP,
                       threads);
+    if (kind == FO_FACTORED)
+        fo_keep_factors(&w, kernels, threads);
     if (copies_alone) { /* last, as it lays out the list anew */
         w.range = kernels->copy;
         fo_split(&w, FO_COPY_ALONE, threads);
@@ -142,7 +182,7 @@ fo_status fo_direct(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hype
 {
     const fo_kernels *kernels = fo_active_kernels();
     if (!is_valid_call(kernels->rules, rule, leaves, n, n_hypers, how) ||
-        !kernels->rules[rule].layerwise)
+        kernels->rules[rule].kind < FO_LAYERWISE)
         return FO_BAD_ARGUMENT;
     const fo_task task = {.rule = rule, .hypers = hypers, .run = how, .is_far = is_far(leaves, n)};
     fo_work w = {.leaves = leaves, .n = n, .task = task};
@@ -184,6 +224,8 @@ static void zero_state(const fo_task *task, const fo_leaf *leaf, ptrdiff_t begin
     (void)task;
     for (int k = 0; k < FO_MAX_STATES; k++) {
         const fo_array *state = &leaf->state[k];
+        if (state->map != FO_EACH)
+            continue;
         zero(state->data, fo_data_bytes(state, begin), fo_data_bytes(state, end));
         zero(state->extra, fo_extra_bytes(state, begin), fo_extra_bytes(state, end));
     }

@@ -9,7 +9,7 @@
 #ifndef FUSEDOPT_CODEC_VECTOR_H
 #define FUSEDOPT_CODEC_VECTOR_H
 
-#if defined(FO_PLAIN) /* for the tests */
+#if defined(FO_NO_VECTOR) /* for the tests */
 #elif defined(__AVX512BW__)
 #define FO_VECTORS 4
 #define V(operation) _mm512_##operation

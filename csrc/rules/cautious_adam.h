@@ -39,9 +39,10 @@ FO_INLINE void FO_RULE(cautious_adam_direction)(const double *h, ptrdiff_t n, co
         u[i] = FO_TYPED(agrees)(m[i] + w1 * (g[i] - m[i]), g[i]);
 }
 
-FO_INLINE double FO_RULE(cautious_adam_trust)(const double *h, double count, double marked)
+FO_INLINE double FO_RULE(cautious_adam_trust)(const double *h, double n, double count, double marked)
 {
     FO_PLACES(CAUTIOUS_ADAM_SCALARS)
+    (void)n;
     return h[at_cautious] != 0 ? FO_TYPED(for_the_still)(count, marked) : 1;
 }
 

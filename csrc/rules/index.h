@@ -8,6 +8,15 @@
  * h[FO_TRUST]. A COUNTING rule is such a one whose direction is 1 or 0: <rule>_trust gets how many
  * elements the leaf has, and of how many the direction is 1.
  *
+ * A FACTORED rule is a layer-wise one that keeps, of a leaf of matrices, the means of squares of
+ * rows and of columns in its first two states (factors.inc), and of any other leaf a third state:
+ * its loop gets either the factors of each element, or the third. <rule>_trust also gets the number
+ * of the leaf's elements.
+ *
+ * A SUMMING rule has <rule>_terms in the place of a direction, which writes two terms for each
+ * element. fo_direct sums them over each leaf, and the caller makes the constants of the step by
+ * the sums. Some of its states may be samples (FO_EVERY).
+ *
  * A MATRIX rule has a direction too, but no ratio: its last state array, of the compute type, holds
  * the direction during a step, and the caller replaces it between fo_direct and fo_step. An
  * INTERNAL rule is plain, but no optimizer: the package uses it and has no class for it.
@@ -22,6 +31,7 @@
  *
  * Included by tile.inc once per compute type, so it has no guard. */
 #include "adadelta.h"
+#include "adafactor.h"
 #include "adagrad.h"
 #include "adam.h"
 #include "adamax.h"
@@ -34,6 +44,7 @@
 #include "lion.h"
 #include "muon.h"
 #include "nadam.h"
+#include "prodigy.h"
 #include "radam.h"
 #include "rmsprop.h"
 #include "rprop.h"
@@ -60,6 +71,8 @@
     X(signsgd, SIGNSGD_SCALARS, 1, 0, PLAIN, FO_NO_SETS)                                           \
     X(yogi, YOGI_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                                 \
     X(muon, MUON_SCALARS, 2, 2, MATRIX, FO_NO_SETS)                                                \
+    X(adafactor, ADAFACTOR_SCALARS, 3, 0, FACTORED, FO_NO_SETS)                                    \
+    X(prodigy, PRODIGY_SCALARS, 4, 4, SUMMING, FO_NO_SETS)                                         \
     X(adagrad, ADAGRAD_SCALARS, 1, 1, PLAIN, FO_SETS)                                              \
     X(nadam, NADAM_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                               \
     X(radam, RADAM_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                               \

@@ -38,9 +38,11 @@ FO_INLINE void FO_RULE(lamb_direction)(const double *h, ptrdiff_t n, const REAL 
     }
 }
 
-FO_INLINE double FO_RULE(lamb_trust)(const double *h, double params, double directions)
+FO_INLINE double FO_RULE(lamb_trust)(const double *h, double count, double params,
+                                  double directions)
 {
     const double param = sqrt(params), direction = sqrt(directions);
+    (void)count;
     (void)h;
     return param > 0 && direction > 0 ? param / direction : 1;
 }

@@ -19,10 +19,12 @@ FO_INLINE void FO_RULE(lars_direction)(const double *h, ptrdiff_t n, const REAL 
     memcpy(out, grad, (size_t)n * sizeof *out);
 }
 
-FO_INLINE double FO_RULE(lars_trust)(const double *h, double params, double directions)
+FO_INLINE double FO_RULE(lars_trust)(const double *h, double count, double params,
+                                  double directions)
 {
     FO_PLACES(LARS_SCALARS)
     const double param = sqrt(params), direction = sqrt(directions);
+    (void)count;
     if (!(param > 0 && direction > 0))
         return 1;
     return h[at_trust] * param / (direction + h[at_weight_decay] * param + h[at_eps]);

@@ -29,6 +29,7 @@ from fusedopt._threads import get_num_threads, set_num_threads  # noqa: E402
 from fusedopt._version import __version__  # noqa: E402
 from fusedopt.accumulate import GradAccumulator  # noqa: E402
 from fusedopt.optim.adadelta import Adadelta  # noqa: E402
+from fusedopt.optim.adafactor import Adafactor  # noqa: E402
 from fusedopt.optim.adagrad import Adagrad  # noqa: E402
 from fusedopt.optim.adam import Adam, AdamW  # noqa: E402
 from fusedopt.optim.adamax import Adamax  # noqa: E402
@@ -40,6 +41,7 @@ from fusedopt.optim.lars import LARS  # noqa: E402
 from fusedopt.optim.lion import Lion  # noqa: E402
 from fusedopt.optim.muon import Muon  # noqa: E402
 from fusedopt.optim.nadam import NAdam  # noqa: E402
+from fusedopt.optim.prodigy import Prodigy  # noqa: E402
 from fusedopt.optim.radam import RAdam  # noqa: E402
 from fusedopt.optim.rmsprop import RMSprop  # noqa: E402
 from fusedopt.optim.rprop import Rprop  # noqa: E402
@@ -60,6 +62,7 @@ __all__ = [
     "SGD",
     "AdEMAMix",
     "Adadelta",
+    "Adafactor",
     "Adagrad",
     "Adam",
     "AdamW",
@@ -70,6 +73,7 @@ __all__ = [
     "NAdam",
     "Muon",
     "Optimizer",
+    "Prodigy",
     "RAdam",
     "RMSprop",
     "Rprop",

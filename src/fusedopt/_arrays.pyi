@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from fusedopt._leaves import LeafList
 from fusedopt._options import Reduction, StepOptions, StepResult
 from fusedopt.formats import Stored
-from fusedopt.rule import Plan
+from fusedopt.rule import Layout, Plan
 
 _Prepared: TypeAlias = tuple[list[NDArray[Any] | None], list[Plan]]  # of each leaf; of each group
 
@@ -19,6 +19,7 @@ def find_none(values: Sequence[Any], grads: Sequence[Any]) -> int: ...
 class ArrayList(LeafList):
     def __new__(cls, rule: str, state_names: tuple[str, ...]) -> ArrayList: ...
     def __len__(self) -> int: ...
+    settler: Callable[[float, float], list[Plan] | None] | None
     @property
     def names(self) -> list[str]: ...
     @property
@@ -37,6 +38,7 @@ class ArrayList(LeafList):
         grad_names: list[str],
         params: Sequence[NDArray[Any] | Stored],
         states: Sequence[Sequence[NDArray[Any] | Stored | None]],
+        layouts: Sequence[Layout | None],
         group: int,
         zero: bool,
         threads: int,

@@ -141,6 +141,7 @@ cdef struct LeafRecord:
     bint noisy                   # whether a store rounds stochastically: then there is a key
     int64_t step                 # steps that this leaf has taken
     int group
+    fo_shape *shape              # where state lies otherwise than the parameter, or NULL
 
 
 cdef class ArrayList(LeafList):
@@ -161,6 +162,7 @@ cdef class ArrayList(LeafList):
     cdef readonly list grad_names
     cdef LeafRecord *records
     cdef list plans           # of the groups, during a step
+    cdef public object settler  # of a rule that sums: callable(first, second) -> plans, or None
     cdef dict directions      # during a step of a matrix rule: by leaf, what it goes along
     cdef fo_stats *kept       # of an accumulator: what was measured of each leaf, or NULL
     cdef readonly object count  # steps of the whole list, a Python int
@@ -200,11 +202,12 @@ cdef class ArrayList(LeafList):
             )
         return LeafList.busy(self)
 
-    def add(self, list names, list grad_names, list params, list states, int group, bint zero,
-            int threads, begin=None):
+    def add(self, list names, list grad_names, list params, list states, list layouts, int group,
+            bint zero, int threads, begin=None):
         """Add leaves, all or none: check and export every array, then zero the state if asked.
 
-        `begin`, called without arguments behind that, writes what state begins as otherwise.
+        `layouts` are those of `Rule.layout`. `begin`, called without arguments behind that, writes
+        what state begins as otherwise.
         """
         cdef ptrdiff_t i, old = self.n, total = old + len(names)
         self.leaves = <fo_leaf *>grow(self.leaves, total, sizeof(fo_leaf))
@@ -219,7 +222,7 @@ cdef class ArrayList(LeafList):
                 self.names.append(names[i])
                 self.grad_names.append(grad_names[i])
                 self.states.append(list(states[i]))
-                self.export(self.n - 1, params[i], group)
+                self.export(self.n - 1, params[i], layouts[i], group)
             self.collect_spans()
             if zero:
                 with nogil:
@@ -235,7 +238,7 @@ cdef class ArrayList(LeafList):
             self.collect_spans()
             raise
 
-    cdef int export(self, ptrdiff_t i, object param, int group) except -1:
+    cdef int export(self, ptrdiff_t i, object param, object layout, int group) except -1:
         """Export a leaf's parameter, and of its state what is there."""
         cdef LeafRecord *record = &self.records[i]
         cdef list states = self.states[i]
@@ -243,10 +246,29 @@ cdef class ArrayList(LeafList):
         self.export_stored(i, PARAM, param)
         self.leaves[i].n = record.views[PARAM].len // record.views[PARAM].itemsize
         record.group = group
+        if layout is not None:
+            record.shape = <fo_shape *>grow(NULL, 1, sizeof(fo_shape))
+            record.shape[0] = fo_shape(
+                every=layout[2][0], matrices=layout[2][1], rows=layout[2][2], columns=layout[2][3],
+                scratch=NULL)
         for k in range(len(states)):
-            if states[k] is not None:
-                place = EMA if k == len(self.state_names) else 1 + k
+            if states[k] is None:
+                continue
+            place = EMA if k == len(self.state_names) else 1 + k
+            if place != EMA and layout is not None and layout[0][k] != FO_EACH:
+                self.export_part(i, place, states[k], layout[0][k], layout[1][k])
+            else:
                 states[k] = self.export_stored(i, place, states[k])
+        return 0
+
+    cdef int export_part(self, ptrdiff_t i, int place, object value, int map, shape) except -1:
+        """Export state of another shape than its parameter's."""
+        cdef LeafRecord *record = &self.records[i]
+        cdef fo_array *to = array_at(&self.leaves[i], place)
+        array = _check.part(self.name(i, place), value, shape, self.params[i])
+        self.export_array(i, place, array, &record.views[place])
+        to.data, to.format = record.views[place].buf, <fo_format>checked_format(array)
+        to.map, to.extra = <fo_map>map, record.shape
         return 0
 
     cdef object export_stored(self, ptrdiff_t i, int place, object value):
@@ -367,12 +389,14 @@ cdef class ArrayList(LeafList):
         try:
             updated = self.take(grads, plans)
             self.plans = plans
-            if options is not None or self.layerwise:
+            if self.kind == FO_FACTORED:
+                self.make_scratch()
+            if options is None and self.kind > FO_FACTORED:
+                options = _options.StepOptions()
+            if options is not None or self.kind >= FO_LAYERWISE:
                 prepare_sums(&self.sums, self.leaves, n, &how)
             number = self.count + 1  # an object: no memory may run out behind writes
             if options is None:
-                if self.matrix:
-                    self.direct(None, &how, threads)
                 with nogil:
                     status = run_step(
                         self.rule, self.leaves, n, self.hypers.of, self.hypers.n, &how, threads)
@@ -502,6 +526,19 @@ cdef class ArrayList(LeafList):
         (<tuple>self.plans[self.records[i].group])[2](self.directions[i])
         return 0
 
+    cdef bint settle(self, double first, double second) except -1:
+        cdef ptrdiff_t i
+        plans = self.settler(first, second)
+        if plans is None:
+            return False
+        self.hypers.n = 0
+        seen = {}
+        for i in range(self.n):
+            if self.leaves[i].grad.data != NULL:
+                self.leaves[i].hyper = self.constants(
+                    seen, self.records[i].group, self.records[i].step, plans)
+        return True
+
     cdef int take_others(self, list grads, options, list copies) except -1:
         """Export the copies; check them, and gradients that the step zeroes.
 
@@ -521,8 +558,8 @@ cdef class ArrayList(LeafList):
     cdef void let_go(self) noexcept:
         """Release what a step alone has exported, or made."""
         cdef ptrdiff_t i, slot = len(self.state_names)
-        self.plans = None
-        if self.matrix:
+        self.plans = self.settler = None
+        if self.kind == FO_MATRIX:
             self.directions.clear()
             for i in range(self.n):
                 self.leaves[i].state[slot].data = NULL
@@ -746,3 +783,4 @@ cdef void release(LeafRecord *record) noexcept:
     for place in range(2 * ARRAYS):
         if <void *>record.views[place].obj != NULL:
             PyBuffer_Release(&record.views[place])
+    free(record.shape)

@@ -48,10 +48,21 @@ cdef extern from "fusedopt.h" nogil:
         const char *name
         int size, extra, shift, stochastic
 
+    ctypedef enum fo_map:
+        FO_EACH
+        FO_EVERY
+        FO_ROWS
+        FO_COLUMNS
+
+    ctypedef struct fo_shape:
+        ptrdiff_t every, matrices, rows, columns
+        void *scratch
+
     ctypedef struct fo_array:
         void *data
         void *extra
         fo_format format
+        fo_map map
 
     ctypedef struct fo_hyper:
         double grad_scale, l2, l1, ema_weight
@@ -82,10 +93,20 @@ cdef extern from "fusedopt.h" nogil:
         fo_stats *tiles
         fo_stats *stats
 
+    ctypedef enum fo_kind:
+        FO_PLAIN
+        FO_INTERNAL
+        FO_LAYERWISE
+        FO_COUNTING
+        FO_FACTORED
+        FO_SUMMING
+        FO_MATRIX
+
     ctypedef struct fo_rule:
         const char *name
         const char *const *scalars
-        int states, required, layerwise, matrix, internal
+        int states, required
+        fo_kind kind
 
     const fo_rule *fo_rules()
     fo_status fo_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
@@ -95,6 +116,8 @@ cdef extern from "fusedopt.h" nogil:
     fo_status fo_measure(fo_leaf *leaves, ptrdiff_t n, const fo_run *run, int threads)
     fo_stats fo_total(const fo_stats *stats, ptrdiff_t n)
     ptrdiff_t fo_count_tiles(const fo_leaf *leaves, ptrdiff_t n)
+    size_t fo_scratch(const fo_shape *shape)
+    ptrdiff_t fo_count(const fo_array *array, ptrdiff_t n)
     const fo_format_info *fo_formats()
     uint64_t fo_key(uint64_t seed, uint64_t leaf, uint64_t step)
     fo_status fo_zero_state(fo_leaf *leaves, ptrdiff_t n, int threads)

@@ -150,6 +150,21 @@ def state(name: str, value: object, param: Array) -> Array | Stored:
     return held
 
 
+def part(name: str, value: object, shape: tuple[int, ...], param: Array) -> Array:
+    """Return `value` if it can be state of `param` that has a shape of its own."""
+    data = array(name, value)
+    if data.shape != shape:
+        raise ValueError(
+            f"{name}: shape {data.shape}; of a parameter of shape {param.shape} it is {shape}"
+        )
+    compute = np.float64 if param.dtype == np.float64 else np.float32
+    if data.dtype != compute:
+        raise TypeError(f"{name}: dtype {data.dtype}; it is kept as {np.dtype(compute)}")
+    if not data.flags.c_contiguous:
+        raise ValueError(f"{name}: strides {data.strides}; pass numpy.ascontiguousarray(...)")
+    return writable(name, data)
+
+
 def gradient(name: str, value: object, param: Array) -> Array:
     """Return `value`, or a copy of it in the memory order of `param` where they differ."""
     grad = array(name, value)
@@ -230,6 +245,13 @@ def number(name: str, value: Any) -> float:
     return result
 
 
+def any_number(name: str, value: Any) -> float:
+    """Return `value` as a float, which may be infinite or NaN."""
+    if isinstance(value, (float, np.floating)):
+        return float(value)
+    return number(name, value)
+
+
 def positive(name: str, value: Any) -> float:
     """Return `value` as a finite float > 0."""
     result = number(name, value)
@@ -251,6 +273,26 @@ def nonnegative(name: str, value: Any) -> float:
     if result < 0:
         raise ValueError(f"{name}: must be >= 0, got {result}")
     return result
+
+
+def nonpositive(name: str, value: Any) -> float:
+    """Return `value` as a finite float <= 0."""
+    result = number(name, value)
+    if result > 0:
+        raise ValueError(f"{name}: must be <= 0, got {result}")
+    return result
+
+
+def at_least(least: float) -> Any:
+    """Return a check of a finite float that is not less."""
+
+    def check(name: str, value: Any) -> float:
+        result = number(name, value)
+        if result < least:
+            raise ValueError(f"{name}: must be >= {least:g}, got {result}")
+        return result
+
+    return check
 
 
 def several(name: str, value: Any, length: int, word: str = "") -> None:
@@ -358,6 +400,11 @@ def count(name: str, value: Any, least: int = 0) -> int:
     if not least <= value < 2**63:
         raise ValueError(f"{name}: must be >= {least} and below 2**63, got {value}")
     return int(value)
+
+
+def one_or_more(name: str, value: Any) -> int:
+    """Return `value` as an int >= 1."""
+    return count(name, value, 1)
 
 
 def steps(name: str, value: Any, least: int = 0) -> int:

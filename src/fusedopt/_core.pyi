@@ -11,7 +11,8 @@ TILE: int
 BLOCK: int
 STREAMS: int
 STATS: np.dtype[np.void]
-RULES: dict[str, tuple[int, list[str], int, bool, bool]]
+KINDS: tuple[str, ...]
+RULES: dict[str, tuple[int, list[str], int, str]]
 
 @final
 class Ieee:

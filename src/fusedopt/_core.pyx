@@ -69,6 +69,10 @@ cdef fo_status zero_state(fo_leaf *leaves, ptrdiff_t n, int threads) noexcept no
     return fo_zero_state(leaves, n, threads)
 
 
+cdef size_t scratch_of(const fo_shape *shape) noexcept nogil:
+    return fo_scratch(shape)
+
+
 cdef fo_stats sum_stats(const fo_stats *stats, ptrdiff_t n) noexcept nogil:
     return fo_total(stats, n)
 
@@ -84,18 +88,21 @@ cdef const fo_format_info *format_table() noexcept nogil:
 cdef ptrdiff_t add_constants(Hypers *hypers, list names, dict values) except -1:
     """Add the constants of a step, among them a rule's scalars of these names; return their index.
     """
-    cdef fo_hyper *h
-    cdef int k
     if hypers.n == hypers.capacity:
         hypers.of = <fo_hyper *>grow(hypers.of, 2 * hypers.capacity + 4, sizeof(fo_hyper))
         hypers.capacity = 2 * hypers.capacity + 4
-    h = &hypers.of[hypers.n]
+    set_constants(&hypers.of[hypers.n], names, values)
+    hypers.n += 1
+    return hypers.n - 1
+
+
+cdef int set_constants(fo_hyper *h, list names, dict values) except -1:
+    cdef int k
     h.grad_scale, h.l2, h.l1 = values["grad_scale"], values["l2"], values["l1"]
     h.ema_weight = values["ema_weight"]
     for k, name in enumerate(names):
         h.scalars[k] = values[name]
-    hypers.n += 1
-    return hypers.n - 1
+    return 0
 
 
 cdef int prepare_sums(Sums *sums, const fo_leaf *leaves, ptrdiff_t n, fo_run *how) except -1:
@@ -222,8 +229,12 @@ def allocate(specs):
 
 # ------------------------------------------------------------------ tables
 
+# by fo_kind; those from "layerwise" on need fo_direct before a step
+KINDS = ("plain", "internal", "layerwise", "counting", "factored", "summing", "matrix")
+
+
 cdef list table():
-    """All rules of C: (name, [scalars], states, required, layer-wise, matrix, internal)."""
+    """All rules of C: (name, [scalars], states, required, kind)."""
     cdef const fo_rule *row = fo_rules()
     cdef const char *const *scalar
     rows = []
@@ -232,15 +243,14 @@ cdef list table():
         while scalar[0] != NULL:
             names.append(scalar[0].decode())
             scalar += 1
-        rows.append((row.name.decode(), names, row.states, row.required, bool(row.layerwise),
-                     bool(row.matrix), bool(row.internal)))
+        rows.append((row.name.decode(), names, row.states, row.required, KINDS[<int>row.kind]))
         row += 1
     return rows
 
 
 def rules():
     """The optimizers' rules of the C table: (name, [scalars], states, required states)."""
-    return [row[:4] for row in table() if not row[6]]
+    return [row[:4] for row in table() if row[4] != "internal"]
 
 
 def formats():
@@ -293,6 +303,5 @@ def force_threads(bint yes):
     fo_force_threads(yes)
 
 
-# of all rules, name -> number, names of the scalars, states, whether layer-wise, whether a matrix
-# rule; read once: it takes memory
-RULES = {row[0]: (number, row[1], row[2], row[4], row[5]) for number, row in enumerate(table())}
+# of all rules, name -> number, names of the scalars, states, kind; read once: it takes memory
+RULES = {row[0]: (number, row[1], row[2], row[4]) for number, row in enumerate(table())}

@@ -6,16 +6,18 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from fusedopt import _arrays, _check, _storage, _threads
 from fusedopt._check import Array
 from fusedopt.formats import Stored
 from fusedopt.optimizer import Optimizer
-from fusedopt.rule import Option, Options, Rule
+from fusedopt.rule import NARROW, Option, Options, Rule
 
-Step: TypeAlias = Callable[..., None]
+Step: TypeAlias = Callable[..., Any]
 _List: TypeAlias = Sequence[Any]
 # rule, parameters, gradients, a list for each state (of None where it is not used), step, options
-_Engine: TypeAlias = Callable[[Rule, _List, _List, list[_List], int, Options], None]
+_Engine: TypeAlias = Callable[[Rule, _List, _List, list[_List], int, Options], Any]
 
 _DOC = """Take one `{cls}` step on lists of arrays, in place.
 
@@ -31,11 +33,19 @@ step : int
     As for `{cls}`{rate}.{remembered}
 seed : int
     Seed of stochastic rounding.
-
+{returns}
 Raises
 ------
 TypeError, ValueError
     Naming the array or the option; nothing has been written.
+"""
+_PARTS = """ An entry is None where the
+    class keeps no such array for a parameter of that shape."""
+_RETURNS = """
+Returns
+-------
+dict
+    What `{cls}` remembers behind this step; as it was if the step changed nothing.
 """
 
 
@@ -61,7 +71,7 @@ def function(cls: type[Optimizer], engine: _Engine | None = None) -> Step:
         *states: Sequence[Array | Stored] | None,
         step: int,
         **options: Any,
-    ) -> None:
+    ) -> Any:
         if len(states) > len(plurals):
             raise TypeError(f"{name}: {len(states)} lists of state for {len(plurals)}")
         given: dict[str, Any] = dict(zip(plurals, states, strict=False))
@@ -84,7 +94,7 @@ def function(cls: type[Optimizer], engine: _Engine | None = None) -> Step:
         lists = [
             values if use else nothing for values, use in zip(given.values(), used, strict=True)
         ]
-        take(rule, params, grads, lists, step, checked)
+        return take(rule, params, grads, lists, step, checked)
 
     name = cls.__name__.lower()
     step_function.__name__ = step_function.__qualname__ = name
@@ -98,7 +108,9 @@ def function(cls: type[Optimizer], engine: _Engine | None = None) -> Step:
         options=", ".join(option.name for option in own),
         rate="; `lr` is a number" if "lr" in known else "",
         remembered=as_now if remembered else "",
-        optional="".join(f" `{plural}` may be None." for plural in optional),
+        optional="".join(f" `{plural}` may be None." for plural in optional)
+        + (_PARTS if rule.has_parts else ""),
+        returns=_RETURNS.format(cls=cls.__name__) if rule.settle else "",
     )
     return step_function
 
@@ -114,7 +126,8 @@ def _signature(rule: Rule, plurals: Sequence[str], own: Sequence[Option]) -> ins
         parameters.append(inspect.Parameter(option.name, only, default=option.default))
     parameters += [inspect.Parameter(row.name, only) for row in rule.memory if not row.shown]
     parameters.append(inspect.Parameter("seed", only, default=rule.defaults["seed"]))
-    return inspect.Signature(parameters, return_annotation=None)
+    returns = None if rule.settle is None else dict[str, Any]
+    return inspect.Signature(parameters, return_annotation=returns)
 
 
 def _check_lists(
@@ -131,6 +144,8 @@ def _check_lists(
             raise ValueError(f"{name}: {len(values)} arrays for {len(params)} in params")
     ways = {"zeros": "numpy.zeros_like", "param": "a copy"}
     for (name, values), state, use in zip(states.items(), rule.states, used, strict=True):
+        if state.part:
+            continue  # it depends on the parameter: see `_check_parts`
         if use and values is None:
             raise ValueError(f"{name}: these options need it; pass one array for each parameter")
         if use and (i := _arrays.find_none(values, grads)) >= 0:
@@ -139,8 +154,9 @@ def _check_lists(
                 f"{name}[{i}]: is None; these options need it, pass {way} of the parameter in the "
                 "first step"
             )
-        for i, array in enumerate(values if use and state.refuses else ()):
-            if _storage.narrow(array) in state.refuses:
+        refused = NARROW if state.wide else state.refuses
+        for i, array in enumerate(values if use and refused else ()):
+            if _storage.narrow(array) in refused:
                 kind = array.format if isinstance(array, Stored) else array.dtype
                 raise ValueError(
                     f"{name}[{i}]: {rule.name} keeps {state.name!r}, for which {kind} is too "
@@ -148,16 +164,34 @@ def _check_lists(
                 )
 
 
+def _check_parts(rule: Rule, name: str, param: Any, row: list[Any], layout: Any) -> None:
+    """Let a parameter's states be those of its shape."""
+    _storage.check_order(rule, name, param)
+    for k, (state, shape) in enumerate(zip(rule.states, layout[1], strict=True)):
+        plural = f"{state.plural or state.name + 's'}[{name[7:-1]}]"
+        if shape is None and row[k] is not None:
+            raise ValueError(f"{plural}: {name} of shape {param.shape} has none; pass None")
+        if shape is not None and row[k] is None:
+            raise ValueError(
+                f"{plural}: is None; {name} of shape {param.shape} needs it, of shape {shape}, "
+                "zeros in the first step"
+            )
+
+
 def listed(
     rule: Rule, params: _List, states: list[_List], step: int, options: Options
 ) -> _arrays.ArrayList:
     """Return the leaves, checked, before the step of this number."""
-    rows = list(zip(*states, strict=True)) or [()] * len(params)
     names = [f"params[{i}]" for i in range(len(params))]
+    layouts = [rule.layout(np.shape(param), options) for param in params]
+    rows = [list(row) for row in zip(*states, strict=True)] or [[]] * len(params)
+    if rule.has_parts:
+        for name, param, row, layout in zip(names, params, rows, layouts, strict=True):
+            _check_parts(rule, name, param, row, layout)
     grad_names = [f"grads[{i}]" for i in range(len(params))]
     work = _arrays.ArrayList(rule.row([options]), rule.state_names)
     threads = _threads.get_num_threads()
-    work.add(names, grad_names, list(params), rows, group=0, zero=False, threads=threads)
+    work.add(names, grad_names, list(params), rows, layouts, group=0, zero=False, threads=threads)
     for name, param in zip(names, work.params, strict=True):
         rule.check_shape(name, param.shape)
     work.set_steps(step - 1, [step - 1] * len(params))
@@ -166,7 +200,28 @@ def listed(
 
 def _step_in_c(
     rule: Rule, params: _List, grads: _List, states: list[_List], step: int, options: Options
-) -> None:
+) -> dict[str, Any] | None:
     work, threads = listed(rule, params, states, step, options), _threads.get_num_threads()
-    plan = rule.plan(options)
-    work.step(lambda grads: (list(grads), [plan]), grads, threads)
+    shared = options if rule.share is None else rule.share([options])[0]
+    settled = shared
+
+    def settle(first: float, second: float) -> list[Any] | None:
+        nonlocal settled
+        assert rule.settle is not None
+        found = rule.settle([shared], first, second)
+        settled = shared if found is None else found[0]
+        return None if found is None else [rule.plan(settled)]
+
+    def prepare(grads: Any) -> Any:
+        work.settler = settle
+        return list(grads), [rule.plan(shared)]
+
+    work.step(prepare, grads, threads)
+    return remembered(rule, settled)
+
+
+def remembered(rule: Rule, options: Options) -> dict[str, Any] | None:
+    """Return what a rule that settles its constants remembers behind a step."""
+    if rule.settle is None:
+        return None
+    return {row.name: options[row.name] for row in rule.memory if row.name in options}

@@ -3,7 +3,9 @@
 cimport cython
 from libc.stdint cimport uintptr_t
 
-from fusedopt._c cimport FO_MAX_STATES, fo_array, fo_format_info, fo_leaf, fo_run
+from fusedopt._c cimport (
+    FO_MAX_STATES, fo_array, fo_count, fo_format_info, fo_kind, fo_leaf, fo_run,
+)
 from fusedopt._core cimport Hypers, Sums
 from fusedopt._spans cimport Span, Spans
 
@@ -48,7 +50,7 @@ cdef inline bint locate(fo_leaf *leaf, ptrdiff_t i, int place, Span *span) noexc
             (leaf.n + ((<ptrdiff_t>1 << about.shift) - 1)) >> about.shift) * about.extra
     else:
         span.low = <uintptr_t>array.data
-        span.high = span.low + leaf.n * about.size
+        span.high = span.low + fo_count(array, leaf.n) * about.size
     return span.low < span.high
 
 
@@ -60,8 +62,9 @@ cdef class Verdict:
 
 cdef class LeafList:
     cdef int rule             # number in the C table
-    cdef bint layerwise
-    cdef bint matrix          # whether `replace` has the direction of a leaf before the step
+    cdef fo_kind kind
+    cdef void *scratch        # of a factored rule
+    cdef size_t scratch_size
     cdef tuple state_names
     cdef list scalar_names
     cdef fo_leaf *leaves
@@ -84,6 +87,7 @@ cdef class LeafList:
     cdef ptrdiff_t count_rows(self) noexcept
     cdef int add_direction(self, ptrdiff_t i, fo_array *to) except -1
     cdef int replace(self, ptrdiff_t i) except -1
+    cdef bint settle(self, double first, double second) except -1
 
     cdef int set_rule(self, str rule, tuple state_names) except -1
     cdef int claim(self) except -1
@@ -95,7 +99,8 @@ cdef class LeafList:
     cdef int check_others(self, bint zero_grads, bint copies) except -1
 
     cdef Verdict run(self, options, reduction, fo_run *how, int threads)
-    cdef int direct(self, reduction, fo_run *how, int threads) except -1
+    cdef int make_scratch(self) except -1
+    cdef bint direct(self, reduction, fo_run *how, int threads) except -1
     cdef Verdict judge(self, options, reduction, fo_run *how, int threads)
     cdef void zero_gradients(self) noexcept
     cdef int make_writes(self) except -1

@@ -61,7 +61,8 @@ cdef class LeafList:
 
     def use_row(self, str rule):
         """Step by a row of the C table from now on; a rule may have two, see `Rule.variant`."""
-        self.rule, self.scalar_names, _, self.layerwise, self.matrix = _core.RULES[rule]
+        self.rule, self.scalar_names, _, kind = _core.RULES[rule]
+        self.kind = <fo_kind><int>_core.KINDS.index(kind)
 
     def __dealloc__(self):
         free(self.leaves)
@@ -70,6 +71,7 @@ cdef class LeafList:
         free(self.others.of)
         free(self.sums.stats)
         free(self.sums.tiles)
+        free(self.scratch)
 
     # ---------------------------------------------------------------- of a border
 
@@ -110,6 +112,10 @@ cdef class LeafList:
 
     cdef int replace(self, ptrdiff_t i) except -1:
         """Replace the direction of a leaf, which is there, in place."""
+        raise NotImplementedError
+
+    cdef bint settle(self, double first, double second) except -1:
+        """Make the constants of a step by the sums of a rule; False if it is to change nothing."""
         raise NotImplementedError
 
     # ---------------------------------------------------------------- one thread at a time
@@ -208,27 +214,49 @@ cdef class LeafList:
         how.clip_value = options.clip_value or 0
         how.zero_grads, how.measure = options.zero_grads, <fo_measures><int>options.measure
         verdict = self.judge(options, reduction, how, threads)
+        if not verdict.skipped and (
+                self.kind > FO_FACTORED or (self.kind >= FO_LAYERWISE and reduction is not None)):
+            if not self.direct(reduction, how, threads):
+                verdict = decide(True, verdict.grad_norm, verdict.clip_factor)
         if verdict.skipped:
             if how.zero_grads:
                 self.zero_gradients()
             for i in range(self.n):
                 self.leaves[i].grad.data = NULL  # copies are written of what is as it was
-        elif self.matrix or (self.layerwise and reduction is not None):
-            self.direct(reduction, how, threads)
         with nogil:
             status = run_step(
                 self.rule, self.leaves, self.n, self.hypers.of, self.hypers.n, how, threads)
         check(status)
         return verdict
 
-    cdef int direct(self, reduction, fo_run *how, int threads) except -1:
-        """Find the directions of a layer-wise rule; have them replaced, or their norms summed.
+    cdef int make_scratch(self) except -1:
+        """Give leaves with factors the memory that they need in a step."""
+        cdef ptrdiff_t i
+        cdef size_t size = 0
+        cdef fo_shape *shape
+        for i in range(self.n):
+            if self.leaves[i].state[0].data != NULL:
+                size += scratch_of(<fo_shape *>self.leaves[i].state[0].extra)
+        if size > self.scratch_size:
+            self.scratch, self.scratch_size = grow(self.scratch, size, 1), size
+        size = 0
+        for i in range(self.n):
+            if self.leaves[i].state[0].data != NULL:
+                shape = <fo_shape *>self.leaves[i].state[0].extra
+                shape.scratch = <char *>self.scratch + size
+                size += scratch_of(shape)
+        return 0
 
-        Nothing else is written yet: what this raises leaves all as it was.
+    cdef bint direct(self, reduction, fo_run *how, int threads) except -1:
+        """Find the directions of a rule; have them replaced, or summed over ranks.
+
+        Nothing else is written yet: what this raises leaves all as it was. False if the step is to
+        change nothing.
         """
         cdef fo_status status
         cdef ptrdiff_t i, slot = len(self.state_names)
-        if self.matrix:
+        cdef bint goes_on = True
+        if self.kind == FO_MATRIX:
             for i in range(self.n):
                 if self.leaves[i].grad.data != NULL:
                     self.add_direction(i, &self.leaves[i].state[slot])
@@ -236,16 +264,24 @@ cdef class LeafList:
             status = run_direct(
                 self.rule, self.leaves, self.n, self.hypers.of, self.hypers.n, how, threads)
         check(status)
-        if self.matrix:
+        if self.kind == FO_MATRIX:
             for i in range(self.n):
                 if self.leaves[i].grad.data != NULL and self.leaves[i].n > 0:
                     self.replace(i)
+        elif self.kind == FO_SUMMING:
+            table = self.table()
+            if reduction is not None:
+                sums = reduction.terms(table)
+            else:
+                total = _core.total(table)
+                sums = total["param"], total["update"]
+            goes_on = self.settle(sums[0], sums[1])
         else:
             table = self.table()
             reduction.directions(table)
             self.take_table(table)
         how.has_direction = 1
-        return 0
+        return goes_on
 
     cdef Verdict judge(self, options, reduction, fo_run *how, int threads):
         """Measure the gradients if the step must know them before it writes; scale every leaf.

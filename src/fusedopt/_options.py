@@ -174,6 +174,15 @@ class Reduction:
         self._add(columns)
         table["param"], table["update"] = columns.T
 
+    def terms(self, table: Array) -> tuple[float, float]:
+        """Return the sums of both terms of a rule that sums, over all leaves of all ranks."""
+        self.directions(table)
+        total = _core.total(table)
+        sums = np.array([total["param"], total["update"]], np.float64)
+        if self._add_total is not None:
+            self._add_total(sums)
+        return float(sums[0]), float(sums[1])
+
     def steps(self, table: Array) -> None:
         """Sum what is known of parameters and updates."""
         columns = np.column_stack(

@@ -28,8 +28,14 @@ MASTERS = {None: "bfloat16+int16", 32: "bfloat16+int16", 24: "bfloat16+int8",
            16: "bfloat16-stochastic"}  # fmt: skip
 
 
-def refuse_change(where: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def refuse_change(where: str, rule: Rule, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Raise ValueError if an option that determines the arrays has changed."""
+    for name in rule.fixed:
+        if new[name] != old[name]:
+            raise ValueError(
+                f"{where}{name}: {new[name]!r}, but the arrays were made with {old[name]!r}; make "
+                "another optimizer"
+            )
     for name in FIXED:
         if new[name] != old[name]:
             raise ValueError(
@@ -43,15 +49,27 @@ def refuse_change(where: str, old: Mapping[str, Any], new: Mapping[str, Any]) ->
         )
 
 
-def state_format(is_double: bool, size: int, is_square: bool, options: Mapping[str, Any]) -> str:
-    """Return the format in which state of a parameter is kept."""
+def state_format(is_double: bool, size: int, state: State, options: Mapping[str, Any]) -> str:
+    """Return the format in which a state of a parameter is kept."""
     if is_double:
         return "float64"
+    if state.wide:
+        return "float32"
     if options["state_dtype"] == "bfloat16":
         return "bfloat16-stochastic"
     if options["state_dtype"] == "int8" and size >= options["min_8bit_size"]:
-        return "uint8" if is_square else "int8"
+        return "uint8" if state.squared else "int8"
     return "float32"
+
+
+def check_order(rule: Rule, name: str, param: Any) -> None:
+    """Raise ValueError for a parameter in an order in which a rule with factors does not step."""
+    array = param.data if isinstance(param, Stored) else param
+    if rule.has_parts and isinstance(array, np.ndarray) and not array.flags.c_contiguous:
+        raise ValueError(
+            f"{name}: strides {array.strides} are not those of row-major order, in which "
+            f"{rule.name} takes matrices; pass numpy.ascontiguousarray(...)"
+        )
 
 
 def narrow(array: Any) -> str | None:
@@ -99,11 +117,14 @@ def allocate(
                 f"{name}: state_dtype={options['state_dtype']!r} does not go with a float64 "
                 "parameter; its state is float64"
             )
+        rule.check_shape(name, array.shape)
+        check_order(rule, name, array)
+        shapes = [state.shape(array.shape, options) for state in rule.states]
         formats = [
-            state_format(array.dtype == np.float64, array.size, state.squared, options)
-            if use
+            state_format(array.dtype == np.float64, array.size, state, options)
+            if use and shape is not None
             else None
-            for use, state in zip(rule.uses(options), rule.states, strict=True)
+            for use, state, shape in zip(rule.uses(options), rule.states, shapes, strict=True)
         ]
         plans.append((checked, own, formats))
         if own is not None and FORMATS[own][1] is not None:
@@ -112,9 +133,9 @@ def allocate(
             formats.append("float64" if array.dtype == np.float64 else "float32")
         else:
             formats.append(None)
-        for form in formats:
-            if form is not None:
-                specs += _specs(form, array)
+        for form, shape in zip(formats, [*shapes, array.shape], strict=True):
+            if form is not None and shape is not None:
+                specs += _specs(form, array, shape)
     arrays = iter(_core.allocate(specs))
     stored: list[Array | Stored] = []
     states: list[list[Array | Stored | None]] = []
@@ -127,6 +148,9 @@ def allocate(
             checked = Stored(own, checked.data, extra)
         stored.append(checked)
         states.append([None if form is None else _take(form, arrays) for form in formats])
+        for state, array in zip(rule.states, states[-1], strict=False):
+            if isinstance(array, np.ndarray) and (state.part or state.every):
+                array[...] = 0  # as C does to all others
         average = states[-1][-1]
         if average is not None:
             assert isinstance(average, np.ndarray)  # averages are never narrow
@@ -154,6 +178,10 @@ def begin(
     is_double = not isinstance(array, Stored) and array.dtype == np.float64
     if value is not None and not is_double and abs(value) > float(np.finfo(np.float32).max):
         raise ValueError(f"{where}: {state.init}={value} is beyond float32, in which steps compute")
+    if value is None and array.shape != param.shape:  # a sample
+        data = param.decode() if isinstance(param, Stored) else param
+        array[...] = formats.flat(data)[:: options[state.every]]  # type: ignore[index]
+        return
     leaf, slot = place
     key = formats.key(options["seed"], leaf, 0, slot)
     sources = formats.pieces(param) if value is None else repeat((0, np.float64(value)))
@@ -195,9 +223,11 @@ def _strides(like: Array, dtype: Any) -> tuple[int, ...]:
     return tuple(s // like.itemsize * np.dtype(dtype).itemsize for s in like.strides)
 
 
-def _specs(form: str, like: Array) -> list[Spec]:
+def _specs(form: str, like: Array, shape: tuple[int, ...]) -> list[Spec]:
     dtype, extra, _ = FORMATS[form]
     dtype = np.uint16 if dtype is None else dtype
+    if shape != like.shape:
+        return [(shape, dtype, None)]
     specs: list[Spec] = [(like.shape, dtype, _strides(like, dtype))]
     return specs if extra is None else [*specs, (extra_shape(form, like.shape), extra, None)]
 

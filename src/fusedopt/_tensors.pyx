@@ -51,6 +51,9 @@ cdef struct LeafRecord:
     bint noisy                 # whether a store rounds stochastically: then there is a key
     unsigned int coded         # bit of a place: 8-bit codes, by its name in the state
     unsigned int elsewhere     # bit of a place: a tensor that lies in another memory order
+    bint row_major             # whether it is stepped in that order in any case
+    bint is_matrix             # whether it has two or more axes; of a rule with factors
+    fo_shape shape             # of mapped state
     int n_arrays               # arrays that steps write
     void *counter              # the number in the tensor that counts, or NULL if torch shall count
     int counter_format
@@ -80,6 +83,13 @@ cdef class GroupPlan:
         of the codes' blocks.
     squares : tuple of bool
         Whether each of the rule's states holds squares.
+    maps : tuple of int
+        The fo_map of each of the rule's states.
+    rest : tuple of bool or None
+        Of a rule with factors, whether each of its states is kept for tensors of less than two
+        axes; the others are for those of more.
+    every : int
+        Of which elements samples are.
     bfloat16 : str
         The format of bfloat16 parameters.
     seed : int
@@ -92,10 +102,19 @@ cdef class GroupPlan:
     cdef unsigned int squares    # bit of a place
     cdef int bfloat16            # the format of bfloat16 parameters
     cdef uint64_t seed
+    cdef fo_map maps[ARRAYS]     # by place
+    cdef bint has_maps
+    cdef unsigned int rest       # bit of a place
+    cdef bint has_rest
+    cdef ptrdiff_t every
 
-    def __cinit__(self, list states, tuple squares, str bfloat16, seed):
+    def __cinit__(self, list states, tuple squares, str bfloat16, seed, tuple maps, rest, every):
         cdef int k
-        self.n, self.seed = len(states), seed
+        self.n, self.seed, self.every = len(states), seed, every
+        self.has_maps, self.has_rest = any(maps), rest is not None
+        for k in range(len(maps)):
+            self.maps[1 + k] = <fo_map><int>maps[k]
+            self.rest |= (self.has_rest and rest[k]) << (1 + k)
         self.bfloat16 = list(_formats.FORMATS).index(bfloat16)
         for k in range(self.n):
             number = states[k][0]
@@ -104,6 +123,12 @@ cdef class GroupPlan:
             tuple([state[column] for state in states]) for column in (1, 2, 3)]
         for k in range(len(squares)):
             self.squares |= squares[k] << (1 + k)
+
+
+cdef inline bint is_used(GroupPlan plan, const LeafRecord *record, int place) noexcept:
+    """Whether a rule keeps a state for a tensor of so many axes."""
+    return (not plan.has_rest or place == EMA
+            or (plan.rest >> place & 1) != record.is_matrix)
 
 
 cdef bint choose_order(const LeafRecord *record, const Axes *param, int64_t *strides) noexcept:
@@ -116,7 +141,7 @@ cdef bint choose_order(const LeafRecord *record, const Axes *param, int64_t *str
     cdef int64_t size = 1
     if param.ndim > MAX_AXES:
         return False
-    if not record.coded and is_dense(param):
+    if not record.row_major and is_dense(param):
         for k in range(param.ndim):
             strides[k] = param.strides[k]
         return True
@@ -304,14 +329,20 @@ cdef class TensorList(LeafList):
             for group, (params, plan) in enumerate(groups):
                 self.gather(group, params, plan, counted, state, copies)
             reduction = stats = None
+            for i in range(self.n):  # records have their place in memory now
+                self.join_shape(i)
             self.check_memory(copies is not None)
             if (self.has_others or owner._process_group is not None) and (
-                    self.layerwise or (options is not None
+                    self.kind >= FO_LAYERWISE or (options is not None
                                        and (options.must_measure or options.measure))):
                 reduction = owner._reduction()
                 options = options or _options.StepOptions()
             memset(&how, 0, sizeof(how))
-            if options is not None or self.layerwise:
+            if self.kind == FO_FACTORED:
+                self.make_scratch()
+            if options is None and self.kind > FO_FACTORED:
+                options = _options.StepOptions()
+            if options is not None or self.kind >= FO_LAYERWISE:
                 prepare_sums(&self.sums, self.leaves, self.n, &how)
             if options is not None:
                 verdict = self.run(options, reduction, &how, threads)
@@ -322,8 +353,6 @@ cdef class TensorList(LeafList):
                         number, 0, True, verdict.grad_norm, verdict.clip_factor, None)
                     return
             else:
-                if self.matrix:
-                    self.direct(None, &how, threads)
                 with nogil:
                     status = run_step(
                         self.rule, self.leaves, self.n, self.hypers.of, self.hypers.n, &how,
@@ -351,6 +380,20 @@ cdef class TensorList(LeafList):
             fo_leave_ieee(before)
             self.release()
             self.copier.enable_grad(grad)
+
+    cdef inline void join_shape(self, ptrdiff_t i) noexcept:
+        cdef int k
+        for k in range(FO_MAX_STATES):
+            if self.leaves[i].state[k].map != FO_EACH:
+                self.leaves[i].state[k].extra = &self.records[i].shape
+
+    cdef bint settle(self, double first, double second) except -1:
+        if not self.owner._settle(first, second):
+            return False
+        for (group, step, count), index in self.seen.items():
+            set_constants(&self.hypers.of[<ptrdiff_t>index], self.scalar_names,
+                          self.owner._constants(group, step, count))
+        return True
 
     cdef int add_direction(self, ptrdiff_t i, fo_array *to) except -1:
         cdef LeafRecord *record = &self.records[i]
@@ -440,6 +483,11 @@ cdef class TensorList(LeafList):
                 self.fill(record)
                 continue
             hold(record, GRAD, grad)
+            if plan.has_rest:
+                record.is_matrix = param.dim() > 1
+                record.row_major = record.is_matrix
+            elif plan.has_maps:
+                record.row_major = True
             step = 2  # of a rule that does not count: its first, or another
             if not self.read_state(record, own, counted):
                 made, begins = self.owner._make_state(group, i, param, own)
@@ -486,17 +534,21 @@ cdef class TensorList(LeafList):
         cdef GroupPlan plan = self.plan
         cdef Py_ssize_t at = 0
         cdef PyObject *value
-        cdef int k
+        cdef int k, used = 0
         record.coded = 0
         if own is None:
             return not plan.n and not counted
-        if counted or PyDict_Size(own) > plan.n:
+        for k in range(plan.n):
+            used += is_used(plan, record, plan.places[k])
+        if counted or PyDict_Size(own) > used:
             value = entry(own, "step", &at)
             if value != NULL:
                 hold(record, COUNT, <object>value)
             elif counted:
                 return False
         for k in range(plan.n):
+            if not is_used(plan, record, plan.places[k]):
+                continue
             value = entry(own, plan.names[k], &at)
             if (value == NULL or <object>value is None) and plan.codes[k] is not None:
                 value = entry(own, plan.codes[k], &at)
@@ -504,7 +556,7 @@ cdef class TensorList(LeafList):
             if value == NULL or <object>value is None:
                 return False
             hold(record, plan.places[k], <object>value)
-        if PyDict_Size(own) > plan.n + counted:
+        if PyDict_Size(own) > used + counted:
             for k in range(plan.n):
                 if plan.codes[k] is not None and not record.coded >> plan.places[k] & 1:
                     value = entry(own, plan.codes[k], &at)
@@ -680,7 +732,8 @@ cdef class TensorList(LeafList):
         if not self.resolve(<object>record.tensors[PARAM], &t):
             return NOT_PLAIN
         param = other = axes_of(&t)
-        if record.coded or not is_dense(&param):
+        record.row_major = record.row_major or record.coded
+        if record.row_major or not is_dense(&param):
             if not choose_order(record, &param, strides):
                 return NOT_PLAIN
             param.strides = <const Py_ssize_t *>strides
@@ -694,6 +747,10 @@ cdef class TensorList(LeafList):
                 if not self.resolve(<object>record.tensors[place], &t):
                     return NOT_PLAIN
                 other = axes_of(&t)
+                if place < ARRAYS and self.plan.maps[place] != FO_EACH:
+                    if not self.point_part(record, place, &t, &param, strange):
+                        return NOT_PLAIN
+                    continue
                 if not same_shape(&other, &param):
                     return NOT_PLAIN
             if not same_order(&other, &param):
@@ -732,6 +789,35 @@ cdef class TensorList(LeafList):
                 if record.tensors[COUNT] == NULL and record.tensors[GRAD] != NULL:
                     return LACKS  # the noise of a step is keyed by its number
         return ELSEWHERE if record.elsewhere else FITS
+
+    cdef bint point_part(self, LeafRecord *record, int place, const DLTensor *t,
+                         const Axes *param, unsigned int *strange) except -1:
+        """Point the last leaf at state that lies otherwise than the parameter."""
+        cdef fo_leaf *leaf = &self.leaves[self.n - 1]
+        cdef fo_array *array = array_at(leaf, place)
+        cdef fo_shape *shape = &record.shape
+        cdef Axes axes = axes_of(t)
+        cdef int64_t strides[MAX_AXES]
+        cdef int format = dtype_of(t), k
+        shape.every, shape.matrices = self.plan.every, 1
+        if param.ndim > 1:
+            shape.rows, shape.columns = param.shape[param.ndim - 2], param.shape[param.ndim - 1]
+            for k in range(param.ndim - 2):
+                shape.matrices *= param.shape[k]
+        array.map, array.extra = self.plan.maps[place], shape
+        if (not is_dense(&axes) or count_elements(&axes) != fo_count(array, leaf.n)
+                or format != (FO_F64 if leaf.param.format == FO_F64 else FO_F32)
+                or not choose_order(record, &axes, strides)):
+            return False
+        for k in range(axes.ndim):
+            if axes.shape[k] > 1 and axes.strides[k] != strides[k]:
+                return False
+        array.data = <char *>t.data + t.byte_offset
+        array.format = <fo_format>format
+        record.n_arrays += fo_count(array, leaf.n) > 0
+        if strange != NULL and not self.is_known(place, record.tensors[place], array.data):
+            strange[0] |= 1 << place
+        return True
 
     cdef bint fits(self, const fo_leaf *leaf, int place, int format) noexcept:
         """Whether a step of the parameter's compute type takes a format."""

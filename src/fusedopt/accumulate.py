@@ -62,9 +62,11 @@ class GradAccumulator:
         names = [name for name, _ in named]
         grads = ["grads" + name.removeprefix("params") for name in names]
         self._work = _arrays.ArrayList(_ADD.name, _ADD.state_names)
+        none: list[Any] = [None] * len(names)
         self._work.add(
-            names, grads, self._buffers, [[]] * len(names), 0, False, _threads.get_num_threads()
-        )
+            names, grads, self._buffers, [[]] * len(names), none, 0, False,
+            _threads.get_num_threads(),
+        )  # fmt: skip
         self._work.keep_sums()
         self._rebuild = _tree.rebuilder(tree)
         self.zero()

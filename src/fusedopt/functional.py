@@ -1,6 +1,7 @@
 """The steps as functions on lists of arrays that the caller keeps."""
 
 from fusedopt.optim.adadelta import adadelta
+from fusedopt.optim.adafactor import adafactor
 from fusedopt.optim.adagrad import adagrad
 from fusedopt.optim.adam import adam, adamw
 from fusedopt.optim.adamax import adamax
@@ -12,6 +13,7 @@ from fusedopt.optim.lars import lars
 from fusedopt.optim.lion import lion
 from fusedopt.optim.muon import muon
 from fusedopt.optim.nadam import nadam
+from fusedopt.optim.prodigy import prodigy
 from fusedopt.optim.radam import radam
 from fusedopt.optim.rmsprop import rmsprop
 from fusedopt.optim.rprop import rprop
@@ -21,7 +23,7 @@ from fusedopt.optim.signsgd import signsgd
 from fusedopt.optim.yogi import yogi
 
 __all__ = [
-    "adadelta", "adagrad", "adam", "adamax", "adamw", "ademamix", "adopt", "asgd", "lamb",
-    "lars", "lion", "muon", "nadam", "radam", "rmsprop", "rprop", "schedulefreeadamw",
+    "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "ademamix", "adopt", "asgd", "lamb",
+    "lars", "lion", "muon", "nadam", "prodigy", "radam", "rmsprop", "rprop", "schedulefreeadamw",
     "schedulefreesgd", "sgd", "signsgd", "yogi",
 ]  # fmt: skip

@@ -106,7 +106,8 @@ class Optimizer:
         self._groups: list[_groups.Group] = []
         self._plans: list[Any] | None = None  # of the groups, if steps do not change them
         self._has_new_options = True  # of a group, for `Rule.row`
-        self._remembers = self.rule.advance is not None  # asked in every step
+        self._advanced: list[Options] = []  # of the groups, in this step
+        self._remembers = bool(self.rule.advance or self.rule.share)  # asked in every step
         self._bare = not _tree.is_groups(params)
         if isinstance(params, dict) and "params" in params and params.keys() & self.rule.checks:
             raise TypeError("params: a group, which must be in a list: [{'params': ..., ...}]")
@@ -161,8 +162,7 @@ class Optimizer:
                 raise ValueError(f"{name}: two parameters have this name; use other dict keys")
             taken.add(name)
         stored, states = _storage.allocate(names, params, self.rule, options)
-        for name, param in zip(names, stored, strict=True):
-            self.rule.check_shape(name, param.shape)
+        layouts = [self.rule.layout(param.shape, options) for param in stored]
         shown, old = {"params": tree, **options}, len(self._work)
         leaves, nodes = range(old, old + len(names)), list(_tree.nodes(root, tree))
         made = _groups.Group(tree, _tree.reader(tree), nodes, leaves, self.rule.uses(options))
@@ -172,7 +172,7 @@ class Optimizer:
         self._has_new_options = True
         self.param_groups.append(shown)
         try:
-            self._work.add(names, grads, stored, states, number, True, threads, begin)
+            self._work.add(names, grads, stored, states, layouts, number, True, threads, begin)
         finally:  # a signal's exception may come right behind the call; nothing here can fail
             if len(self._work) == leaves.stop:
                 self._groups, self._plans = known, None
@@ -358,7 +358,7 @@ class Optimizer:
         if reduce is not None:
             if not callable(reduce):
                 raise TypeError(f"reduce: expected a callable, got {type(reduce).__name__}")
-            if self.rule.outside is not None:
+            if self.rule.needs_whole:
                 raise ValueError(
                     f"reduce: {self._class_name()} computes with whole matrices, and reduce is for "
                     "parts of leaves; let each rank step other matrices"
@@ -413,14 +413,37 @@ class Optimizer:
 
         The list writes that where it is kept when the step has succeeded.
         """
-        advanced: list[Any] = []
-        writes: list[tuple[Options, str, Any]] = []
-        for i, group in enumerate(self._groups):
-            options = self.rule.advanced(group.options, f"param_groups[{i}]: in this step ")
-            writes += self.rule.writes(options, self.param_groups[i], group.options, group.seen)
-            advanced.append(self.rule.plan(options))
-        self._work.writes = writes
-        return advanced
+        advanced = [
+            self.rule.advanced(group.options, f"param_groups[{i}]: in this step ")
+            for i, group in enumerate(self._groups)
+        ]
+        if self.rule.share is not None:
+            advanced = self.rule.share(advanced)
+        self._note_writes([] if self.rule.settle else advanced)
+        self._advanced = advanced
+        if self.rule.settle is not None:
+            self._work.settler = self._settle  # for this step
+        return [self.rule.plan(options) for options in advanced]
+
+    def _settle(self, first: float, second: float) -> list[Any] | None:
+        """Return the plans of the groups by the sums of a rule; None if nothing is to change."""
+        assert self.rule.settle is not None
+        settled = self.rule.settle(self._advanced, first, second)
+        if settled is None:
+            return None
+        self._note_writes(settled)
+        self._advanced = settled
+        return [self.rule.plan(options) for options in settled]
+
+    def _note_writes(self, advanced: list[Options]) -> None:
+        """Note what the rule remembers then, for the list to write when the step succeeds."""
+        self._work.writes = [
+            write
+            for options, shown, group in zip(
+                advanced, self.param_groups, self._groups, strict=bool(advanced)
+            )
+            for write in self.rule.writes(options, shown, group.options, group.seen)
+        ]
 
     def _flatten(self, tree: Any, name: str) -> list[Array | None]:
         flat: list[Array | None] = []
@@ -446,7 +469,7 @@ class Optimizer:
         if missing:
             raise ValueError(f"{where}: has no {missing[0]!r}, which steps need")
         options = self.rule.check(given, f"{where}.")
-        _storage.refuse_change(f"{where}.", group.options, options)
+        _storage.refuse_change(f"{where}.", self.rule, group.options, options)
         used = self.rule.uses(options)
         lacking = group.lacks(self.rule, used)
         if lacking is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any, TypedDict
 
 from fusedopt import _check
@@ -17,6 +18,8 @@ Options = dict[str, Any]
 Check = Callable[[str, Any], Any]
 Constants = Callable[..., dict[str, float]]  # (step, count=None) -> by name
 Plan = tuple[Constants, int, Callable[[Any], None] | None]  # see `Rule.plan`
+# of each state its fo_map (csrc/fusedopt.h) and its shape or None; the members of fo_shape
+Layout = tuple[tuple[int, ...], tuple[tuple[int, ...] | None, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Option:
 
 @dataclass(frozen=True)
 class State:
-    """An array that a rule keeps for each parameter, of its shape.
+    """An array that a rule keeps for each parameter, of its shape unless `part` or `every` is set.
 
     Attributes
     ----------
@@ -62,6 +65,15 @@ class State:
         by name. The class's documentation says why.
     plural : str
         Name of its list in functions, if it is not `name` with an s.
+    wide : bool
+        Whether it is kept in float32, or float64, whatever `state_dtype` says.
+    part : str
+        Of a rule with factors: "rows" or "columns", with one number for each of every matrix and an
+        axis of length 1 in the place of the other, kept for parameters of two or more axes; or
+        "rest", of the parameter's shape, kept for others.
+    every : str
+        Name of an option with a number k, which cannot change later: if it is above 1, a flat array
+        of the parameter's elements 0, k, 2 * k, ..., in the order of memory. Such a state is wide.
     """
 
     name: str
@@ -70,6 +82,23 @@ class State:
     init: str = "zeros"
     refuses: tuple[str, ...] = ()
     plural: str = ""
+    wide: bool = False
+    part: str = ""
+    every: str = ""
+
+    def shape(
+        self, shape: tuple[int, ...], options: Mapping[str, Any]
+    ) -> tuple[int, ...] | None:
+        """Return its shape for a parameter of a shape; None if it is not kept for that."""
+        if self.part and (self.part == "rest") == (len(shape) > 1):
+            return None
+        if self.part == "rows":
+            return (*shape[:-1], 1)
+        if self.part == "columns":
+            return (*shape[:-2], 1, shape[-1])
+        if self.every and options[self.every] > 1:
+            return (-(-prod(shape) // int(options[self.every])),)
+        return shape
 
     def first(self, options: Mapping[str, Any]) -> float | None:
         """Return the initial value of every element; None if it is the parameter's."""
@@ -135,8 +164,8 @@ CAUTIOUS = Option("cautious", False, _check.flag)
 L1 = Option("l1", 0.0, _check.nonnegative, term="l1")
 
 
-# names of the flag that decouples weight decay: torch's, pytorch_optimizer's
-_DECOUPLES = (DECOUPLED.name, "weight_decouple")
+# names of the flag that decouples weight decay: torch's, pytorch_optimizer's, prodigyopt's
+_DECOUPLES = (DECOUPLED.name, "weight_decouple", "decouple")
 
 
 def kept(options: Mapping[str, Any]) -> float:
@@ -198,6 +227,13 @@ class Rule:
         Returns the values of `memory` in the optimizer's next step. It may be called more than once
         for a step, and must depend only on the options, among them what was remembered after the
         last successful step. What else it returns is for the constants of this step alone.
+    share : callable(list of options) -> list of options, optional
+        Returns the options of all groups, in which a step needs to know of the others; raises
+        ValueError where they do not go together.
+    settle : callable(list of options, float, float) -> list of options or None, optional
+        Of a SUMMING rule (csrc/rules/index.h): returns, of all groups, the values of `memory`
+        behind a step and what its constants need, from the sums of both terms over all leaves; None
+        if the step is to change nothing. It comes before the first write of a step, and may raise.
     numbers : tuple of (name, callable(step, options) -> float)
         What torch keeps for each parameter as a number beside its state: functions of how many
         steps were taken, and of the options. They are in state dicts of the torch class alone.
@@ -228,6 +264,8 @@ class Rule:
     counts: bool = True
     memory: tuple[Scalar, ...] = ()
     advance: Callable[[Options], dict[str, Any]] | None = None
+    share: Callable[[list[Options]], list[Options]] | None = None
+    settle: Callable[[list[Options], float, float], list[Options] | None] | None = None
     numbers: tuple[tuple[str, Callable[[int, Options], float]], ...] = ()
     recall: Callable[[int, dict[str, float], Options], dict[str, float]] | None = None
     variant: tuple[str, str] | None = None
@@ -264,6 +302,34 @@ class Rule:
     def state_names(self) -> tuple[str, ...]:
         """Names of the states."""
         return tuple(state.name for state in self.states)
+
+    @cached_property
+    def has_parts(self) -> bool:
+        """Whether it keeps factors of matrices, and so needs whole parameters in row-major order."""
+        return any(state.part for state in self.states)
+
+    @cached_property
+    def needs_whole(self) -> bool:
+        """Whether it cannot step a part of a parameter."""
+        return self.has_parts or self.outside is not None
+
+    @cached_property
+    def fixed(self) -> tuple[str, ...]:
+        """Its options that cannot change once the arrays are made."""
+        return tuple(dict.fromkeys(state.every for state in self.states if state.every))
+
+    def layout(self, shape: tuple[int, ...], options: Mapping[str, Any]) -> Layout | None:
+        """Return how states of a parameter of a shape lie, where some do not lie as it does."""
+        every = int(options[self.fixed[0]]) if self.fixed else 1
+        if every == 1 and not self.has_parts:
+            return None
+        parts = {"rows": 2, "columns": 3}
+        maps = tuple(
+            parts.get(state.part, int(bool(state.every) and every > 1)) for state in self.states
+        )
+        shapes = tuple(state.shape(shape, options) for state in self.states)
+        sizes = (prod(shape[:-2]), *shape[-2:]) if len(shape) > 1 else (0, 0, 0)
+        return maps, shapes, (every, *sizes)
 
     @cached_property
     def slots(self) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ static int is_same_in_two_calls(int rule, uint64_t seed, long *stepped)
     const fo_status status =
         fo_direct(rule, two.leaves, two.n, two.hypers, two.n_hypers, &two.run, threads);
     memset(two.run.tiles, 0, (size_t)fo_count_tiles(two.leaves, two.n) * sizeof *two.run.tiles);
-    int same = fo_rules()[rule].matrix || difference(&one, &two) == NULL; /* it writes a state */
+    int same = fo_rules()[rule].kind == FO_MATRIX || difference(&one, &two) == NULL; /* it writes a state */
     for (ptrdiff_t i = 0; i < two.n && status == FO_OK; i++) {
         fo_stats untouched = two.run.stats[i];
         untouched.param = 2, untouched.update = 3;
@@ -77,7 +77,7 @@ static int is_whole_of_parts(int rule, uint64_t seed)
     run.has_direction = 1;
     right &= fo_step(rule, parts, 2, two.hypers, two.n_hypers, &run, 1) == FO_OK;
     right &= fo_step(rule, one.leaves, 1, one.hypers, one.n_hypers, &one.run, 1) == FO_OK;
-    if (fo_rules()[rule].matrix) /* which has no trust ratio */
+    if (fo_rules()[rule].kind >= FO_FACTORED) /* no trust ratio, or not of sums alone */
         parts[0].trust = parts[1].trust = one.leaves[0].trust;
     right &= n == 0 || is_close(parts[0].trust, one.leaves[0].trust);
     right &= n == 0 || is_close(parts[1].trust, one.leaves[0].trust);
@@ -133,7 +133,7 @@ int main(int count, char **arguments)
     const long seed = count > 2 ? atol(arguments[2]) : 1;
     long stepped = 0, failed = 0;
     for (int rule = 0; rule < rule_count(); rule++) {
-        if (!fo_rules()[rule].layerwise) {
+        if (fo_rules()[rule].kind < FO_LAYERWISE) {
             failed += !is_refused(rule);
             continue;
         }
@@ -141,7 +141,7 @@ int main(int count, char **arguments)
             const uint64_t number = (uint64_t)(seed * 1000000007 + i);
             failed += !is_same_in_two_calls(rule, number, &stepped);
             failed += !is_whole_of_parts(rule, number);
-            failed += fo_rules()[rule].matrix && !is_replaced(rule, number);
+            failed += fo_rules()[rule].kind == FO_MATRIX && !is_replaced(rule, number);
         }
     }
     fprintf(stderr, "direct: %ld lists stepped in two calls, %ld failures\n", stepped, failed);

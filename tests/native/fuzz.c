@@ -8,6 +8,7 @@
  *     fuzz [lists] [seed]
  *
  * tries that many random lists. */
+#include "factors.h"
 #include "lists.h"
 
 #include <stdio.h>
@@ -30,17 +31,27 @@ static void fail(const char *what, const list *l)
 static void plain_step(list *l, const list *stepped)
 {
     const fo_task task = {.rule = l->rule, .hypers = l->hypers, .run = &l->run};
-    const int layerwise = fo_rules()[l->rule].layerwise;
+    const fo_kernels *k = &fo_kernels_plain;
+    const fo_kind kind = fo_rules()[l->rule].kind;
     for (ptrdiff_t i = 0; i < l->n; i++) {
         fo_leaf *leaf = &l->leaves[i];
         leaf->tile = stepped->leaves[i].tile;
         leaf->trust = stepped->leaves[i].trust;
         if (leaf->grad.data != NULL && leaf->n > 0) {
-            if (layerwise)
-                fo_kernels_plain.direct[fo_compute_type(leaf)](&task, leaf, 0, leaf->n);
-            fo_kernels_plain.step[fo_compute_type(leaf)](&task, leaf, 0, leaf->n);
+            const int type = fo_compute_type(leaf);
+            const int factored = kind == FO_FACTORED && fo_is_factored(leaf);
+            const fo_shape *shape = factored ? leaf->state[0].extra : NULL;
+            if (factored) {
+                k->sum_factors[type](&task, leaf, 0, fo_parts(shape));
+                k->fold_factors[type](&task, leaf, 0, shape->matrices);
+            }
+            if (kind >= FO_LAYERWISE)
+                k->direct[type](&task, leaf, 0, leaf->n);
+            k->step[type](&task, leaf, 0, leaf->n);
+            if (factored)
+                k->keep_factors[type](&task, leaf, 0, shape->matrices);
         } else if (leaf->copy.data != NULL && leaf->n > 0)
-            fo_kernels_plain.copy[fo_compute_type(leaf)](&task, leaf, 0, leaf->n);
+            k->copy[fo_compute_type(leaf)](&task, leaf, 0, leaf->n);
     }
 }
 

@@ -152,7 +152,7 @@ static block *add_block(source *s, list *l, ptrdiff_t leaf, int slot, fo_array *
 static void add_array(source *s, list *l, ptrdiff_t leaf, int slot, fo_array *array, int format,
                       int hostile)
 {
-    const ptrdiff_t n = l->leaves[leaf].n;
+    const ptrdiff_t n = fo_count(array, l->leaves[leaf].n);
     const int is_filled = slot < 2 || (hostile && choose(s, 4) == 0);
     array->format = (fo_format)format;
     block *data = add_block(s, l, leaf, slot, array, fo_data_bytes(array, n)), *extra = NULL;
@@ -246,15 +246,65 @@ static int is_supported(int rule, int param, int state)
     return fo_step(rule, &leaf, 1, &hyper, 1, &run, 1) == FO_OK; /* writes nothing */
 }
 
+/* The largest divisor of n up to some choice. */
+static ptrdiff_t some_divisor(source *s, ptrdiff_t n, ptrdiff_t most)
+{
+    ptrdiff_t divisor = 1 + choose(s, most);
+    while (n % divisor != 0)
+        divisor--;
+    return divisor;
+}
+
+static void map_state(list *l, ptrdiff_t leaf, int k, fo_map map)
+{
+    l->leaves[leaf].state[k].map = map;
+    l->leaves[leaf].state[k].extra = &l->shapes[leaf];
+}
+
+/* Adds state to a leaf. Where formats are chosen at random, samples and factors are too. */
+static void add_states(source *s, list *l, ptrdiff_t i, int state, int hostile, int is_any)
+{
+    const fo_rule *rule = &fo_rules()[l->rule];
+    fo_leaf *leaf = &l->leaves[i];
+    fo_shape *shape = &l->shapes[i];
+    const int native = leaf->param.format == FO_F64 ? FO_F64 : FO_F32;
+    const ptrdiff_t optional = rule->states - rule->required;
+    ptrdiff_t states = rule->required + (optional > 0 ? choose(s, optional + 1) : 0), first = 0;
+    if (rule->kind == FO_FACTORED) {
+        states = 3, first = 2;
+        if (is_any && leaf->n > 0 && choose(s, 2)) {
+            shape->columns = some_divisor(s, leaf->n, 1 + choose(s, 1500));
+            shape->rows = some_divisor(s, leaf->n / shape->columns, 1 + choose(s, 300));
+            shape->matrices = leaf->n / shape->columns / shape->rows;
+            shape->scratch = calloc(1, fo_scratch(shape));
+            if (shape->scratch == NULL)
+                abort();
+            states = 2, first = 0;
+            map_state(l, i, 0, FO_ROWS);
+            map_state(l, i, 1, FO_COLUMNS);
+        }
+    } else if (rule->kind == FO_SUMMING && is_any) {
+        shape->every = 1 + choose(s, 70);
+        for (int k = 2; k < states; k++)
+            if (choose(s, 2))
+                map_state(l, i, k, FO_EVERY);
+    }
+    for (int k = (int)first; k < states; k++) { /* a direction is of the compute type */
+        const int is_native = leaf->state[k].map != FO_EACH ||
+                              (rule->kind == FO_MATRIX && k == rule->states - 1);
+        add_array(s, l, i, 2 + k, &leaf->state[k], is_native ? native : state, hostile);
+    }
+}
+
 list make_list(source *s, wish w)
 {
     list l = {.rule = w.rule < 0 ? (int)choose(s, rule_count()) : w.rule};
-    const fo_rule *rule = &fo_rules()[l.rule];
     l.n = w.param < 0 ? choose(s, w.leaves + 1) : w.leaves;
     l.n_hypers = 1 + choose(s, 3);
     l.leaves = calloc((size_t)l.n + 1, sizeof *l.leaves);
     l.hypers = calloc((size_t)l.n_hypers, sizeof *l.hypers);
-    if (l.leaves == NULL || l.hypers == NULL)
+    l.shapes = calloc((size_t)l.n + 1, sizeof *l.shapes);
+    if (l.leaves == NULL || l.hypers == NULL || l.shapes == NULL)
         abort();
     new_constants(s, &l);
     for (ptrdiff_t i = 0; i < l.n; i++) {
@@ -268,13 +318,7 @@ list make_list(source *s, wish w)
         add_array(s, &l, i, 0, &leaf->param, format, w.hostile);
         if (w.grad >= 0 || choose(s, 8))
             add_array(s, &l, i, 1, &leaf->grad, format_of(s, w.grad), w.hostile);
-        const ptrdiff_t optional = rule->states - rule->required;
-        const ptrdiff_t states = rule->required + (optional > 0 ? choose(s, optional + 1) : 0);
-        for (int k = 0; k < states; k++) { /* a direction is of the compute type */
-            const int is_direction = rule->matrix && k == rule->states - 1;
-            const int native = format == FO_F64 ? FO_F64 : FO_F32;
-            add_array(s, &l, i, 2 + k, &leaf->state[k], is_direction ? native : state, w.hostile);
-        }
+        add_states(s, &l, i, state, w.hostile, w.state < 0);
         if (choose(s, 3) == 0)
             add_array(s, &l, i, EMA, &leaf->ema, format == FO_F64 ? FO_F64 : FO_F32, w.hostile);
         if (choose(s, 3) == 0) {
@@ -300,7 +344,8 @@ void next_step(source *s, list *l, int hostile)
 int states_are_zero(const list *l)
 {
     for (const block *b = l->blocks; b != NULL; b = b->next)
-        for (size_t at = 0; b->slot > 1 && b->slot < EMA && at < b->size; at++)
+        for (size_t at = 0; b->slot > 1 && b->slot < EMA && b->array->map == FO_EACH && at < b->size;
+             at++)
             if (b->data[at] != 0)
                 return 0;
     return 1;
@@ -314,6 +359,9 @@ void free_list(list *l)
         free(b->memory);
         free(b);
     }
+    for (ptrdiff_t i = 0; i < l->n; i++)
+        free(l->shapes[i].scratch);
+    free(l->shapes);
     free(l->leaves);
     free(l->hypers);
     free(l->run.tiles);

@@ -26,6 +26,7 @@ typedef struct list {
     ptrdiff_t n, n_hypers;
     fo_leaf *leaves;
     fo_hyper *hypers;
+    fo_shape *shapes; /* of each leaf */
     fo_run run;
     struct block *blocks;
 } list;

@@ -6,6 +6,7 @@ middle of a step, of a signal's handler or for want of memory, leaves it half do
 """
 
 from fusedopt.reference.adadelta import Adadelta, adadelta
+from fusedopt.reference.adafactor import Adafactor, adafactor
 from fusedopt.reference.adagrad import Adagrad, adagrad
 from fusedopt.reference.adam import Adam, AdamW, adam, adamw
 from fusedopt.reference.adamax import Adamax, adamax
@@ -17,6 +18,7 @@ from fusedopt.reference.lars import LARS, lars
 from fusedopt.reference.lion import Lion, lion
 from fusedopt.reference.muon import Muon, muon
 from fusedopt.reference.nadam import NAdam, nadam
+from fusedopt.reference.prodigy import Prodigy, prodigy
 from fusedopt.reference.radam import RAdam, radam
 from fusedopt.reference.rmsprop import RMSprop, rmsprop
 from fusedopt.reference.rprop import Rprop, rprop
@@ -31,10 +33,10 @@ from fusedopt.reference.signsgd import SignSGD, signsgd
 from fusedopt.reference.yogi import Yogi, yogi
 
 __all__ = [
-    "ADOPT", "ASGD", "LAMB", "LARS", "SGD", "AdEMAMix", "Adadelta", "Adagrad", "Adam", "AdamW",
-    "Adamax", "Lion", "Muon", "NAdam", "RAdam", "RMSprop", "Rprop", "ScheduleFreeAdamW",
+    "ADOPT", "ASGD", "LAMB", "LARS", "SGD", "AdEMAMix", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW",
+    "Adamax", "Lion", "Muon", "NAdam", "Prodigy", "RAdam", "RMSprop", "Rprop", "ScheduleFreeAdamW",
     "ScheduleFreeSGD", "SignSGD", "Yogi",
-    "adadelta", "adagrad", "adam", "adamax", "adamw", "ademamix", "adopt", "asgd", "lamb",
-    "lars", "lion", "muon", "nadam", "radam", "rmsprop", "rprop", "schedulefreeadamw",
+    "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "ademamix", "adopt", "asgd", "lamb",
+    "lars", "lion", "muon", "nadam", "prodigy", "radam", "rmsprop", "rprop", "schedulefreeadamw",
     "schedulefreesgd", "sgd", "signsgd", "yogi",
 ]  # fmt: skip

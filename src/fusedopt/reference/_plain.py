@@ -12,7 +12,7 @@ import numpy as np
 from fusedopt import _check, _core, formats
 from fusedopt._arrays import ArrayList
 from fusedopt._check import Array
-from fusedopt._functional import Step, function, listed
+from fusedopt._functional import Step, function, listed, remembered
 from fusedopt._ieee import ieee
 from fusedopt._options import LEAF, Reduction, StepOptions, StepResult, StepStats
 from fusedopt.formats import BLOCK, Stored, flat
@@ -26,6 +26,7 @@ StepSums = tuple[float, float, float]
 _GRAD, _STEP = ["grad", "largest_grad", "zeros", "nonfinite"], ["param", "update", "largest_update"]
 
 _NOTHING = StepOptions()
+_SUMMED = ("layerwise", "counting", "factored")  # kinds of rules that need sums of a leaf
 
 # (parameter, direction of the rule) -> their sums of squares over the leaf
 Sums = Callable[[Array, Array], tuple[float, float]]
@@ -105,6 +106,17 @@ def _sums(p: Array, direction: Array) -> tuple[float, float]:
     return squares(p), squares(direction)
 
 
+def _sum_terms(first: Array, second: Array) -> tuple[float, float]:
+    """Return the sums of a rule's terms over a leaf."""
+    tiles = [in_lanes(_rows(x, _TILE).astype(np.float64)) for x in (first, second)]
+    return float(in_lanes(tiles[0])), float(in_lanes(tiles[1]))
+
+
+def _both(table: Array) -> tuple[float, float]:
+    """Return the sums of a rule's terms over all leaves."""
+    return float(in_lanes(table["param"])), float(in_lanes(table["update"]))
+
+
 def _known_sums(param: float, way: float, p: Array, direction: Array) -> tuple[float, float]:
     """Return them as they were summed over ranks."""
     return param, way
@@ -135,7 +147,7 @@ def _write_copy(copy: Array, p: Array) -> None:
 
 # ---------------------------------------------------------------- sums
 
-_TILE, _LANES = 512, 16  # FO_TILE and FO_LANES
+_TILE, _LANES, _PART_ROWS = 512, 16, 128  # FO_TILE, FO_LANES, FO_PART_ROWS
 
 
 def _fold(lanes: Array) -> Array:
@@ -161,6 +173,30 @@ def _rows(x: Array, length: int) -> Array:
     rows = np.zeros((-(-values.size // length), length), values.dtype)
     rows.reshape(-1)[: values.size] = values
     return rows
+
+
+def in_lanes(x: Array) -> Array:
+    """Return the sums over the last axis, in lanes."""
+    return _fold(_in_lanes(x))
+
+
+def row_squares(x: Array) -> Array:
+    """Return the sums of squares over the last axis, by tiles, in float64."""
+    total = np.zeros(x.shape[:-1])
+    for start in range(0, x.shape[-1], _TILE):
+        total = total + in_lanes(x[..., start : start + _TILE].astype(np.float64) ** 2)
+    return total
+
+
+def column_squares(x: Array) -> Array:
+    """Return the sums of squares over the last axis but one, by parts of rows, in float64."""
+    total = np.zeros((*x.shape[:-2], x.shape[-1]))
+    for start in range(0, x.shape[-2], _PART_ROWS):
+        part = np.zeros_like(total)
+        for i in range(start, min(start + _PART_ROWS, x.shape[-2])):
+            part = part + x[..., i, :].astype(np.float64) ** 2
+        total = total + part
+    return total
 
 
 @as_in_c
@@ -269,11 +305,8 @@ class Plain(Optimizer):
         source: ArrayList | None,
     ) -> StepResult:
         work, (flat_grads, _) = self._work, self._prepare(grads)
-        by_leaf = [
-            its
-            for group in self._groups
-            for its in [self.rule.advanced(group.options)] * len(group.leaves)
-        ]
+        by_group = [group.options for group in self._groups]
+        by_leaf = self._by_leaf(self._advanced if self._remembers else by_group)
         work.check(flat_grads, how, copies)
         table = np.zeros(len(work), _core.STATS)
         sizes = np.array([0 if g is None else g.size for g in flat_grads])
@@ -293,8 +326,19 @@ class Plain(Optimizer):
         )
         scales = scales or [how.grad_scale] * len(work)
         sums: list[Sums | None] = [None] * len(work)
-        if self._is_layerwise and reduction is not None and not verdict.skipped:
-            sums = self._sums_over_ranks(flat_grads, by_leaf, scales, how, reduction)
+        if self._kind == "summing" and not verdict.skipped:
+            terms = self._direct(flat_grads, by_leaf, scales, how)
+            first, second = _both(terms) if reduction is None else reduction.terms(terms)
+            if self._settle(first, second) is None:
+                verdict = verdict._replace(skipped=True)
+            by_leaf = self._by_leaf(self._advanced)
+        elif self._kind in _SUMMED and reduction is not None and not verdict.skipped:
+            table_of_sums = self._direct(flat_grads, by_leaf, scales, how)
+            reduction.directions(table_of_sums)
+            rows = zip(
+                table_of_sums["param"].tolist(), table_of_sums["update"].tolist(), strict=True
+            )
+            sums = [partial(_known_sums, *row) for row in rows]
         for i, grad in enumerate(flat_grads):
             copy = None if copies is None else copies[i]
             if grad is None or verdict.skipped:
@@ -322,8 +366,13 @@ class Plain(Optimizer):
         return StepResult(work.count, sum(present), *verdict, stats)
 
     @property
-    def _is_layerwise(self) -> bool:
+    def _kind(self) -> str:
         return _core.RULES[self.rule.row(group.options for group in self._groups)][3]
+
+    def _by_leaf(self, by_group: Sequence[Options]) -> list[Options]:
+        """Return the options of each leaf, from those of the groups."""
+        pairs = zip(by_group, self._groups, strict=True)
+        return [options for options, group in pairs for _ in group.leaves]
 
     def _grad_sums(self, number: int, grad: Array) -> GradSums:
         param = self._work.params[number]
@@ -374,19 +423,19 @@ class Plain(Optimizer):
             sums=sums,
         )
 
-    def _sums_over_ranks(
+    def _direct(
         self,
         grads: Sequence[Array | None],
         options: Sequence[Options],
         scales: Sequence[float],
         how: StepOptions,
-        reduction: Reduction,
-    ) -> list[Sums | None]:
+    ) -> Array:
         """Return the sums of each leaf and of where it would go, before any is written."""
         table = np.zeros(len(grads), _core.STATS)
+        take = _sum_terms if self._kind == "summing" else _sums
 
         def note(i: int, p: Array, direction: Array) -> tuple[float, float]:
-            table["param"][i], table["update"][i] = found = _sums(p, direction)
+            table["param"][i], table["update"][i] = found = take(p, direction)
             return found
 
         for i, grad in enumerate(grads):
@@ -394,9 +443,7 @@ class Plain(Optimizer):
                 self._step_leaf(
                     i, grad, options[i], scales[i], how, None, partial(note, i), keep=False
                 )
-        reduction.directions(table)
-        summed = zip(table["param"].tolist(), table["update"].tolist(), strict=True)
-        return [partial(_known_sums, *row) for row in summed]
+        return table
 
 
 def reference(fast: type[Optimizer], update: Callable[..., None]) -> tuple[type[Optimizer], Step]:
@@ -411,12 +458,31 @@ def reference(fast: type[Optimizer], update: Callable[..., None]) -> tuple[type[
         ``sums(p, direction)`` returns the sums of squares that a layer-wise rule needs.
     """
 
-    def take(rule: Rule, params: Any, grads: Any, states: Any, step: int, options: Options) -> None:
+    def take(rule: Rule, params: Any, grads: Any, states: Any, step: int, options: Options) -> Any:
         listed(rule, params, states, step, options).check(list(grads), _NOTHING, None)
-        rows = zip(params, grads, *states, strict=True)
-        for number, (param, grad, *its) in enumerate(rows):
+        rows = list(enumerate(zip(params, grads, *states, strict=True)))
+        if rule.share is not None:
+            options = rule.share([options])[0]
+        if rule.settle is not None:
+            table = np.zeros(len(rows), _core.STATS)
+
+            def note(number: int, first: Array, second: Array) -> tuple[float, float]:
+                table["param"][number], table["update"][number] = _sum_terms(first, second)
+                return 0.0, 0.0
+
+            for number, (param, grad, *its) in rows:
+                if grad is not None:
+                    param, *its = map(_twin, (param, *its))
+                    leaf(rule, update, param, grad, its, number=number, step=step,
+                         options=options, sums=partial(note, number))  # fmt: skip
+            settled = rule.settle([options], *_both(table))
+            if settled is None:
+                return remembered(rule, options)
+            options = settled[0]
+        for number, (param, grad, *its) in rows:
             if grad is not None:
                 leaf(rule, update, param, grad, its, number=number, step=step, options=options)
+        return remembered(rule, options)
 
     doc = f"`fusedopt.{fast.__name__}` with the arithmetic in plain NumPy."
     module = {"__module__": update.__module__, "__doc__": doc, "_update": staticmethod(update)}

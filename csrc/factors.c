@@ -1,0 +1,73 @@
+/* The passes of a factored rule over a list of leaves: parts of matrices are summed, and matrices
+ * finished, by one parallel loop each. No bit depends on which thread takes which. */
+#include "factors.h"
+#include "split.h"
+#include "threads.h"
+
+enum { MOST_CHUNKS = 4096 }; /* enough to balance; matrices may be tiny, and many */
+
+typedef struct pass {
+    const fo_work *w;
+    fo_range *const *range;
+    ptrdiff_t (*count)(const fo_shape *shape); /* of what a range is of */
+    ptrdiff_t total, chunk;                    /* of all leaves; in a chunk */
+} pass;
+
+static ptrdiff_t matrices(const fo_shape *shape) { return shape->matrices; }
+
+static void run_chunks(void *context, ptrdiff_t first, ptrdiff_t last)
+{
+    const pass *it = context;
+    const ptrdiff_t from = first * it->chunk;
+    const ptrdiff_t to = last * it->chunk < it->total ? last * it->chunk : it->total;
+    for (ptrdiff_t i = fo_leaf_at(it->w, from); i < it->w->n; i++) {
+        const fo_leaf *leaf = &it->w->leaves[i];
+        if (leaf->start >= to)
+            break;
+        if (!fo_is_factored(leaf))
+            continue;
+        const ptrdiff_t count = it->count(leaf->state[0].extra);
+        const ptrdiff_t begin = from > leaf->start ? from - leaf->start : 0;
+        const ptrdiff_t end = to - leaf->start < count ? to - leaf->start : count;
+        if (begin < end)
+            it->range[fo_compute_type(leaf)](&it->w->task, leaf, begin, end);
+    }
+}
+
+/* `weight`: of how many elements of a leaf a pass works on one. */
+static void run(fo_work *w, fo_range *const *range, ptrdiff_t (*count)(const fo_shape *shape),
+                ptrdiff_t weight, int threads)
+{
+    pass it = {.w = w, .range = range, .count = count};
+    ptrdiff_t elements = 0;
+    for (ptrdiff_t i = 0; i < w->n; i++) {
+        fo_leaf *leaf = &w->leaves[i];
+        leaf->start = it.total;
+        if (fo_is_factored(leaf)) {
+            it.total += count(leaf->state[0].extra);
+            elements += leaf->n;
+        }
+    }
+    it.chunk = it.total / MOST_CHUNKS + 1;
+    fo_parallel(run_chunks, &it, (it.total + it.chunk - 1) / it.chunk,
+                fo_size_of(elements / weight), threads);
+}
+
+void fo_find_factors(fo_work *w, const fo_kernels *kernels, int threads)
+{
+    run(w, kernels->sum_factors, fo_parts, 1, threads);
+    run(w, kernels->fold_factors, matrices, 64, threads);
+}
+
+void fo_keep_factors(fo_work *w, const fo_kernels *kernels, int threads)
+{
+    run(w, kernels->keep_factors, matrices, 64, threads);
+}
+
+size_t fo_scratch(const fo_shape *shape)
+{
+    const fo_factors it = fo_factors_of(shape, 0);
+    const ptrdiff_t rows = shape->matrices * shape->rows;
+    const ptrdiff_t columns = shape->matrices * shape->columns;
+    return (size_t)(rows * (it.wide + 1) + columns * (it.high + 1)) * sizeof(double);
+}

@@ -1,0 +1,41 @@
+/* Where the sums and factors of a factored rule lie during a step. Internal. */
+#ifndef FUSEDOPT_FACTORS_H
+#define FUSEDOPT_FACTORS_H
+
+#include "kernels.h"
+
+/* A leaf's matrices are summed in parts of that many rows and columns: whichever thread sums a part,
+ * the order is the same. */
+enum { FO_PART_ROWS = 128, FO_PART_COLUMNS = FO_TILE };
+
+typedef struct fo_factors {
+    ptrdiff_t high, wide;            /* parts of a matrix, one below and one beside the other */
+    double *row_sums, *column_sums;  /* squares: by row and part beside; by part below and column */
+    void *rows, *columns;            /* factors as the step uses them, in the compute type */
+} fo_factors;
+
+static inline fo_factors fo_factors_of(const fo_shape *shape, size_t size)
+{
+    const ptrdiff_t rows = shape->matrices * shape->rows;
+    fo_factors it = {.high = (shape->rows + FO_PART_ROWS - 1) / FO_PART_ROWS,
+                     .wide = (shape->columns + FO_PART_COLUMNS - 1) / FO_PART_COLUMNS};
+    it.row_sums = shape->scratch;
+    it.column_sums = it.row_sums + rows * it.wide;
+    it.rows = it.column_sums + shape->matrices * it.high * shape->columns;
+    it.columns = (char *)it.rows + (size_t)rows * size;
+    return it;
+}
+
+static inline ptrdiff_t fo_parts(const fo_shape *shape)
+{
+    const fo_factors it = fo_factors_of(shape, 0);
+    return shape->matrices * it.high * it.wide;
+}
+
+/* Whether a leaf of a factored rule has a gradient, and factors. */
+static inline int fo_is_factored(const fo_leaf *leaf)
+{
+    return leaf->n > 0 && leaf->grad.data != NULL && leaf->state[0].data != NULL;
+}
+
+#endif
