@@ -15,6 +15,9 @@ class GroupPlan:
         squares: tuple[bool, ...],
         bfloat16: str,
         seed: int,
+        maps: tuple[int, ...],
+        rest: tuple[bool, ...] | None,
+        every: int,
     ) -> GroupPlan: ...
     @property
     def names(self) -> tuple[str, ...]: ...

@@ -75,6 +75,7 @@ class Fused(StateKeeper):
     _groups: dict[int, _Group]  # by number
     _process_group: Any = None
     _has_new_options = True  # of a group, for `Rule.row`
+    _advanced: Sequence[Options] = ()  # of the groups, in this step
 
     def __init__(
         self,
@@ -211,22 +212,40 @@ class Fused(StateKeeper):
             known = [self._groups[i].options for i in range(len(groups))]
             self._leaves.use_row(self._rule.row(known))
             self._has_new_options = False
-        if self._rule.advance is not None:
-            self._leaves.writes = self._advance()
+        if self._rule.advance is not None or self._rule.share is not None:
+            self._advance()
         self._leaves.step(
             self, groups, self._is_counted(), self.state, _threads.of(self._threads), how, copies
         )
         return loss
 
-    def _advance(self) -> list[tuple[dict[str, Any], str, Any]]:
-        """Take over what the rule remembers, as it is in this step; return what to write then."""
-        writes: list[tuple[dict[str, Any], str, Any]] = []
-        for i, group in enumerate(self.param_groups):
+    def _advance(self) -> None:
+        """Take over what the rule remembers, as it is in this step."""
+        advanced = [
+            self._rule.advanced(self._groups[i].options, f"param_groups[{i}]: in this step ")
+            for i in range(len(self.param_groups))
+        ]
+        if self._rule.share is not None:
+            advanced = self._rule.share(advanced)
+        self._take_over(advanced, self._rule.settle is None)
+
+    def _settle(self, first: float, second: float) -> bool:
+        """Make the constants of a step by the sums of a rule; False if it is to change nothing."""
+        assert self._rule.settle is not None
+        settled = self._rule.settle(self._advanced, first, second)
+        if settled is not None:
+            self._take_over(settled, True)
+        return settled is not None
+
+    def _take_over(self, advanced: list[Options], remembers: bool) -> None:
+        """Make the constants of groups in this step, and note what they then remember."""
+        assert self._leaves is not None
+        self._advanced, self._leaves.writes = advanced, []
+        for i, (group, options) in enumerate(zip(self.param_groups, advanced, strict=True)):
             known = self._groups[i]
-            options = self._rule.advanced(known.options, f"param_groups[{i}]: in this step ")
             known.constants = self._rule.at(options)
-            writes += self._rule.writes(options, group, known.options, known.seen)
-        return writes
+            if remembers:
+                self._leaves.writes += self._rule.writes(options, group, known.options, known.seen)
 
     @ieee
     def _step_options(self, given: Mapping[str, Any]) -> StepOptions:
@@ -376,8 +395,10 @@ class Fused(StateKeeper):
         options |= self._own_options(group, f"{where}.")
         for option in rule:
             name, value = option.name, group[option.name]
-            if isinstance(option.default, tuple):
+            if isinstance(option.default, tuple) and None not in option.default:
                 options[name] = _numbers(f"{where}.{name}", value, len(option.default))
+            elif isinstance(option.default, tuple):
+                options[name] = option.check(f"{where}.{name}", value)
             elif isinstance(option.default, float) or isinstance(value, torch.Tensor):
                 if value is not None or self._is_torchs:
                     options[name] = _number(f"{where}.{name}", value)
@@ -386,11 +407,15 @@ class Fused(StateKeeper):
         options |= self._checked_own(f"{where}.", options)
         states = self._states(self._rule.uses(options), options.get("ema") is not None)
         squares = tuple(state.squared for state in self._rule.states)
+        layout = self._rule.layout((1, 1), options)
+        maps, _, (every, *_) = layout or ((0,) * len(squares), (), (1,))
+        rest = tuple(state.part == "rest" for state in self._rule.states)
         return _Group(
             options,
             self._rule_of(options).at(options),
             _tensors.GroupPlan(
-                states, squares, MASTERS[options.get("master_bits")], options.get("seed", 0)
+                states, squares, MASTERS[options.get("master_bits")], options.get("seed", 0),
+                maps, rest if self._rule.has_parts else None, every,
             ),
             dict(group) if all(map(_is_constant, group.items())) else None,
         )
@@ -406,7 +431,7 @@ class Fused(StateKeeper):
     ) -> tuple[list[Any], list[Any], list[tuple[Any, Any, str]]]:
         """Return what C can work on for [parameter, gradient, copy, *state]: see `stand_ins`."""
         name = self._name(group, i)
-        if self._rule.outside is not None and _ranks.sharded_dims(tensors[0]):
+        if self._rule.needs_whole and _ranks.sharded_dims(tensors[0]):
             raise ValueError(
                 f"{name}: is a shard, and {type(self).__name__} computes with whole matrices; use "
                 "AdamW for it, or keep it whole"
@@ -414,7 +439,12 @@ class Fused(StateKeeper):
         residual = residual_dtype(self.param_groups[group])
         where = [name, f"{name}.grad", f"copy_out of {name}"]
         where += [f"{name}.{state}" for state in names]
-        return _plain.stand_ins(where, tensors, extras, residual, zeroes)
+        shapes = {
+            f"{name}.{state}": shape
+            for state, shape in self._shapes(group, tensors[0]).items()
+            if shape not in (None, tuple(tensors[0].shape))
+        }
+        return _plain.stand_ins(where, tensors, extras, residual, zeroes, shapes)
 
     def _replace(self, group: int, direction: Any) -> None:
         """Replace the direction of a parameter by what the rule makes of it."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Mapping
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,34 @@ def as_stored(tensor: Any, blocks: Any, is_square: bool) -> Any:
     if tensor.dtype == torch.float16:
         return Stored("float16-stochastic", tensor.numpy())
     return tensor.numpy()
+
+
+def part(
+    where: str, param: Any, name: str, saved: Mapping[str, Any], dtype: Any, shape: Any
+) -> dict[str, Any]:
+    """Return a saved state array that may have another shape than its parameter.
+
+    The library that made the rule known may keep it flat, or a number that stands for all.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If its shape does not fit, or if there is none of such a parameter.
+    """
+    value, where = saved.get(name), f"{where}.{name}"
+    if shape is None:
+        raise ValueError(f"{where}: a parameter of shape {tuple(param.shape)} has none")
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{where}: is a {type(value).__name__}; expected a tensor")
+    if hasattr(type(value), "to_local"):
+        return {name: saved_tensor(where, value, param, DTYPES).to(dtype)}
+    value = local(where, value.detach().to(param.device)).resolve_neg()
+    if value.shape != shape:
+        is_flat = value.dim() == 1 and value.numel() == prod(shape)
+        if not is_flat and value.dim() != 0:
+            raise ValueError(f"{where}: shape {tuple(value.shape)}; expected {tuple(shape)}")
+        value = value.reshape(shape) if is_flat else value.expand(shape)
+    return {name: value.to(dtype).contiguous()}
 
 
 def saved_tensor(where: str, value: Any, param: Any, known: tuple[Any, ...]) -> Any:
@@ -168,14 +197,20 @@ def repeats(tensor: Any) -> bool:
 
 
 def stand_ins(
-    where: list[str], tensors: list[Any], extras: list[Any], residual: Any, zeroes: bool
+    where: list[str],
+    tensors: list[Any],
+    extras: list[Any],
+    residual: Any,
+    zeroes: bool,
+    shapes: Mapping[str, Any],
 ) -> tuple[list[Any], list[Any], list[tuple[Any, Any, str]]]:
     """Return for [parameter, gradient, copy, *state] plain tensors of one shape, in any order.
 
     Those that are so already, or hold such a one, stand for themselves; of the others a copy does.
     Gradient and copy may be None. Also returns, alike, what belongs to their codes (`extras`; of
     the parameter, residual bits of dtype `residual`), and what to write back, as (tensor, its copy,
-    name); the gradient too if the step sets it to zero (`zeroes`).
+    name); the gradient too if the step sets it to zero (`zeroes`). `shapes` are those of states that
+    have one of their own, by name.
 
     Raises
     ------
@@ -196,7 +231,16 @@ def stand_ins(
     is_double = param.dtype == torch.float64
 
     def fit(name: str, tensor: Any, written: bool) -> Any:
-        same_shape(name, tensor, param)
+        if name in shapes:
+            if tensor.shape != shapes[name]:
+                raise ValueError(
+                    f"{name}: shape {tuple(tensor.shape)}; expected {tuple(shapes[name])}"
+                )
+            if not tensor.is_contiguous():
+                back.append((tensor, tensor.contiguous(), name))
+                return back[-1][1]
+        else:
+            same_shape(name, tensor, param)
         if tensor.dim() > MOST_AXES:
             raise ValueError(f"{name}: has {tensor.dim()} axes, of at most {MOST_AXES}")
         if written and repeats(tensor):

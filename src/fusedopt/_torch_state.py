@@ -11,7 +11,7 @@ import torch
 from fusedopt import _copies, _storage
 from fusedopt import _torch_plain as _plain
 from fusedopt.formats import FORMATS
-from fusedopt.rule import COMMON, Option, Rule
+from fusedopt.rule import COMMON, Option, Rule, State
 
 OWN = {option.name: option for option in COMMON}  # how parameters and state are kept
 _DTYPES = {  # by storage format; 8-bit codes of either sign are bytes
@@ -53,17 +53,24 @@ class StateKeeper:
         """Return the number, and the names, of the state arrays in use: see `GroupPlan`."""
         names = [*cls._rule.slots]
         uses = [*used, averages]
+        wide = {"ema", *(state.name for state in cls._rule.states if state.wide)}
         return [
-            (k, name, None if name == "ema" else name + _plain.CODES, name + _plain.BLOCKS)
+            (k, name, None if name in wide else name + _plain.CODES, name + _plain.BLOCKS)
             for k, (name, use) in enumerate(zip(names, uses, strict=True))
             if use
         ]
 
-    def _state_dtype(self, group: int, param: Any) -> Any:
-        """Return the dtype in which state of a parameter is kept; float32 unless asked."""
+    def _state_dtype(self, group: int, param: Any, state: State) -> Any:
+        """Return the dtype in which a state of a parameter is kept; float32 unless asked."""
         options = {**self._rule.defaults, **self.param_groups[group]}
         is_double = param.dtype == torch.float64
-        return _DTYPES[_storage.state_format(is_double, param.numel(), False, options)]
+        return _DTYPES[_storage.state_format(is_double, param.numel(), state, options)]
+
+    def _shapes(self, group: int, param: Any) -> dict[str, tuple[int, ...] | None]:
+        """Return the shape of each state of a parameter; None if it is not kept for that."""
+        options = {**self._rule.defaults, **self.param_groups[group]}
+        shape = tuple(param.shape)
+        return {state.name: state.shape(shape, options) for state in self._rule.states}
 
     def _missing(
         self, name: str, own: Mapping[str, Any], states: Sequence[str], begun: bool
@@ -89,17 +96,28 @@ class StateKeeper:
         """
         name = self._name(group, i)
         local = _plain.local(name, param)
-        names = self._groups[group].plan.names
+        shapes = self._shapes(group, param)
+        names = [n for n in self._groups[group].plan.names if shapes.get(n, ()) is not None]
         missing = self._missing(name, own or {}, names, bool(own))
-        dtype = self._state_dtype(group, param)
-        if dtype == torch.uint8 and local is not param and hasattr(type(param), "to_local"):
-            raise TypeError(f"{name}: is a shard; 8-bit state is for whole tensors only")
+        rows = {state.name: state for state in self._rule.states}
+        is_shard = local is not param and hasattr(type(param), "to_local")
         made: dict[str, Any] = {}
         if self._is_counted() and not (own and "step" in own):
             made["step"] = _new_count()
         for state in missing:
             if state == "ema":
                 made[state] = param.detach().to(_wide(param), copy=True)
+                continue
+            dtype = self._state_dtype(group, param, rows[state])
+            if dtype == torch.uint8 and is_shard:
+                raise TypeError(f"{name}: is a shard; 8-bit state is for whole tensors only")
+            if shapes[state] != tuple(param.shape):
+                if is_shard:
+                    raise ValueError(
+                        f"{name}: is a shard, of which {state!r} cannot be kept in a shape of its "
+                        f"own; {_way_out(self._rule)}"
+                    )
+                made[state] = torch.zeros(shapes[state], dtype=dtype, device=param.device)
                 continue
             if dtype == torch.uint8:
                 made[state + _plain.CODES], made[state + _plain.BLOCKS] = _plain.new_codes(param)
@@ -128,7 +146,9 @@ class StateKeeper:
             blocks = made.get(state.name + _plain.BLOCKS)
             array = _plain.as_stored(made[key], blocks, state.squared)
             source = param.detach()
-            if state.init == "param":  # in the memory order of the state
+            if made[key].shape != param.shape:  # a sample, in row-major order
+                source = source.resolve_neg().contiguous()
+            elif state.init == "param":  # in the memory order of the state
                 like = _plain.local(where, made[key], (*_plain.DTYPES, torch.uint8))
                 if source.stride() != like.stride() or source.is_neg():
                     source = torch.empty_like(like, dtype=source.dtype).copy_(source)
@@ -275,9 +295,13 @@ class StateKeeper:
                 step = torch.tensor(float(step), device="cpu", dtype=_count_dtype())
             self._count(group, i, step)
             own["step"] = step.to(param.device)
+        shapes = self._shapes(group, param)
         for state in self._rule.states:
             if _has(saved, state.name):
-                dtype = self._state_dtype(group, param)
+                dtype, shape = self._state_dtype(group, param, state), shapes[state.name]
+                if state.every or state.part:
+                    own.update(_plain.part(name, param, state.name, saved, dtype, shape))
+                    continue
                 own.update(_plain.stored(name, param, state.name, state.squared, saved, dtype))
         if saved.get("ema") is not None:
             own.update(_plain.stored(name, param, "ema", False, saved, _wide(param)))
@@ -291,7 +315,11 @@ class StateKeeper:
         ours.update(s + end for s in self._rule.state_names for end in _ENDS)
         own.update({key: value for key, value in saved.items() if key not in ours})
         options = {**self._rule.defaults, **self.param_groups[group]}
-        used = [name for _, name, *_ in self._states(self._rule.uses(options), False)]
+        used = [
+            name
+            for _, name, *_ in self._states(self._rule.uses(options), False)
+            if shapes[name] is not None
+        ]
         self._missing(name, own, used, bool(saved))
         return own
 
@@ -360,6 +388,11 @@ class StateKeeper:
         torch.clear_autocast_cache()
         for module in _plain.gathered(self.state):
             module.reshard()
+
+
+def _way_out(rule: Rule) -> str:
+    """Return how a parameter that is a shard can be stepped."""
+    return f"set {rule.fixed[0]}=1" if rule.fixed else "use AdamW for it, or keep it whole"
 
 
 def _has(own: Mapping[str, Any], state: str) -> bool:
