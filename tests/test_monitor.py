@@ -1,11 +1,22 @@
 """The messages and plots of History, and the loss scale."""
 
+import runpy
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import fusedopt
-from fusedopt import schedules
-from fusedopt.monitor import History
+from fusedopt import StepResult, _checkpoint, schedules
+from fusedopt.monitor import ROWS, History
+
+TABLE = runpy.run_path(str(Path(__file__).parent.parent / "bench" / "monitor.py"))
+
+
+def test_precision_and_recall():
+    """Of 40 trainings, healthy and sick; bench/results/monitor.md has other seeds."""
+    precision, recall, _ = TABLE["figures"](range(1))
+    assert precision >= 0.9 and recall >= 0.9
 
 
 def run(grads_of, steps=60, lr=1e-3, **options):
@@ -26,11 +37,13 @@ MOSTLY_ZERO = np.eye(1, 100, dtype=np.float32)[0]
     ("grads_of", "options", "words"),
     [
         (lambda step: 0.5, {}, None),
-        (lambda step: 0.0, {}, "gradient was 0 everywhere in the last 20 steps: a dead layer"),
-        (lambda step: MOSTLY_ZERO, {}, "99% of its gradient is 0"),
+        (lambda step: 0.0, {}, "dead: the gradient was 0 everywhere in the last 20 records and in"),
+        (lambda step: MOSTLY_ZERO, {}, None),  # sparse input
+        (lambda step: MOSTLY_ZERO if step > 30 else 0.5, {}, "dying units: 99% of the gradient is"),
+        (lambda step: 0.5 if step < 30 else 0.0, {}, "records; lower the learning rate"),
         (lambda step: 1e-3 * 1.2**step, {}, "exploding"),
         (lambda step: 0.8**step, {}, "vanishing"),
-        (lambda step: 1e-3, {}, "too small; raise the learning rate"),
+        (lambda step: 1e-3, {}, "moves it by 1e-06 of its norm, and faster leaves by 0.0008"),
         (lambda step: 300.0 * (-1) ** step, {}, "too large; lower the learning rate"),
         (lambda step: np.nan if step in (7, 9) else 0.5, {}, "NaN gradient in step 8, and in 1 mo"),
         (lambda step: 0.5, {"steps": 10}, None),
@@ -123,13 +136,13 @@ def test_non_finite_parameters_are_reported(value, places, since, dtype):
 
 def test_skipped_steps_are_reported():
     history = run(lambda step: np.inf if step % 3 else 0.5, nonfinite="skip")
-    assert len(history.steps) == 20 and len(history.skipped) == 40
+    assert len(history.steps) == 20 and len(history.skipped) == history.skips == 40
     assert "40 of 60 steps were skipped" in history.troubles()[0]
 
 
 def test_columns_and_leaves_without_gradient():
     params = [np.ones(3, np.float32), np.ones(4, np.float32)]
-    opt, history = fusedopt.Adam(params), History(window=2)
+    opt, history = fusedopt.Adam(params), History(window=2, every=1)
     ones = [np.ones_like(p) for p in params]
     history.record(opt.step([ones[0], None], stats=True))
     history.record(opt.step(ones, stats=True))
@@ -139,25 +152,163 @@ def test_columns_and_leaves_without_gradient():
     assert history.steps == [1, 2]
     with pytest.raises(ValueError, match="known: grad_norm"):
         history.column("norm")
-    with pytest.raises(ValueError, match="stats=True"):
+    with pytest.raises(ValueError, match=r"stats=history\.due"):
         history.record(opt.step(ones))
-    with pytest.raises(ValueError, match="window"):
-        History(window=0)
+    for options in ({"window": 0}, {"every": 0}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            History(**options)
+    with pytest.raises(TypeError, match="loss: expected a number, got 'x'"):
+        history.record(opt.step(ones, stats=True), loss="x")
+    with pytest.raises(ValueError, match="lr: must be >= 0"):
+        history.record(opt.step(ones, stats=True), lr=-1)
+    with pytest.raises(ValueError, match="known: loss, lr"):
+        history.series("rate")
+    assert history.steps == [1, 2]
 
 
-@pytest.mark.parametrize("leaves", [2, 40])
-def test_plot(tmp_path, leaves):
+def long(steps, **options):
+    """Steps on one leaf with a loss of 1, 2, ..., of which some are measured."""
+    w, g = np.ones(4, np.float32), np.ones(4, np.float32)
+    opt, history = fusedopt.SGD(w, lr=1e-6), History(**options)
+    for step in range(1, steps + 1):
+        g[0] = np.nan if step in (4, 2001) else 1
+        result = opt.step(g, stats=history.due, nonfinite="propagate" if step == 4 else "skip")
+        history.record(result, loss=5000 + step, lr=1e-6)
+        w[...] = 1
+    return history
+
+
+def test_every_tenth_step_is_measured():
+    history = long(95)
+    assert history.steps == [1, 11, 21, 31, 41, 51, 61, 71, 81, 91]
+    np.testing.assert_allclose(history.series("loss"), [5001, *np.arange(5006.5, 5090, 10)])
+    assert (history.series("lr") == 1e-6).all()
+
+
+def test_memory_is_bounded_and_nothing_of_the_ends_is_lost():
+    history = long(3000, every=1, window=5)
+    assert history.skipped == [2000]  # the optimizer's count, which a skipped step is none of
+    steps = history.steps
+    assert len(steps) < ROWS + 10 and set(np.diff(steps[5:-5])) <= {4, 8}
+    assert steps[:5] == [1, 2, 3, 4, 5] and steps[-5:] == list(range(2995, 3000))
+    assert history.troubles() == ["params: infinite or NaN gradient in step 4"]
+    for row, after in zip(history._rows, history._rows[1:], strict=False):
+        if not row.step < 2000 <= after.step:  # the skipped step's loss is there
+            expected = 5000 + np.arange(row.step + 1, after.step + 1.0).mean() + (row.step >= 2000)
+            assert after.loss == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_saved_and_loaded(tmp_path, suffix):
+    if suffix == "safetensors":
+        pytest.importorskip("safetensors", reason="extra `safetensors`")
+    path = tmp_path / f"h.{suffix}"
+    history = long(2020, every=3)
+    history.save(path)
+    again = History.load(path)
+    assert {k: v for k, v in vars(again).items() if k not in ("_rows", "_last")} == {
+        k: v for k, v in vars(history).items() if k not in ("_rows", "_last")
+    }
+    for which in (history, again):
+        for step in range(2020, 2100):
+            which.record(StepResult(step, updated=0), loss=step)
+    assert again.steps == history.steps and again.troubles() == history.troubles()
+    for name in ("loss", "lr"):
+        np.testing.assert_array_equal(again.series(name), history.series(name))
+    np.testing.assert_array_equal(again._table(), history._table())
+
+
+def test_what_is_no_saved_history(tmp_path):
+    path = tmp_path / "h.npz"
+    fusedopt.SGD([np.ones(2)], lr=0.1).save(path)
+    with pytest.raises(ValueError, match=r"h\.npz: not a saved History: KeyError\('window'\)"):
+        History.load(path)
+    long(30).save(path)
+    arrays, meta = _checkpoint.read(path)
+    for changes, altered in [
+        ({"window": 0}, {}),
+        ({"names": ["a", "b"]}, {}),
+        ({"names": 5}, {}),
+        ({"broken": [["loss"]]}, {}),
+        ({"_wait": -1}, {}),
+        ({}, {"table": arrays["table"][0]}),
+        ({}, {"step": arrays["step"][:-1]}),
+        ({}, {"lr": arrays["lr"][:-1]}),
+        ({}, {"sums": np.full(2, np.inf)}),
+    ]:
+        _checkpoint.write(path, arrays | altered, meta | changes)
+        with pytest.raises(ValueError, match=r"h\.npz: not a saved History"):
+            History.load(path)
+
+
+def test_log():
+    w = {"W": np.ones(4, np.float32)}
+    opt, history = fusedopt.SGD(w, lr=0.1), History(every=2)
+    assert history.log() == {}
+    g = {"W": np.full(4, 0.5, np.float32)}
+    history.record(opt.step(g, stats=history.due, max_grad_norm=9), loss=np.float32(2), lr=0.1)
+    logged = history.log()
+    assert logged.pop("update_ratio/params['W']") == pytest.approx(0.1 * 0.5 / 0.95)
+    assert logged == {
+        "loss": 2.0, "lr": 0.1, "grad_norm": 1.0, "skipped": 0.0,
+        "grad_norm/params['W']": 1.0, "zero_fraction/params['W']": 0.0,
+    }  # fmt: skip
+    history.record(opt.step(g, stats=history.due), loss=1.0)  # not measured
+    assert history.log() == {"loss": 1.0, "skipped": 0.0}
+
+
+def test_steps_of_loss_alone_come_before_others():
+    """Those of an earlier run: the picture shows them, and no leaf is judged by them."""
+    history = History(every=1)
+    for step in range(1, 31):
+        history.record(StepResult(step, updated=0), loss=2.0)
+    assert history.troubles() == [] and history.names == []
+    opt = fusedopt.SGD(np.ones(3, np.float32), lr=1e-3)
+    for _ in range(25):
+        history.record(opt.step(np.zeros(3, np.float32), stats=True))
+    (line,) = history.troubles()
+    assert line.startswith("params: dead")
+
+
+@pytest.mark.parametrize("loss", [np.nan, np.inf])
+def test_infinite_loss_is_reported(loss):
+    history = History()
+    for step in range(1, 8):
+        history.record(StepResult(step, updated=0), loss=loss if step in (3, 5) else 1.0)
+    assert history.troubles() == ["infinite or NaN loss in step 3, and in 1 more"]
+
+
+@pytest.mark.parametrize("leaves", [2, 12, 13, 1000])
+@pytest.mark.parametrize("records", [1, 60])
+@pytest.mark.parametrize("curves", [{}, {"accuracy": ([1, 60], [0.5, 0.75])}])
+def test_plot(tmp_path, leaves, records, curves):
+    """A panel for each of loss, curves, rate, norm, ratio and zeros; labels do not overlap."""
     pytest.importorskip("matplotlib")
     params = [np.ones(5, np.float32) for _ in range(leaves)]
     opt, history = fusedopt.Adam(params), History()
     with pytest.raises(ValueError, match="nothing to draw"):
         history.plot()
-    for step in range(5):
+    for step in range(records):
         grads = [np.full(5, step + i, np.float32) for i in range(leaves)]
-        history.record(opt.step(grads, stats=True))
-    figure = history.plot(tmp_path / "x.png")
+        grads[0] = None if step % 7 else grads[0]
+        grads[1][:3] = np.inf if step == 40 else 0
+        result = opt.step(grads, stats=True, nonfinite="skip")
+        history.record(result, loss=np.nan if step == 50 else 0.5**step, lr=1e-3)
+    figure = history.plot(tmp_path / "x.png", title="a title", curves=curves)
     assert (tmp_path / "x.png").stat().st_size > 10_000
-    assert [len(ax.lines) for ax in figure.axes] == [leaves, leaves + 1, leaves]
+    labels = [ax.get_ylabel() for ax in figure.axes if ax.get_ylabel()]
+    assert len(figure.axes) == 5 + len(curves)
+    assert labels[: len(curves) + 3] == ["training loss", *curves, "learning rate", "gradient norm"]
+    maps = [ax for ax in figure.axes if ax.collections and ax.get_ylabel() == ""]
+    assert len(maps) == (2 if leaves > 12 else 0)
+    for ax in maps:
+        texts = [label.get_window_extent() for label in ax.get_yticklabels()]
+        assert 12 == len(texts) and not any(
+            a.overlaps(b) for a, b in zip(texts, texts[1:], strict=False)
+        )
+    for ax in figure.axes:
+        legend = ax.get_legend()
+        assert legend is None or legend.get_window_extent().x1 <= figure.bbox.x1
 
 
 def test_scaler_follows_torchs_rules():

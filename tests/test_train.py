@@ -52,13 +52,17 @@ LEAST = {"adamw": 96, "lamb": 96, "lars": 96, "sgd": 96, "gd": 90}  # per cent; 
         (["--optimizer", "sgd", "--momentum", "0.5", "--l1", "1e-5", "--l2", "1e-4"], 95),
         *[(["--schedule", name, "--epochs", "3"], 90) for name in train.SCHEDULES],
         (["--warmup", "50", "--batch-size", "64"], 95),
+        (["--optimizer", "sgd", "--momentum", "0.9", "--lr", "0.1"], 95),
+        (["--data", "iris", "--epochs", "30"], 90),
+        (["--data", "wine"], 95),
+        (["--data", "breast_cancer"], 93),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else None,
 )
 def test_choices_learn(capsys, options, least):
-    out = run(capsys, *options)
+    out = run(capsys, *options, "--monitor")
     assert accuracy(out) >= least
-    assert "the same bits" in out
+    assert "the same bits" in out and "\nnothing looks wrong\n" in out
 
 
 def test_same_weights_for_any_threads_and_isa():
@@ -122,11 +126,40 @@ def test_own_data(capsys, tmp_path):
     assert accuracy(out) >= 98
 
 
+ROWS = [["sunny", *point] for point in np.eye(3)] + [["rain; snow", *point] for point in -np.eye(3)]
+
+
+def table(path, text=None, delimiter=",", head="a,b,c,kind\n"):
+    lines = [delimiter.join([*map(str, point), f'"{kind}"']) for kind, *point in ROWS * 20]
+    path.write_text(head.replace(",", delimiter) + "\n".join(lines) if text is None else text)
+    return path
+
+
+@pytest.mark.parametrize("head", ["a,b,c,kind\n", "", "\ufeffa,b,c,kind\n"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_own_table(capsys, tmp_path, head, delimiter):
+    """With classes of any name, in the order of their names."""
+    path = table(tmp_path / "mine.CSV", None, delimiter, head)
+    out = run(capsys, "--data", path, "--epochs", 20)
+    assert accuracy(out) == 100
+    assert re.findall(r"^ *(.*?)  +0 / 15$", out, re.M) == ["rain; snow", "sunny"]
+
+
+def test_classes_that_are_numbers(tmp_path):
+    rows = "".join(f"{i % 3},{(10, 9, 2)[i % 3]}\n\n" for i in range(30))
+    data = cli.train.data_module.load(str(table(tmp_path / "x.csv", rows)))
+    assert data.labels == ("2", "9", "10") and data.classes == 3
+    assert np.unique(data.x_train[data.y_train == 0]).size == 1
+
+
 def test_plot(capsys, tmp_path):
+    """Of a resumed run too, which may have nothing left to do."""
     pytest.importorskip("matplotlib", reason="draws by matplotlib: extra `demo`")
-    path = tmp_path / "run.png"
-    run(capsys, "--epochs", 2, "--plot", path)
-    assert path.read_bytes().startswith(b"\x89PNG")
+    for extra in (["--save", tmp_path / "run.npz"], ["--resume", tmp_path / "run.npz"]):
+        path = tmp_path / "run.png"
+        run(capsys, "--epochs", 2, "--plot", path, *extra)
+        assert path.read_bytes().startswith(b"\x89PNG")
+        path.unlink()
 
 
 FAULTS = {
@@ -137,6 +170,18 @@ FAULTS = {
     "widths": (lambda d: ["--data", own(d / "a.npz", x_test=np.ones((50, 4)))], "has rows"),
     "no file": (lambda d: ["--data", d / "none.npz"], "No such file"),
     "no npz": (lambda d: ["--data", __file__], "not a .npz file"),
+    "no name": (lambda d: ["--data", "irsi"], "no such file, and none of digits, iris, wine"),
+    "cell": (lambda d: ["--data", table(d / "a.csv", "1,2,a\n1,x,b")], "a.csv: row 2: .*'x'"),
+    "cells": (lambda d: ["--data", table(d / "a.csv", "1,2,a\n1,b")], "2 values, expected 3"),
+    "one column": (lambda d: ["--data", table(d / "a.csv", "a\nb")], "values, expected 2 or"),
+    "one class": (lambda d: ["--data", table(d / "a.csv", "1,a\n2,a")], "1 classes in the last"),
+    "real": (
+        lambda d: ["--data", table(d / "a.csv", "".join(f"1,{i}.5\n" for i in range(1001)))],
+        "1001 classes in the last column, expected 2 to 1000",
+    ),
+    "empty": (lambda d: ["--data", table(d / "a.csv", "")], "a.csv: 0 classes in the last column"),
+    "single": (lambda d: ["--data", table(d / "a.csv", "1,a\n2,b\n3,b")], "a.csv: cannot hold out"),
+    "no number": (lambda d: ["--data", table(d / "a.csv", "nan,a\n2,b\n" * 9)], "must be finite"),
     "lr": (lambda d: ["--lr", "-1"], "lr: must be >= 0"),
     "epochs": (lambda d: ["--epochs", "0"], "--epochs: must be >= 1"),
     "batch": (lambda d: ["--batch-size", "0"], "--batch-size: must be >= 1"),
@@ -200,7 +245,7 @@ def test_monitor(capsys, tmp_path, optimizer):
     out = run(capsys, *options, "--monitor", tmp_path / "m.png", "--plot", tmp_path / "p.png")
     assert weights(out) == weights(without)
     rows = re.findall(r"params\['dense\d'\]\['[Wb]'\] +\d\.\d\de[-+]\d\d", out)
-    assert len(rows) == 6
+    assert len(rows) == 6 and "\nlayer, medians of 20 " in out
     assert (tmp_path / "m.png").stat().st_size > 10_000
     dead = run(capsys, "--epochs", 2, "--no-reference", "--monitor", "--lr", 1e-9)
     assert "too small; raise the learning rate" in dead

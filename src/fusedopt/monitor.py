@@ -1,77 +1,181 @@
-r"""Training as an optimizer sees it: statistics over steps, and common problems in words.
+r"""Training as an optimizer sees it: statistics over steps, common problems in words, a picture.
 
 >>> import numpy as np, fusedopt
 >>> w = {"W": np.ones((3, 3), np.float32), "b": np.ones(3, np.float32)}
->>> opt, history = fusedopt.SGD(w, lr=0.001), fusedopt.monitor.History()
+>>> opt, history = fusedopt.SGD(w, lr=0.001), fusedopt.monitor.History(every=1)
 >>> for _ in range(30):
-...     grads = {"W": np.full((3, 3), 0.5, np.float32), "b": np.zeros(3, np.float32)}
-...     _ = history.record(opt.step(grads, stats=True))
->>> print("\n".join(history.troubles()))
-params['b']: its gradient was 0 everywhere in the last 20 steps: a dead layer, or not used
+...     loss, grads = 0.5, {"W": np.full((3, 3), 0.5, np.float32), "b": np.zeros(3, np.float32)}
+...     result = history.record(opt.step(grads, stats=history.due), loss=loss, lr=0.001)
+>>> print(history.troubles()[0].partition(" in the last")[0])
+params['b']: dead: the gradient was 0 everywhere
+>>> history.log()["update_ratio/params['W']"] == result.stats["params['W']"]["update_ratio"]
+True
 """
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from fusedopt import _check
+from fusedopt import _check, _checkpoint, _picture, _troubles
 from fusedopt._check import Array
 from fusedopt._options import StepResult, StepStats
 
-RATIOS = (1e-5, 1e-1)  # update / parameter, within a factor of 100 of a healthy run's 1e-3
-GROWTH = 100.0  # of a gradient's norm, from the first to the last steps, that is a problem
+ROWS = 512  # that are kept: a heat map shows no more, and 1,000 leaves take 28 MB
+SAVED = ("index", "step", "lr", "loss", "losses")  # of a row, beside its table
+COUNTS = ("window", "every", "skips", "_stride", "_taken", "_wait")
+LOGGED = ("grad_norm", "update_ratio", "zero_fraction")
+
+
+@dataclass(slots=True)
+class _Row:
+    """What is kept of a measured step; `index` is its place among all of them."""
+
+    index: int
+    step: int
+    lr: float
+    loss: float  # mean of `losses` values, those since the row before
+    losses: int
+    table: Array  # a row for each of StepStats.COLUMNS, a column for each known leaf
 
 
 class History:
-    """Statistics of steps, by leaf.
+    """Statistics of steps, by leaf. Memory is bounded: of a long run it keeps 512 records.
 
     Parameters
     ----------
     window : int, default 20
-        Number of steps that `troubles` looks at, at the end and, to compare, at the beginning.
+        Number of records that `troubles` looks at, at the end and, to compare, at the beginning.
+        These are all kept; of those between, every second, fourth, ... one.
+    every : int, default 10
+        Steps from one measured step to the next, see `due`.
 
     Attributes
     ----------
-    steps : list of int
-        The optimizer's step count at each record.
+    skips : int
+        Number of skipped steps.
     skipped : list of int
-        The same at each skipped step.
+        The optimizer's step count at each of them; of thousands, at some.
     """
 
-    def __init__(self, window: int = 20) -> None:
+    def __init__(self, window: int = 20, *, every: int = 10) -> None:
         """See the class."""
         self.window = _check.count("window", window, least=1)
-        self.steps: list[int] = []
+        self.every = _check.count("every", every, least=1)
         self.skipped: list[int] = []
-        self._records: list[StepStats] = []
+        self.skips = 0
+        self.names: list[str] = []  # of all recorded leaves, in the order of their first record
+        # (what was infinite or NaN, leaf) -> its first step, number of records
+        self._broken: dict[tuple[str, str], tuple[int, int]] = {}
+        self._rows: list[_Row] = []
+        self._stride = 1  # between the indices of kept rows
+        self._taken = 0  # steps, without the skipped
+        self._wait = 0  # steps until one is due
+        self._loss, self._losses = 0.0, 0  # sum and number since the last row
+        self._last: tuple[StepResult, float | None, float | None] | None = None
 
-    def record(self, result: StepResult) -> StepResult:
-        """Add the result of a step with ``stats=True``; return it.
+    @property
+    def due(self) -> bool:
+        """Whether the next step should be measured: ``opt.step(grads, stats=history.due)``."""
+        return self._wait == 0
+
+    @property
+    def steps(self) -> list[int]:
+        """The optimizer's step count at each record that is kept."""
+        return [row.step for row in self._rows]
+
+    def record(
+        self, result: StepResult, *, loss: Any = None, lr: float | None = None
+    ) -> StepResult:
+        """Add the result of a step; return it.
+
+        Parameters
+        ----------
+        result : StepResult
+            Of a step that was measured (``stats=True``) if one is `due`. If no leaf was updated,
+            ``StepResult(step, updated=0)``, there is nothing to measure.
+        loss : float, optional
+            Of the step's batch: with it `troubles` knows whether the run learns.
+        lr : float, optional
+            The learning rate of the step: with it updates are judged against the schedule.
 
         Raises
         ------
         ValueError
-            If the step was neither measured nor skipped.
+            If the step was due, and neither measured nor skipped.
         """
+        try:
+            value = None if loss is None else float(loss)
+        except (TypeError, ValueError) as exc:
+            raise TypeError(f"loss: expected a number, got {loss!r}") from exc
+        rate = None if lr is None else _check.nonnegative("lr", lr)
+        if result.stats is None and self.due and result.updated and not result.skipped:
+            raise ValueError("the step has no statistics: call step(grads, stats=history.due)")
+        self._last = result, value, rate
+        if value is not None and math.isfinite(value):
+            self._loss, self._losses = self._loss + value, self._losses + 1
+        elif value is not None and not result.skipped:
+            self._found("loss", "", result.step)
         if result.skipped:
+            self.skips += 1
             self.skipped.append(result.step)
-        elif result.stats is None:
-            raise ValueError("the step has no statistics: call step(grads, stats=True)")
+            if len(self.skipped) > 10 * ROWS:
+                del self.skipped[1::2]
+            return result
+        self._taken += 1
+        if result.stats is not None or self.due:
+            self._wait = self.every - 1
+            self._add(result.step, result.stats, math.nan if rate is None else rate)
         else:
-            self.steps.append(result.step)
-            self._records.append(result.stats)
+            self._wait -= 1
         return result
 
-    @property
-    def names(self) -> list[str]:
-        """Names of all recorded leaves, in the order of their first record."""
-        return list(dict.fromkeys(name for stats in self._records for name in stats.names))
+    def _found(self, what: str, leaf: str, step: int) -> None:
+        first, records = self._broken.get((what, leaf), (step, 0))
+        self._broken[what, leaf] = first, records + 1
+
+    def _add(self, step: int, stats: StepStats | None, lr: float) -> None:
+        names = () if stats is None else stats.names
+        if list(names) != self.names:
+            self.names = list(dict.fromkeys((*self.names, *names)))
+        table = np.full((len(StepStats.COLUMNS), len(self.names)), np.nan)
+        if stats is not None:
+            place = {leaf: i for i, leaf in enumerate(self.names)}
+            columns = [place[leaf] for leaf in names]
+            table[:, columns] = [getattr(stats, name) for name in StepStats.COLUMNS]
+            for what, bad in (
+                ("gradient", stats.nonfinite > 0),
+                ("parameter", ~np.isfinite(stats.param_norm)),
+            ):
+                for leaf in np.flatnonzero(bad):
+                    self._found(what, names[leaf], step)
+        mean = self._loss / self._losses if self._losses else math.nan
+        index = self._rows[-1].index + 1 if self._rows else 0
+        self._rows.append(_Row(index, step, lr, mean, self._losses, table))
+        self._loss, self._losses = 0.0, 0
+        self._drop(len(self._rows) - self.window - 1)
+        if len(self._rows) >= ROWS + 2 * self.window:
+            self._stride *= 2
+            for i in reversed(range(self.window, len(self._rows) - self.window)):
+                self._drop(i)
+
+    def _drop(self, i: int) -> None:
+        """Remove a row of the middle if its index is no multiple of the stride."""
+        if i < self.window or self._rows[i].index % self._stride == 0:
+            return
+        gone, after = self._rows.pop(i), self._rows[i]
+        losses = gone.losses + after.losses
+        if gone.losses:
+            parts = [row.loss * row.losses for row in (gone, after) if row.losses]
+            after.loss, after.losses = sum(parts) / losses, losses
 
     def column(self, name: str) -> dict[str, Array]:
-        """Return one of `StepStats.COLUMNS` by leaf, a value for each record.
+        """Return one of `StepStats.COLUMNS` by leaf, a value for each record that is kept.
 
         NaN stands for a step in which the leaf had no gradient.
 
@@ -82,47 +186,116 @@ class History:
         """
         if name not in StepStats.COLUMNS:
             raise ValueError(f"column {name!r}; known: {', '.join(StepStats.COLUMNS)}")
-        names = self.names
-        place = {leaf: i for i, leaf in enumerate(names)}
-        table = np.full((len(self._records), len(names)), np.nan)
-        for row, stats in zip(table, self._records, strict=True):
-            row[[place[leaf] for leaf in stats.names]] = getattr(stats, name)
-        return dict(zip(names, table.T, strict=True))
+        return dict(zip(self.names, self._table()[StepStats.COLUMNS.index(name)].T, strict=True))
 
-    def troubles(self) -> list[str]:
-        """Return what looks wrong, one sentence each; empty if nothing does.
+    def _table(self) -> Array:
+        """Return all columns: an array of columns x records x leaves."""
+        table = np.full((len(StepStats.COLUMNS), len(self._rows), len(self.names)), np.nan)
+        for i, row in enumerate(self._rows):
+            table[:, i, : row.table.shape[1]] = row.table
+        return table
 
-        Checks for infinite or NaN gradients and parameters; layers whose gradient is 0, everywhere
-        or nearly so; gradient norms that grew by a factor of 100, or fell by 100 and by 10 relative
-        to the norm of all gradients (successful training lowers them together); updates below 1e-5
-        of a parameter's norm in every part of the run (a schedule may end at 0), or above 1e-1 now
-        or in most of the run; many skipped steps.
+    def series(self, name: str) -> Array:
+        """Return "loss" (mean since the record before) or "lr" of each record that is kept."""
+        if name not in ("loss", "lr"):
+            raise ValueError(f"series {name!r}; known: loss, lr")
+        return np.array([getattr(row, name) for row in self._rows])
+
+    def log(self) -> dict[str, float]:
+        """Return the last recorded step as a flat dict, for a logger of metrics.
+
+        "loss" and "lr" if they were given, "grad_norm" if it is known, "skipped", and of a measured
+        step "grad_norm/LEAF", "update_ratio/LEAF" and "zero_fraction/LEAF" of every leaf.
+        ``wandb.log(history.log())``; for TensorBoard ``[writer.add_scalar(name, value, step) for
+        name, value in history.log().items()]``.
         """
-        found = []
-        total = len(self.steps) + len(self.skipped)
-        if len(self.skipped) * 10 > total:
-            found.append(
-                f"{len(self.skipped)} of {total} steps were skipped because of non-finite "
-                "gradients: lower the loss scale or the learning rate"
-            )
-        columns = {name: self.column(name) for name in StepStats.COLUMNS}
-        steps = np.asarray(self.steps)
-        overall = np.array([_finite_norm(stats.grad_norm) for stats in self._records])
-        for leaf in self.names:
-            has = ~np.isnan(columns["zero_fraction"][leaf])  # steps in which it had a gradient
-            seen = {name: by_leaf[leaf][has] for name, by_leaf in columns.items()}
-            found += [
-                f"{leaf}: {text}" for text in _of(seen, self.window, steps[has], overall[has])
-            ]
+        if self._last is None:
+            return {}
+        result, loss, lr = self._last
+        values = {"loss": loss, "lr": lr, "grad_norm": result.grad_norm}
+        found = {name: value for name, value in values.items() if value is not None}
+        found["skipped"] = float(result.skipped)
+        if result.stats is not None:
+            for column in LOGGED:
+                by_leaf = zip(result.stats.names, getattr(result.stats, column), strict=True)
+                found |= {f"{column}/{leaf}": float(value) for leaf, value in by_leaf}
         return found
 
-    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:
-        """Draw gradient norm, update ratio and zeros over the steps, a line for each leaf.
+    def troubles(self) -> list[str]:
+        """Return what looks wrong, a sentence for each cause, the most important first.
+
+        Empty if nothing does. A sentence names the leaves, and what to try. Figures are medians of
+        the last `window` records. Infinite or NaN values
+        end the list, and so does a loss that rose or the wrong scale of a layer's inputs. Then come
+        skipped steps, dead leaves, exploding gradients, updates above 1e-1 of a parameter's norm
+        (or 1e-2 where the loss stands still), gradients that vanish while others do not, units that
+        die, and updates below 1e-5 (or 5e-4 where the loss still falls). Most of these are
+        reported only if the loss has not halved, or is not known. How often that is right is in
+        bench/results/monitor.md.
+        """
+        return _troubles.troubles(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all that is kept to a .npz or .safetensors file, whole or not at all."""
+        rows = {name: np.array([getattr(row, name) for row in self._rows]) for name in SAVED}
+        meta = {name: getattr(self, name) for name in COUNTS}
+        broken = [[*key, *value] for key, value in self._broken.items()]
+        meta |= {"names": self.names, "skipped": self.skipped, "broken": broken}
+        sums = np.array([self._loss, self._losses])
+        _checkpoint.write(path, {"table": self._table(), "sums": sums, **rows}, meta)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> History:
+        """Return the history that `save` wrote; it goes on where that one ended.
+
+        Raises
+        ------
+        OSError, ValueError
+            If the file cannot be read, or is none of `save`.
+        """
+        arrays, meta = _checkpoint.read(path)
+        try:
+            history = cls(meta["window"], every=meta["every"])
+            for name in COUNTS:
+                setattr(history, name, _check.count(name, meta[name]))
+            history.names = list(map(str, meta["names"]))
+            history.skipped = [_check.count("skipped", step) for step in meta["skipped"]]
+            for what, leaf, *counts in meta["broken"]:
+                first, records = (_check.count("broken", value) for value in counts)
+                history._broken[str(what), str(leaf)] = first, records
+            history._loss, history._losses = float(arrays["sums"][0]), int(arrays["sums"][1])
+            shape = (len(StepStats.COLUMNS), len(arrays["step"]), len(history.names))
+            if arrays["table"].shape != shape or len(set(history.names)) != shape[-1]:
+                raise ValueError(f"a table of {arrays['table'].shape}, expected {shape}")
+            columns = [arrays[name].tolist() for name in SAVED]
+            for table, *row in zip(arrays["table"].transpose(1, 0, 2), *columns, strict=True):
+                fields: Any = dict(zip(SAVED, row, strict=True))
+                history._rows.append(_Row(table=table, **fields))
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as exc:
+            raise ValueError(f"{os.fspath(path)}: not a saved History: {exc!r}") from exc
+        return history
+
+    def plot(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        title: str = "",
+        curves: Mapping[str, tuple[Sequence[float], Sequence[float]]] = {},  # noqa: B006
+    ) -> Any:
+        """Draw the run in one figure.
+
+        Loss and learning rate where they are known, gradient norm, update / parameter and zeros of
+        each leaf over the steps: lines for up to 12 leaves, else heat maps of leaves x steps.
+        Skipped steps are marks below the loss.
 
         Parameters
         ----------
         path : path, optional
             Where to save the picture.
+        title : str, optional
+            Above it.
+        curves : mapping of name to (steps, values), optional
+            What else to draw, a panel for each, as an accuracy.
 
         Returns
         -------
@@ -135,112 +308,6 @@ class History:
         ValueError
             If nothing was recorded, or the path's ending names no picture format.
         """
-        if not self.steps:
+        if not self._rows:
             raise ValueError("nothing to draw: no step was recorded")
-        return _draw(self, path)
-
-
-def _finite_norm(norms: Array) -> float:
-    return float(np.linalg.norm(norms[np.isfinite(norms)]))
-
-
-def _of(seen: dict[str, Array], window: int, steps: Array, overall: Array) -> list[str]:
-    """Return what is wrong with one leaf, from its columns and the norms of all gradients."""
-    broken = []
-    for what, bad in (
-        ("gradient", seen["nonfinite"] > 0),
-        ("parameter", ~np.isfinite(seen["param_norm"])),
-    ):
-        where = np.flatnonzero(bad)
-        if where.size:
-            more = f", and in {where.size - 1} more" if where.size > 1 else ""
-            broken.append(f"infinite or NaN {what} in step {steps[where[0]]}{more}")
-    if broken or len(steps) < window:
-        return broken  # or it is too early to tell
-    last = {name: values[-window:] for name, values in seen.items()}
-    zeros = float(np.median(last["zero_fraction"]))
-    if last["zero_fraction"].min() == 1:
-        return [
-            f"its gradient was 0 everywhere in the last {window} steps: a dead layer, or not used"
-        ]
-    found = []
-    if zeros > 0.9:
-        found.append(f"{zeros:.0%} of its gradient is 0: dying units, or sparse input")
-    if len(steps) >= 2 * window:
-        found += _drift(seen["grad_norm"], overall, window)
-    return found + _pace(seen, window)
-
-
-def _drift(norms: Array, overall: Array, window: int) -> list[str]:
-    first, now = (float(np.median(part)) for part in (norms[:window], norms[-window:]))
-    if first > 0 and now > GROWTH * first:
-        return [
-            f"gradient norm grew from {first:.2g} to {now:.2g}: exploding; clip it "
-            "(max_grad_norm) or lower the learning rate"
-        ]
-    share = np.divide(norms, overall, out=np.zeros_like(norms), where=overall > 0)
-    fell = np.median(share[-window:]) * np.sqrt(GROWTH) < np.median(share[:window])
-    if now < first / GROWTH and fell:
-        return [f"gradient norm fell from {first:.2g} to {now:.2g}: vanishing"]
-    return []
-
-
-def _pace(seen: dict[str, Array], window: int) -> list[str]:
-    ratios, norms = seen["update_ratio"], seen["param_norm"]
-    usual = "of its norm (1e-3 is usual): too"
-    # a rate may rise from 0 and fall to 0: only the window with the largest updates counts
-    parts = np.array_split(ratios, len(ratios) // window)
-    most = max(float(np.median(part)) for part in parts)
-    if most < RATIOS[0]:
-        return [f"a step moves it by {most:.1g} {usual} small; raise the learning rate"]
-    # from 0 any update is large at first, and a step is 1/sqrt(n) of a random walk of n steps
-    from_zero = seen["update_norm"][0] > 0.99 * norms[0]
-    limit = max(RATIOS[1], 2 / np.sqrt(len(ratios))) if from_zero else RATIOS[1]
-    large = max(float(np.median(part)) for part in (ratios[-window:], ratios))
-    if limit < large < np.inf:
-        return [f"a step moves it by {large:.1g} {usual} large; lower the learning rate"]
-    return []
-
-
-def _draw(history: History, path: str | os.PathLike[str] | None) -> Any:
-    try:
-        from matplotlib import colormaps
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as exc:
-        raise ModuleNotFoundError('a plot needs: pip install "fusedopt[demo]"') from exc
-    names = history.names
-    figure = Figure(figsize=(9, 8), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(3, 1, sharex=True)
-    colors = colormaps["viridis"](np.linspace(0, 0.9, len(names)))
-    for ax, (column, label, scale) in zip(
-        axes,
-        [
-            ("grad_norm", "gradient norm", "log"),
-            ("update_ratio", "update norm / parameter norm", "log"),
-            ("zero_fraction", "fraction of zeros in the gradient", "linear"),
-        ],
-        strict=True,
-    ):
-        for (name, values), color in zip(history.column(column).items(), colors, strict=True):
-            shown = np.where(values > 0, values, np.nan) if scale == "log" else values
-            ax.plot(history.steps, shown, color=color, linewidth=1, label=name)
-        ax.set(ylabel=label, yscale=scale)
-        ax.grid(alpha=0.3)
-    axes[1].axhspan(*RATIOS, color="0.5", alpha=0.1, linewidth=0)
-    axes[1].axhline(1e-3, color="0.5", linestyle=":")
-    axes[2].set(xlabel="step", ylim=(-0.03, 1.03))
-    for ax in axes:
-        for step in history.skipped:
-            ax.axvline(step, color="C3", alpha=0.4, linewidth=0.8)
-    few = len(names) <= 16
-    handles, labels = axes[0].get_legend_handles_labels()
-    keep = range(len(names)) if few else (0, len(names) // 2, len(names) - 1)
-    figure.legend(
-        [handles[i] for i in keep], [labels[i] for i in keep], loc="outside right upper",
-        fontsize="small", title=None if few else f"{len(names)} leaves, from first to last",
-    )  # fmt: skip
-    if path is not None:
-        figure.savefig(path, dpi=120)
-    return figure
+        return _picture.draw(self, path, title, curves)

@@ -23,7 +23,8 @@ FAILED, BAD_INPUT, INTERRUPTED, UNREAD = 1, 2, 130, 141  # 128 + SIGINT, 128 + S
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        own = action.default is None or action.default is False or "(default" in (action.help or "")
+        return action.help if own else super()._get_help_string(action)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -51,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, default="float32", help="of parameters and gradients")
     add("--threads", type=int, help="of every contender (default: fusedopt's own default)")
     add("--busy", type=int, default=0, metavar="N", help="measure beside N busy processes")
-    add("--cache", choices=("warm", "cold", "both"), help="(default: both; quick: warm)")
+    add("--cache", choices=("warm", "cold", "both"), help="what a step finds in them "
+        "(default: both; quick: warm)")  # fmt: skip
     add("--seconds", type=float, help="for each case and state of the caches, without setup "
         f"(default: {SECONDS:g}; quick {QUICK_SECONDS:g})")  # fmt: skip
     add("--quick", action="store_true", help=f"{', '.join(QUICK_CASES)}, in 90 seconds")

@@ -1,16 +1,17 @@
-"""Data to train on: scikit-learn's handwritten digits, or the user's own arrays."""
+"""Data to train on: some of scikit-learn's, or the user's own arrays or table."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 DEMO = 'needs: pip install "fusedopt[demo]"'
+SETS = ("digits", "iris", "wine", "breast_cancer")  # scikit-learn brings them along
 NAMES = ("x_train", "y_train", "x_test", "y_test")
 MOST_CLASSES = 1000  # the model's last layer, and the report, have a row for each
 
@@ -23,6 +24,7 @@ class Data:
     y_train: NDArray[np.int64]
     x_test: NDArray[np.float32]
     y_test: NDArray[np.int64]
+    labels: tuple[str, ...] = ()  # names of the classes, if they have some
 
     @property
     def classes(self) -> int:
@@ -38,21 +40,82 @@ class Data:
         return sha.hexdigest()[:16]
 
 
-def digits() -> Data:
-    """Return the 1,797 scans of 8 x 8 pixels, a stratified quarter of them held out."""
+def load(source: str) -> Data:
+    """Return a data set of scikit-learn by name, or what a .csv or .npz file holds, checked.
+
+    Raises
+    ------
+    ValueError, OSError
+        Naming the file.
+    ModuleNotFoundError
+        Without scikit-learn, for all but .npz files.
+    """
+    if source not in SETS:
+        return _from_csv(source) if source.lower().endswith(".csv") else _from_npz(source)
     try:
-        from sklearn.datasets import load_digits
+        from sklearn import datasets
+    except ModuleNotFoundError as exc:
+        raise ModuleNotFoundError(f"the {source} data {DEMO}; or give --data FILE.npz") from exc
+    bunch = getattr(datasets, f"load_{source}")()
+    labels = tuple(map(str, bunch.target_names))
+    x_train, y_train, x_test, y_test = _split(source, bunch.data, bunch.target)
+    return _standardised(x_train, y_train, x_test, y_test, labels)
+
+
+def _split(where: str, x: Any, y: Any) -> list[NDArray[Any]]:
+    """Return x_train, y_train, x_test and y_test: a quarter of each class is held out."""
+    try:
         from sklearn.model_selection import train_test_split
     except ModuleNotFoundError as exc:
-        raise ModuleNotFoundError(f"the digits data {DEMO}; or give --data FILE.npz") from exc
-    x, y = load_digits(return_X_y=True)
-    split = train_test_split(x, y, test_size=0.25, random_state=0, stratify=y)
-    return _standardised(*(split[i] for i in (0, 2, 1, 3)))
+        raise ModuleNotFoundError(f"{where}: holding out a part {DEMO}") from exc
+    try:
+        split = train_test_split(x, y, test_size=0.25, random_state=0, stratify=y)
+    except ValueError as exc:
+        raise ValueError(f"{where}: cannot hold out a quarter of each class: {exc}") from exc
+    return [split[i] for i in (0, 2, 1, 3)]
 
 
-def from_file(path: Path) -> Data:
-    """Return the arrays of a .npz file, checked; ValueError or OSError naming it."""
-    arrays = _read(path)
+def _from_csv(path: str) -> Data:
+    """Return the rows of a table: numbers, and the class, of any name, in the last column."""
+    x: list[list[float]] = []
+    names: list[str] = []
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            delimiter = max(",;\t", key=file.readline().count)
+            file.seek(0)
+            for line, row in enumerate(csv.reader(file, delimiter=delimiter), start=1):
+                try:
+                    numbers = [float(cell) for cell in row[:-1]]
+                except ValueError as exc:
+                    if line == 1:  # names of the columns
+                        continue
+                    raise ValueError(f"row {line}: {exc}") from exc
+                if not row:
+                    continue
+                if not numbers or len(numbers) != len(x[0] if x else numbers):
+                    expected = len(x[0]) + 1 if x else "2 or more"
+                    raise ValueError(f"row {line}: {len(row)} values, expected {expected}")
+                x.append(numbers)
+                names.append(row[-1].strip())
+    except (ValueError, csv.Error) as exc:
+        raise ValueError(f"{path}: {exc}; expected rows of numbers and a class") from exc
+    # whole numbers by their values, then other names
+    labels = sorted(set(names), key=lambda x: (not x.isdecimal(), x.isdecimal() and len(x), x))
+    if not 2 <= len(labels) <= MOST_CLASSES:
+        raise ValueError(
+            f"{path}: {len(labels)} classes in the last column, expected 2 to {MOST_CLASSES}"
+        )
+    place = {name: i for i, name in enumerate(labels)}
+    arrays = _split(path, np.array(x), np.array([place[name] for name in names]))
+    return _checked(path, dict(zip(NAMES, arrays, strict=True)), tuple(labels))
+
+
+def _from_npz(path: str) -> Data:
+    """Return the arrays of a .npz file."""
+    return _checked(path, _read(path))
+
+
+def _checked(path: str, arrays: dict[str, NDArray[Any]], labels: tuple[str, ...] = ()) -> Data:
     for part in ("train", "test"):
         x, y = arrays[f"x_{part}"], arrays[f"y_{part}"]
         where = f"{path}: x_{part}, y_{part}"
@@ -73,13 +136,13 @@ def from_file(path: Path) -> Data:
     x_train, y_train, x_test, y_test = arrays.values()
     if x_train.shape[1:] != x_test.shape[1:]:
         raise ValueError(f"{path}: x_train has rows {x_train.shape[1:]}, x_test {x_test.shape[1:]}")
-    data = _standardised(x_train, y_train, x_test, y_test)
+    data = _standardised(x_train, y_train, x_test, y_test, labels)
     if not (np.isfinite(data.x_train).all() and np.isfinite(data.x_test).all()):
         raise ValueError(f"{path}: inputs are too far apart to be scaled to deviations of 1")
     return data
 
 
-def _read(path: Path) -> dict[str, NDArray[Any]]:
+def _read(path: str) -> dict[str, NDArray[Any]]:
     """Return the members of a .npz file that have our names."""
     try:
         with open(path, "rb") as raw:
@@ -101,7 +164,9 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-def _standardised(x_train: Any, y_train: Any, x_test: Any, y_test: Any) -> Data:
+def _standardised(
+    x_train: Any, y_train: Any, x_test: Any, y_test: Any, labels: tuple[str, ...] = ()
+) -> Data:
     """Scale every input by its mean and standard deviation in the training part."""
     x_train, x_test = (np.asarray(x, np.float64).reshape(len(x), -1) for x in (x_train, x_test))
     with np.errstate(over="ignore", invalid="ignore"):
@@ -109,4 +174,4 @@ def _standardised(x_train: Any, y_train: Any, x_test: Any, y_test: Any) -> Data:
         deviation[deviation == 0] = 1  # a pixel that is always blank
         deviation[np.isinf(deviation)] = np.nan
         x_train, x_test = (((x - mean) / deviation).astype(np.float32) for x in (x_train, x_test))
-    return Data(x_train, y_train.astype(np.int64), x_test, y_test.astype(np.int64))
+    return Data(x_train, y_train.astype(np.int64), x_test, y_test.astype(np.int64), labels)

@@ -1,10 +1,9 @@
-"""Train a small classifier on handwritten digits, and report where the time went."""
+"""Train a small classifier, on handwritten digits or other data, and report where the time went."""
 
 from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -19,12 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fusedopt
-from fusedopt import _checkpoint, _tree, reference, schedules
+from fusedopt import StepResult, _checkpoint, _tree, reference, schedules
 from fusedopt.cli import data as data_module
-from fusedopt.cli import files, model
+from fusedopt.cli import files, model, report
 from fusedopt.cli.data import Data
 from fusedopt.cli.pair import Pair
-from fusedopt.cli.plot import save_plot
 from fusedopt.monitor import History
 
 
@@ -104,29 +102,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def each(value: Callable[[Choice], Any]) -> str:
         return ", ".join(f"{k} {x:g}" for k, v in OPTIMIZERS.items() if (x := value(v)) is not None)
 
+    def most(name: str) -> str:
+        usual = getattr(Choice, name)
+        values = {k: getattr(v, name) for k, v in OPTIMIZERS.items()}
+        others = [f"{k} {value}" for k, value in values.items() if value != usual]
+        return f"default: {usual}; {', '.join(others)}"
+
     add("--optimizer", choices=OPTIMIZERS, default="adam",
         help="gd: full batch; muon: matrices, and AdamW the rest")  # fmt: skip
     add("--lr", type=float, help=f"learning rate (default: {each(lambda c: c.lr)})")
-    add("--schedule", choices=SCHEDULES, help="of the learning rate (default: cosine; gd constant)")
+    add("--schedule", choices=SCHEDULES, help=f"of the learning rate ({most('schedule')})")
     add("--warmup", type=int, default=0, metavar="STEPS", help="linear rise before the schedule")
-    add("--epochs", type=int, help="passes over the data (default: 10; gd 200)")
-    add("--batch-size", type=int, default=32, help="rows of a step (gd: all)")
+    add("--epochs", type=int, help=f"passes over the data ({most('epochs')})")
+    whole = ", ".join(name for name, choice in OPTIMIZERS.items() if choice.whole)
+    add("--batch-size", type=int, default=32,
+        help=f"rows of a step (default: %(default)s; {whole}: all)")  # fmt: skip
     for option, (name, what) in PENALTIES.items():
         values = each(methodcaller("default", name))
         add(f"--{option}", type=float, help=f"{what} (default: {values})")
     add("--seed", type=int, default=0, help="of the parameters and of the order of the data")
-    add("--data", type=Path, metavar="FILE.npz", help="your own " + ", ".join(data_module.NAMES))
+    add("--data", default="digits", help=f"one of {', '.join(data_module.SETS)}; or "
+        "FILE.csv: rows of numbers and a class, of which a quarter is held out; or FILE.npz: "
+        + ", ".join(data_module.NAMES))  # fmt: skip
     add("--save", type=Path, metavar="CHECKPOINT", help="write parameters and optimizer each epoch")
     add("--resume", type=Path, metavar="CHECKPOINT", help="continue a --save, with equal results; "
         f"--epochs may grow with --schedule {', '.join(OPEN_ENDED)}")  # fmt: skip
-    add("--plot", type=Path, metavar="FILE.png", help="draw loss, accuracy and learning rate")
+    add("--plot", type=Path, metavar="FILE.png", help="draw loss, accuracy, learning rate and "
+        "statistics of every layer")  # fmt: skip
     add(
         "--monitor",
         type=Path,
         nargs="?",
         const=Path(),
         metavar="FILE.png",
-        help="measure every layer in each step, report what looks wrong; draw it if FILE is given",
+        help="report statistics of every layer and what looks wrong; draw them as --plot does",
     )
     add("--no-reference", action="store_true", help="do not run and time the NumPy reference too")
 
@@ -162,15 +171,19 @@ def settle(options: argparse.Namespace) -> argparse.Namespace:
     for name, least in (("epochs", 1), ("batch_size", 1), ("warmup", 0), ("seed", 0)):
         if not least <= getattr(settled, name) <= MOST:
             raise ValueError(f"--{name.replace('_', '-')}: must be >= {least} and <= {MOST}")
-    if settled.data is not None:
-        files.to_read("--data", settled.data)
+    own = None if settled.data in data_module.SETS else Path(settled.data)
+    if own is not None:
+        if not own.suffix and not own.exists():
+            known = ", ".join(data_module.SETS)
+            raise ValueError(f"--data {own}: no such file, and none of {known}")
+        files.to_read("--data", own)
     if settled.resume is not None:
         files.to_read("--resume", settled.resume)
     if settled.save is not None:
         if _checkpoint._known(settled.save).suffix == ".safetensors":
             _checkpoint._safetensors()  # raises if it is not installed
         files.to_write("--save", settled.save)
-        if settled.data is not None and settled.save.resolve() == settled.data.resolve():
+        if own is not None and settled.save.resolve() == own.resolve():
             raise ValueError(f"--save {settled.save}: would overwrite --data")
     for option, path in (("--plot", settled.plot), ("--monitor", settled.monitor)):
         if path not in (None, Path()):
@@ -206,7 +219,13 @@ def batches(data: Data, o: argparse.Namespace, epoch: int) -> Iterator[NDArray[n
 
 
 def train_epoch(
-    state: Run, opt: Any, twin: Any, data: Data, o: argparse.Namespace, bar: Any, monitor: History
+    state: Run,
+    opt: Any,
+    twin: Any,
+    data: Data,
+    o: argparse.Namespace,
+    bar: Any,
+    monitor: History | None,
 ) -> None:
     """Take the steps of one epoch: the loop that this program demonstrates."""
     seconds, history = state.seconds, state.history
@@ -214,17 +233,18 @@ def train_epoch(
         start = perf_counter()
         loss, grads = model.loss_and_gradients(state.params, data.x_train[rows], data.y_train[rows])
         computed = perf_counter()
-        taken = opt.step(grads, stats=o.monitor is not None)
+        taken = opt.step(grads, stats=monitor is not None and monitor.due)
         stepped = perf_counter()
         if twin is not None:
             twin.step(grads)
         seconds["forward+backward"] += computed - start
         seconds["optimizer"] += stepped - computed
         seconds["reference"] += perf_counter() - stepped
-        if o.monitor is not None:
-            monitor.record(taken)
+        lr = opt.param_groups[0]["lr"](taken.step)
+        if monitor is not None:
+            monitor.record(taken, loss=loss, lr=lr)
         history["loss"].append(loss)
-        history["lr"].append(opt.param_groups[0]["lr"](taken.step))
+        history["lr"].append(lr)
         bar.update()
         bar.set_postfix(loss=f"{np.mean(history['loss'][-20:]):.4f}", refresh=False)
 
@@ -288,7 +308,7 @@ def prepare(options: argparse.Namespace) -> Callable[[], None]:
     except ModuleNotFoundError as exc:
         raise ModuleNotFoundError(f"train {data_module.DEMO}") from exc
     o = settle(options)
-    data = data_module.digits() if o.data is None else data_module.from_file(o.data)
+    data = data_module.load(o.data)
     if OPTIMIZERS[o.optimizer].whole:
         o.batch_size = len(data.x_train)
     state = Run(model.init(data.x_train.shape[1], data.classes, o.seed))
@@ -307,8 +327,13 @@ def run(state: Run, opt: Any, data: Data, o: argparse.Namespace, tqdm: Any) -> N
     if twin is not None:
         twin.load_state_dict(opt.state_dict())
 
-    monitor = History()
     total = o.epochs * -(-len(data.x_train) // o.batch_size)
+    monitor = None
+    if o.monitor is not None or o.plot is not None:
+        monitor = History(every=min(max(total // 400, 1), 10))
+        known = zip(state.history["loss"], state.history["lr"], strict=True)
+        for step, (loss, lr) in enumerate(known, start=1):  # those before --resume
+            monitor.record(StepResult(step, updated=0), loss=loss, lr=lr)
     with tqdm(total=total, initial=len(state.history["loss"]), unit="step") as bar:
         while state.epoch < o.epochs:
             bar.set_description(f"epoch {state.epoch + 1}/{o.epochs}")
@@ -320,62 +345,16 @@ def run(state: Run, opt: Any, data: Data, o: argparse.Namespace, tqdm: Any) -> N
             state.history["epoch_step"].append(len(state.history["loss"]))
             if o.save is not None:
                 save(o.save, state, opt, data, o)
+    choice = OPTIMIZERS[o.optimizer]
     with shown(opt), shown(twin):
-        report(state, None if twin is None else shadow, data)
-    if o.monitor is not None and monitor.steps:  # resuming a finished run takes none
-        report_layers(monitor, o.monitor)
-    if o.plot is not None:
-        choice = OPTIMIZERS[o.optimizer]
-        title = " and ".join(name for name in (choice.cls, choice.rest) if name)
-        title += f", {o.schedule} schedule, batches of {o.batch_size}"
-        save_plot(o.plot, state.history, title)
-        print(f"plot: {o.plot}")
-
-
-def report_layers(monitor: History, path: Path) -> None:
-    """Print the last statistics of every layer and what looks wrong; draw them into a file."""
-    columns = {
-        name: monitor.column(name) for name in ("grad_norm", "update_ratio", "zero_fraction")
-    }
-    print("\nlayer                 gradient norm  update / parameter  zeros in the gradient")
-    for leaf in monitor.names:
-        norm, ratio, zeros = (by_leaf[leaf][-1] for by_leaf in columns.values())
-        print(f"{leaf:22}{norm:13.2e}  {ratio:18.1e}  {zeros:21.0%}")
-    print("\n".join(monitor.troubles() or ["nothing looks wrong"]))
-    if path != Path():
-        monitor.plot(path)
+        report.result(state.params, None if twin is None else shadow, data, state.seconds)
+    if monitor is None:
+        return
+    title = " and ".join(name for name in (choice.cls, choice.rest) if name)
+    title += f", {o.schedule} schedule, batches of {o.batch_size}"
+    accuracy = {"held-out accuracy": (state.history["epoch_step"], state.history["accuracy"])}
+    if o.monitor is not None and monitor.names:  # resuming a finished run takes no step
+        report.layers(monitor)
+    for path in {o.plot, o.monitor if monitor.names else None} - {None, Path()}:
+        monitor.plot(path, title=title, curves=accuracy)
         print(f"plot: {path}")
-
-
-def digest(params: model.Params) -> str:
-    """Return a fingerprint of all weights: equal only if they are, bit for bit."""
-    sha = hashlib.sha256()
-    for name, array in _tree.leaves("", params):
-        sha.update(name.encode() + array.tobytes())
-    return sha.hexdigest()
-
-
-def report(state: Run, shadow: model.Params | None, data: Data) -> None:
-    """Print the held-out result, the errors of each class, and where the time went."""
-    loss, predicted = model.evaluate(state.params, data.x_test, data.y_test)
-    wrong = predicted != data.y_test
-    print(f"\nheld out: loss {loss:.4f}, accuracy {1 - wrong.mean():.2%} "
-          f"({wrong.sum()} of {len(wrong)} wrong)")  # fmt: skip
-    print("\nclass  errors  taken for")
-    for label in range(data.classes):
-        mine = data.y_test == label
-        taken = np.unique(predicted[mine & wrong], return_counts=True)
-        confused = ", ".join(f"{c} ({n}x)" for c, n in zip(*taken, strict=True))
-        print(f"{label:5}  {(mine & wrong).sum():2} / {mine.sum():<3} {confused}".rstrip())
-    seconds = state.seconds
-    ours = seconds["forward+backward"] + seconds["optimizer"]
-    if ours > 0:
-        print("\ntime")
-        for name in ("forward+backward", "optimizer"):
-            print(f"  {name:17} {seconds[name]:7.3f} s  {seconds[name] / ours:4.0%}")
-    if shadow is not None and seconds["optimizer"] > 0:
-        same = "the same bits" if digest(shadow) == digest(state.params) else "NOT THE SAME: a bug"
-        ratio = seconds["reference"] / seconds["optimizer"]
-        print(f"  {'NumPy reference':17} {seconds['reference']:7.3f} s  "
-              f"for the same optimizer steps: {ratio:.1f} x, {same}")  # fmt: skip
-    print(f"\nweights sha256 {digest(state.params)}")
