@@ -15,10 +15,12 @@ from fusedopt import _core, reference
 
 TILE = _core.TILE
 EVERY_CLASS = [cls for cls in vars(fusedopt).values() if getattr(cls, "rule", None) is not None]
-# those that step arrays of any shape: the tables are of arrays of many; test_muon.py has the others
-CLASSES = [cls for cls in EVERY_CLASS if cls.rule.demand_shape is None]
+# those whose state has the shape of the parameter, which may be any: the tables are of arrays of
+# many; test_muon.py and test_factors.py have the others
+CLASSES = [cls for cls in EVERY_CLASS if cls.rule.demand_shape is None and not cls.rule.has_parts]
 RULES = {cls.__name__: cls.rule for cls in EVERY_CLASS}
-LAYERWISE = {name for name, (*_, layerwise, _) in _core.RULES.items() if layerwise}
+# rules that need sums over each leaf, or over all, before a step
+LAYERWISE = {name for name, row in _core.RULES.items() if row[3] not in ("plain", "internal")}
 DTYPES = (np.float32, np.float64)
 
 
@@ -259,6 +261,44 @@ CASES = [
     ),
 ]
 
+
+def _prodigy(name: str, **options: Any) -> Case:
+    states = ("exp_avg", "exp_avg_sq", "s", "p0")
+    remembered = {"k": 3, "d": 2e-3, "d_max": 3e-3, "d_numerator": 1e-4}
+    return Case("prodigy", name, "prodigy", "Prodigy", states, options, remembered=remembered)
+
+
+CASES += [
+    _prodigy("prodigy"),
+    _prodigy("prodigy-l2", weight_decay=0.1, decouple=False, growth_rate=1.02, d_coef=2.0),
+    _prodigy(
+        "prodigy-all",
+        lr=0.7,
+        betas=(0.5, 0.75),
+        beta3=0.5,
+        eps=1e-3,
+        weight_decay=0.3,
+        use_bias_correction=True,
+        safeguard_warmup=True,
+        d0=1e-3,
+    ),
+]
+
+FACTOR_CASES = [  # of rules whose state has other shapes: the rows of test_factors.py
+    *(
+        Case("adafactor", name, "adafactor", "Adafactor", (), options)
+        for name, options in {
+            "adafactor": {},
+            "adafactor-all": {
+                "lr": 0.3, "beta2_decay": -0.5, "eps": (1e-5, 0.1), "d": 2.0, "weight_decay": 0.1,
+                "maximize": True,
+            },
+            "adafactor-small": {"eps": (0.0, 0.0), "beta2_decay": 0.0},
+        }.items()
+    ),
+    _prodigy("prodigy-sample", slice_p=11),
+    _prodigy("prodigy-sample-all", slice_p=3, d0=1e-3, use_bias_correction=True, lr=0.5),
+]  # fmt: skip
 
 MATRIX_CASES = [  # of rules that step matrices alone: the rows of test_muon.py
     Case("muon", name, "muon", "Muon", ("momentum_buffer",), options)

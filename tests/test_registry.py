@@ -5,13 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
-from cases import CASES, EVERY_CLASS, MATRIX_CASES
+from cases import CASES, EVERY_CLASS, FACTOR_CASES, MATRIX_CASES
 
 from fusedopt import _core, functional, reference
 from fusedopt.cli.train import OPTIMIZERS
 
 ROOT = Path(__file__).parent.parent
-EVERY_CASE = [*CASES, *MATRIX_CASES]
+EVERY_CASE = [*CASES, *FACTOR_CASES, *MATRIX_CASES]
 VARIANTS = {c.rule.variant[1]: c.rule for c in EVERY_CLASS if c.rule.variant is not None}
 TABLE = {row[0]: row for row in _core.rules()}
 RULES = {name: row for name, row in TABLE.items() if name not in VARIANTS}
@@ -86,8 +86,11 @@ def test_class_fits_the_table(cls):
     """
     rule = cls.rule
     _, scalars, states, required = RULES[rule.name]
-    is_matrix = _core.RULES[rule.name][-1]  # then one state is there during a step alone
+    kind = _core.RULES[rule.name][3]
+    is_matrix = kind == "matrix"  # then one state is there during a step alone
     assert is_matrix == (rule.outside is not None)
+    assert (kind == "factored") == rule.has_parts
+    assert (kind == "summing") == (rule.settle is not None)
     assert required - is_matrix <= len(rule.states) <= states - is_matrix
     assert sum(rule.uses(rule.defaults)) >= required - is_matrix
     if rule.variant is not None:
@@ -96,7 +99,8 @@ def test_class_fits_the_table(cls):
         scalars = {*scalars, *TABLE[variant][1]}
         assert (ROOT / f"csrc/rules/{variant}.h").exists()
         assert any(case.cls == cls.__name__ and case.options.get(option) for case in CASES)
-    hyper = rule.at(rule.advanced(rule.begun(rule.defaults)))(1)
+    options = rule.advanced(rule.begun(rule.defaults))
+    hyper = rule.at(options if rule.share is None else rule.share([options])[0])(1)
     assert set(hyper) == {*scalars, "grad_scale", "l2", "l1", "ema_weight"}
     assert all(isinstance(value, float) for value in hyper.values())
 

@@ -27,10 +27,10 @@ def fit(
     leaf.
     """
     options = _options(rule, groups, now, state_dict["param_groups"], convert)
-    by_leaf = [its for group, its in zip(groups, options, strict=True) for _ in group.leaves]
-    steps, pairs = _states(rule, params, ours, state_dict["state"], by_leaf, convert)
     for i, (group, new) in enumerate(zip(groups, options, strict=True)):
         _storage.refuse_change(f"state dict: param_groups[{i}].", rule, group.options, new)
+    by_leaf = [its for group, its in zip(groups, options, strict=True) for _ in group.leaves]
+    steps, pairs = _states(rule, params, ours, state_dict["state"], by_leaf, convert)
     return pairs, steps, options
 
 

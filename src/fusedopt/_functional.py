@@ -92,7 +92,8 @@ def function(cls: type[Optimizer], engine: _Engine | None = None) -> Step:
         _check_lists(rule, params, grads, given, used)
         nothing = [None] * len(params)
         lists = [
-            values if use else nothing for values, use in zip(given.values(), used, strict=True)
+            values if use and values is not None else nothing
+            for values, use in zip(given.values(), used, strict=True)
         ]
         return take(rule, params, grads, lists, step, checked)
 

@@ -414,8 +414,13 @@ class Fused(StateKeeper):
             options,
             self._rule_of(options).at(options),
             _tensors.GroupPlan(
-                states, squares, MASTERS[options.get("master_bits")], options.get("seed", 0),
-                maps, rest if self._rule.has_parts else None, every,
+                states,
+                squares,
+                MASTERS[options.get("master_bits")],
+                options.get("seed", 0),
+                maps,
+                rest if self._rule.has_parts else None,
+                every,
             ),
             dict(group) if all(map(_is_constant, group.items())) else None,
         )

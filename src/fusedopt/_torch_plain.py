@@ -209,8 +209,8 @@ def stand_ins(
     Those that are so already, or hold such a one, stand for themselves; of the others a copy does.
     Gradient and copy may be None. Also returns, alike, what belongs to their codes (`extras`; of
     the parameter, residual bits of dtype `residual`), and what to write back, as (tensor, its copy,
-    name); the gradient too if the step sets it to zero (`zeroes`). `shapes` are those of states that
-    have one of their own, by name.
+    name); the gradient too if the step sets it to zero (`zeroes`). `shapes` has, by name, that of
+    state with one of its own.
 
     Raises
     ------

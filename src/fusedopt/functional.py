@@ -23,7 +23,7 @@ from fusedopt.optim.signsgd import signsgd
 from fusedopt.optim.yogi import yogi
 
 __all__ = [
-    "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "ademamix", "adopt", "asgd", "lamb",
-    "lars", "lion", "muon", "nadam", "prodigy", "radam", "rmsprop", "rprop", "schedulefreeadamw",
-    "schedulefreesgd", "sgd", "signsgd", "yogi",
+    "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "ademamix", "adopt", "asgd",
+    "lamb", "lars", "lion", "muon", "nadam", "prodigy", "radam", "rmsprop", "rprop",
+    "schedulefreeadamw", "schedulefreesgd", "sgd", "signsgd", "yogi",
 ]  # fmt: skip

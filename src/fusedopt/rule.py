@@ -86,9 +86,7 @@ class State:
     part: str = ""
     every: str = ""
 
-    def shape(
-        self, shape: tuple[int, ...], options: Mapping[str, Any]
-    ) -> tuple[int, ...] | None:
+    def shape(self, shape: tuple[int, ...], options: Mapping[str, Any]) -> tuple[int, ...] | None:
         """Return its shape for a parameter of a shape; None if it is not kept for that."""
         if self.part and (self.part == "rest") == (len(shape) > 1):
             return None
@@ -305,7 +303,7 @@ class Rule:
 
     @cached_property
     def has_parts(self) -> bool:
-        """Whether it keeps factors of matrices, and so needs whole parameters in row-major order."""
+        """Whether it keeps factors of matrices, and needs them whole and in row-major order."""
         return any(state.part for state in self.states)
 
     @cached_property

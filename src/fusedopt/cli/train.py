@@ -51,6 +51,7 @@ class Choice:
 
 OPTIMIZERS = {
     "adadelta": Choice("Adadelta", 1.0),
+    "adafactor": Choice("Adafactor", 5e-2),
     "adagrad": Choice("Adagrad", 2e-2),
     "adam": Choice("Adam", 2e-3),
     "adamax": Choice("Adamax", 5e-3),
@@ -62,6 +63,7 @@ OPTIMIZERS = {
     "lars": Choice("LARS", 3.0),
     "lion": Choice("Lion", 5e-4),
     "nadam": Choice("NAdam", 2e-3),
+    "prodigy": Choice("Prodigy", 1.0),
     "radam": Choice("RAdam", 1e-2),
     "muon": Choice("Muon", 2e-3, options={"adjust_lr_fn": "match_rms_adamw"}, rest="AdamW"),
     "rmsprop": Choice("RMSprop", 1e-3),

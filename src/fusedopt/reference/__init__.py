@@ -33,10 +33,10 @@ from fusedopt.reference.signsgd import SignSGD, signsgd
 from fusedopt.reference.yogi import Yogi, yogi
 
 __all__ = [
-    "ADOPT", "ASGD", "LAMB", "LARS", "SGD", "AdEMAMix", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW",
-    "Adamax", "Lion", "Muon", "NAdam", "Prodigy", "RAdam", "RMSprop", "Rprop", "ScheduleFreeAdamW",
-    "ScheduleFreeSGD", "SignSGD", "Yogi",
-    "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "ademamix", "adopt", "asgd", "lamb",
-    "lars", "lion", "muon", "nadam", "prodigy", "radam", "rmsprop", "rprop", "schedulefreeadamw",
-    "schedulefreesgd", "sgd", "signsgd", "yogi",
+    "ADOPT", "ASGD", "LAMB", "LARS", "SGD", "AdEMAMix", "Adadelta", "Adafactor", "Adagrad",
+    "Adam", "AdamW", "Adamax", "Lion", "Muon", "NAdam", "Prodigy", "RAdam", "RMSprop", "Rprop",
+    "ScheduleFreeAdamW", "ScheduleFreeSGD", "SignSGD", "Yogi",
+    "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "ademamix", "adopt", "asgd",
+    "lamb", "lars", "lion", "muon", "nadam", "prodigy", "radam", "rmsprop", "rprop",
+    "schedulefreeadamw", "schedulefreesgd", "sgd", "signsgd", "yogi",
 ]  # fmt: skip

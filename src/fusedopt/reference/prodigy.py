@@ -17,7 +17,10 @@ def _prodigy(
 ) -> None:  # fmt: skip
     c, (beta1, beta2) = p.dtype.type, betas  # c: round a constant once
     if options["lr"] > 0:
-        ws, beta3 = _fast.weight(options | {"d": d_before, "size": size}), _fast.beta3(options, betas)
+        ws, beta3 = (
+            _fast.weight(options | {"d": d_before, "size": size}),
+            _fast.beta3(options, betas),
+        )
         part, now = flat(np.asarray(g))[::slice_p], flat(p)[::slice_p]  # in the order of memory
         start, total = (flat(x) for x in (p0, s))
         dots, sizes = np.zeros((2, p.size), p.dtype)
