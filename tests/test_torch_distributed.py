@@ -46,7 +46,7 @@ def test_engines(tmp_path):
 @since("2.6")  # on CPUs
 def test_fully_sharded(tmp_path):
     ranks(2, tmp_path, "fsdp", "averages", "modes", "norms_of_shards", "trust_ratios", "placements")
-    ranks(2, tmp_path, "matrices")
+    ranks(2, tmp_path, "matrices", "decisions")
 
 
 @since("2.6")

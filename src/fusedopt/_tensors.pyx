@@ -29,6 +29,8 @@ from fusedopt._leaves cimport (
 )
 from fusedopt._spans cimport Span, Spans, alias, overlap
 
+from dataclasses import replace
+
 from fusedopt import _check, _options, formats as _formats
 
 cdef extern from "Python.h":
@@ -301,18 +303,25 @@ cdef class TensorList(LeafList):
             self.capsules, self.written, self.touched, self.seen = [], [], [], {}
             self.targets, self.copies, self.labels, self.made = [], [], [], []
             self.directions = []
-            for group, (params, plan) in enumerate(groups):
-                self.gather(group, params, plan, counted, state, copies)
-            reduction = stats = None
-            self.check_memory(copies is not None)
-            if (self.has_others or owner._process_group is not None) and (
-                    self.layerwise or (options is not None
-                                       and (options.must_measure or options.measure))):
-                reduction = owner._reduction()
-                options = options or _options.StepOptions()
+            reduction = stats = fault = None
             memset(&how, 0, sizeof(how))
-            if options is not None or self.layerwise:
-                prepare_sums(&self.sums, self.leaves, self.n, &how)
+            try:
+                for group, (params, plan) in enumerate(groups):
+                    self.gather(group, params, plan, counted, state, copies)
+                self.check_memory(copies is not None)
+                if options is not None or self.layerwise:
+                    prepare_sums(&self.sums, self.leaves, self.n, &how)
+            except Exception as exc:
+                fault = exc
+            if (fault is not None or self.has_others or owner._process_group is not None) and (
+                    self.layerwise or (options is not None and options.concerns_ranks)):
+                reduction = owner._reduction()
+            if reduction is not None:
+                options = options or _options.StepOptions()
+                if reduction.agree(len(owner._all_params()), fault, bool(options.skip)):
+                    options = replace(options, skip=True)
+            elif fault is not None:
+                raise fault
             if options is not None:
                 verdict = self.run(options, reduction, &how, threads)
                 if verdict.skipped:

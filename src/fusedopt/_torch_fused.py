@@ -187,8 +187,10 @@ class Fused(StateKeeper):
             Naming the gradients that are not finite, where `nonfinite` is "raise"; alike.
         RuntimeError
             If another thread is inside `step` of the same optimizer, or within `swap_ema`; nothing
-            has been written. From torch.distributed, where another rank fails: nothing has been
-            written, unless it is `stats` alone that is summed, which it is behind the step.
+            has been written. Where ranks take part in a norm, in statistics or in what to skip: if
+            another rank cannot step, which has raised one of the above; alike. From
+            torch.distributed, where another rank is gone: nothing has been written, unless it is
+            `stats` alone that is summed, which it is behind the step.
         """
         _copies.refuse_within_swap(self)
         loss = None
@@ -244,7 +246,7 @@ class Fused(StateKeeper):
                 "grad_scale", options["grad_scale"]
             ) * (1 / scale.item())
         how = _options.step_options(options)
-        return replace(how, skip=True) if found_inf is not None and found_inf.item() else how
+        return how if found_inf is None else replace(how, skip=bool(found_inf.item()))
 
     def _copies(self, given: Any) -> dict[int, Any]:
         """Return by the number of a parameter the tensor that gets its copy."""
