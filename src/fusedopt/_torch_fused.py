@@ -46,16 +46,6 @@ class _Group:
     plan: _tensors.GroupPlan
     seen: dict[str, Any] | None
 
-    def is_of(self, group: Mapping[str, Any]) -> bool:
-        """Whether no option has changed since."""
-        seen = self.seen
-        if seen is None or len(seen) != len(group):
-            return False
-        for name, value in group.items():
-            if seen.get(name, _Group) is not value and name != "params":
-                return False
-        return True
-
 
 class Fused(StateKeeper):
     """The step, to stand before a class of `torch.optim` among the bases.
@@ -75,6 +65,7 @@ class Fused(StateKeeper):
     _groups: dict[int, _Group]  # by number
     _process_group: Any = None
     _has_new_options = True  # of a group, for `Rule.row`
+    _own_step: tuple[dict[str, Any], StepOptions | None] = {}, None  # of `defaults`, checked
 
     def __init__(
         self,
@@ -198,27 +189,72 @@ class Fused(StateKeeper):
             loss = copier.call(True, closure)
         if self._leaves is None:
             self._leaves, self._groups = _new_list(self._rule), {}
-        groups = [self._plan(i, group) for i, group in enumerate(self.param_groups)]
-        how = None
-        if (
-            options
-            or copy_out is not None
-            or getattr(self, "found_inf", None) is not None  # GradScaler sets these two
-            or getattr(self, "grad_scale", None) is not None
-            or not _OF_NO_GROUP.isdisjoint(self.defaults)
-        ):
-            how = self._step_options(options)
+        groups = self._renew()
+        how = self._step_options(options, copy_out)
         copies = None if copy_out is None else self._copies(copy_out)
-        if self._has_new_options:
-            known = [self._groups[i].options for i in range(len(groups))]
-            self._leaves.use_row(self._rule.row(known))
-            self._has_new_options = False
         if self._rule.advance is not None:
             self._leaves.writes = self._advance()
         self._leaves.step(
             self, groups, self._is_counted(), self.state, _threads.of(self._threads), how, copies
         )
         return loss
+
+    def step_params(self, params: Sequence[Any], *, copy_out: Any = None, **options: Any) -> None:
+        """Step some of the parameters now, as from a hook while backward() goes on.
+
+        >>> import torch
+        >>> import fusedopt.torch as fo
+        >>> model = torch.nn.Linear(3, 2)
+        >>> opt = fo.AdamW(model.parameters(), zero_grads=True)
+        >>> for p in model.parameters():
+        ...     handle = p.register_post_accumulate_grad_hook(lambda p: opt.step_params([p]))
+        >>> model(torch.ones(1, 3)).sum().backward()
+        >>> opt.last_step.step
+        1
+
+        Each parameter counts its own steps; ``last_step.step`` goes on where one comes again. The
+        hooks of `step` are not called.
+
+        Parameters
+        ----------
+        params : list of tensor
+            Parameters of this optimizer; those without a gradient are left as they are.
+        copy_out, **options
+            As for `step`, but for what is decided by all gradients: `max_grad_norm` without
+            `per_tensor`, and `nonfinite` "skip".
+
+        Raises
+        ------
+        TypeError, ValueError, FloatingPointError, RuntimeError
+            As `step` does; nothing of `params` has changed. ValueError also for such an option, for
+            a tensor that is no parameter, and for a rule that remembers numbers of a whole step.
+        """
+        _copies.refuse_within_swap(self)
+        if self._rule.advance is not None:
+            raise ValueError(
+                f"step_params: {type(self).__name__} remembers numbers of a whole step; use step"
+            )
+        if self._leaves is None:
+            self._leaves, self._groups = _new_list(self._rule), {}
+        how = self._step_options(options, copy_out)
+        if how is not None:
+            _refuse_of_all(how)
+        copies = None if copy_out is None else self._copies(copy_out)
+        self._leaves.step(
+            self, self.param_groups, self._is_counted(), self.state, _threads.of(self._threads),
+            how, copies, params,
+        )  # fmt: skip
+        self._opt_called = True  # for torch's schedulers, which note a call of `step`
+
+    def _renew(self) -> list[tuple[list[Any], _tensors.GroupPlan]]:
+        """Take over the options of all groups; return what `_plan` does of each."""
+        assert self._leaves is not None
+        groups = [self._plan(i, group) for i, group in enumerate(self.param_groups)]
+        if self._has_new_options:
+            known = [self._groups[i].options for i in range(len(groups))]
+            self._leaves.use_row(self._rule.row(known))
+            self._has_new_options = False
+        return groups
 
     def _advance(self) -> list[tuple[dict[str, Any], str, Any]]:
         """Take over what the rule remembers, as it is in this step; return what to write then."""
@@ -230,9 +266,24 @@ class Fused(StateKeeper):
             writes += self._rule.writes(options, group, known.options, known.seen)
         return writes
 
+    def _step_options(self, given: Mapping[str, Any], copy_out: Any) -> StepOptions | None:
+        """Return what this step shall do around the rule; None if nothing."""
+        if (
+            given
+            or getattr(self, "found_inf", None) is not None  # GradScaler sets these two
+            or getattr(self, "grad_scale", None) is not None
+        ):
+            return self._checked_step(given)
+        seen, how = self._own_step
+        if not _tensors.is_same(seen, self.defaults):
+            own = [value for name, value in self.defaults.items() if name in _OF_NO_GROUP]
+            how = self._checked_step(given) if own else None
+            if all(type(value) in _CONSTANT for value in own):
+                self._own_step = self.defaults.copy(), how
+        return StepOptions() if how is None and copy_out is not None else how
+
     @ieee
-    def _step_options(self, given: Mapping[str, Any]) -> StepOptions:
-        """Return what this step shall do around the rule."""
+    def _checked_step(self, given: Mapping[str, Any]) -> StepOptions:
         scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         own = {name: self.defaults[name] for name in _OF_NO_GROUP if name in self.defaults}
         if unknown := given.keys() - _options.DEFAULTS:
@@ -263,9 +314,9 @@ class Fused(StateKeeper):
             )
         return {number: copy for number, copy in enumerate(given) if copy is not None}
 
-    def _reduction(self) -> Reduction | None:
+    def _reduction(self, group: Any) -> Reduction | None:
         """Return what sums over the ranks that have other parts of the parameters, if any."""
-        return _ranks.reduction(self._all_params(), self._process_group)
+        return _ranks.reduction(self._all_params(), group)
 
     def _all_params(self) -> list[Any]:
         """Return the parameters of all groups, by their numbers."""
@@ -351,14 +402,13 @@ class Fused(StateKeeper):
             return self._rule
         return _adam.ADAMW if decoupled else _adam.ADAM
 
-    def _plan(self, i: int, group: Mapping[str, Any]) -> tuple[list[Any], _tensors.GroupPlan]:
+    def _plan(self, i: int, group: dict[str, Any]) -> tuple[list[Any], _tensors.GroupPlan]:
         """Return the parameters of a group, and what the list must know of it."""
-        known = self._groups.get(i)
-        if known is None or not known.is_of(group):
+        if not _tensors.is_known(self._groups, i, group):
             self._has_new_options = True
-            known = self._groups[i] = self._checked(f"param_groups[{i}]", group)
+            self._groups[i] = self._checked(f"param_groups[{i}]", group)
         params = group["params"]
-        return params if type(params) is list else list(params), known.plan
+        return params if type(params) is list else list(params), self._groups[i].plan
 
     def _checked(self, where: str, group: Mapping[str, Any]) -> _Group:
         """Return a group with its options checked, as anybody may write into it."""
@@ -473,6 +523,20 @@ def _refuse_of_no_group(where: str, group: Mapping[str, Any]) -> None:
                 f"{where}.{name}: is of the optimizer, not of a group: {name}=... beside lr; where "
                 f"an engine makes groups of all options, functools.partial(CLASS, {name}=...)"
             )
+
+
+def _refuse_of_all(how: StepOptions) -> None:
+    """Raise ValueError for what cannot be decided by some of the gradients."""
+    if how.max_grad_norm is not None and not how.per_tensor:
+        raise ValueError(
+            "step_params: max_grad_norm is about the norm of all gradients; give per_tensor=True, "
+            "or use step"
+        )
+    if how.nonfinite == "skip":
+        raise ValueError(
+            "step_params: nonfinite='skip' changes all parameters or none; give 'raise', or use "
+            "step"
+        )
 
 
 def _is_constant(item: tuple[str, Any]) -> bool:
