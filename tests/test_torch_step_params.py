@@ -231,3 +231,20 @@ def test_groups_that_change():
     refused_now = r"^step_params: params\[0\] is no parameter"
     with pytest.raises(ValueError, match=refused_now):
         opt.step_params([params[3]])
+
+
+def test_options_that_failed_in_part():
+    """A group's new options hold, its other loop too, though another group's were refused."""
+    (p, q), (a, b) = ((leaf(70), leaf(9)) for _ in range(2))
+    opt, peer = (fo.AdamW([{"params": [x]}, {"params": [y]}]) for x, y in ((p, q), (a, b)))
+    peer.param_groups[0]["cautious"] = True
+    peer.step()
+    opt.step_params([q])
+    opt.param_groups[0]["cautious"] = True
+    opt.param_groups[1]["lr"] = "small"
+    for params in ([p, q], [p]):
+        with pytest.raises(TypeError, match=r"^param_groups\[1\]\.lr"):
+            opt.step_params(params)
+    opt.param_groups[1]["lr"] = 1e-3
+    opt.step_params([p])
+    same(contents(opt), contents(peer))

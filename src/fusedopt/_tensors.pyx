@@ -29,7 +29,7 @@ from fusedopt._leaves cimport (
 )
 from fusedopt._spans cimport Span, Spans, alias, overlap
 
-from dataclasses import replace
+import dataclasses
 
 from fusedopt import _check, _options, formats as _formats
 
@@ -252,8 +252,9 @@ cdef class TensorList(LeafList):
     cdef list labels           # of the former: names, or (leaf, place)
     cdef list directions       # of a matrix rule: by leaf, what it goes along, or None
     cdef list made            # (parameter, its new state)
+    cdef list elsewhere       # (group, place in it, number) of parameters that torch steps
     cdef bint rule_counts     # whether the rule asks for the number of the step
-    cdef ptrdiff_t index, last, last_count  # of constants, as of the leaf before; -1: there is none
+    cdef ptrdiff_t index, last, last_count  # of the constants of the leaf before; -1: none
     # of more than one, while some parameters are stepped at a time
     cdef dict seen            # (plan, step, count) -> index of its constants
     cdef dict places          # (group, place in it) of each parameter by id, or of others
@@ -268,6 +269,7 @@ cdef class TensorList(LeafList):
         self.types, self.places, self.turn = {}, {}, set()
         self.capsules, self.written, self.touched, self.made = [], [], [], []
         self.targets, self.copies, self.labels, self.directions = [], [], [], []
+        self.elsewhere = []
         if PyCFunction_GetFlags(<PyObject *>is_neg) != METH_NOARGS:
             raise TypeError("is_neg: expected a builtin method without arguments")
         self.is_neg = PyCFunction_GetFunction(<PyObject *>is_neg)
@@ -317,8 +319,9 @@ cdef class TensorList(LeafList):
         Parameters
         ----------
         owner : optimizer
-            Asked, where needed, to ``_make_state``, ``_make_extras``, ``_stand_in``, ``_copy``,
-            ``_count``, ``_refuse_both``, ``_shared``, ``_constants``, ``_name``, ``_reduction``,
+            Asked, where needed, to ``_is_elsewhere``, ``_check_elsewhere``, ``_step_elsewhere``,
+            ``_make_state``, ``_make_extras``, ``_stand_in``, ``_copy``, ``_count``,
+            ``_refuse_both``, ``_shared``, ``_constants``, ``_name``, ``_reduction``,
             ``_new_direction`` and ``_replace``: see `fusedopt.torch`.
         groups : list of (list, GroupPlan)
             The parameters of each group, and what a step must know of it; with `chosen`, the
@@ -371,6 +374,8 @@ cdef class TensorList(LeafList):
                 else:
                     self.choose(groups, chosen, counted, state, copies)
                 self.check_memory(copies is not None)
+                if self.elsewhere:
+                    owner._check_elsewhere(self.elsewhere, options is not None)
                 if options is not None or self.layerwise:
                     prepare_sums(&self.sums, self.leaves, self.n, &how)
             except Exception as exc:
@@ -381,9 +386,11 @@ cdef class TensorList(LeafList):
             if reduction is not None:
                 options = options or _options.StepOptions()
                 if reduction.agree(len(owner._all_params()), fault, bool(options.skip)):
-                    options = replace(options, skip=True)
+                    options = dataclasses.replace(options, skip=True)
             elif fault is not None:
                 raise fault
+            if self.elsewhere:
+                owner._step_elsewhere(self.elsewhere)
             if options is not None:
                 verdict = self.run(options, reduction, &how, threads)
                 if verdict.skipped:
@@ -402,7 +409,7 @@ cdef class TensorList(LeafList):
                 check(status)
             self.done = True
             self.finish(state)
-            updated = len(self.written)
+            updated = len(self.written) + len(self.elsewhere)
             number += self.begins(of_all)
             self.mark(self.written + self.touched if self.touched else self.written)
             if verdict is None:
@@ -438,19 +445,20 @@ cdef class TensorList(LeafList):
             self.targets, self.copies, self.labels = [], [], []
         if self.directions:
             self.directions = []
+        if self.elsewhere:
+            self.elsewhere = []
         return 0
 
     cdef bint begins(self, bint of_all) except -1:
         """Whether this is another step, and not a part of one that has begun; note who took it."""
         cdef ptrdiff_t i
         cdef bint new = of_all or not self.turn
-        for i in range(0 if of_all else self.n):
-            new |= self.has_grad(i) and self.records[i].number in self.turn
-        if new:
-            self.turn.clear()
-        for i in range(0 if of_all else self.n):
-            if self.has_grad(i):
-                self.turn.add(self.records[i].number)
+        cdef set numbers = set()
+        if not of_all:
+            numbers = {self.records[i].number for i in range(self.n) if self.has_grad(i)}
+            numbers.update([place[2] for place in self.elsewhere])
+            new |= not self.turn.isdisjoint(numbers)
+        self.turn = numbers if new else self.turn | numbers
         return new
 
     cdef int add_direction(self, ptrdiff_t i, fo_array *to) except -1:
@@ -550,8 +558,9 @@ cdef class TensorList(LeafList):
         checked = self.owner._groups
         for place in places:
             g = (<tuple>place)[0]
-            if not is_known(checked, g, groups[g]):
+            if self.owner._has_new_options or not is_known(checked, g, groups[g]):
                 self.owner._renew()
+                break
         for n in range(len(places)):
             g, i = places[n]
             self.number = count_params(groups, g) + i
@@ -582,13 +591,16 @@ cdef class TensorList(LeafList):
         hold(record, GRAD, grad)
         step = 2  # of a rule that does not count: its first, or another
         if not self.read_state(record, own, counted):
+            if self.leave(record):
+                return 0
             made, begins = self.owner._make_state(group, i, param, own)
             self.made.append((param, made))
             own = {**own, **made} if own else made
             step = 1 if begins else 2
             if not self.read_state(record, own, counted):
                 raise SystemError("fusedopt: incomplete state; please report")
-        self.fill(record)
+        if self.fill(record):
+            return 0
         self.written.append(param)
         if self.zeroes:
             self.touched.append(grad)
@@ -710,9 +722,21 @@ cdef class TensorList(LeafList):
                     return <ptrdiff_t>taken
         return self.owner._count(record.group, record.i, count)
 
-    cdef int fill(self, LeafRecord *record) except -1:
-        """Point the last leaf at its tensors, or at stand-ins."""
+    cdef bint leave(self, LeafRecord *record) except -1:
+        """Leave the last leaf to torch's own step, if that is for its device."""
+        if record.tensors[GRAD] == NULL or not self.owner._is_elsewhere(
+                <object>record.tensors[PARAM]):
+            return False
+        self.elsewhere.append((record.group, record.i, record.number))
+        let_go(record)
+        self.n -= 1
+        return True
+
+    cdef bint fill(self, LeafRecord *record) except -1:
+        """Point the last leaf at its tensors, or at stand-ins; True if it is left to torch."""
         cdef int result = self.take(record)
+        if result == NOT_PLAIN and self.leave(record):
+            return True
         if result == LACKS or result == NOT_PLAIN:
             self.make_extras(record)
             result = self.take(record)
@@ -726,7 +750,7 @@ cdef class TensorList(LeafList):
         if result != FITS:
             raise SystemError("fusedopt: a stand-in does not fit; please report")
         self.n_arrays += record.n_arrays
-        return 0
+        return False
 
     cdef int make_extras(self, LeafRecord *record) except -1:
         """Make what the storage of a leaf needs beside its state and is not there."""

@@ -61,7 +61,6 @@ class Fused(StateKeeper):
     _own: ClassVar[Mapping[str, Option]]  # options that a class of torch's does not have
     _own_given: Mapping[str, Any] = {}  # those of the constructor that are not the default
     _threads: int | None = None
-    _is_torchs: ClassVar[bool]  # whether the constructor and its checks are of torch.optim
     _groups: dict[int, _Group]  # by number
     _process_group: Any = None
     _has_new_options = True  # of a group, for `Rule.row`
@@ -121,10 +120,11 @@ class Fused(StateKeeper):
         """Make state that a constructor of torch's has made in formats of ours."""
         if self.state:
             self._groups = {}
-            self.state.clear()
             for i, group in enumerate(self.param_groups):
                 self._plan(i, group)
                 for k, param in enumerate(group["params"]):
+                    if self._is_elsewhere(param):
+                        continue
                     own = self._make_state(i, k, param, None)[0]
                     own.pop("ema", None)  # which begins with the first step
                     self.state[param] = own
@@ -478,6 +478,35 @@ class Fused(StateKeeper):
         """Return a tensor for it, in a memory order, in the dtype that steps compute in."""
         dtype = torch.float64 if is_double else torch.float32
         return param.detach().new_empty_strided(param.shape, strides, dtype=dtype)
+
+    def _check_elsewhere(self, places: list[tuple[int, int, int]], has_options: bool) -> None:
+        """Raise ValueError naming a parameter that torch steps, and what it cannot do."""
+        for g, i, _ in places:
+            group = self.param_groups[g]
+            asked = [
+                name
+                for name, option in {**self._extras, "ema": OWN["ema"]}.items()
+                if group.get(name, option.default) != option.default
+            ]
+            if has_options or asked:
+                raise ValueError(
+                    f"{self._name(g, i)}: is on device {group['params'][i].device}, where torch's "
+                    f"own step is taken, which has no {asked[0] if asked else 'options of a step'}"
+                )
+
+    def _step_elsewhere(self, places: list[tuple[int, int, int]]) -> None:
+        """Take torch's own step on parameters that are on other devices."""
+        groups: dict[int, dict[str, Any]] = {}
+        for g, i, _ in places:
+            group = self.param_groups[g]
+            groups.setdefault(g, {**group, "params": []})["params"].append(group["params"][i])
+        kind = type(self).__mro__[type(self).__mro__.index(StateKeeper) + 1]
+        twin: Any = object.__new__(kind)
+        twin.__dict__.update(self.__dict__, param_groups=list(groups.values()))
+        step: Any = kind.step  # type: ignore[attr-defined]
+        if getattr(step, "hooked", False):  # by torch, for hooks, which are of the whole step
+            step = step.__wrapped__
+        step(twin)
 
     def _refuse_both(self, group: int, i: int, state: str) -> NoReturn:
         raise ValueError(f"{self._name(group, i)}: {_plain.both(state)}")
