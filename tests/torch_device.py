@@ -119,7 +119,10 @@ def agrees(name, options):
             peer.load_state_dict(saved)
             assert all("step" not in own or own["step"] == 3 for own in saved["state"].values())
         if step == 4:
-            opt.state_dict()  # which notes the numbers of a rule
+            theirs = [dict(opt.state[p]) for p in params[1::2]]
+            opt.state_dict()  # which notes the numbers of a rule, but where torch keeps them
+            for own, p in zip(theirs, params[1::2], strict=True):
+                assert all(opt.state[p][key] is value for key, value in own.items())
             before = contents(opt)
             opt.load_state_dict(copy.deepcopy(tree_map(bare, opt.state_dict())))
             devices = {p.device.type for own in opt.state.values() for key, p in own.items()
