@@ -125,20 +125,50 @@ def test_quota(tmp_path, kind):
     assert _threads.cpu_quota(files(tmp_path, contents)) == expected
 
 
-def test_default(tmp_path, monkeypatch):
-    root = files(tmp_path, QUOTAS["v2"][0])
+AFFINITY, QUOTA, OPENMP = "CPU affinity", "CPU quota of the control group", "OMP_NUM_THREADS"
+SHARE, IGNORED = ", divided by LOCAL_WORLD_SIZE", "; not the launcher's OMP_NUM_THREADS=1"
+DEFAULTS = [  # environment, whether there is a quota of 1.5, of 6 CPUs: threads, and why
+    ({}, False, 6, AFFINITY),
+    ({}, True, 2, QUOTA),
+    ({"OMP": "1"}, True, 1, OPENMP),
+    ({"OMP": "4,2"}, False, 4, OPENMP),
+    ({"OMP": "99"}, False, 6, AFFINITY),
+    ({"OMP": "odd"}, False, 6, AFFINITY),
+    ({"FUSEDOPT": "9"}, True, 9, "FUSEDOPT_NUM_THREADS"),
+    # launchers: torchrun for one rank, which leaves the variable alone, and for more; accelerate
+    ({"RANKS": "1", "OMP": "1"}, False, 1, OPENMP),
+    ({"RANKS": "2"}, False, 3, AFFINITY + SHARE),
+    ({"RANKS": "2", "OMP": "1"}, False, 3, AFFINITY + SHARE + IGNORED),
+    ({"RANKS": "2", "OMP": "1"}, True, 1, QUOTA + SHARE + IGNORED),
+    ({"RANKS": "2", "OMP": "2"}, False, 2, OPENMP),
+    ({"RANKS": "2", "OMP": "4"}, False, 3, AFFINITY + SHARE),
+    ({"RANKS": "1000", "OMP": "1"}, False, 1, AFFINITY + SHARE + IGNORED),
+    ({"RANKS": "?", "OMP": "1"}, False, 1, OPENMP),
+    ({"RANKS": "2", "OMP": "1", "FUSEDOPT": "7"}, False, 7, "FUSEDOPT_NUM_THREADS"),
+    ({"ACCELERATE": "no", "OMP": "1"}, False, 6, AFFINITY + IGNORED),
+    ({"ACCELERATE": "no", "OMP": "2"}, False, 2, OPENMP),
+    ({"ACCELERATE": "bf16", "RANKS": "3", "OMP": "1"}, False, 2, AFFINITY + SHARE + IGNORED),
+]
+VARIABLES = {
+    "OMP": "OMP_NUM_THREADS",
+    "FUSEDOPT": "FUSEDOPT_NUM_THREADS",
+    "RANKS": "LOCAL_WORLD_SIZE",
+    "ACCELERATE": "ACCELERATE_MIXED_PRECISION",
+}
+
+
+@pytest.mark.parametrize(("environ", "limited", "count", "why"), DEFAULTS, ids=str)
+def test_default(environ, limited, count, why, tmp_path, monkeypatch):
+    root = files(tmp_path, QUOTAS["v2"][0] if limited else {})
     monkeypatch.setattr(_threads, "_affinity", lambda: 6)
-    default = _threads.default_threads
-    assert default({}, tmp_path / "nowhere") == (6, "CPU affinity")
-    assert default({}, root) == (2, "CPU quota of the control group")  # 1.5, rounded up
-    assert default({"OMP_NUM_THREADS": "1"}, root) == (1, "OMP_NUM_THREADS")
-    assert default({"OMP_NUM_THREADS": "4,2"}, tmp_path / "x") == (4, "OMP_NUM_THREADS")
-    assert default({"OMP_NUM_THREADS": "99"}, tmp_path / "x") == (6, "CPU affinity")
-    assert default({"OMP_NUM_THREADS": "odd"}, tmp_path / "x") == (6, "CPU affinity")
-    assert default({"FUSEDOPT_NUM_THREADS": "9"}, root) == (9, "FUSEDOPT_NUM_THREADS")
-    for bad in ("0", "-1", "x", "", "1.5", "257", "²"):
-        with pytest.raises(ValueError, match="expected a whole number from 1 to 256"):
-            default({"FUSEDOPT_NUM_THREADS": bad}, root)
+    environ = {VARIABLES[name]: value for name, value in environ.items()}
+    assert _threads.default_threads(environ, root) == (count, why)
+
+
+@pytest.mark.parametrize("bad", ["0", "-1", "x", "", "1.5", "257", "²"])
+def test_bad_number_in_the_environment(bad):
+    with pytest.raises(ValueError, match="expected a whole number from 1 to 256"):
+        _threads.default_threads({"FUSEDOPT_NUM_THREADS": bad})
 
 
 def test_bad_environment_is_an_error_at_import():

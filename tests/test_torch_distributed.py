@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from torch_cases import since, torch
 
-from fusedopt import _threads
+from fusedopt import _core, _threads
 
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("this torch has no gloo", allow_module_level=True)
@@ -46,7 +46,7 @@ def test_engines(tmp_path):
 @since("2.6")  # on CPUs
 def test_fully_sharded(tmp_path):
     ranks(2, tmp_path, "fsdp", "averages", "modes", "norms_of_shards", "trust_ratios", "placements")
-    ranks(2, tmp_path, "matrices")
+    ranks(2, tmp_path, "matrices", "decisions")
 
 
 @since("2.6")
@@ -57,14 +57,19 @@ def test_checkpoints_reshard(tmp_path):
     ranks(2, tmp_path, "end")
 
 
-def test_threads_of_a_rank(tmp_path):
-    """By default the ranks of one host share its CPUs."""
-    alone, _ = _threads.default_threads({}, tmp_path)
-    for local in (1, 2, 1000):
-        count, why = _threads.default_threads({"LOCAL_WORLD_SIZE": str(local)}, tmp_path)
-        assert count == max(1, alone // local)
-        assert ("LOCAL_WORLD_SIZE" in why) == (local > 1)
-    count, why = _threads.default_threads({"LOCAL_WORLD_SIZE": "?"}, tmp_path)
-    assert count == alone
-    environ = {"LOCAL_WORLD_SIZE": "2", "FUSEDOPT_NUM_THREADS": "7"}
-    assert _threads.default_threads(environ, tmp_path) == (7, "FUSEDOPT_NUM_THREADS")
+def test_threads_under_torchrun():
+    """Two ranks share the CPUs: torchrun's own OMP_NUM_THREADS=1 is no limit."""
+    told = "import os, fusedopt; print(os.environ['OMP_NUM_THREADS'], fusedopt.info()['threads'])"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launch, "--no-python", sys.executable, "-c", told],
+        env={k: v for k, v in os.environ.items() if not k.endswith("NUM_THREADS")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    count, why = _threads.default_threads({"LOCAL_WORLD_SIZE": "2"})
+    why = f"{why}; not the launcher's OMP_NUM_THREADS=1"
+    if _core.backend() == "serial":
+        why = "built without threads"
+    assert done.stdout.splitlines() == [f"1 {count} ({why})"] * 2, done.stderr

@@ -8,6 +8,7 @@ asserts that the parameters agree within 1e-6. FOLDER has the rendezvous and the
 
 import functools
 import inspect
+import itertools
 import math
 import os
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from cases import STEP_OPTIONS
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -229,6 +231,117 @@ def norms_of_parts():
         return model, norms
 
     whole_norm(run)
+
+
+def decisions():
+    """With every option of a step, ranks with other parts of the parameters do the same.
+
+    They are shards, or whole parameters of a process group; and one rank may have no gradient, one
+    that is not finite, one that a GradScaler found so, or one that no step can take.
+    """
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+
+    def shard(x):
+        local = x.chunk(WORLD)[RANK].clone()
+        return DTensor.from_local(local, mesh, [Shard(0)], shape=x.shape, stride=x.stride())
+
+    def here(tensors, sharded):  # this rank's part
+        return [x.chunk(WORLD)[RANK] for x in tensors] if sharded else [tensors[RANK]]
+
+    plain = ("AdamW", {})
+
+    def run(rule, options, sharded, event):
+        torch.manual_seed(0)
+        start, grads = ([torch.randn(5, 4), torch.randn(7)] for _ in range(2))
+        theirs = grads[0].chunk(WORLD)[1] if sharded else grads[1]  # of rank 1
+        if event == "no gradient":
+            for part in [g.chunk(WORLD)[1] for g in grads] if sharded else grads[1:]:
+                part.zero_()
+        elif event == "nan":
+            theirs[0] = math.nan
+        name, own = rule
+        cls = functools.partial(getattr(fo, name), lr=0.01, **own)
+        peers = [torch.nn.Parameter(x.clone()) for x in start]
+        peer = cls(peers)
+        if sharded:
+            params = [torch.nn.Parameter(shard(x)) for x in start]
+            opt = cls(params)
+        else:
+            params = [torch.nn.Parameter(start[RANK].clone())]
+            opt = cls(params, process_group=dist.group.WORLD)
+
+        def local(tensors):
+            return [x.to_local() if sharded else x.detach() for x in tensors]
+
+        def give():
+            for p, g in zip(peers, grads, strict=True):
+                p.grad = g.clone()
+            for p, g in zip(params, grads if sharded else [grads[RANK]], strict=True):
+                p.grad = shard(g) if sharded else g.clone()
+                if event == "no gradient" and RANK == 1:
+                    p.grad = None
+
+        give()
+        if event == "fault" and RANK == 1:
+            if sharded:
+                params[1].grad._local_tensor = torch.zeros(3, dtype=torch.int32)
+            else:
+                params[0].grad = grads[1].to_sparse()
+        if event == "found_inf":  # as GradScaler
+            opt.grad_scale, opt.found_inf = None, torch.tensor(float(RANK == 1))
+        measures = {"max_grad_norm", "nonfinite", "stats"} & options.keys()
+        concerns = bool(measures) or rule != plain
+        raises = fault = None
+        if event == "nan" and options.get("nonfinite") == "raise":
+            raises = FloatingPointError
+        elif event == "fault" and (RANK == 1 or concerns):
+            raises = TypeError if RANK == 1 else RuntimeError
+        try:
+            opt.step(**options)
+        except Exception as exc:
+            fault = exc
+        assert type(fault) is (raises or type(None)), fault
+        assert raises is not RuntimeError or str(fault).startswith("another rank cannot take")
+        if raises is not None or event == "found_inf":
+            assert not opt.state and opt.last_step[:2] == (0, 0)
+            for a, b in zip(local(params), here(start, sharded), strict=True):
+                assert torch.equal(a, b)
+        if event == "found_inf":
+            assert opt.last_step.skipped
+        if raises is FloatingPointError or event == "found_inf":
+            return
+        if event == "fault":
+            if not concerns:
+                return  # then each rank is on its own
+            give()
+            opt.step(**options)
+        peer.step(**options)
+        mine, its = opt.last_step, peer.last_step
+        known = slice(
+            2, 4 if "per_tensor" in options else 5
+        )  # a rank's own least factor is then told
+        every = [None] * WORLD
+        dist.all_gather_object(every, repr(mine[known]))
+        assert len(set(every)) == 1, every
+        norms = [[math.nan if x is None else x for x in step[known]] for step in (mine, its)]
+        torch.testing.assert_close(*norms, rtol=1e-6, atol=0, equal_nan=True)
+        if event == "no gradient" and sharded and rule != plain:
+            return  # the ratio is then of the elements that have a gradient
+        after = here([p.detach() for p in peers], sharded)
+        if event == "no gradient" and RANK == 1:
+            after = here(start, sharded)
+        torch.testing.assert_close(local(params), after, rtol=0, atol=1e-6, equal_nan=True)
+
+    rules = [plain, ("AdamW", {"cautious": True}), ("LAMB", {})]
+    rows = [*STEP_OPTIONS, {"nonfinite": "raise"}, {"nonfinite": "raise", "stats": True}]
+    events = ["none", "no gradient", "nan", "fault", "found_inf"]
+    for case in itertools.product(rules, [{}, *rows], [True, False], events):
+        try:
+            run(*case)
+        except Exception as exc:
+            raise AssertionError(case) from exc
 
 
 def trust_ratios():

@@ -308,7 +308,8 @@ cdef class LeafList:
             squares, largest, nonfinite = total.grad, total.largest_grad, total.nonfinite
         else:
             table = self.table()
-            squares, largest, nonfinite = reduction.gradients(table, self.sizes())
+            squares, largest, nonfinite = reduction.gradients(
+                table, self.sizes(), not options.norm_only)
             self.take_table(table)
         norm = options.norm(squares, largest)
         if nonfinite > 0 and options.nonfinite != "propagate":

@@ -26,7 +26,7 @@ NOTHING, LEAF, PARAM = range(3)  # fo_measures
 
 @dataclass(frozen=True, slots=True)
 class StepOptions:
-    """The options of a step, checked; `skip` says that others found what is not finite."""
+    """The options of a step, checked; `skip` says whether others found what is not finite."""
 
     grad_scale: float = 1.0
     max_grad_norm: float | None = None
@@ -36,12 +36,17 @@ class StepOptions:
     nonfinite: str = "propagate"
     measure: int = NOTHING
     zero_grads: bool = False
-    skip: bool = False
+    skip: bool | None = None  # nobody looked
 
     @property
     def must_measure(self) -> bool:
         """Whether the gradients must be known before the first write."""
         return self.max_grad_norm is not None or self.nonfinite != "propagate"
+
+    @property
+    def concerns_ranks(self) -> bool:
+        """Whether ranks with other parts of the parameters must do the same."""
+        return self.must_measure or self.measure != NOTHING or self.skip is not None
 
     @property
     def norm_only(self) -> bool:
@@ -144,8 +149,35 @@ class Reduction:
         self.knows_gradients = False  # whether their sums have been summed
         self.sizes: Array  # elements of the whole leaves, from then on
 
-    def gradients(self, table: Array, sizes: Array) -> tuple[float, float, float]:
-        """Sum what is known of the gradients; return squares, largest and nonfinite of all."""
+    def agree(self, n: int, fault: Exception | None, skip: bool) -> bool:
+        """Return whether some rank skips the step; `n` is the number of leaves of the optimizer.
+
+        Raises
+        ------
+        Exception
+            The `fault` of this rank; RuntimeError if another has one. So all ranks raise, and none
+            waits in a sum for one that has raised.
+        """
+        flags = np.empty((n, 2))
+        flags[:] = own = [fault is not None, skip]
+        self._add(flags)
+        sums = flags.sum(axis=0) + own
+        if self._add_total is not None:
+            self._add_total(sums)
+        if fault is not None:
+            raise fault
+        if sums[0] > 0:
+            raise RuntimeError("another rank cannot take this step, and says why; nothing changed")
+        return bool(sums[1] > 0)
+
+    def gradients(
+        self, table: Array, sizes: Array, largest: bool = True
+    ) -> tuple[float, float, float]:
+        """Sum what is known of the gradients; return squares, largest and nonfinite of all.
+
+        Without `largest` the largest magnitudes remain those of this rank.
+        """
+        most, most_total = (self._most, self._most_total) if largest else (None, None)
         columns = np.column_stack(
             [
                 table["grad"],
@@ -159,14 +191,14 @@ class Reduction:
         for name, column in zip(("grad", "zeros", "nonfinite"), columns.T, strict=False):
             table[name] = column
         self.sizes, self.knows_gradients = columns[:, 3].astype(np.int64), True
-        table["largest_grad"] = _largest(table["largest_grad"], columns[:, 4], self._most)
+        table["largest_grad"] = _largest(table["largest_grad"], columns[:, 4], most)
         total = _core.total(table)
         values = [total["grad"], total["nonfinite"], np.isnan(total["largest_grad"])]
-        sums, largest = np.array(values, np.float64), np.array([total["largest_grad"]])
+        sums, top = np.array(values, np.float64), np.array([total["largest_grad"]])
         if self._add_total is not None:
             self._add_total(sums)
-            largest = _largest(largest, sums[2:], self._most_total)
-        return float(sums[0]), float(largest[0]), float(sums[1])
+            top = _largest(top, sums[2:], most_total)
+        return float(sums[0]), float(top[0]), float(sums[1])
 
     def directions(self, table: Array) -> None:
         """Sum the squares that trust ratios are made of, or the counts of a rule that counts."""

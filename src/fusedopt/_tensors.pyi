@@ -22,6 +22,9 @@ class GroupPlan:
     @property
     def names(self) -> tuple[str, ...]: ...
 
+def is_same(seen: dict[str, Any], now: dict[str, Any]) -> bool: ...
+def is_known(checked: dict[int, Any], i: int, group: dict[str, Any]) -> bool: ...
+
 @final
 class TensorList(LeafList):
     def __new__(
@@ -39,10 +42,11 @@ class TensorList(LeafList):
     def step(
         self,
         owner: Any,
-        groups: list[tuple[list[Any], GroupPlan]],
+        groups: list[Any],
         counted: bool,
         state: Any,
         threads: int,
         options: StepOptions | None = None,
         copies: dict[int, Any] | None = None,
+        chosen: Any = None,
     ) -> None: ...

@@ -29,6 +29,8 @@ from fusedopt._leaves cimport (
 )
 from fusedopt._spans cimport Span, Spans, alias, overlap
 
+import dataclasses
+
 from fusedopt import _check, _options, formats as _formats
 
 cdef extern from "Python.h":
@@ -131,6 +133,47 @@ cdef inline bint is_used(GroupPlan plan, const LeafRecord *record, int place) no
             or (plan.rest >> place & 1) != record.is_matrix)
 
 
+cpdef bint is_same(dict seen, dict now) except -1:
+    """Whether a dict has the very values that it had when `seen` was copied of it.
+
+    "params" of a group is left out.
+    """
+    cdef Py_ssize_t at = 0, then = 0
+    cdef PyObject *key
+    cdef PyObject *value
+    cdef PyObject *its_key
+    cdef PyObject *its_value
+    while PyDict_Next(now, &at, &key, &value):
+        if not PyDict_Next(seen, &then, &its_key, &its_value) or key != its_key:
+            return False
+        if value != its_value and <object>key != "params":
+            return False
+    return not PyDict_Next(seen, &then, &its_key, &its_value)
+
+
+cpdef bint is_known(dict checked, ptrdiff_t i, dict group) except -1:
+    """Whether a group is as when it was checked: see `_torch_fused._Group`."""
+    known = checked.get(i)
+    return known is not None and known.seen is not None and is_same(known.seen, group)
+
+
+cdef ptrdiff_t count_params(list groups, ptrdiff_t n) except -1:
+    """Parameters of the first groups."""
+    cdef ptrdiff_t g, count = 0
+    for g in range(n):
+        count += len((<dict>groups[g])["params"])
+    return count
+
+
+cdef bint is_at(list groups, tuple place, param) except -1:
+    """Whether a parameter is at a place in a group."""
+    cdef ptrdiff_t g = place[0], i = place[1]
+    if g >= len(groups):
+        return False
+    params = groups[g]["params"]
+    return i < len(params) and params[i] is param
+
+
 cdef bint choose_order(const LeafRecord *record, const Axes *param, int64_t *strides) noexcept:
     """The memory order in which a leaf is stepped: its parameter's if that is dense.
 
@@ -218,8 +261,8 @@ cdef class TensorList(LeafList):
     cdef Spans targets_spans  # of the tensors that copies are written back to
     cdef list apart           # such tensors, and their neighbours, that were found to be apart
     cdef ptrdiff_t capacity, n_arrays
-    cdef ptrdiff_t n_done     # leaves of the last step; 0 if it raised
-    cdef ptrdiff_t n_asked    # the same, of the step before
+    cdef ptrdiff_t n_asked    # how many, by the number of the parameter
+    cdef bint done            # whether the last step succeeded
     # of one step
     cdef object owner
     cdef GroupPlan plan       # of the group
@@ -234,8 +277,13 @@ cdef class TensorList(LeafList):
     cdef list labels           # of the former: names, or (leaf, place)
     cdef list directions       # of a matrix rule: by leaf, what it goes along, or None
     cdef list made            # (parameter, its new state)
+    cdef list elsewhere       # (group, place in it, number) of parameters that torch steps
     cdef bint rule_counts     # whether the rule asks for the number of the step
-    cdef dict seen            # (group, step, count) -> index of its constants
+    cdef ptrdiff_t index, last, last_count  # of the constants of the leaf before; -1: none
+    # of more than one, while some parameters are stepped at a time
+    cdef dict seen            # (plan, step, count) -> index of its constants
+    cdef dict places          # (group, place in it) of each parameter by id, or of others
+    cdef set turn             # numbers of the parameters that have taken this step
 
     def __cinit__(self, str rule, tuple state_names, tuple kinds, is_plain, is_neg, exchange,
                   export, mark, Copier copier not None):
@@ -243,7 +291,10 @@ cdef class TensorList(LeafList):
         self.tensor, self.parameter = kinds
         self.export, self.is_plain_type, self.copier = export, is_plain, copier
         self.mark = mark
-        self.types = {}
+        self.types, self.places, self.turn = {}, {}, set()
+        self.capsules, self.written, self.touched, self.made = [], [], [], []
+        self.targets, self.copies, self.labels, self.directions = [], [], [], []
+        self.elsewhere = []
         if PyCFunction_GetFlags(<PyObject *>is_neg) != METH_NOARGS:
             raise TypeError("is_neg: expected a builtin method without arguments")
         self.is_neg = PyCFunction_GetFunction(<PyObject *>is_neg)
@@ -253,6 +304,11 @@ cdef class TensorList(LeafList):
             if (self.api.header.version.major != DLPACK_MAJOR_VERSION
                     or self.api.dltensor_from_py_object_no_sync == NULL):
                 self.api = NULL
+
+    def use_row(self, str rule):
+        """Do so, with new constants."""
+        LeafList.use_row(self, rule)
+        self.hypers.n, self.seen = 0, {}
 
     def __dealloc__(self):
         free(self.records)
@@ -282,17 +338,19 @@ cdef class TensorList(LeafList):
         return self.number + 1
 
     def step(self, owner, list groups, bint counted, state, int threads, options=None,
-             dict copies=None):
+             dict copies=None, chosen=None):
         """One step of all tensors that have a gradient; either all of it happens or none.
 
         Parameters
         ----------
         owner : optimizer
-            Asked, where needed, to ``_make_state``, ``_make_extras``, ``_stand_in``, ``_copy``,
-            ``_count``, ``_refuse_both``, ``_shared``, ``_constants``, ``_name``, ``_reduction``,
+            Asked, where needed, to ``_is_elsewhere``, ``_check_elsewhere``, ``_step_elsewhere``,
+            ``_make_state``, ``_make_extras``, ``_stand_in``, ``_copy``, ``_count``,
+            ``_refuse_both``, ``_shared``, ``_constants``, ``_name``, ``_reduction``,
             ``_new_direction`` and ``_replace``: see `fusedopt.torch`.
         groups : list of (list, GroupPlan)
-            The parameters of each group, and what a step must know of it.
+            The parameters of each group, and what a step must know of it; with `chosen`, the
+            owner's ``param_groups``.
         counted : bool
             Whether the state of a leaf has its number of steps.
         state : dict of dict
@@ -302,6 +360,8 @@ cdef class TensorList(LeafList):
             What the step shall do around the rule.
         copies : dict of int -> tensor, optional
             By the number of a parameter, a tensor that gets a rounded copy of it; with `options`.
+        chosen : list of tensor, optional
+            Some parameters, if only they shall be stepped; then the owner is asked to ``_renew``.
 
         What was done is the owner's ``last_step`` then: noted here, with the version counters, as a
         signal's exception may come as soon as this returns.
@@ -311,39 +371,57 @@ cdef class TensorList(LeafList):
         cdef fo_run how
         cdef ptrdiff_t i
         cdef fo_mode before
+        cdef bint of_all = chosen is None
         self.claim()
         before = fo_enter_ieee()
         grad = self.copier.is_grad()
         try:
-            self.copier.enable_grad(False)
+            if grad:
+                self.copier.enable_grad(False)
             self.owner, number = owner, owner.last_step.step
-            self.n = self.n_arrays = self.hypers.n = self.at = 0
+            self.n = self.n_arrays = self.at = 0
+            if of_all or self.hypers.n > 64:
+                self.hypers.n, self.seen = 0, {}
             self.number = -1
-            self.n_asked, self.n_done = self.n_done, 0
+            if not self.done and self.n_asked:
+                memset(self.asked, 0, self.n_asked * sizeof(Asked))
+            self.done = False
             self.rule_counts = owner._rule.counts
             self.has_others = False
             self.zeroes = options is not None and options.zero_grads
-            self.capsules, self.written, self.touched, self.seen = [], [], [], {}
-            self.targets, self.copies, self.labels, self.made = [], [], [], []
-            self.directions = []
-            for group, (params, plan) in enumerate(groups):
-                self.gather(group, params, plan, counted, state, copies)
-            reduction = stats = None
-            for i in range(self.n):  # records have their place in memory now
-                self.join_shape(i)
-            self.check_memory(copies is not None)
-            if (self.has_others or owner._process_group is not None) and (
-                    self.kind >= FO_LAYERWISE or (options is not None
-                                       and (options.must_measure or options.measure))):
-                reduction = owner._reduction()
-                options = options or _options.StepOptions()
+            reduction = stats = fault = None
+            process_group = owner._process_group if of_all else None  # whose ranks have others
             memset(&how, 0, sizeof(how))
-            if self.kind == FO_FACTORED:
-                self.make_scratch()
-            if options is None and self.kind > FO_FACTORED:
-                options = _options.StepOptions()
-            if options is not None or self.kind >= FO_LAYERWISE:
-                prepare_sums(&self.sums, self.leaves, self.n, &how)
+            try:
+                if of_all:
+                    for group, (params, plan) in enumerate(groups):
+                        self.gather(group, params, plan, counted, state, copies)
+                else:
+                    self.choose(groups, chosen, counted, state, copies)
+                for i in range(self.n):  # records have their place in memory now
+                    self.join_shape(i)
+                self.check_memory(copies is not None)
+                if self.elsewhere:
+                    owner._check_elsewhere(self.elsewhere, options is not None)
+                if self.kind == FO_FACTORED:
+                    self.make_scratch()
+                if options is None and self.kind > FO_FACTORED:
+                    options = _options.StepOptions()
+                if options is not None or self.kind >= FO_LAYERWISE:
+                    prepare_sums(&self.sums, self.leaves, self.n, &how)
+            except Exception as exc:
+                fault = exc
+            if (fault is not None or self.has_others or process_group is not None) and (
+                    self.kind >= FO_LAYERWISE or (options is not None and options.concerns_ranks)):
+                reduction = owner._reduction(process_group)
+            if reduction is not None:
+                options = options or _options.StepOptions()
+                if reduction.agree(len(owner._all_params()), fault, bool(options.skip)):
+                    options = dataclasses.replace(options, skip=True)
+            elif fault is not None:
+                raise fault
+            if self.elsewhere:
+                owner._step_elsewhere(self.elsewhere)
             if options is not None:
                 verdict = self.run(options, reduction, &how, threads)
                 if verdict.skipped:
@@ -358,10 +436,11 @@ cdef class TensorList(LeafList):
                         self.rule, self.leaves, self.n, self.hypers.of, self.hypers.n, &how,
                         threads)
                 check(status)
-            self.n_done = self.n
+            self.done = True
             self.finish(state)
-            number, updated = number + 1, len(self.written)
-            self.mark(self.written + self.touched)
+            updated = len(self.written) + len(self.elsewhere)
+            number += self.begins(of_all)
+            self.mark(self.written + self.touched if self.touched else self.written)
             if verdict is None:
                 owner.last_step = step_result(number, updated, False, None, 1.0, None)
                 return
@@ -374,12 +453,42 @@ cdef class TensorList(LeafList):
         finally:
             for i in range(self.n):
                 let_go(&self.records[i])
-            self.capsules = self.targets = self.copies = self.labels = self.made = None
-            self.directions = None
+            self.forget()
             self.owner = self.plan = None
             fo_leave_ieee(before)
             self.release()
-            self.copier.enable_grad(grad)
+            if self.copier.is_grad() is not grad:
+                self.copier.enable_grad(grad)
+
+    cdef int forget(self) except -1:
+        """Empty the lists of one step; new ones alone would be a tenth of a step of one tensor."""
+        if self.capsules:
+            self.capsules = []
+        if self.written:
+            self.written = []
+        if self.touched:
+            self.touched = []
+        if self.made:
+            self.made = []
+        if self.targets:
+            self.targets, self.copies, self.labels = [], [], []
+        if self.directions:
+            self.directions = []
+        if self.elsewhere:
+            self.elsewhere = []
+        return 0
+
+    cdef bint begins(self, bint of_all) except -1:
+        """Whether this is another step, and not a part of one that has begun; note who took it."""
+        cdef ptrdiff_t i
+        cdef bint new = of_all or not self.turn
+        cdef set numbers = set()
+        if not of_all:
+            numbers = {self.records[i].number for i in range(self.n) if self.has_grad(i)}
+            numbers.update([place[2] for place in self.elsewhere])
+            new |= not self.turn.isdisjoint(numbers)
+        self.turn = numbers if new else self.turn | numbers
+        return new
 
     cdef inline void join_shape(self, ptrdiff_t i) noexcept:
         cdef int k
@@ -388,11 +497,13 @@ cdef class TensorList(LeafList):
                 self.leaves[i].state[k].extra = &self.records[i].shape
 
     cdef bint settle(self, double first, double second) except -1:
+        cdef ptrdiff_t i
         if not self.owner._settle(first, second):
             return False
-        for (group, step, count), index in self.seen.items():
+        groups = {self.leaves[i].hyper: self.records[i].group for i in range(self.n)}
+        for (_, step, count), index in self.seen.items():
             set_constants(&self.hypers.of[<ptrdiff_t>index], self.scalar_names,
-                          self.owner._constants(group, step, count))
+                          self.owner._constants(groups[index], step, count))
         return True
 
     cdef int add_direction(self, ptrdiff_t i, fo_array *to) except -1:
@@ -455,63 +566,107 @@ cdef class TensorList(LeafList):
 
     cdef int write_back(self) except -1:
         """Copy what was done on copies; backwards, as a copy may have been copied again."""
-        return self.copier.run(self.targets[::-1], self.copies[::-1])
+        return self.copier.run(self.targets[::-1], self.copies[::-1]) if self.targets else 0
 
     # -------------------------------------------------------------- leaves
 
     cdef int gather(self, ptrdiff_t group, list params, GroupPlan plan, bint counted, state,
                     dict copies) except -1:
         """Add the leaves of a group that have a gradient, or a copy to be written."""
-        cdef ptrdiff_t i = -1, step, count, last = -1, last_count = -1, index = -1
-        cdef LeafRecord *record
+        cdef ptrdiff_t i = -1
         self.plan = plan
+        self.index = -1
         for param in params:
             i += 1
             self.number += 1
-            self.has_others |= type(param) is not self.parameter
-            own = self.state_of(state, param)
-            grad = param.grad
-            if grad is None and (copies is None or self.number not in copies):
-                continue
-            record = self.new_leaf(group, i)
-            hold(record, PARAM, param)
-            if copies is not None and self.number in copies:
-                hold(record, COPY, copies[self.number])
-                self.touched.append(copies[self.number])
-            if grad is None:
-                self.read_residual(record, own)
-                self.fill(record)
-                continue
-            hold(record, GRAD, grad)
-            if plan.has_rest:
-                record.is_matrix = param.dim() > 1
-                record.row_major = record.is_matrix
-            elif plan.has_maps:
-                record.row_major = True
-            step = 2  # of a rule that does not count: its first, or another
-            if not self.read_state(record, own, counted):
-                made, begins = self.owner._make_state(group, i, param, own)
-                self.made.append((param, made))
-                own = {**own, **made} if own else made
-                step = 1 if begins else 2
-                if not self.read_state(record, own, counted):
-                    raise SystemError("fusedopt: incomplete state; please report")
+            self.add(group, i, param, counted, state, copies)
+        return 0
+
+    cdef int choose(self, list groups, chosen, bint counted, state, dict copies) except -1:
+        """Do so for some parameters, of which each is in some group."""
+        cdef ptrdiff_t n, g, i
+        cdef list places = []
+        if type(chosen) is not list and type(chosen) is not tuple:
+            raise TypeError(
+                f"step_params: expected a list of parameters, got {type(chosen).__name__}")
+        for param in chosen:
+            place = self.places.get(id(param))
+            if place is None or not is_at(groups, place, param):
+                self.places = {
+                    id(known): (g, i)
+                    for g, group in enumerate(groups) for i, known in enumerate(group["params"])}
+                place = self.places.get(id(param))
+            if place is None:
+                raise ValueError(
+                    f"step_params: params[{len(places)}] is no parameter of this optimizer")
+            places.append(place)
+        checked = self.owner._groups
+        for place in places:
+            g = (<tuple>place)[0]
+            if self.owner._has_new_options or not is_known(checked, g, groups[g]):
+                self.owner._renew()
+                break
+        for n in range(len(places)):
+            g, i = places[n]
+            self.number = count_params(groups, g) + i
+            self.plan, self.index = checked[g].plan, -1
+            self.add(g, i, chosen[n], counted, state, copies)
+        self.number = count_params(groups, len(groups)) - 1
+        return 0
+
+    cdef inline int add(self, ptrdiff_t group, ptrdiff_t i, param, bint counted, state,
+                        dict copies) except -1:
+        """Add a leaf, if it is one of those."""
+        cdef ptrdiff_t step, count
+        cdef LeafRecord *record
+        self.has_others |= type(param) is not self.parameter
+        own = self.state_of(state, param)
+        grad = param.grad
+        if grad is None and (copies is None or self.number not in copies):
+            return 0
+        record = self.new_leaf(group, i)
+        hold(record, PARAM, param)
+        if copies is not None and self.number in copies:
+            hold(record, COPY, copies[self.number])
+            self.touched.append(copies[self.number])
+        if grad is None:
+            self.read_residual(record, own)
             self.fill(record)
-            self.written.append(param)
-            if self.zeroes:
-                self.touched.append(grad)
-            count = step
-            if record.tensors[COUNT] != NULL:
-                count = 1 + self.read_count(record)
-            if record.noisy:
-                self.leaves[self.n - 1].key = noise_key(plan.seed, self.number, count)
-            if self.rule_counts:
-                step = count
-            if not counted:
-                count = 0
-            if step != last or count != last_count:
-                index, last, last_count = self.constants(group, step, count), step, count
-            self.leaves[self.n - 1].hyper = index
+            return 0
+        hold(record, GRAD, grad)
+        if self.plan.has_rest:
+            record.is_matrix = param.dim() > 1
+            record.row_major = record.is_matrix
+        elif self.plan.has_maps:
+            record.row_major = True
+        step = 2  # of a rule that does not count: its first, or another
+        if not self.read_state(record, own, counted):
+            if self.leave(record):
+                return 0
+            made, begins = self.owner._make_state(group, i, param, own)
+            self.made.append((param, made))
+            own = {**own, **made} if own else made
+            step = 1 if begins else 2
+            if not self.read_state(record, own, counted):
+                raise SystemError("fusedopt: incomplete state; please report")
+        if self.fill(record):
+            return 0
+        self.written.append(param)
+        if self.zeroes:
+            self.touched.append(grad)
+        count = step
+        if record.tensors[COUNT] != NULL:
+            count = 1 + self.read_count(record)
+        if record.noisy:
+            self.leaves[self.n - 1].key = noise_key(self.plan.seed, self.number, count)
+        if self.rule_counts:
+            step = count
+        if not counted:
+            count = 0
+        if self.index < 0 or step != self.last or count != self.last_count:
+            self.index, self.last, self.last_count = (
+                self.constants(group, step, count), step, count)
+        self.leaves[self.n - 1].hyper = self.index
         return 0
 
     cdef object state_of(self, state, param):
@@ -584,15 +739,17 @@ cdef class TensorList(LeafList):
         if self.n == self.capacity:
             self.leaves = <fo_leaf *>grow(self.leaves, capacity, sizeof(fo_leaf))
             self.records = <LeafRecord *>grow(self.records, capacity, sizeof(LeafRecord))
-            self.asked = <Asked *>grow(self.asked, capacity, sizeof(Asked))
             self.capacity = capacity
         memset(&self.leaves[self.n], 0, sizeof(fo_leaf))
         self.leaves[self.n].grad_scale = 1
         record = &self.records[self.n]
         memset(record, 0, sizeof(LeafRecord))
         record.group, record.i, record.number = group, i, self.number
-        if self.n >= self.n_asked:
-            memset(&self.asked[self.n], 0, sizeof(Asked))
+        if self.number >= self.n_asked:
+            capacity = 2 * self.number + 8
+            self.asked = <Asked *>grow(self.asked, capacity, sizeof(Asked))
+            memset(&self.asked[self.n_asked], 0, (capacity - self.n_asked) * sizeof(Asked))
+            self.n_asked = capacity
         self.n += 1
         return record
 
@@ -619,14 +776,26 @@ cdef class TensorList(LeafList):
                     return <ptrdiff_t>taken
         return self.owner._count(record.group, record.i, count)
 
-    cdef int fill(self, LeafRecord *record) except -1:
-        """Point the last leaf at its tensors, or at stand-ins."""
+    cdef bint leave(self, LeafRecord *record) except -1:
+        """Leave the last leaf to torch's own step, if that is for its device."""
+        if record.tensors[GRAD] == NULL or not self.owner._is_elsewhere(
+                <object>record.tensors[PARAM]):
+            return False
+        self.elsewhere.append((record.group, record.i, record.number))
+        let_go(record)
+        self.n -= 1
+        return True
+
+    cdef bint fill(self, LeafRecord *record) except -1:
+        """Point the last leaf at its tensors, or at stand-ins; True if it is left to torch."""
         cdef int result = self.take(record)
+        if result == NOT_PLAIN and self.leave(record):
+            return True
         if result == LACKS or result == NOT_PLAIN:
             self.make_extras(record)
             result = self.take(record)
         if result == NOT_PLAIN:
-            memset(&self.asked[self.n - 1], 0, sizeof(Asked))
+            memset(&self.asked[self.number], 0, sizeof(Asked))
             self.put_stand_ins(record)
             result = self.point(record, NULL)
         if result == ELSEWHERE:
@@ -635,7 +804,7 @@ cdef class TensorList(LeafList):
         if result != FITS:
             raise SystemError("fusedopt: a stand-in does not fit; please report")
         self.n_arrays += record.n_arrays
-        return 0
+        return False
 
     cdef int make_extras(self, LeafRecord *record) except -1:
         """Make what the storage of a leaf needs beside its state and is not there."""
@@ -878,7 +1047,7 @@ cdef class TensorList(LeafList):
 
     cdef inline bint is_known(self, int place, PyObject *tensor, void *address) noexcept:
         """Whether a tensor of the last leaf has been asked for its sign, in the same place."""
-        cdef Asked *asked = &self.asked[self.n - 1]
+        cdef Asked *asked = &self.asked[self.number]
         if asked.tensors[place] == tensor and asked.addresses[place] == address:
             return True
         self.addresses[place] = address
@@ -887,7 +1056,7 @@ cdef class TensorList(LeafList):
 
     cdef bint is_positive(self, int place, PyObject *tensor) except -1:
         """Ask a tensor that is not known; from now on it is."""
-        cdef Asked *asked = &self.asked[self.n - 1]
+        cdef Asked *asked = &self.asked[self.number]
         if self.has_sign(tensor):
             return False
         asked.tensors[place], asked.addresses[place] = tensor, self.addresses[place]
@@ -935,9 +1104,10 @@ cdef class TensorList(LeafList):
 
     cdef ptrdiff_t constants(self, ptrdiff_t group, ptrdiff_t step, ptrdiff_t count) except -1:
         """Index of the constants of a group at a step, computed once: see `_constants`."""
-        index = self.seen.get((group, step, count))
+        key = (self.plan, step, count)
+        index = self.seen.get(key)
         if index is None:
-            index = self.seen[(group, step, count)] = add_constants(
+            index = self.seen[key] = add_constants(
                 &self.hypers, self.scalar_names, self.owner._constants(group, step, count))
         return index
 

@@ -2,7 +2,8 @@
 
 The default is the smallest limit on this process: the CPUs of its affinity mask, the CPU quota of
 its control groups (a container's ``--cpus``), rounded up, and ``OMP_NUM_THREADS``. Ranks that
-torchrun starts on one host share the first two equally (``LOCAL_WORLD_SIZE``).
+torchrun starts on one host share the first two equally (``LOCAL_WORLD_SIZE``), and an
+``OMP_NUM_THREADS`` of 1 that a launcher sets by default is no limit.
 ``FUSEDOPT_NUM_THREADS`` overrides it, `set_num_threads` both, and an optimizer's ``threads=`` all.
 """
 
@@ -79,14 +80,18 @@ def default_threads(
     if quota is not None:
         limits.append((max(1, math.ceil(quota)), "CPU quota of the control group"))
     ranks = environ.get("LOCAL_WORLD_SIZE", "")  # on this host; set by torchrun
-    if ranks.isascii() and ranks.isdigit() and int(ranks) > 1:
+    shared = ranks.isascii() and ranks.isdigit() and int(ranks) > 1
+    if shared:
         count, why = min(limits, key=lambda limit: limit[0])
         limits.append((max(1, count // int(ranks)), f"{why}, divided by LOCAL_WORLD_SIZE"))
     openmp = environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # may list one per level
-    if openmp.isascii() and openmp.isdigit() and int(openmp) > 0:
+    # Where it is not set, torchrun sets it to 1 for more than one rank, and accelerate for any
+    # number: nothing tells that from a user's own 1. Any other number is a user's.
+    ignored = openmp == "1" and (shared or "ACCELERATE_MIXED_PRECISION" in environ)
+    if openmp.isascii() and openmp.isdigit() and int(openmp) > 0 and not ignored:
         limits.append((int(openmp), "OMP_NUM_THREADS"))
     count, why = min(limits, key=lambda limit: limit[0])
-    return min(count, MOST), why
+    return min(count, MOST), why + "; not the launcher's OMP_NUM_THREADS=1" * ignored
 
 
 _LIMIT = "threadpoolctl"

@@ -46,16 +46,6 @@ class _Group:
     plan: _tensors.GroupPlan
     seen: dict[str, Any] | None
 
-    def is_of(self, group: Mapping[str, Any]) -> bool:
-        """Whether no option has changed since."""
-        seen = self.seen
-        if seen is None or len(seen) != len(group):
-            return False
-        for name, value in group.items():
-            if seen.get(name, _Group) is not value and name != "params":
-                return False
-        return True
-
 
 class Fused(StateKeeper):
     """The step, to stand before a class of `torch.optim` among the bases.
@@ -71,11 +61,11 @@ class Fused(StateKeeper):
     _own: ClassVar[Mapping[str, Option]]  # options that a class of torch's does not have
     _own_given: Mapping[str, Any] = {}  # those of the constructor that are not the default
     _threads: int | None = None
-    _is_torchs: ClassVar[bool]  # whether the constructor and its checks are of torch.optim
     _groups: dict[int, _Group]  # by number
     _process_group: Any = None
     _has_new_options = True  # of a group, for `Rule.row`
     _advanced: Sequence[Options] = ()  # of the groups, in this step
+    _own_step: tuple[dict[str, Any], StepOptions | None] = {}, None  # of `defaults`, checked
 
     def __init__(
         self,
@@ -131,10 +121,11 @@ class Fused(StateKeeper):
         """Make state that a constructor of torch's has made in formats of ours."""
         if self.state:
             self._groups = {}
-            self.state.clear()
             for i, group in enumerate(self.param_groups):
                 self._plan(i, group)
                 for k, param in enumerate(group["params"]):
+                    if self._is_elsewhere(param):
+                        continue
                     own = self._make_state(i, k, param, None)[0]
                     own.pop("ema", None)  # which begins with the first step
                     self.state[param] = own
@@ -188,8 +179,10 @@ class Fused(StateKeeper):
             Naming the gradients that are not finite, where `nonfinite` is "raise"; alike.
         RuntimeError
             If another thread is inside `step` of the same optimizer, or within `swap_ema`; nothing
-            has been written. From torch.distributed, where another rank fails: nothing has been
-            written, unless it is `stats` alone that is summed, which it is behind the step.
+            has been written. Where ranks take part in a norm, in statistics or in what to skip: if
+            another rank cannot step, which has raised one of the above; alike. From
+            torch.distributed, where another rank is gone: nothing has been written, unless it is
+            `stats` alone that is summed, which it is behind the step.
         """
         _copies.refuse_within_swap(self)
         loss = None
@@ -197,27 +190,72 @@ class Fused(StateKeeper):
             loss = copier.call(True, closure)
         if self._leaves is None:
             self._leaves, self._groups = _new_list(self._rule), {}
-        groups = [self._plan(i, group) for i, group in enumerate(self.param_groups)]
-        how = None
-        if (
-            options
-            or copy_out is not None
-            or getattr(self, "found_inf", None) is not None  # GradScaler sets these two
-            or getattr(self, "grad_scale", None) is not None
-            or not _OF_NO_GROUP.isdisjoint(self.defaults)
-        ):
-            how = self._step_options(options)
+        groups = self._renew()
+        how = self._step_options(options, copy_out)
         copies = None if copy_out is None else self._copies(copy_out)
-        if self._has_new_options:
-            known = [self._groups[i].options for i in range(len(groups))]
-            self._leaves.use_row(self._rule.row(known))
-            self._has_new_options = False
-        if self._rule.advance is not None or self._rule.share is not None:
+        if self._rule.remembers:
             self._advance()
         self._leaves.step(
             self, groups, self._is_counted(), self.state, _threads.of(self._threads), how, copies
         )
         return loss
+
+    def step_params(self, params: Sequence[Any], *, copy_out: Any = None, **options: Any) -> None:
+        """Step some of the parameters now, as from a hook while backward() goes on.
+
+        >>> import torch
+        >>> import fusedopt.torch as fo
+        >>> model = torch.nn.Linear(3, 2)
+        >>> opt = fo.AdamW(model.parameters(), zero_grads=True)
+        >>> for p in model.parameters():
+        ...     handle = p.register_post_accumulate_grad_hook(lambda p: opt.step_params([p]))
+        >>> model(torch.ones(1, 3)).sum().backward()
+        >>> opt.last_step.step
+        1
+
+        Each parameter counts its own steps; ``last_step.step`` goes on where one comes again. The
+        hooks of `step` are not called.
+
+        Parameters
+        ----------
+        params : list of tensor
+            Parameters of this optimizer; those without a gradient are left as they are.
+        copy_out, **options
+            As for `step`, but for what is decided by all gradients: `max_grad_norm` without
+            `per_tensor`, and `nonfinite` "skip".
+
+        Raises
+        ------
+        TypeError, ValueError, FloatingPointError, RuntimeError
+            As `step` does; nothing of `params` has changed. ValueError also for such an option, for
+            a tensor that is no parameter, and for a rule that remembers numbers of a whole step.
+        """
+        _copies.refuse_within_swap(self)
+        if self._rule.remembers:
+            raise ValueError(
+                f"step_params: {type(self).__name__} remembers numbers of a whole step; use step"
+            )
+        if self._leaves is None:
+            self._leaves, self._groups = _new_list(self._rule), {}
+        how = self._step_options(options, copy_out)
+        if how is not None:
+            _refuse_of_all(how)
+        copies = None if copy_out is None else self._copies(copy_out)
+        self._leaves.step(
+            self, self.param_groups, self._is_counted(), self.state, _threads.of(self._threads),
+            how, copies, params,
+        )  # fmt: skip
+        self._opt_called = True  # for torch's schedulers, which note a call of `step`
+
+    def _renew(self) -> list[tuple[list[Any], _tensors.GroupPlan]]:
+        """Take over the options of all groups; return what `_plan` does of each."""
+        assert self._leaves is not None
+        groups = [self._plan(i, group) for i, group in enumerate(self.param_groups)]
+        if self._has_new_options:
+            known = [self._groups[i].options for i in range(len(groups))]
+            self._leaves.use_row(self._rule.row(known))
+            self._has_new_options = False
+        return groups
 
     def _advance(self) -> None:
         """Take over what the rule remembers, as it is in this step."""
@@ -247,9 +285,24 @@ class Fused(StateKeeper):
             if remembers:
                 self._leaves.writes += self._rule.writes(options, group, known.options, known.seen)
 
+    def _step_options(self, given: Mapping[str, Any], copy_out: Any) -> StepOptions | None:
+        """Return what this step shall do around the rule; None if nothing."""
+        if (
+            given
+            or getattr(self, "found_inf", None) is not None  # GradScaler sets these two
+            or getattr(self, "grad_scale", None) is not None
+        ):
+            return self._checked_step(given)
+        seen, how = self._own_step
+        if not _tensors.is_same(seen, self.defaults):
+            own = [value for name, value in self.defaults.items() if name in _OF_NO_GROUP]
+            how = self._checked_step(given) if own else None
+            if all(type(value) in _CONSTANT for value in own):
+                self._own_step = self.defaults.copy(), how
+        return StepOptions() if how is None and copy_out is not None else how
+
     @ieee
-    def _step_options(self, given: Mapping[str, Any]) -> StepOptions:
-        """Return what this step shall do around the rule."""
+    def _checked_step(self, given: Mapping[str, Any]) -> StepOptions:
         scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         own = {name: self.defaults[name] for name in _OF_NO_GROUP if name in self.defaults}
         if unknown := given.keys() - _options.DEFAULTS:
@@ -263,7 +316,7 @@ class Fused(StateKeeper):
                 "grad_scale", options["grad_scale"]
             ) * (1 / scale.item())
         how = _options.step_options(options)
-        return replace(how, skip=True) if found_inf is not None and found_inf.item() else how
+        return how if found_inf is None else replace(how, skip=bool(found_inf.item()))
 
     def _copies(self, given: Any) -> dict[int, Any]:
         """Return by the number of a parameter the tensor that gets its copy."""
@@ -280,9 +333,9 @@ class Fused(StateKeeper):
             )
         return {number: copy for number, copy in enumerate(given) if copy is not None}
 
-    def _reduction(self) -> Reduction | None:
+    def _reduction(self, group: Any) -> Reduction | None:
         """Return what sums over the ranks that have other parts of the parameters, if any."""
-        return _ranks.reduction(self._all_params(), self._process_group)
+        return _ranks.reduction(self._all_params(), group)
 
     def _all_params(self) -> list[Any]:
         """Return the parameters of all groups, by their numbers."""
@@ -368,14 +421,13 @@ class Fused(StateKeeper):
             return self._rule
         return _adam.ADAMW if decoupled else _adam.ADAM
 
-    def _plan(self, i: int, group: Mapping[str, Any]) -> tuple[list[Any], _tensors.GroupPlan]:
+    def _plan(self, i: int, group: dict[str, Any]) -> tuple[list[Any], _tensors.GroupPlan]:
         """Return the parameters of a group, and what the list must know of it."""
-        known = self._groups.get(i)
-        if known is None or not known.is_of(group):
+        if not _tensors.is_known(self._groups, i, group):
             self._has_new_options = True
-            known = self._groups[i] = self._checked(f"param_groups[{i}]", group)
+            self._groups[i] = self._checked(f"param_groups[{i}]", group)
         params = group["params"]
-        return params if type(params) is list else list(params), known.plan
+        return params if type(params) is list else list(params), self._groups[i].plan
 
     def _checked(self, where: str, group: Mapping[str, Any]) -> _Group:
         """Return a group with its options checked, as anybody may write into it."""
@@ -462,6 +514,35 @@ class Fused(StateKeeper):
         dtype = torch.float64 if is_double else torch.float32
         return param.detach().new_empty_strided(param.shape, strides, dtype=dtype)
 
+    def _check_elsewhere(self, places: list[tuple[int, int, int]], has_options: bool) -> None:
+        """Raise ValueError naming a parameter that torch steps, and what it cannot do."""
+        for g, i, _ in places:
+            group = self.param_groups[g]
+            asked = [
+                name
+                for name, option in {**self._extras, "ema": OWN["ema"]}.items()
+                if group.get(name, option.default) != option.default
+            ]
+            if has_options or asked:
+                raise ValueError(
+                    f"{self._name(g, i)}: is on device {group['params'][i].device}, where torch's "
+                    f"own step is taken, which has no {asked[0] if asked else 'options of a step'}"
+                )
+
+    def _step_elsewhere(self, places: list[tuple[int, int, int]]) -> None:
+        """Take torch's own step on parameters that are on other devices."""
+        groups: dict[int, dict[str, Any]] = {}
+        for g, i, _ in places:
+            group = self.param_groups[g]
+            groups.setdefault(g, {**group, "params": []})["params"].append(group["params"][i])
+        kind = type(self).__mro__[type(self).__mro__.index(StateKeeper) + 1]
+        twin: Any = object.__new__(kind)
+        twin.__dict__.update(self.__dict__, param_groups=list(groups.values()))
+        step: Any = kind.step  # type: ignore[attr-defined]
+        if getattr(step, "hooked", False):  # by torch, for hooks, which are of the whole step
+            step = step.__wrapped__
+        step(twin)
+
     def _refuse_both(self, group: int, i: int, state: str) -> NoReturn:
         raise ValueError(f"{self._name(group, i)}: {_plain.both(state)}")
 
@@ -506,6 +587,20 @@ def _refuse_of_no_group(where: str, group: Mapping[str, Any]) -> None:
                 f"{where}.{name}: is of the optimizer, not of a group: {name}=... beside lr; where "
                 f"an engine makes groups of all options, functools.partial(CLASS, {name}=...)"
             )
+
+
+def _refuse_of_all(how: StepOptions) -> None:
+    """Raise ValueError for what cannot be decided by some of the gradients."""
+    if how.max_grad_norm is not None and not how.per_tensor:
+        raise ValueError(
+            "step_params: max_grad_norm is about the norm of all gradients; give per_tensor=True, "
+            "or use step"
+        )
+    if how.nonfinite == "skip":
+        raise ValueError(
+            "step_params: nonfinite='skip' changes all parameters or none; give 'raise', or use "
+            "step"
+        )
 
 
 def _is_constant(item: tuple[str, Any]) -> bool:

@@ -33,6 +33,7 @@ class StateKeeper:
     _extras: ClassVar[Mapping[str, Option]]  # of the rule, which a class of torch's does not have
     _groups: Any  # by number: their options, as last checked, and plans
     _checked: Any  # returns those of a group
+    _is_torchs: ClassVar[bool]  # whether the constructor, its checks and a step are of torch.optim
     _is_swapped = False  # whether the averages are in the place of the parameters: see swap_ema
     defaults: Any  # torch's
     param_groups: Any
@@ -41,6 +42,10 @@ class StateKeeper:
     def _name(self, group: int, i: int) -> str:
         names = self.param_groups[group].get("param_names")
         return f"param_groups[{group}]['params'][{i}]" + (f" ({names[i]})" if names else "")
+
+    def _is_elsewhere(self, param: Any) -> bool:
+        """Whether torch's own step is for a parameter: on another device, of a rule that it has."""
+        return self._is_torchs and param.device.type not in ("cpu", "meta")
 
     def _is_counted(self) -> bool:
         """Whether the state of a parameter has its number of steps."""
@@ -201,7 +206,7 @@ class StateKeeper:
         for i, group in enumerate(self.param_groups if self._rule.numbers and self.state else ()):
             options = self._checked(f"param_groups[{i}]", group).options
             for k, param in enumerate(group["params"]):
-                own = self.state.get(param)
+                own: Any = None if self._is_elsewhere(param) else self.state.get(param)
                 for name, number in self._rule.numbers if own and "step" in own else ():
                     value = number(self._count(i, k, own["step"]), options)
                     own[name] = torch.tensor(value, dtype=_count_dtype(), device="cpu")
@@ -244,7 +249,8 @@ class StateKeeper:
         twin.__dict__.update(self.__dict__)
         twin._optimizer_load_state_dict_pre_hooks = none
         twin._optimizer_load_state_dict_post_hooks = none
-        super(StateKeeper, twin).load_state_dict({**saved, "state": {}})  # type: ignore[misc]
+        state = self._state_elsewhere(saved)
+        super(StateKeeper, twin).load_state_dict({**saved, "state": state})  # type: ignore[misc]
         places = {}
         for g, group in enumerate(twin.param_groups):
             for name in OWN:
@@ -255,6 +261,8 @@ class StateKeeper:
             numbers = saved["param_groups"][g]["params"]
             places.update({n: (g, i) for i, n in enumerate(numbers)})
         for number, own in saved["state"].items():
+            if number in state:
+                continue
             if number not in places:  # as torch does
                 twin.state[number] = own
                 continue
@@ -264,6 +272,24 @@ class StateKeeper:
         if self._rule.recall is not None:
             twin._recall()
         return twin.state, twin.param_groups
+
+    def _state_elsewhere(self, saved: Mapping[str, Any]) -> dict[Any, Any]:
+        """Return what torch itself loads: the saved state of parameters that it steps."""
+        found = {}
+        for g, (theirs, ours) in enumerate(
+            zip(saved["param_groups"], self.param_groups, strict=False)
+        ):
+            for i, (number, param) in enumerate(
+                zip(theirs["params"], ours["params"], strict=False)
+            ):
+                if number in saved["state"] and self._is_elsewhere(param):
+                    found[number] = saved["state"][number]
+                    if any(str(key).endswith(_plain.CODES) for key in found[number]):
+                        raise ValueError(
+                            f"{self._name(g, i)}: is on device {param.device}, and its state in "
+                            "8-bit codes, which steps on the CPU alone know"
+                        )
+        return found
 
     def _recall(self) -> None:
         """Give groups what the rule remembers, from the numbers that torch keeps in its place."""

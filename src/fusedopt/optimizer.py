@@ -107,7 +107,7 @@ class Optimizer:
         self._plans: list[Any] | None = None  # of the groups, if steps do not change them
         self._has_new_options = True  # of a group, for `Rule.row`
         self._advanced: list[Options] = []  # of the groups, in this step
-        self._remembers = bool(self.rule.advance or self.rule.share)  # asked in every step
+        self._remembers = self.rule.remembers  # asked in every step
         self._bare = not _tree.is_groups(params)
         if isinstance(params, dict) and "params" in params and params.keys() & self.rule.checks:
             raise TypeError("params: a group, which must be in a list: [{'params': ..., ...}]")

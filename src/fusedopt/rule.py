@@ -302,6 +302,11 @@ class Rule:
         return tuple(state.name for state in self.states)
 
     @cached_property
+    def remembers(self) -> bool:
+        """Whether constants of a step depend on what all groups remember, and on all of a step."""
+        return self.advance is not None or self.share is not None
+
+    @cached_property
     def has_parts(self) -> bool:
         """Whether it keeps factors of matrices, and needs them whole and in row-major order."""
         return any(state.part for state in self.states)

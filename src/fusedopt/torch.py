@@ -73,7 +73,7 @@ TypeError, ValueError
 Notes
 -----
 Results are {bits}{agreement}. A step that raises has changed
-nothing. Parameters are float32, float64, bfloat16 or float16, on the CPU.
+nothing. Parameters are float32, float64, bfloat16 or float16, on the CPU{others}.
 
 8-bit state is kept as ``NAME_codes`` and, one byte for each 64 of them in the order of the index,
 ``NAME_blocks``, both uint8. These names are not torch's: `load_state_dict` here converts from and
@@ -119,9 +119,13 @@ DTensor is refused"""
 
 _AGREEMENT = """. State and ``state_dict`` are torch's, and load into either;
 groups have our own options only where they are not the default. What differs: state of 16-bit
-parameters is float32; tensors that overlap are refused, and so are parameters on other devices
-(there, torch's own step is the one to use); the version counter of each parameter is raised, that
-of its state is not"""
+parameters is float32; tensors that overlap are refused; the version counter of each parameter is
+raised, that of its state is not.
+
+Parameters on other devices are stepped by torch's own step, behind all checks and before the
+others, and their state is torch's; `ema`, options that torch does not have, and what a step does
+around the rule are refused where some are. What torch raises leaves them as it left them, and the
+others as they were"""
 
 
 def _torch_class(fast: type[Optimizer]) -> type[Any]:
@@ -145,6 +149,7 @@ def _torch_class(fast: type[Optimizer]) -> type[Any]:
         + (_IGNORED.format(names=", ".join(ignored)) if ignored else ""),
         function=name.lower(),
         agreement=agreement,
+        others=" or, where torch steps them, elsewhere" if peer else "",
         bits=(_BITS if fast.rule.outside is None else _OUTSIDE).format(
             function=name.lower(), near=_NEAR if peer else ""
         ),
