@@ -17,7 +17,7 @@ MODULES = [
     m.name for m in pkgutil.walk_packages(fusedopt.__path__, "fusedopt.")
     if not m.name.endswith(("__main__", "._arrays", "._core", "._tensors"))
 ]  # fmt: skip
-EXTRAS = ("torch", "keras")  # in the names of modules that need them
+EXTRAS = ("torch", "keras", "thinc")  # in the names of modules that need them
 
 
 @pytest.mark.parametrize("name", ["fusedopt", *MODULES])
