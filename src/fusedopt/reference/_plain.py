@@ -147,7 +147,8 @@ def _write_copy(copy: Array, p: Array) -> None:
 
 # ---------------------------------------------------------------- sums
 
-_TILE, _LANES, _PART_ROWS = 512, 16, 128  # FO_TILE, FO_LANES, FO_PART_ROWS
+_TILE, _LANES = 512, 16  # FO_TILE, FO_LANES
+_PART_ROWS, _PART_COLUMNS = 128, 2048  # FO_PART_ROWS, FO_PART_COLUMNS
 
 
 def _fold(lanes: Array) -> Array:
@@ -181,10 +182,10 @@ def in_lanes(x: Array) -> Array:
 
 
 def row_squares(x: Array) -> Array:
-    """Return the sums of squares over the last axis, by tiles, in float64."""
+    """Return the sums of squares over the last axis, by parts, in float64."""
     total = np.zeros(x.shape[:-1])
-    for start in range(0, x.shape[-1], _TILE):
-        total = total + in_lanes(x[..., start : start + _TILE].astype(np.float64) ** 2)
+    for start in range(0, x.shape[-1], _PART_COLUMNS):
+        total = total + in_lanes(x[..., start : start + _PART_COLUMNS].astype(np.float64) ** 2)
     return total
 
 
