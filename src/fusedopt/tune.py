@@ -298,6 +298,10 @@ def number(loss: Any) -> float:
 
 def rate_setter(opt: Any, step: int) -> Callable[[float], None]:
     """Return a function that sets the rates of all groups, in the ratio of those at a step."""
+    rule = getattr(opt, "rule", None) or getattr(opt, "_rule", None)  # torch's own has none
+    if rule is not None and any(state.init == "lr" for state in rule.states):
+        name = type(opt).__name__
+        raise ValueError(f"lr: {name}'s is what its step sizes begin with; no later step reads it")
     rates = [group["lr"] for group in opt.param_groups]
     now = [float(rate(step)) if callable(rate) else float(rate) for rate in rates]
     most = max(now)
@@ -359,7 +363,7 @@ def _suggest(
     fall = curve[begin] - curve[end]
     rising = len(curve) - max(end, 1)  # those behind the lowest are where the rate is too high
     scatter = float(np.median(np.abs(noise[: len(noise) - rising + 1])))
-    if end == 0 or not fall > 2 * scatter:
+    if end == 0 or not fall > max(2 * scatter, 1e-6 * abs(curve[begin])):  # and its rounding
         way_out = (
             "begin with a lower rate" if diverged else "go to higher rates, or take more steps"
         )
