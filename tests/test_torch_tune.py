@@ -200,6 +200,21 @@ def test_what_the_closure_raises_arrives_and_all_is_back(error):
     assert len(calls) == 4 and image(opt, model) == before
 
 
+def test_a_closure_that_exchanges_a_tensor():
+    w, v = torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)
+    opt = fo.SGD([w, v], lr=0.1)
+    data = w.data_ptr()
+
+    def closure():
+        w.data = torch.zeros(7)
+        v.data = torch.zeros(2)
+        (w.sum() + v.sum()).backward()
+        return 1.0
+
+    fo.range_test(opt, closure, **SHORT)
+    assert w.data_ptr() == data and w.tolist() == [1, 1, 1] and v.tolist() == [1, 1]
+
+
 def test_a_loss_that_is_not_finite_ends_the_sweep():
     model, data = problem()
     opt = warmed(fo.SGD, model, data)

@@ -71,7 +71,9 @@ def test_automatic_rate_learns(capsys, tmp_path, optimizer):
     options += ["--schedule", "constant", "--save", tmp_path / "run.npz"]
     out = run(capsys, *options)
     assert accuracy(out) >= (90 if optimizer == "gd" else 94)
-    found = re.match(r"rate: ([\d.e-]+), by a range test up to .*: the loss falls fastest there\n", out)
+    found = re.match(
+        r"rate: ([\d.e-]+), by a range test up to .*: the loss falls fastest there\n", out
+    )
     assert found, out
     usual = train.OPTIMIZERS[optimizer].lr
     assert usual / 30 < float(found[1]) < 30 * usual

@@ -12,7 +12,7 @@ from cases import EVERY_CLASS
 from test_interrupts import interrupted_at
 
 import fusedopt
-from fusedopt import schedules, tune
+from fusedopt import _copies, schedules, tune
 from fusedopt.formats import Stored
 
 SHORT = {"start": 1e-4, "stop": 1.0, "steps": 12}
@@ -28,7 +28,7 @@ def problem(seed=0, dtype="f4", size=70):
         noise = {k: 0.1 * rng.standard_normal(p.shape) for k, p in params.items()}
         error = {k: p - 0.3 + noise[k] for k, p in params.items()}
         loss = sum(float((e * e).sum()) for e in error.values())
-        return loss, {k: (2 * e).astype(p.dtype) for (k, p), e in zip(params.items(), error.values())}
+        return loss, {name: (2 * e).astype(params[name].dtype) for name, e in error.items()}
 
     return params, rng, loss_and_grads
 
@@ -246,6 +246,27 @@ def test_interrupted_at_any_moment():
     finally:
         signal.signal(signal.SIGALRM, handler)
     assert came > 30
+
+
+def test_undone():
+    """All calls are made, in order, and again where a signal's exception came; it is raised."""
+    made = []
+
+    def interrupted(name):
+        made.append(name)
+        if made.count(name) < 2:
+            raise KeyboardInterrupt
+
+    def broken():
+        made.append("broken")
+        raise ValueError("no")
+
+    assert _copies.undone([("a", made.append, 1), ("b", made.append, 2)], lambda: 3) == 3
+    with pytest.raises(KeyboardInterrupt):
+        _copies.undone([("a", interrupted, 3), ("b", made.append, 4)], lambda: 5)
+    with pytest.raises(RuntimeError, match="b: cannot take back what it was before: no"):
+        _copies.undone([("b", broken), ("c", made.append, 6)], lambda: 1 / 0)
+    assert made == [1, 2, 3, 3, 4, "broken", "broken", "broken", 6]
 
 
 GENERATORS = [

@@ -6,6 +6,7 @@ from typing import Any, TypeVar, final
 _T = TypeVar("_T")
 
 def undone(undo: list[tuple[Any, ...]], function: Callable[[], _T]) -> _T: ...
+
 @final
 class Copier:
     def __new__(cls) -> Copier: ...

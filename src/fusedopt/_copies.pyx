@@ -33,9 +33,9 @@ def undone(list undo not None, function):
 
 cdef object make_call(tuple row):
     """Return the exception of a signal that came meanwhile, or of what failed, or None."""
-    cdef int attempt
+    cdef int _
     first = None
-    for attempt in range(3):
+    for _ in range(3):
         try:
             row[1](*row[2:])
             return first

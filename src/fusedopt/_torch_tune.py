@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -72,8 +71,7 @@ def range_test(
     TypeError, ValueError
         Before the first step, for options; and what closure and steps raise, all undone.
     RuntimeError
-        Within a block of `swap_ema`; and naming what could not be undone, as a tensor that the
-        closure has given another shape.
+        Within a block of `swap_ema`; and naming what could not be undone.
 
     Notes
     -----
@@ -150,8 +148,6 @@ def _rehearsal(opt: Any) -> tuple[Undo, Callable[[], None]]:
 
     The optimizer steps with a copy of its state and groups, so that the originals stay as they are.
     """
-    params = [param for group in opt.param_groups for param in group["params"]]
-    kept = [param.detach().clone() for param in params]
     saved = dict(vars(opt))
     state: Any = defaultdict(dict)
     for param, own in opt.state.items():
@@ -160,8 +156,13 @@ def _rehearsal(opt: Any) -> tuple[Undo, Callable[[], None]]:
     exchanged = {"state": state, "param_groups": groups}
     if hasattr(opt, "_leaves"):
         exchanged |= {"_leaves": None, "_groups": {}}
-    undo: Undo = [("parameters", copier.apply, params, kept, [])]
-    undo += [("gradients", setattr, param, "grad", param.grad) for param in params]
+    undo: Undo = []
+    for g, group in enumerate(opt.param_groups):
+        for i, param in enumerate(group["params"]):
+            name, known = f"param_groups[{g}]['params'][{i}]", param.detach()
+            undo.append((name, setattr, param, "data", known))  # the closure may exchange it
+            undo.append((name, copier.apply, [param], [known.clone()], []))
+            undo.append((f"{name}.grad", setattr, param, "grad", param.grad))
     undo += [("optimizer", vars(opt).clear), ("optimizer", vars(opt).update, saved)]
 
     def begin() -> None:

@@ -338,14 +338,17 @@ def _smooth(values: Array, weight: float) -> Array:
     smoothed = np.full(len(values), np.nan)
     known = np.isfinite(values)
     rows = np.stack([values[known], np.ones(known.sum())])
-    sums = [np.zeros_like(rows), np.zeros_like(rows)]
-    for into, order in zip(sums, (range(rows.shape[1]), range(rows.shape[1] - 1, -1, -1)), strict=True):
-        total = np.zeros(2)
-        for i in order:
-            total = into[:, i] = weight * total + rows[:, i]
-    both = sums[0] + sums[1] - rows
+    both = _decayed(rows, weight) + _decayed(rows[:, ::-1], weight)[:, ::-1] - rows
     smoothed[known] = both[0] / both[1]
     return smoothed
+
+
+def _decayed(rows: Array, weight: float) -> Array:
+    """Return the running sums of rows in which what is past counts `weight` times in each step."""
+    sums, total = np.empty_like(rows), np.zeros(len(rows))
+    for i in range(rows.shape[1]):
+        total = sums[:, i] = weight * total + rows[:, i]
+    return sums
 
 
 def _suggest(
@@ -356,13 +359,12 @@ def _suggest(
     known = np.isfinite(smoothed)
     curve, noise = smoothed[known], (losses - smoothed)[known]
     if len(curve) < LEAST:
-        at = f"{rates[-1]:.3g}, after {len(curve)} steps"
-        return None, f"the loss diverged at {at}: begin with a lower rate"
+        where = f"{rates[-1]:.3g}, after {len(curve)} steps"
+        return None, f"the loss diverged at {where}: begin with a lower rate"
     end = int(curve.argmin())
     begin = int(curve[: end + 1].argmax())
     fall = curve[begin] - curve[end]
-    rising = len(curve) - max(end, 1)  # those behind the lowest are where the rate is too high
-    scatter = float(np.median(np.abs(noise[: len(noise) - rising + 1])))
+    scatter = float(np.median(np.abs(noise[: end + 1])))  # behind the lowest it is not noise
     if end == 0 or not fall > max(2 * scatter, 1e-6 * abs(curve[begin])):  # and its rounding
         way_out = (
             "begin with a lower rate" if diverged else "go to higher rates, or take more steps"

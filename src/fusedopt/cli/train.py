@@ -355,9 +355,7 @@ def prepare(options: argparse.Namespace) -> Callable[[], None]:
     return lambda: run(state, opt, data, o, tqdm, said)
 
 
-def run(
-    state: Run, opt: Any, data: Data, o: argparse.Namespace, tqdm: Any, said: str = ""
-) -> None:
+def run(state: Run, opt: Any, data: Data, o: argparse.Namespace, tqdm: Any, said: str = "") -> None:
     """Train, evaluate and report, after what is `said`."""
     if said:
         print(said)
