@@ -58,7 +58,7 @@ def main() -> None:
         f"`python bench/tune.py --seeds {options.seeds}`: AdamW on the models of "
         "bench/accuracy.py, their whole training",
         f"(warmup of 20 steps, then a line to 0), {options.seeds} seeds. fusedopt "
-        f"{fusedopt.__version__}, Python {platform.python_version()}, torch {torch.__version__}.",
+        f"{fusedopt.__version__.partition('+')[0]}, Python {platform.python_version()}, torch {torch.__version__}.",
         "",
         "A proposal is made for each seed, in 100 steps (range test, defaults) or 3 runs of 100 "
         "(probe, defaults). Loss is",

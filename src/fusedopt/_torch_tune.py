@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from fusedopt import _copies
+from fusedopt._sweep import RangeTest, Sweep, Undo, keep_generators, number, rate_setter
 from fusedopt._torch_state import copier
-from fusedopt.tune import RangeTest, Sweep, Undo, keep_generators, number, rate_setter
 
 
 def range_test(
