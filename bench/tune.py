@@ -52,13 +52,14 @@ def main() -> None:
     torch.set_num_threads(1)
     fusedopt.set_num_threads(1)
     seeds = range(options.seeds)
+    version = fusedopt.__version__.partition("+")[0]
     lines = [
         "# Proposed learning rates",
         "",
         f"`python bench/tune.py --seeds {options.seeds}`: AdamW on the models of "
         "bench/accuracy.py, their whole training",
         f"(warmup of 20 steps, then a line to 0), {options.seeds} seeds. fusedopt "
-        f"{fusedopt.__version__.partition('+')[0]}, Python {platform.python_version()}, torch {torch.__version__}.",
+        f"{version}, Python {platform.python_version()}, torch {torch.__version__}.",
         "",
         "A proposal is made for each seed, in 100 steps (range test, defaults) or 3 runs of 100 "
         "(probe, defaults). Loss is",
