@@ -65,6 +65,33 @@ def test_choices_learn(capsys, options, least):
     assert "the same bits" in out and "\nnothing looks wrong\n" in out
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lion", "muon", "schedulefreeadamw", "gd"])
+def test_automatic_rate_learns(capsys, tmp_path, optimizer):
+    options = ["--optimizer", optimizer, "--lr", "auto", "--no-reference"]
+    options += ["--schedule", "constant", "--save", tmp_path / "run.npz"]
+    out = run(capsys, *options)
+    assert accuracy(out) >= (90 if optimizer == "gd" else 94)
+    found = re.match(
+        r"rate: ([\d.e-]+), by a range test up to .*: the loss falls fastest there\n", out
+    )
+    assert found, out
+    usual = train.OPTIMIZERS[optimizer].lr
+    assert usual / 30 < float(found[1]) < 30 * usual
+    epochs = train.OPTIMIZERS[optimizer].epochs
+    given = run(capsys, *options[:2], "--lr", found[1], *options[4:])
+    assert weights(given) == weights(out)  # nothing of the test is left
+    more = run(capsys, *options[:7], "--resume", options[-1], "--epochs", epochs + 1)
+    assert "rate: that of the checkpoint\n" in more
+
+
+def test_automatic_rate_without_a_suggestion(capsys, tmp_path):
+    x, y = np.zeros((40, 3)), np.arange(40) % 2  # nothing to learn from
+    np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    options = ["--batch-size", 40, "--lr", "auto", "--epochs", 1]
+    out = run(capsys, "--data", tmp_path / "d.npz", *options)
+    assert out.startswith("rate: 0.002, the default: the loss")
+
+
 def test_same_weights_for_any_threads_and_isa():
     """Bit for bit, each in its own process."""
     found = set()
@@ -183,6 +210,7 @@ FAULTS = {
     "single": (lambda d: ["--data", table(d / "a.csv", "1,a\n2,b\n3,b")], "a.csv: cannot hold out"),
     "no number": (lambda d: ["--data", table(d / "a.csv", "nan,a\n2,b\n" * 9)], "must be finite"),
     "lr": (lambda d: ["--lr", "-1"], "lr: must be >= 0"),
+    "auto lr": (lambda d: ["--optimizer", "rprop", "--lr", "auto"], "lr: Rprop's is what its"),
     "epochs": (lambda d: ["--epochs", "0"], "--epochs: must be >= 1"),
     "batch": (lambda d: ["--batch-size", "0"], "--batch-size: must be >= 1"),
     "momentum": (lambda d: ["--momentum", "0.9"], "--momentum: goes with --optimizer lars, .*sgd"),

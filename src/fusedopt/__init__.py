@@ -22,7 +22,15 @@ if _isa is not None:
             f"{', '.join(_core.available_isas())}"
         ) from exc
 
-from fusedopt import _threadpoolctl, formats, functional, monitor, reference, schedules  # noqa: E402
+from fusedopt import (  # noqa: E402
+    _threadpoolctl,
+    formats,
+    functional,
+    monitor,
+    reference,
+    schedules,
+    tune,
+)
 from fusedopt._info import info  # noqa: E402
 from fusedopt._options import StepResult, StepStats  # noqa: E402
 from fusedopt._threads import get_num_threads, set_num_threads  # noqa: E402
@@ -92,4 +100,5 @@ __all__ = [
     "reference",
     "schedules",
     "set_num_threads",
+    "tune",
 ]

@@ -1,7 +1,11 @@
-"""Types of the compiled copies between tensors."""
+"""Types of the compiled copies between tensors, and of undoing."""
 
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any, TypeVar, final
+
+_T = TypeVar("_T")
+
+def undone(undo: list[tuple[Any, ...]], function: Callable[[], _T]) -> _T: ...
 
 @final
 class Copier:

@@ -1,6 +1,50 @@
 # cython: language_level=3, binding=False, boundscheck=False, wraparound=False
 # cython: freethreading_compatible=True, autotestdict=False
-"""Copies between torch's tensors that no exception of a signal leaves half done."""
+"""Copies between torch's tensors that no exception of a signal leaves half done, and undoing."""
+
+
+def undone(list undo not None, function):
+    """Return what a function returns, and undo what it did, however it ends.
+
+    In C, as between the bytecodes of a Python ``finally`` a signal could raise an exception. A call
+    that such an exception cuts off is made again; it is raised at the end.
+
+    Parameters
+    ----------
+    undo : list of (name, callable, ...)
+        What to call at the end, in this order, with the rest as arguments. A second call of each
+        has no other effect than one.
+    function : callable()
+
+    Raises
+    ------
+    RuntimeError
+        Naming what could not be undone; all else is.
+    """
+    fault = None
+    try:
+        return function()
+    finally:
+        for row in undo:
+            fault = make_call(<tuple?>row) or fault
+        if fault is not None:
+            raise fault
+
+
+cdef object make_call(tuple row):
+    """Return the exception of a signal that came meanwhile, or of what failed, or None."""
+    cdef int _
+    first = None
+    for _ in range(3):
+        try:
+            row[1](*row[2:])
+            return first
+        except BaseException as exc:
+            first = first or exc
+            last = exc
+    fault = RuntimeError(f"{row[0]}: cannot take back what it was before: {last}")
+    fault.__cause__ = last
+    return fault
 
 
 cdef class Copier:

@@ -1,4 +1,4 @@
-"""The picture of a run: one figure, from a History.
+"""The picture of a run: one figure, from a History; and that of a sweep over learning rates.
 
 Up to 12 leaves are lines, in Okabe and Ito's colours and two dashes; more are a heat map of leaves
 x steps, in colours that grow lighter: both can be read without seeing hues.
@@ -23,11 +23,6 @@ Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 def draw(history: History, path: str | os.PathLike[str] | None, title: str, curves: Curves) -> Any:
     """Return the figure, see `History.plot`."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as exc:
-        raise ModuleNotFoundError('a plot needs: pip install "fusedopt[demo]"') from exc
     steps = np.array(history.steps)
     loss, lr = history.series("loss"), history.series("lr")
     many = len(history.names) > LINES
@@ -45,10 +40,7 @@ def draw(history: History, path: str | os.PathLike[str] | None, title: str, curv
             (2.8, lambda ax: leaves(ax, history, steps, "update_ratio")),
             (2.8 if many else 1.8, lambda ax: leaves(ax, history, steps, "zero_fraction")),
         ]
-    heights = [height for height, _ in panels]
-    figure = Figure(figsize=(10, 0.8 + sum(heights)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    figure, axes = _figure([height for height, _ in panels])
     for ax, (_, panel) in zip(axes, panels, strict=True):
         panel(ax)
     if history.skipped:
@@ -65,6 +57,19 @@ def draw(history: History, path: str | os.PathLike[str] | None, title: str, curv
     if path is not None:
         figure.savefig(path, dpi=120)
     return figure
+
+
+def _figure(heights: list[float]) -> tuple[Any, Any]:
+    """Return a figure with axes of these heights, one below the other, and the axes."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as exc:
+        raise ModuleNotFoundError('a plot needs: pip install "fusedopt[demo]"') from exc
+    figure = Figure(figsize=(10, 0.8 + sum(heights)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    return figure, axes
 
 
 def _positive(values: Array) -> Array:
@@ -159,3 +164,27 @@ def _map(ax: Any, history: History, steps: Array, column: str) -> None:
 def _short(name: str) -> str:
     name = name.split()[-1].strip("()") if name.endswith(")") else name  # torch's names
     return name if len(name) <= 28 else f"…{name[-27:]}"
+
+
+def draw_sweep(test: Any, path: str | os.PathLike[str] | None) -> Any:
+    """Return the figure, see `RangeTest.plot`."""
+    figure, (ax,) = _figure([3.5])
+    ax.plot(test.rates, test.losses, ".", color="0.6", markersize=3, label="loss")
+    ax.plot(test.rates, test.smoothed, color=COLOURS[0], label="mean of neighbours")
+    if test.suggestion is not None:
+        label = f"suggestion {test.suggestion:.3g} ({test.rule})"
+        ax.axvline(test.suggestion, color=COLOURS[5], linestyle="--", label=label)
+    else:
+        ax.set_title(f"no suggestion: {test.reason}", fontsize=9)
+    shown = test.smoothed[np.isfinite(test.smoothed)]
+    if len(shown) and shown.max() > shown.min():
+        margin = 0.1 * (shown.max() - shown.min())
+        ax.set_ylim(shown.min() - margin, shown.max() + margin)
+    steps = np.diff(test.rates)
+    even = len(steps) > 1 and np.allclose(steps, steps[0])
+    ax.set(xscale="linear" if even else "log", xlabel="learning rate", ylabel="loss")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    if path is not None:
+        figure.savefig(path, dpi=120)
+    return figure

@@ -10,6 +10,7 @@ import inspect
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, ClassVar, NoReturn, get_type_hints
 
@@ -558,6 +559,36 @@ class Optimizer:
                     np.add(x, y, out=x)
                 found.append(x)
         return found
+
+    # -------------------------------------------------------------- steps that are undone
+
+    def _rehearsal(self, copy_out: Any = None) -> tuple[list[tuple[Any, ...]], Callable[[], None]]:
+        """Return what undoes steps, for `_copies.undone`, and what to call before the first.
+
+        Arrays are copied. Options, and all else that is not in the list, are exchanged for copies,
+        so that the original objects stay as they are.
+        """
+        self._check_groups()
+        work, saved = self._work, dict(vars(self))
+        arrays = [array for array in (*work.stored, *sum(work.states, [])) if array is not None]
+        if copy_out is not None:
+            arrays += [array for array in self._flatten(copy_out, "copy_out") if array is not None]
+        pairs = [(a, a.copy(order="K")) for array in arrays for a in _storage.parts(array)]
+        steps = [work.get_step(i) for i in range(len(work))]
+        saved |= {"_has_new_options": True, "_plans": None}
+        undo: list[tuple[Any, ...]] = [
+            ("arrays", work.restore, pairs, work.count, steps, [], []),
+            ("optimizer", vars(self).clear),
+            ("optimizer", vars(self).update, saved),
+        ]
+        exchanged = {
+            "param_groups": [dict(group) for group in self.param_groups],
+            "_groups": [
+                replace(group, options=dict(group.options), seen=None) for group in self._groups
+            ],
+            "_plans": None,
+        }
+        return undo, partial(vars(self).update, exchanged)
 
     # -------------------------------------------------------------- checkpoints
 

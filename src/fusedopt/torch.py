@@ -14,6 +14,8 @@ subclass of it and inherits all but the step: arguments, groups, state, ``state_
 what works with the one works with the other (schedulers, GradScaler, checkpoints, DDP, FSDP2), and
 a run can change from one to the other and back. The others are subclasses of
 `torch.optim.Optimizer` with the arguments of their namesake in `fusedopt`.
+
+`range_test` sweeps over learning rates, undoes its steps and suggests a rate.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ except ModuleNotFoundError as exc:
 import fusedopt
 from fusedopt._torch_average import Averaging
 from fusedopt._torch_fused import Fused, plain_base
+from fusedopt._torch_tune import range_test as range_test
 from fusedopt.optimizer import Optimizer
 
 _DOC = """{first}

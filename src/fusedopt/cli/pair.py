@@ -51,6 +51,16 @@ class Pair:
             setattr(both, column, np.concatenate(columns))
         return first._replace(updated=len(both), stats=both)
 
+    def _rehearsal(self) -> tuple[list[tuple[Any, ...]], Callable[[], None]]:
+        """Return what undoes steps of both, and what to call before the first."""
+        (undo, begin), (more, begin_rest) = (opt._rehearsal() for opt in self._opts)
+
+        def begin_both() -> None:
+            begin()
+            begin_rest()
+
+        return undo + more, begin_both
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state of both in the form of one's."""
         first, second = (opt.state_dict() for opt in self._opts)

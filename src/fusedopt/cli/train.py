@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from fusedopt.cli import files, model, report
 from fusedopt.cli.data import Data
 from fusedopt.cli.pair import Pair
 from fusedopt.monitor import History
+from fusedopt.tune import range_test
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,12 @@ OPEN_ENDED = ("constant", "exponential", "step")  # these do not depend on the r
 MOST = 2**63 - 1  # more than any run can take
 # options that determine a run, and must be the same when it is resumed
 FIXED = ("optimizer", "lr", "schedule", "warmup", "batch_size", "momentum", "l1", "l2", "seed")
+AUTO = "auto"
+
+
+def rate(text: str) -> float | str:
+    """Return the value of --lr."""
+    return text if text == AUTO else float(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,7 +120,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add("--optimizer", choices=OPTIMIZERS, default="adam",
         help="gd: full batch; muon: matrices, and AdamW the rest")  # fmt: skip
-    add("--lr", type=float, help=f"learning rate (default: {each(lambda c: c.lr)})")
+    add("--lr", type=rate, help="learning rate, or auto: find one by a range test first "
+        f"(default: {each(lambda c: c.lr)})")  # fmt: skip
     add("--schedule", choices=SCHEDULES, help=f"of the learning rate ({most('schedule')})")
     add("--warmup", type=int, default=0, metavar="STEPS", help="linear rise before the schedule")
     add("--epochs", type=int, help=f"passes over the data ({most('epochs')})")
@@ -211,6 +220,30 @@ def make_optimizer(module: Any, params: model.Params, o: argparse.Namespace, dat
         return make(params)
     rest = partial(getattr(module, choice.rest), lr=lr, weight_decay=o.l2)
     return Pair(params, make, rest)
+
+
+def find_rate(o: argparse.Namespace, data: Data) -> tuple[float, str]:
+    """Return a rate for --lr auto, and what to say of it."""
+    usual = OPTIMIZERS[o.optimizer].lr
+    if o.resume is not None:  # the same rate; if there is none, `resume` says so
+        known = _checkpoint.read(o.resume)[1].get("train")
+        saved = known.get("lr") if isinstance(known, dict) else None
+        return (saved if type(saved) is float else usual), "rate: that of the checkpoint"
+    params = model.init(data.x_train.shape[1], data.classes, o.seed)
+    fixed = argparse.Namespace(**vars(o) | {"lr": usual, "schedule": "constant", "warmup": 0})
+    rows = (rows for epoch in itertools.count() for rows in batches(data, o, epoch))
+
+    def loss_and_grads() -> tuple[float, model.Params]:
+        batch = next(rows)
+        return model.loss_and_gradients(params, data.x_train[batch], data.y_train[batch])
+
+    with np.errstate(all="ignore"):  # until the loss diverges
+        opt = make_optimizer(fusedopt, params, fixed, data)
+        found = range_test(opt, loss_and_grads, start=1e-4 * usual, stop=1e3 * usual)
+    if found.suggestion is None:
+        return usual, f"rate: {usual:g}, the default: {found.reason}"
+    lr = float(f"{found.suggestion:.2g}")
+    return lr, f"rate: {lr:g}, by a range test up to {found.rates[-1]:.2g}: {found.reason}"
 
 
 def batches(data: Data, o: argparse.Namespace, epoch: int) -> Iterator[NDArray[np.intp]]:
@@ -313,15 +346,19 @@ def prepare(options: argparse.Namespace) -> Callable[[], None]:
     data = data_module.load(o.data)
     if OPTIMIZERS[o.optimizer].whole:
         o.batch_size = len(data.x_train)
-    state = Run(model.init(data.x_train.shape[1], data.classes, o.seed))
+    state, said = Run(model.init(data.x_train.shape[1], data.classes, o.seed)), ""
+    if o.lr == AUTO:
+        o.lr, said = find_rate(o, data)
     opt = make_optimizer(fusedopt, state.params, o, data)
     if o.resume is not None:
         resume(o.resume, state, opt, data, o)
-    return lambda: run(state, opt, data, o, tqdm)
+    return lambda: run(state, opt, data, o, tqdm, said)
 
 
-def run(state: Run, opt: Any, data: Data, o: argparse.Namespace, tqdm: Any) -> None:
-    """Train, evaluate and report."""
+def run(state: Run, opt: Any, data: Data, o: argparse.Namespace, tqdm: Any, said: str = "") -> None:
+    """Train, evaluate and report, after what is `said`."""
+    if said:
+        print(said)
     if o.resume is not None:
         print(f"resumed after epoch {state.epoch}")
     shadow = copy.deepcopy(state.params)
