@@ -77,6 +77,39 @@ def test_a_checkpoint_of_torch_in_16_bits(dtype):
     assert ("residual" in opt.state[params[0]]) == (dtype == torch.bfloat16)
 
 
+PRODIGY = [{"slice_p": 1}, {"slice_p": 3}, {"betas": (0.0, 0.9)}]
+
+
+@pytest.mark.parametrize("options", PRODIGY, ids=str)
+@pytest.mark.parametrize("start", ["zero", "random"])
+def test_prodigyopt(options, start):
+    """The source's numbers, and its state dicts; its p0 is one number where a parameter is 0."""
+    source = pytest.importorskip("prodigyopt", reason="compares with it: extra `peers`")
+    first = tensor(0).double() * (start == "random")
+    ours, theirs = (torch.nn.Parameter(first.clone()) for _ in range(2))
+    opt, peer = fo.Prodigy([ours], d0=1e-3, **options), source.Prodigy([theirs], d0=1e-3, **options)
+
+    def take(seeds):
+        for seed in seeds:
+            ours.grad = theirs.grad = tensor(seed).double() + 3
+            opt.step()
+            peer.step()
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+            assert opt.param_groups[0]["d"] == pytest.approx(peer.param_groups[0]["d"], rel=1e-10)
+
+    take(range(1, 5))
+    assert opt.param_groups[0]["d"] > 2e-3
+    if "betas" in options:
+        return
+    mine, its = copy.deepcopy(opt.state_dict()), copy.deepcopy(peer.state_dict())
+    for key in ("s", "p0"):
+        mine["state"][0][key] = mine["state"][0][key].flatten()
+    opt, peer = fo.Prodigy([ours], **options), source.Prodigy([theirs], **options)
+    opt.load_state_dict(its)
+    peer.load_state_dict(mine)
+    take(range(5, 9))
+
+
 @pytest.mark.parametrize(
     ("name", "key", "change", "error", "match"),
     [
