@@ -161,9 +161,9 @@ class Prodigy(Optimizer):
     d_coef : float, default 1
         Factor of new estimates, > 0: the way to make steps larger or smaller.
     growth_rate : float, default inf
-        Largest factor by which d grows in a step, > 0.
+        Largest factor by which d grows in a step, > 0; not of the first growth, from `d0`.
     slice_p : int, default 1
-        Make the estimate from each element of that number only: 11 saves most of its memory.
+        Estimate from one element in that many: 11 saves most of the memory that this takes.
     **common
         How arrays are stored, a running average of the parameters, threads; see `Optimizer`.
         ``s`` and ``p0`` stay in float32.

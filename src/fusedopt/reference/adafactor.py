@@ -19,7 +19,8 @@ def _estimate(g: Array, rows: Array, columns: Array, weight: Any, eps1: float) -
     columns[..., 0, :] = columns[..., 0, :] + weight * (column_mean - columns[..., 0, :])
     mean = (in_lanes(rows[..., 0].astype(np.float64)) / height).astype(g.dtype)
     mean = np.where(mean < c(eps1), c(eps1), mean)
-    return (rows / mean[..., None, None]) * columns
+    estimate: Array = (rows / mean[..., None, None]) * columns
+    return estimate
 
 
 def _adafactor(
