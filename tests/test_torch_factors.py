@@ -3,7 +3,7 @@
 import copy
 
 import pytest
-from torch_cases import fo, torch
+from torch_cases import close, fo, model, torch, train
 
 RULES = [("Adafactor", {}), ("Prodigy", {"slice_p": 3})]
 
@@ -108,6 +108,24 @@ def test_prodigyopt(options, start):
     opt.load_state_dict(its)
     peer.load_state_dict(mine)
     take(range(5, 9))
+
+
+@pytest.mark.parametrize(("name", "options"), [*RULES, ("Prodigy", {"d0": 1e-2})])
+def test_state_dicts_of_distributed_checkpoints(name, options):
+    """A new optimizer gets its state by a step at rate 0, on gradients that are 0."""
+    tools = pytest.importorskip("torch.distributed.checkpoint.state_dict")
+    net, other = model(0), model(1)
+    opt, twin = (getattr(fo, name)(m.parameters(), **options) for m in (net, other))
+    train(net, opt, range(3))
+    parts = copy.deepcopy(tools.get_state_dict(net, opt))
+    new = tools.get_state_dict(other, twin)[1]["state"]  # into which a file is read by name
+    assert {k: v.keys() for k, v in new.items()} == {
+        k: v.keys() for k, v in parts[1]["state"].items()
+    }
+    tools.set_state_dict(other, twin, model_state_dict=parts[0], optim_state_dict=parts[1])
+    for each, its in ((net, opt), (other, twin)):
+        train(each, its, range(3, 6))
+    close(net, other, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
