@@ -344,7 +344,7 @@ def decisions():
             after = here(start, sharded)
         torch.testing.assert_close(local(params), after, rtol=0, atol=1e-6, equal_nan=True)
 
-    rules = [plain, ("AdamW", {"cautious": True}), ("LAMB", {})]
+    rules = [plain, ("AdamW", {"cautious": True}), ("LAMB", {}), ("Prodigy", {"d0": 0.1})]
     rows = [*STEP_OPTIONS, {"nonfinite": "raise"}, {"nonfinite": "raise", "stats": True}]
     events = ["none", "no gradient", "nan", "fault", "found_inf"]
     for case in itertools.product(rules, [{}, *rows], [True, False], events):
