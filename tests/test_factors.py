@@ -164,6 +164,20 @@ def test_lists_of_parts_fit_the_parameters():
         assert tree_bytes(before) == tree_bytes(list(args))
 
 
+@pytest.mark.parametrize("every", [64, 199, 200, 2**31, 2**62, 2**63 - 1])
+def test_samples_of_few_elements(every):
+    """Down to the first alone, in the blocks that have none too."""
+    found = []
+    for module in (fusedopt, reference):
+        p, g = arrays(0, [(200,)] * 2)
+        opt = module.Prodigy([p], slice_p=every, d0=1e-2)
+        for _ in range(3):
+            opt.step([g])
+        assert opt.state["params[0]"]["s"].shape == (-(-200 // every),)
+        found.append(tree_bytes([p, contents(opt)]))
+    assert found[0] == found[1]
+
+
 def test_orders_of_memory():
     for bad in (np.ones((3, 4), order="F"), np.ones((2, 3, 4)).transpose(0, 2, 1)):
         with pytest.raises(ValueError, match=r"^params\['W'\]: strides .* row-major order"):
