@@ -64,10 +64,12 @@ void fo_keep_factors(fo_work *w, const fo_kernels *kernels, int threads)
     run(w, kernels->keep_factors, matrices, 64, threads);
 }
 
-size_t fo_scratch(const fo_shape *shape)
+size_t fo_scratch(const fo_leaf *leaf)
 {
-    const fo_factors it = fo_factors_of(shape, 0);
-    const ptrdiff_t rows = shape->matrices * shape->rows;
-    const ptrdiff_t columns = shape->matrices * shape->columns;
-    return (size_t)(rows * (it.wide + 1) + columns * (it.high + 1)) * sizeof(double);
+    const size_t size = fo_compute_type(leaf) == FO_COMPUTE_F64 ? sizeof(double) : sizeof(float);
+    fo_shape shape = *(const fo_shape *)leaf->state[0].extra;
+    shape.scratch = NULL;
+    const size_t end = (size_t)fo_factors_of(&shape, size).columns +
+                       (size_t)(shape.matrices * shape.columns) * size;
+    return (end + 7) / 8 * 8;
 }

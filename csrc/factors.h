@@ -1,28 +1,34 @@
-/* Where the sums and factors of a factored rule lie during a step. Internal. */
+/* Where the means and factors of a factored rule lie during a step. Internal. */
 #ifndef FUSEDOPT_FACTORS_H
 #define FUSEDOPT_FACTORS_H
 
 #include "kernels.h"
 
-/* A leaf's matrices are summed in parts of that many rows and columns: whichever thread sums a part,
- * the order is the same. */
+/* A leaf's matrices are summed in parts of that many rows and columns: whichever thread sums a
+ * part, the order is the same. */
 enum { FO_PART_ROWS = 128, FO_PART_COLUMNS = FO_TILE };
 
 typedef struct fo_factors {
-    ptrdiff_t high, wide;            /* parts of a matrix, one below and one beside the other */
-    double *row_sums, *column_sums;  /* squares: by row and part beside; by part below and column */
-    void *rows, *columns;            /* factors as the step uses them, in the compute type */
+    ptrdiff_t high, wide;           /* parts of a matrix, one below and one beside the other */
+    double *row_sums, *column_sums; /* of squares: by row and part beside, where there are several;
+                                       by part below and column, alike */
+    /* in the compute type */
+    void *row_means, *column_means; /* of the gradient's squares */
+    void *rows, *columns;           /* factors: their product is 1 / root of the estimate */
 } fo_factors;
 
+/* `size` is that of an element of the compute type. */
 static inline fo_factors fo_factors_of(const fo_shape *shape, size_t size)
 {
     const ptrdiff_t rows = shape->matrices * shape->rows;
     fo_factors it = {.high = (shape->rows + FO_PART_ROWS - 1) / FO_PART_ROWS,
                      .wide = (shape->columns + FO_PART_COLUMNS - 1) / FO_PART_COLUMNS};
     it.row_sums = shape->scratch;
-    it.column_sums = it.row_sums + rows * it.wide;
-    it.rows = it.column_sums + shape->matrices * it.high * shape->columns;
-    it.columns = (char *)it.rows + (size_t)rows * size;
+    it.column_sums = it.row_sums + (it.wide > 1 ? rows * it.wide : 0);
+    it.row_means = it.column_sums + (it.high > 1 ? shape->matrices * it.high * shape->columns : 0);
+    it.rows = (char *)it.row_means + (size_t)rows * size;
+    it.column_means = (char *)it.rows + (size_t)rows * size;
+    it.columns = (char *)it.column_means + (size_t)(shape->matrices * shape->columns) * size;
     return it;
 }
 

@@ -65,7 +65,7 @@ typedef enum fo_map {
 typedef struct fo_shape {
     ptrdiff_t every;                   /* of FO_EVERY: > 0 */
     ptrdiff_t matrices, rows, columns; /* of FO_ROWS and FO_COLUMNS: a leaf of matrices of rows */
-    void *scratch;                     /* the same, during a step: fo_scratch() bytes, aligned to 8 */
+    void *scratch; /* the same, during a step: fo_scratch() bytes, aligned to 8 */
 } fo_shape;
 
 typedef struct fo_array {
@@ -87,10 +87,10 @@ typedef struct fo_hyper {
 } fo_hyper;
 
 /* One parameter with all arrays that a step reads or writes for it. The arrays of a leaf hold n
- * elements each, but for their fo_map, in the same memory order. No array overlaps another one of any leaf, except that
- * leaves may share gradients, which are only read. If the parameter is FO_F64, its state is too and
- * the arithmetic is in double; else states have any format but FO_F64 and the arithmetic is in
- * float. */
+ * elements each, but for their fo_map, in the same memory order. No array overlaps another one of
+ * any leaf, except that leaves may share gradients, which are only read. If the parameter is
+ * FO_F64, its state is too and the arithmetic is in double; else states have any format but FO_F64
+ * and the arithmetic is in float. */
 typedef struct fo_leaf {
     ptrdiff_t n;
     fo_array param;
@@ -142,8 +142,8 @@ typedef enum fo_kind {
     FO_LAYERWISE,
     FO_COUNTING,
     FO_FACTORED, /* of matrices it keeps factors, of rows and of columns */
-    FO_SUMMING,  /* its constants depend on sums over all leaves: the caller makes them in between */
-    FO_MATRIX    /* its last state array holds the direction during a step */
+    FO_SUMMING, /* its constants depend on sums over all leaves: the caller makes them in between */
+    FO_MATRIX   /* its last state array holds the direction during a step */
 } fo_kind;
 
 /* A rule of the table, as a binding needs it. */
@@ -173,12 +173,12 @@ fo_status fo_measure(fo_leaf *leaves, ptrdiff_t n, const fo_run *run, int thread
 /* One read of all that a layer-wise rule reads: fills `param` and `update` of run->stats with the
  * sums of squares of each leaf's parameter and of the direction in which the rule would go (0 for a
  * leaf without gradient; of a rule that counts, with numbers of elements; of one that sums, with
- * the sums of its two terms), and leaves all else alone. The arguments are those of the fo_step that follows with run->has_direction set; in
- * between the caller may add the sums of other parts of the same tensors. Of a matrix rule it also
- * writes the direction into the last state array, which is FO_F64 where the parameter is, else
- * FO_F32: the caller may replace it, and fo_step goes along what it finds there. Of a factored one
- * it writes the scratch. FO_BAD_ARGUMENT for a rule that has no direction, and where fo_step
- * returns it. */
+ * the sums of its two terms), and leaves all else alone. The arguments are those of the fo_step
+ * that follows with run->has_direction set; in between the caller may add the sums of other parts
+ * of the same tensors. Of a matrix rule it also writes the direction into the last state array,
+ * which is FO_F64 where the parameter is, else FO_F32: the caller may replace it, and fo_step goes
+ * along what it finds there. Of a factored one it writes the scratch. FO_BAD_ARGUMENT for a rule
+ * that has no direction, and where fo_step returns it. */
 fo_status fo_direct(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
                     ptrdiff_t n_hypers, const fo_run *run, int threads);
 
@@ -188,8 +188,8 @@ fo_stats fo_total(const fo_stats *stats, ptrdiff_t n);
 /* How many tiles n leaves have: the length of fo_run.tiles. */
 ptrdiff_t fo_count_tiles(const fo_leaf *leaves, ptrdiff_t n);
 
-/* Bytes that fo_shape.scratch needs, a multiple of 8. */
-size_t fo_scratch(const fo_shape *shape);
+/* Bytes that fo_shape.scratch needs for a leaf with factors, a multiple of 8. */
+size_t fo_scratch(const fo_leaf *leaf);
 
 /* How many elements an array of a leaf of n elements has. */
 static inline ptrdiff_t fo_count(const fo_array *array, ptrdiff_t n)

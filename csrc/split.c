@@ -75,9 +75,7 @@ static void run_chunks(void *context, ptrdiff_t first, ptrdiff_t last)
 
 fo_size fo_size_of(ptrdiff_t elements)
 {
-    return elements < MEDIUM_LENGTH  ? FO_SMALL
-           : elements < LARGE_LENGTH ? FO_MEDIUM
-                                     : FO_LARGE;
+    return elements < MEDIUM_LENGTH ? FO_SMALL : elements < LARGE_LENGTH ? FO_MEDIUM : FO_LARGE;
 }
 
 void fo_split(fo_work *w, fo_choice which, int threads)

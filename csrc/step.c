@@ -22,8 +22,8 @@ static int is_mapped(const fo_array *array)
            (array->format == FO_F32 || array->format == FO_F64);
 }
 
-/* Whether a leaf of a factored rule has either factors, of matrices that are the leaf, or one number
- * for each element. */
+/* Whether a leaf of a factored rule has either factors, of matrices that are the leaf, or one
+ * number for each element. */
 static int has_factors(const fo_leaf *leaf, ptrdiff_t n_states)
 {
     const fo_array *rows = &leaf->state[0], *columns = &leaf->state[1];
@@ -33,8 +33,8 @@ static int has_factors(const fo_leaf *leaf, ptrdiff_t n_states)
     const fo_shape *shape = rows->extra;
     return !has_rest && rows->data != NULL && columns->data != NULL && rows->map == FO_ROWS &&
            columns->map == FO_COLUMNS && shape != NULL && columns->extra == shape &&
-           shape->scratch != NULL && shape->matrices > 0 && shape->rows > 0 &&
-           shape->columns > 0 && shape->matrices * shape->rows * shape->columns == leaf->n &&
+           shape->scratch != NULL && shape->matrices > 0 && shape->rows > 0 && shape->columns > 0 &&
+           shape->matrices * shape->rows * shape->columns == leaf->n &&
            rows->format == columns->format;
 }
 

@@ -188,6 +188,8 @@ CASES = [
     _rmsprop("rmsprop-momentum", lr=0.3, alpha=0.5, eps=1e-3, momentum=0.8, weight_decay=0.1),
     _rmsprop("rmsprop-centered", centered=True, maximize=True),
     _rmsprop("rmsprop-all", centered=True, momentum=0.5, alpha=0.9, weight_decay=0.01),
+    _rmsprop("rmsprop-eps-in-sqrt", eps=1e-3, eps_in_sqrt=True),
+    _rmsprop("rmsprop-eps-in-sqrt-all", True, lr=0.3, momentum=0.5, eps=1e-3, eps_in_sqrt=True),
     _adopt("adopt"),
     _adopt("adopt-l2", lr=0.1, betas=(0.5, 0.75), clip_exp=None, weight_decay=0.1, eps=0.0),
     _adopt(
@@ -212,6 +214,7 @@ CASES = [
     _adagrad("adagrad"),
     _adagrad("adagrad-decay", lr=0.5, lr_decay=0.25, weight_decay=0.1, maximize=True),
     _adagrad("adagrad-first", first=0.3, eps=0.0),
+    _adagrad("adagrad-eps-in-sqrt", eps=1e-3, eps_in_sqrt=True),
     _nadam("nadam"),
     _nadam("nadam-l2", lr=0.3, betas=(0.5, 0.75), eps=1e-3, weight_decay=0.1, maximize=True),
     _nadam("nadam-decoupled", weight_decay=0.3, momentum_decay=2.0, decoupled_weight_decay=True),

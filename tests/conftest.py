@@ -14,6 +14,7 @@ interrupt themselves or a child would wait for ever. With a handler here, childr
 and where all is slow, or all ran before on another Python, some of each do.
 """
 
+import os
 import signal
 import sys
 import zlib
@@ -21,6 +22,8 @@ import zlib
 import pytest
 
 from fusedopt import _core
+
+os.environ.setdefault("KERAS_BACKEND", "torch")  # Keras reads it as it is imported
 
 
 def pytest_addoption(parser):

@@ -17,12 +17,14 @@ MODULES = [
     m.name for m in pkgutil.walk_packages(fusedopt.__path__, "fusedopt.")
     if not m.name.endswith(("__main__", "._arrays", "._core", "._tensors"))
 ]  # fmt: skip
+EXTRAS = ("torch", "keras", "thinc")  # in the names of modules that need them
 
 
 @pytest.mark.parametrize("name", ["fusedopt", *MODULES])
 def test_examples_in_docstrings(name):
-    if "torch" in name:
-        pytest.importorskip("torch", reason="extra `torch`")
+    for extra in EXTRAS:
+        if extra in name:
+            pytest.importorskip(extra, reason=f"needs it: pip install {extra}")
     module = importlib.import_module(name)
     failed, _ = doctest.testmod(module, extraglobs={"fusedopt": fusedopt, "np": np})
     assert failed == 0
@@ -30,7 +32,8 @@ def test_examples_in_docstrings(name):
 
 def test_there_are_examples():
     found = [
-        test for name in ["fusedopt", *MODULES] if "torch" not in name
+        test for name in ["fusedopt", *MODULES]
+        if not any(extra in name for extra in EXTRAS)
         for test in doctest.DocTestFinder().find(importlib.import_module(name)) if test.examples
     ]  # fmt: skip
     assert len(found) >= 4

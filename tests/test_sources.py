@@ -47,6 +47,13 @@ OPTIONS = {
         "decoupled_weight_decay": FLAG,
         "maximize": FLAG,
     },
+    "Adafactor": {
+        "beta2_decay": (-0.8, -0.3),
+        "eps": ((None, 1e-3), (1e-4, 0.3)),
+        "d": (1.0, 3.0),
+        "weight_decay": (0.0, 0.1),
+        "maximize": FLAG,
+    },
     "Adamax": {
         "betas": BETAS,
         "eps": (1e-8, 1e-3),
@@ -79,6 +86,18 @@ OPTIONS = {
         "step_sizes": ((1e-6, 50.0), (0.01, 0.03)),
         "maximize": FLAG,
     },
+    "Prodigy": {
+        "betas": BETAS,
+        "beta3": (None, 0.7),
+        "weight_decay": (0.0, 0.1),
+        "decouple": FLAG,
+        "use_bias_correction": FLAG,
+        "safeguard_warmup": FLAG,
+        "d0": (1e-2,),
+        "d_coef": (1.0, 3.0),
+        "growth_rate": (float("inf"), 1.1),
+        "slice_p": (1, 3),
+    },
     "SignSGD": {"momentum": (0.9, 0.3, 0.0), **DECAY, "maximize": FLAG},
     "Yogi": {
         "betas": BETAS,
@@ -95,6 +114,9 @@ def peer_of(name, params, options):
     """The optimizer of the library that the rule is from."""
     if hasattr(torch.optim, name):
         return getattr(torch.optim, name)(params, foreach=False, **options)
+    if name == "Prodigy":
+        package = pytest.importorskip("prodigyopt", reason="compares with it: extra `peers`")
+        return package.Prodigy(params, **options)
     package = pytest.importorskip("pytorch_optimizer", reason="compares with it: extra `peers`")
     always = {"AdEMAMix": {"weight_decouple": True}}.get(name, {})
     given = always | {k: v for k, v in options.items() if k != "clip_exp"}

@@ -8,7 +8,7 @@ import itertools
 
 import numpy as np
 import pytest
-from cases import CASES, EVERY_CLASS, STEP_OPTIONS, canonical, takes
+from cases import CASES, EVERY_CLASS, FACTOR_CASES, STEP_OPTIONS, canonical, takes
 from torch_cases import ANY_SHAPE, evaluating, fo, torch, training
 
 from fusedopt import reference
@@ -18,7 +18,7 @@ ml_dtypes = pytest.importorskip("ml_dtypes")
 # every case whose options the class for torch has (no torch optimizer has L1)
 RULES = [
     (case.cls, case.options | case.class_options)
-    for case in CASES
+    for case in [*CASES, *FACTOR_CASES]
     if {*case.options, *case.class_options}
     <= {*inspect.signature(getattr(fo, case.cls)).parameters}
 ]
@@ -115,7 +115,8 @@ def check_bits(name, options, dtype, storage, shapes, turn):
             for a, b in zip(copies or [], theirs or [], strict=True):
                 assert raw(as_numpy(a)) == raw(b), case
             assert opt.last_step[:-1] == result[:-1], case
-            if step_options.get("stats"):
+            assert (result.stats is not None) == (bool(step_options.get("stats")) > result.skipped)
+            if result.stats is not None:
                 for column in result.stats.COLUMNS:
                     a, b = getattr(opt.last_step.stats, column), getattr(result.stats, column)
                     np.testing.assert_array_equal(a, b, column)

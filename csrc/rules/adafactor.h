@@ -26,11 +26,23 @@ FO_INLINE REAL FO_TYPED(by_estimate)(REAL g, REAL estimate, REAL least)
     return g / FO_SQRT(estimate < least ? least : estimate); /* a NaN stays */
 }
 
+FO_INLINE REAL FO_TYPED(by_factors)(REAL g, REAL row, REAL column, REAL most)
+{
+    const REAL factor = row * column;
+    return g * (factor > most ? most : factor);
+}
+
+FO_INLINE REAL FO_TYPED(most_factor)(double eps)
+{
+    return (REAL)(1 / (eps < 0 ? (double)FO_EPSILON : eps));
+}
+
 FO_INLINE void FO_RULE(adafactor_direction)(const double *h, ptrdiff_t n, const REAL *param,
                                             const REAL *grad, REAL *const *state, REAL *out)
 {
     FO_PLACES(ADAFACTOR_SCALARS)
     const REAL weight = (REAL)h[at_weight], least = FO_TYPED(least_estimate)(h[at_eps1]);
+    const REAL most = FO_TYPED(most_factor)(h[at_eps1]);
     const REAL *restrict g = grad, *restrict rows = state[0], *restrict columns = state[1];
     const REAL *restrict v = state[2];
     REAL *restrict u = out;
@@ -39,7 +51,7 @@ FO_INLINE void FO_RULE(adafactor_direction)(const double *h, ptrdiff_t n, const 
     if (v == NULL) {
         FO_SIMD
         for (ptrdiff_t i = 0; i < n; i++)
-            u[i] = FO_TYPED(by_estimate)(g[i], rows[i] * columns[i], least);
+            u[i] = FO_TYPED(by_factors)(g[i], rows[i], columns[i], most);
     } else {
         FO_SIMD
         for (ptrdiff_t i = 0; i < n; i++)
@@ -60,6 +72,7 @@ FO_INLINE void FO_RULE(adafactor)(const double *h, ptrdiff_t n, REAL *param, con
 {
     FO_PLACES(ADAFACTOR_SCALARS)
     const REAL weight = (REAL)h[at_weight], least = FO_TYPED(least_estimate)(h[at_eps1]);
+    const REAL most = FO_TYPED(most_factor)(h[at_eps1]);
     const REAL keep = (REAL)h[at_keep], size = (REAL)h[FO_TRUST];
     const REAL *restrict g = grad, *restrict rows = state[0], *restrict columns = state[1];
     REAL *restrict p = param, *restrict v = state[2];
@@ -67,8 +80,7 @@ FO_INLINE void FO_RULE(adafactor)(const double *h, ptrdiff_t n, REAL *param, con
     if (v == NULL) {
         FO_SIMD
         for (ptrdiff_t i = 0; i < n; i++)
-            p[i] = p[i] * keep -
-                   size * FO_TYPED(by_estimate)(g[i], rows[i] * columns[i], least);
+            p[i] = p[i] * keep - size * FO_TYPED(by_factors)(g[i], rows[i], columns[i], most);
     } else {
         FO_SIMD
         for (ptrdiff_t i = 0; i < n; i++) {

@@ -39,7 +39,8 @@ FO_INLINE void FO_RULE(cautious_adam_direction)(const double *h, ptrdiff_t n, co
         u[i] = FO_TYPED(agrees)(m[i] + w1 * (g[i] - m[i]), g[i]);
 }
 
-FO_INLINE double FO_RULE(cautious_adam_trust)(const double *h, double n, double count, double marked)
+FO_INLINE double FO_RULE(cautious_adam_trust)(const double *h, double n, double count,
+                                              double marked)
 {
     FO_PLACES(CAUTIOUS_ADAM_SCALARS)
     (void)n;

@@ -25,7 +25,8 @@ FO_INLINE void FO_RULE(cautious_lion_direction)(const double *h, ptrdiff_t n, co
         u[i] = FO_TYPED(agrees)(beta1 * m[i] + w1 * g[i], g[i]);
 }
 
-FO_INLINE double FO_RULE(cautious_lion_trust)(const double *h, double n, double count, double marked)
+FO_INLINE double FO_RULE(cautious_lion_trust)(const double *h, double n, double count,
+                                              double marked)
 {
     FO_PLACES(CAUTIOUS_LION_SCALARS)
     (void)n;

@@ -39,7 +39,7 @@ FO_INLINE void FO_RULE(lamb_direction)(const double *h, ptrdiff_t n, const REAL 
 }
 
 FO_INLINE double FO_RULE(lamb_trust)(const double *h, double count, double params,
-                                  double directions)
+                                     double directions)
 {
     const double param = sqrt(params), direction = sqrt(directions);
     (void)count;

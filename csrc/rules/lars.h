@@ -20,7 +20,7 @@ FO_INLINE void FO_RULE(lars_direction)(const double *h, ptrdiff_t n, const REAL 
 }
 
 FO_INLINE double FO_RULE(lars_trust)(const double *h, double count, double params,
-                                  double directions)
+                                     double directions)
 {
     FO_PLACES(LARS_SCALARS)
     const double param = sqrt(params), direction = sqrt(directions);

@@ -1,6 +1,7 @@
 /* RMSprop over one tile, with momentum and in its centered form if asked.
  * Tieleman & Hinton, Coursera lecture 6.5, 2012; Graves, 2013 (arXiv 1308.0850), equations 38 to 45
- * (centered), in torch's form: epsilon is added to the root, and the rate multiplies the buffer.
+ * (centered), in torch's form: epsilon is added to the root, and the rate multiplies the buffer; or
+ * in TensorFlow's: epsilon is under the root, and the buffer sums what the rate has multiplied.
  *
  * Included once per compute type (REAL, FO_RULE, FO_SQRT), so it has no guard.
  * Contract: one rounding per operator, in the order written; reference/rmsprop.py repeats it.
@@ -11,8 +12,9 @@
     F(lr)       /* as given */                                                                     \
     F(alpha)    /* as given */                                                                     \
     F(w)        /* 1 - alpha */                                                                    \
-    F(eps)      /* added to the root */                                                            \
-    F(momentum) /* as given */
+    F(eps)      /* added to the root, or under it */                                               \
+    F(momentum) /* as given */                                                                     \
+    F(inside)   /* 1 in TensorFlow's form, 0 in torch's */
 
 FO_INLINE void FO_RULE(rmsprop)(const double *h, ptrdiff_t n, REAL *param, const REAL *grad,
                                 REAL *const *state)
@@ -42,10 +44,22 @@ FO_INLINE void FO_RULE(rmsprop)(const double *h, ptrdiff_t n, REAL *param, const
             v[i] = square;
         }
     }
-    if (b == NULL) {
+    /* each form in loops of its own, so that torch's does not pay for the other */
+    if (b == NULL && inside == 0) {
         FO_SIMD
         for (ptrdiff_t i = 0; i < n; i++)
             p[i] = p[i] - (lr * g[i]) / (FO_SQRT(x[i]) + eps);
+    } else if (b == NULL) {
+        FO_SIMD
+        for (ptrdiff_t i = 0; i < n; i++)
+            p[i] = p[i] - (lr * g[i]) / FO_SQRT(x[i] + eps);
+    } else if (inside != 0) {
+        FO_SIMD
+        for (ptrdiff_t i = 0; i < n; i++) {
+            const REAL change = momentum * b[i] + (lr * g[i]) / FO_SQRT(x[i] + eps);
+            p[i] = p[i] - change;
+            b[i] = change;
+        }
     } else {
         FO_SIMD
         for (ptrdiff_t i = 0; i < n; i++) {

@@ -116,7 +116,7 @@ cdef extern from "fusedopt.h" nogil:
     fo_status fo_measure(fo_leaf *leaves, ptrdiff_t n, const fo_run *run, int threads)
     fo_stats fo_total(const fo_stats *stats, ptrdiff_t n)
     ptrdiff_t fo_count_tiles(const fo_leaf *leaves, ptrdiff_t n)
-    size_t fo_scratch(const fo_shape *shape)
+    size_t fo_scratch(const fo_leaf *leaf)
     ptrdiff_t fo_count(const fo_array *array, ptrdiff_t n)
     const fo_format_info *fo_formats()
     uint64_t fo_key(uint64_t seed, uint64_t leaf, uint64_t step)

@@ -69,8 +69,8 @@ cdef fo_status zero_state(fo_leaf *leaves, ptrdiff_t n, int threads) noexcept no
     return fo_zero_state(leaves, n, threads)
 
 
-cdef size_t scratch_of(const fo_shape *shape) noexcept nogil:
-    return fo_scratch(shape)
+cdef size_t scratch_of(const fo_leaf *leaf) noexcept nogil:
+    return fo_scratch(leaf)
 
 
 cdef fo_stats sum_stats(const fo_stats *stats, ptrdiff_t n) noexcept nogil:

@@ -236,7 +236,7 @@ cdef class LeafList:
         cdef fo_shape *shape
         for i in range(self.n):
             if self.leaves[i].state[0].data != NULL:
-                size += scratch_of(<fo_shape *>self.leaves[i].state[0].extra)
+                size += scratch_of(&self.leaves[i])
         if size > self.scratch_size:
             self.scratch, self.scratch_size = grow(self.scratch, size, 1), size
         size = 0
@@ -244,7 +244,7 @@ cdef class LeafList:
             if self.leaves[i].state[0].data != NULL:
                 shape = <fo_shape *>self.leaves[i].state[0].extra
                 shape.scratch = <char *>self.scratch + size
-                size += scratch_of(shape)
+                size += scratch_of(&self.leaves[i])
         return 0
 
     cdef bint direct(self, reduction, fo_run *how, int threads) except -1:

@@ -560,12 +560,12 @@ try:
     _increment_version([])
 except RuntimeError:  # before torch 2.5 it takes one tensor
 
-    def _mark_written(params: list[Any]) -> None:
+    def mark_written(params: list[Any]) -> None:
         for param in params:
             _increment_version(param)
 
 else:
-    _mark_written = _increment_version
+    mark_written = _increment_version
 
 
 def _refuse_options(where: str, group: Mapping[str, Any]) -> None:
@@ -636,7 +636,7 @@ def _new_list(rule: Rule) -> _tensors.TensorList:
         is_neg=torch.empty(0, device="cpu").is_neg,
         exchange=getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
         export=lambda tensor: torch.utils.dlpack.to_dlpack(tensor.detach()),
-        mark=_mark_written,
+        mark=mark_written,
         copier=copier,
     )
 

@@ -159,6 +159,7 @@ MODE = Scalar("train_mode", True, _check.flag, shown=True)
 MAXIMIZE = Option("maximize", False, _check.flag)
 DECOUPLED = Option("decoupled_weight_decay", False, _check.flag)
 CAUTIOUS = Option("cautious", False, _check.flag)
+EPS_IN_SQRT = Option("eps_in_sqrt", False, _check.flag)
 L1 = Option("l1", 0.0, _check.nonnegative, term="l1")
 
 

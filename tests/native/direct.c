@@ -30,7 +30,8 @@ static int is_same_in_two_calls(int rule, uint64_t seed, long *stepped)
     const fo_status status =
         fo_direct(rule, two.leaves, two.n, two.hypers, two.n_hypers, &two.run, threads);
     memset(two.run.tiles, 0, (size_t)fo_count_tiles(two.leaves, two.n) * sizeof *two.run.tiles);
-    int same = fo_rules()[rule].kind == FO_MATRIX || difference(&one, &two) == NULL; /* it writes a state */
+    int same = fo_rules()[rule].kind == FO_MATRIX ||
+               difference(&one, &two) == NULL; /* it writes a state */
     for (ptrdiff_t i = 0; i < two.n && status == FO_OK; i++) {
         fo_stats untouched = two.run.stats[i];
         untouched.param = 2, untouched.update = 3;

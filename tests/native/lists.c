@@ -276,12 +276,12 @@ static void add_states(source *s, list *l, ptrdiff_t i, int state, int hostile, 
             shape->columns = some_divisor(s, leaf->n, 1 + choose(s, 1500));
             shape->rows = some_divisor(s, leaf->n / shape->columns, 1 + choose(s, 300));
             shape->matrices = leaf->n / shape->columns / shape->rows;
-            shape->scratch = calloc(1, fo_scratch(shape));
-            if (shape->scratch == NULL)
-                abort();
             states = 2, first = 0;
             map_state(l, i, 0, FO_ROWS);
             map_state(l, i, 1, FO_COLUMNS);
+            shape->scratch = calloc(1, fo_scratch(leaf));
+            if (shape->scratch == NULL)
+                abort();
         }
     } else if (rule->kind == FO_SUMMING && is_any) {
         shape->every = 1 + choose(s, 70);
@@ -290,8 +290,8 @@ static void add_states(source *s, list *l, ptrdiff_t i, int state, int hostile, 
                 map_state(l, i, k, FO_EVERY);
     }
     for (int k = (int)first; k < states; k++) { /* a direction is of the compute type */
-        const int is_native = leaf->state[k].map != FO_EACH ||
-                              (rule->kind == FO_MATRIX && k == rule->states - 1);
+        const int is_native =
+            leaf->state[k].map != FO_EACH || (rule->kind == FO_MATRIX && k == rule->states - 1);
         add_array(s, l, i, 2 + k, &leaf->state[k], is_native ? native : state, hostile);
     }
 }
@@ -344,8 +344,8 @@ void next_step(source *s, list *l, int hostile)
 int states_are_zero(const list *l)
 {
     for (const block *b = l->blocks; b != NULL; b = b->next)
-        for (size_t at = 0; b->slot > 1 && b->slot < EMA && b->array->map == FO_EACH && at < b->size;
-             at++)
+        for (size_t at = 0;
+             b->slot > 1 && b->slot < EMA && b->array->map == FO_EACH && at < b->size; at++)
             if (b->data[at] != 0)
                 return 0;
     return 1;

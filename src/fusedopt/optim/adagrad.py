@@ -7,7 +7,7 @@ from typing import Any, Unpack
 from fusedopt import _check
 from fusedopt._functional import function
 from fusedopt.optimizer import Optimizer
-from fusedopt.rule import MAXIMIZE, Common, Option, Rule, State
+from fusedopt.rule import EPS_IN_SQRT, MAXIMIZE, Common, Option, Rule, State
 
 RULE = Rule(
     name="adagrad",
@@ -18,11 +18,13 @@ RULE = Rule(
         Option("initial_accumulator_value", 0.0, _check.nonnegative),
         Option("eps", 1e-10, _check.nonnegative),
         MAXIMIZE,
+        EPS_IN_SQRT,
     ),
     states=(State("sum", squared=True, init="initial_accumulator_value"),),
     constants=lambda step, o: {
         "step_size": o["lr"] / (1 + (step - 1) * o["lr_decay"]),
         "eps": o["eps"],
+        "inside": float(o["eps_in_sqrt"]),
     },
 )
 
@@ -49,6 +51,8 @@ class Adagrad(Optimizer):
         Added to the root, >= 0. With 0 an element whose gradients were all 0 becomes NaN.
     maximize : bool, default False
         Step along the gradient, not against it.
+    eps_in_sqrt : bool, default False
+        Add `eps` to ``sum``, not to its root, as Keras does.
     **common
         How arrays are stored, a running average of the parameters, threads; see `Optimizer`.
 
@@ -94,13 +98,14 @@ class Adagrad(Optimizer):
         eps: float = 1e-10,
         *,
         maximize: bool = False,
+        eps_in_sqrt: bool = False,
         **common: Unpack[Common],
     ) -> None:
         """See the class."""
         super().__init__(
             params, lr=lr, lr_decay=lr_decay, weight_decay=weight_decay,
             initial_accumulator_value=initial_accumulator_value, eps=eps, maximize=maximize,
-            **common,
+            eps_in_sqrt=eps_in_sqrt, **common,
         )  # fmt: skip
 
 

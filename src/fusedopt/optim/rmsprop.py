@@ -7,7 +7,7 @@ from typing import Any, Unpack
 from fusedopt import _check
 from fusedopt._functional import function
 from fusedopt.optimizer import Optimizer
-from fusedopt.rule import MAXIMIZE, Common, Option, Rule, State
+from fusedopt.rule import EPS_IN_SQRT, MAXIMIZE, Common, Option, Rule, State
 
 RULE = Rule(
     name="rmsprop",
@@ -19,6 +19,7 @@ RULE = Rule(
         Option("momentum", 0.0, _check.nonnegative),
         Option("centered", False, _check.flag),
         MAXIMIZE,
+        EPS_IN_SQRT,
     ),
     states=(
         State("square_avg", squared=True),
@@ -31,6 +32,7 @@ RULE = Rule(
         "w": 1 - o["alpha"],
         "eps": o["eps"],
         "momentum": o["momentum"],
+        "inside": float(o["eps_in_sqrt"]),
     },
 )
 
@@ -60,6 +62,9 @@ class RMSprop(Optimizer):
         ``v - mean(g)**2``, which counts as 0 if rounding makes it negative.
     maximize : bool, default False
         Step along the gradient, not against it.
+    eps_in_sqrt : bool, default False
+        Add `eps` to ``v``, not to its root, and let the buffer sum ``lr`` times the quotients, as
+        TensorFlow, Keras and optax do.
     **common
         How arrays are stored, a running average of the parameters, threads; see `Optimizer`.
 
@@ -103,12 +108,13 @@ class RMSprop(Optimizer):
         centered: bool = False,
         *,
         maximize: bool = False,
+        eps_in_sqrt: bool = False,
         **common: Unpack[Common],
     ) -> None:
         """See the class."""
         super().__init__(
             params, lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum,
-            centered=centered, maximize=maximize, **common,
+            centered=centered, maximize=maximize, eps_in_sqrt=eps_in_sqrt, **common,
         )  # fmt: skip
 
 

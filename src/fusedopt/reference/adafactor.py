@@ -10,8 +10,8 @@ from fusedopt.optim import adafactor as _fast
 from fusedopt.reference._plain import Sums, column_squares, in_lanes, reference, row_squares
 
 
-def _estimate(g: Array, rows: Array, columns: Array, weight: Any, eps1: float) -> Array:
-    """Update the means of rows and columns of matrices; return the estimate of each square."""
+def _factors(g: Array, rows: Array, columns: Array, weight: Any, eps1: float) -> Array:
+    """Update the means of rows and columns of matrices; return what multiplies each element."""
     c, (height, width) = g.dtype.type, g.shape[-2:]
     row_mean = (row_squares(g) / width).astype(g.dtype)
     column_mean = (column_squares(g) / height).astype(g.dtype)
@@ -19,8 +19,10 @@ def _estimate(g: Array, rows: Array, columns: Array, weight: Any, eps1: float) -
     columns[..., 0, :] = columns[..., 0, :] + weight * (column_mean - columns[..., 0, :])
     mean = (in_lanes(rows[..., 0].astype(np.float64)) / height).astype(g.dtype)
     mean = np.where(mean < c(eps1), c(eps1), mean)
-    estimate: Array = (rows / mean[..., None, None]) * columns
-    return estimate
+    factor = (1 / np.sqrt(rows / mean[..., None, None])) * (1 / np.sqrt(columns))
+    most = c(np.float64(1) / eps1)
+    least: Array = np.where(factor > most, most, factor)  # a NaN stays
+    return least
 
 
 def _adafactor(
@@ -35,11 +37,11 @@ def _adafactor(
     weight, rate = c(step**beta2_decay), min(lr, 1 / sqrt(step))
     if variance is None:
         assert rows is not None and columns is not None
-        estimate = _estimate(g, rows, columns, weight, eps1)
+        u = g * _factors(g, rows, columns, weight, eps1)
     else:
-        variance[...] = estimate = variance + weight * (g * g - variance)
-    least = c(eps1 * eps1)
-    u = g / np.sqrt(np.where(estimate < least, least, estimate))
+        variance[...] = variance + weight * (g * g - variance)
+        least = c(eps1 * eps1)
+        u = g / np.sqrt(np.where(variance < least, least, variance))
     size, change = (sqrt(x / p.size) for x in sums(p, u))
     size = size if size > eps[1] else eps[1]
     change = change / d if change / d > 1 else 1.0

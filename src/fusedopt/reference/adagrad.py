@@ -10,11 +10,13 @@ from fusedopt.reference._plain import reference
 
 
 def _adagrad(
-    p: Array, g: Array, s: Array, *, step: int, lr: float, lr_decay: float, eps: float, **_: Any
-) -> None:
+    p: Array, g: Array, s: Array, *, step: int, lr: float, lr_decay: float, eps: float,
+    eps_in_sqrt: bool, **_: Any,
+) -> None:  # fmt: skip
     c = p.dtype.type  # round a constant once
     s[...] = s + g * g
-    p[...] = p - (c(lr / (1 + (step - 1) * lr_decay)) * g) / (np.sqrt(s) + c(eps))
+    d = np.sqrt(s + c(eps)) if eps_in_sqrt else np.sqrt(s) + c(eps)
+    p[...] = p - (c(lr / (1 + (step - 1) * lr_decay)) * g) / d
 
 
 Adagrad, adagrad = reference(_fast.Adagrad, _adagrad)
