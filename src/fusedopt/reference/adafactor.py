@@ -21,8 +21,8 @@ def _factors(g: Array, rows: Array, columns: Array, weight: Any, eps1: float) ->
     mean = np.where(mean < c(eps1), c(eps1), mean)
     factor = (1 / np.sqrt(rows / mean[..., None, None])) * (1 / np.sqrt(columns))
     most = c(np.float64(1) / eps1)
-    least: Array = np.where(factor > most, most, factor)  # a NaN stays
-    return least
+    limited: Array = np.where(factor > most, most, factor)
+    return limited
 
 
 def _adafactor(
