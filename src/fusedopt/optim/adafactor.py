@@ -90,9 +90,9 @@ class Adafactor(Optimizer):
     Notes
     -----
     A step reads the gradient three times: for the sums of squares of rows and columns, for the size
-    of the update, and to take it. The first step allocates memory for the sums, some 4% of a large
-    matrix; of 3x3 convolutions it is twice the parameter in float32, of a matrix of one column or
-    row three times, and of 1x1 convolutions six times: pass these as matrices, ``w[:, :, 0, 0]``.
+    of the update, and to take it. The first step allocates memory for the sums, some 2% of a large
+    matrix; of 3x3 convolutions it is 1.3 times the parameter in float32, of a matrix of one column
+    or row twice, and of 1x1 convolutions 4 times: pass these as matrices, ``w[:, :, 0, 0]``.
     ``reduce=`` is refused: it is for parts of leaves.
 
     State of a leaf: ``step``, and ``row_var`` and ``col_var``, of the parameter's shape with 1 for
