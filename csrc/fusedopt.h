@@ -195,7 +195,7 @@ size_t fo_scratch(const fo_leaf *leaf);
 static inline ptrdiff_t fo_count(const fo_array *array, ptrdiff_t n)
 {
     const fo_shape *const shape = array->map == FO_EACH ? NULL : (const fo_shape *)array->extra;
-    return array->map == FO_EVERY     ? (n + shape->every - 1) / shape->every
+    return array->map == FO_EVERY     ? (n > 0 ? (n - 1) / shape->every + 1 : 0)
            : array->map == FO_ROWS    ? shape->matrices * shape->rows
            : array->map == FO_COLUMNS ? shape->matrices * shape->columns
                                       : n;

@@ -164,6 +164,20 @@ def test_lists_of_parts_fit_the_parameters():
         assert tree_bytes(before) == tree_bytes(list(args))
 
 
+@pytest.mark.parametrize("every", [64, 199, 200, 2**31, 2**62, 2**63 - 1])
+def test_samples_of_few_elements(every):
+    """Down to the first alone, in the blocks that have none too."""
+    found = []
+    for module in (fusedopt, reference):
+        p, g = arrays(0, [(200,)] * 2)
+        opt = module.Prodigy([p], slice_p=every, d0=1e-2)
+        for _ in range(3):
+            opt.step([g])
+        assert opt.state["params[0]"]["s"].shape == (-(-200 // every),)
+        found.append(tree_bytes([p, contents(opt)]))
+    assert found[0] == found[1]
+
+
 def test_orders_of_memory():
     for bad in (np.ones((3, 4), order="F"), np.ones((2, 3, 4)).transpose(0, 2, 1)):
         with pytest.raises(ValueError, match=r"^params\['W'\]: strides .* row-major order"):
@@ -254,20 +268,59 @@ def test_groups():
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("reason", ["gradients", "rate"])
-def test_a_step_without_information_changes_nothing(reason):
+def test_a_step_without_information_changes_nothing():
     for module in (fusedopt, reference):
-        params, opt = prodigy(module, lr=0.0 if reason == "rate" else 1.0)
+        params, opt = prodigy(module)
         before = tree_bytes([params, contents(opt)])
-        grads = [arrays(3, MIXED), arrays(4, MIXED)]
-        if reason == "gradients":
-            grads = [[np.zeros_like(g) for g in part] for part in grads]
-        result = opt.step(grads)
+        result = opt.step([[np.zeros(shape) for shape in MIXED]] * 2)
         assert result.skipped and result.updated == 0 and result.step == 0
         assert tree_bytes([params, contents(opt)]) == before
-        for group in opt.param_groups:
-            group["lr"] = 1.0
         assert opt.step([arrays(3, MIXED), arrays(4, MIXED)]).step == 1
+
+
+@pytest.mark.parametrize("dtype", [np.float32, BF16])
+@pytest.mark.parametrize("storage", [{}, {"state_dtype": "bfloat16"}, {"state_dtype": "int8"}])
+@pytest.mark.parametrize("start", [0.0, 1.0])
+def test_a_schedule_leaves_rate_0(start, storage, dtype):
+    """Steps there count, and change nothing; 8-bit moments are rounded again."""
+    rates, found = [start, 0.0, 0.0, 1.0], []
+
+    def schedule(step):
+        return rates[step - 1]
+
+    for module in (fusedopt, reference):
+        params = arrays(0, [*MIXED, (70, 70)], dtype)
+        opt = module.Prodigy(params, lr=schedule, weight_decay=0.1, **storage)
+        for step, rate in enumerate(rates, 1):
+            before = tree_bytes([params, *contents(opt)[:2]])
+            result = opt.step(arrays(step, [*MIXED, (70, 70)], dtype))
+            assert (result.step, result.skipped) == (step, False)
+            after = tree_bytes([params, *contents(opt)[:2]])
+            for state in (*before[2].values(), *after[2].values()):
+                del state["step"]
+            if "int8" in storage.values():
+                del before[2], after[2]
+            assert (after == before) == (rate == 0)
+        found.append(tree_bytes([params, contents(opt)]))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", ["d", "d_max"])
+@pytest.mark.parametrize("value", [np.nan, 0.0, -1.0])
+def test_estimates_that_no_run_has(name, value):
+    w = np.ones(5)
+    opt = fusedopt.Prodigy(w)
+    opt.step(2 * w)
+    state, before = opt.state_dict(), w.copy()
+    state["param_groups"][0] = state["param_groups"][0] | {name: value}
+    with pytest.raises(ValueError, match=rf"param_groups\[0\].{name}: must be"):
+        opt.load_state_dict(state)
+    opt.param_groups[0][name] = value
+    with pytest.raises(ValueError, match=rf"^param_groups\[0\].{name}: must be"):
+        opt.step(2 * w)
+    assert (w == before).all()
+    opt.param_groups[0][name] = np.inf  # of a run that diverged: its file can be loaded
+    opt.load_state_dict(opt.state_dict())
 
 
 @pytest.mark.parametrize(

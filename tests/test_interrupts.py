@@ -9,6 +9,12 @@ from test_processes import run
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs interval timers")
 
+CONTENTS = """
+def contents(opt):
+    return repr([[opt.param_groups], opt.state_dict()])
+np.set_printoptions(threshold=10**9, precision=17)
+opt, twin = make(), make()
+"""
 # name -> setup; the repeated call; what holds after each interruption; what is done at the end
 PROGRAMS = {
     "step": (
@@ -33,6 +39,32 @@ direction = [p.copy() for p in params]
         "assert all((p == d).all() for p, d in zip(params, direction)); "
         "assert all((s['momentum_buffer'] == 1).all() for s in states)",
         "opt.step(grads)",
+    ),
+    "step of factors": (
+        """
+def make():
+    return fusedopt.Adafactor([np.ones((200, 30), np.float32), np.ones((2, 9, 20)), np.ones(9)])
+grads = [np.ones((200, 30), np.float32), np.ones((2, 9, 20)), np.ones(9)]
+"""
+        + CONTENTS,
+        "opt.step(grads)",
+        "steps = {s['step'] for s in opt.state.values()}; assert len(steps) == 1",
+        "while twin.state_dict()['step'] < max(steps): twin.step(grads)\n"
+        "assert contents(twin) == contents(opt)",
+    ),
+    "step of an estimate": (
+        """
+def make():
+    groups = [{"params": [np.ones((20, 30), np.float32)]}, {"params": np.ones(9)}]
+    return fusedopt.Prodigy(groups, d0=1e-3, growth_rate=1.0, slice_p=3)
+grads = [[np.ones((20, 30), np.float32)], np.ones(9)]
+"""
+        + CONTENTS,
+        "opt.step(grads)",
+        "steps = {*(s['step'] for s in opt.state.values()), *(g['k'] for g in opt.param_groups)}; "
+        "assert len(steps) == 1",
+        "while twin.state_dict()['step'] < max(steps): twin.step(grads)\n"
+        "assert contents(twin) == contents(opt)",
     ),
     "load": (
         """

@@ -111,7 +111,7 @@ def sharded(module, name="AdamW", base=OPTIONS, **more):
 
 
 def fsdp():
-    whole = {name for name in fo.__all__ if getattr(fo, name)._rule.outside is not None}
+    whole = {name for name in fo.__all__ if getattr(fo, name)._rule.needs_whole}
     names = {name for name in fo.__all__ if hasattr(torch.optim, name)}
     for name in sorted(names - whole - {"Rprop"}):  # torch's Rprop takes no shards
 
@@ -132,33 +132,43 @@ def matrices():
     mesh = init_device_mesh("cpu", (WORLD,))
     torch.manual_seed(0)
     wide, grad = torch.randn(6, 9), torch.randn(6, 9)
-    made = {}
-    for placement in (Shard(0), Replicate()):
-        p = torch.nn.Parameter(distribute_tensor(wide.clone(), mesh, [placement]))
-        p.grad = distribute_tensor(grad.clone(), mesh, [placement])
-        opt = fo.Muon([p], lr=0.1)
-        try:
-            opt.step()
-        except ValueError as exc:
-            assert "['params'][0]: is a shard, and Muon computes with whole matrices" in str(exc)
-            assert not opt.state and torch.equal(p.full_tensor(), wide)
-        else:
-            made[placement] = p.to_local()
-    alone = torch.nn.Parameter(wide.clone())
-    alone.grad = grad
-    fo.Muon([alone], lr=0.1).step()
-    assert list(made) == [Replicate()] and torch.equal(made[Replicate()], alone)
+    for name, options in (("Muon", {}), ("Adafactor", {}), ("Prodigy", {"slice_p": 2})):
+        cls, made = functools.partial(getattr(fo, name), lr=0.1, **options), {}
+        for placement in (Shard(0), Replicate()):
+            p = torch.nn.Parameter(distribute_tensor(wide.clone(), mesh, [placement]))
+            p.grad = distribute_tensor(grad.clone(), mesh, [placement])
+            opt = cls([p])
+            try:
+                opt.step()
+            except ValueError as exc:
+                assert "['params'][0]: is a shard, " in str(exc), exc
+                assert not opt.state and torch.equal(p.full_tensor(), wide)
+            else:
+                made[placement] = p.to_local()
+        alone = torch.nn.Parameter(wide.clone())
+        alone.grad = grad
+        cls([alone]).step()
+        assert list(made) == [Replicate()] and torch.equal(made[Replicate()], alone)
 
-    both = [torch.nn.Parameter(wide.clone()), torch.nn.Parameter(2 * wide)]
-    one = fo.Muon(both, lr=0.1, max_grad_norm=0.5, stats=True)
-    mine = torch.nn.Parameter(both[RANK].detach().clone())
-    part = fo.Muon([mine], lr=0.1, max_grad_norm=0.5, stats=True, process_group=dist.group.WORLD)
-    both[0].grad, both[1].grad = grad, -grad
-    mine.grad = both[RANK].grad
-    one.step()
-    part.step()
-    torch.testing.assert_close(part.last_step.grad_norm, one.last_step.grad_norm)
-    torch.testing.assert_close(mine, both[RANK], rtol=0, atol=1e-3)
+    for name, options in (
+        ("Muon", {"lr": 0.1}),
+        ("Adafactor", {"lr": 0.1}),
+        ("Prodigy", {"d0": 0.1}),
+    ):
+        cls = functools.partial(getattr(fo, name), max_grad_norm=0.5, stats=True, **options)
+        both = [torch.nn.Parameter(wide.clone()), torch.nn.Parameter(2 * wide)]
+        one = cls(both)
+        mine = torch.nn.Parameter(both[RANK].detach().clone())
+        part = cls([mine], process_group=dist.group.WORLD)
+        both[0].grad, both[1].grad = grad, -grad
+        mine.grad = both[RANK].grad
+        for _ in range(2):
+            one.step()
+            part.step()
+        torch.testing.assert_close(part.last_step.grad_norm, one.last_step.grad_norm)
+        torch.testing.assert_close(mine, both[RANK], rtol=0, atol=1e-3 if name == "Muon" else 1e-6)
+        if name == "Prodigy":
+            assert part.param_groups[0]["d"] == one.param_groups[0]["d"] != 0.1
 
 
 def whole_norm(run):
@@ -334,7 +344,7 @@ def decisions():
             after = here(start, sharded)
         torch.testing.assert_close(local(params), after, rtol=0, atol=1e-6, equal_nan=True)
 
-    rules = [plain, ("AdamW", {"cautious": True}), ("LAMB", {})]
+    rules = [plain, ("AdamW", {"cautious": True}), ("LAMB", {}), ("Prodigy", {"d0": 0.1})]
     rows = [*STEP_OPTIONS, {"nonfinite": "raise"}, {"nonfinite": "raise", "stats": True}]
     events = ["none", "no gradient", "nan", "fault", "found_inf"]
     for case in itertools.product(rules, [{}, *rows], [True, False], events):
@@ -345,13 +355,15 @@ def decisions():
 
 
 def trust_ratios():
-    """Rates and counts of a leaf are those of the whole tensor, with and without a clip."""
+    """Rates, counts and estimates are those of whole tensors, with and without a clip."""
     for name, options in (
         ("LAMB", {"lr": 0.05}),
         ("LAMB", {"lr": 0.05, "weight_decay": 0.3, "max_grad_norm": 0.1}),
         ("LARS", {"lr": 5.0, "weight_decay": 0.1}),
         ("AdamW", {"lr": 0.01, "cautious": True}),
         ("Lion", {"lr": 0.001, "cautious": True, "max_grad_norm": 0.1}),
+        ("Prodigy", {"d0": 0.01}),
+        ("Prodigy", {"d0": 0.01, "weight_decay": 0.1, "decouple": False, "max_grad_norm": 0.1}),
     ):
         model, opt = sharded(fo, name, base={}, **options)
         train(model, opt, range(4))

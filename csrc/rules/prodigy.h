@@ -9,7 +9,7 @@
 #define PRODIGY_SCALARS(F)                                                                         \
     F(learns) /* 0 where lr is: moments and s stay as they are; else 1 */                          \
     F(beta1)  /* as given */                                                                       \
-    F(w1)     /* d * (1 - beta1) */                                                                \
+    F(w1)     /* d * (1 - beta1), of the new d where beta1 is 0 */                                 \
     F(beta2)  /* as given */                                                                       \
     F(w2)     /* d^2 * (1 - beta2) */                                                              \
     F(beta3)  /* of s */                                                                           \

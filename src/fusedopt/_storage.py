@@ -148,9 +148,9 @@ def allocate(
             checked = Stored(own, checked.data, extra)
         stored.append(checked)
         states.append([None if form is None else _take(form, arrays) for form in formats])
-        for state, array in zip(rule.states, states[-1], strict=False):
-            if isinstance(array, np.ndarray) and (state.part or state.every):
-                array[...] = 0  # as C does to all others
+        for state, made in zip(rule.states, states[-1], strict=False):
+            if isinstance(made, np.ndarray) and (state.part or state.every):
+                made[...] = 0  # as C does to all others
         average = states[-1][-1]
         if average is not None:
             assert isinstance(average, np.ndarray)  # averages are never narrow

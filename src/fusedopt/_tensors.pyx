@@ -811,9 +811,12 @@ cdef class TensorList(LeafList):
         if record.tensors[GRAD] == NULL:  # which is not stepped, but copied
             return 0
         param = <object>record.tensors[PARAM]
+        states = [
+            <object>record.tensors[place]
+            for place in self.plan.places[:self.plan.n] if record.tensors[place] != NULL]
         made = self.owner._make_extras(
-            record.group, param, [held(record, place) for place in self.plan.places[:self.plan.n]],
-            record.tensors[ARRAYS + PARAM] != NULL, record.tensors[COUNT] != NULL)
+            record.group, param, states, record.tensors[ARRAYS + PARAM] != NULL,
+            record.tensors[COUNT] != NULL)
         if made:
             self.made.append((param, made))
             if "residual" in made:
@@ -976,9 +979,13 @@ cdef class TensorList(LeafList):
         array.map, array.extra = self.plan.maps[place], shape
         if (not is_dense(&axes) or count_elements(&axes) != fo_count(array, leaf.n)
                 or format != (FO_F64 if leaf.param.format == FO_F64 else FO_F32)
+                or axes.ndim != (1 if array.map == FO_EVERY else param.ndim)
                 or not choose_order(record, &axes, strides)):
             return False
         for k in range(axes.ndim):
+            if array.map != FO_EVERY and axes.shape[k] != param.shape[k] and (
+                    axes.shape[k] != 1 or k != param.ndim - (1 if array.map == FO_ROWS else 2)):
+                return False
             if axes.shape[k] > 1 and axes.strides[k] != strides[k]:
                 return False
         array.data = <char *>t.data + t.byte_offset

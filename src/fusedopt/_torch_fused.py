@@ -270,7 +270,7 @@ class Fused(StateKeeper):
     def _settle(self, first: float, second: float) -> bool:
         """Make the constants of a step by the sums of a rule; False if it is to change nothing."""
         assert self._rule.settle is not None
-        settled = self._rule.settle(self._advanced, first, second)
+        settled = self._rule.settle(list(self._advanced), first, second)
         if settled is not None:
             self._take_over(settled, True)
         return settled is not None

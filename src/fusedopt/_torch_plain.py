@@ -231,24 +231,18 @@ def stand_ins(
     is_double = param.dtype == torch.float64
 
     def fit(name: str, tensor: Any, written: bool) -> Any:
-        if name in shapes:
-            if tensor.shape != shapes[name]:
-                raise ValueError(
-                    f"{name}: shape {tuple(tensor.shape)}; expected {tuple(shapes[name])}"
-                )
-            if not tensor.is_contiguous():
-                back.append((tensor, tensor.contiguous(), name))
-                return back[-1][1]
-        else:
+        if name not in shapes:
             same_shape(name, tensor, param)
+        elif tensor.shape != shapes[name]:
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)}; expected {tuple(shapes[name])}")
         if tensor.dim() > MOST_AXES:
             raise ValueError(f"{name}: has {tensor.dim()} axes, of at most {MOST_AXES}")
         if written and repeats(tensor):
             raise ValueError(f"{name}: elements share memory (expanded?); pass a contiguous copy")
-        if not tensor.is_neg():
-            return tensor
         copy = tensor.resolve_neg()
-        if written:
+        if name in shapes:
+            copy = copy.contiguous()
+        if written and copy is not tensor:
             back.append((tensor, copy, name))
         return copy
 
@@ -269,6 +263,8 @@ def stand_ins(
     for name, tensor in zip(where[3:], plain[3:], strict=True):
         if tensor.dtype != torch.uint8 and (tensor.dtype == torch.float64) != is_double:
             raise TypeError(f"{name}: {tensor.dtype} does not fit the parameter's {param.dtype}")
+        if name in shapes and tensor.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name}: is of dtype {tensor.dtype}; it is kept in float32")
     if extras[0] is not None:
         name = f"{where[0]}.residual"
         if extras[0].dtype != residual:

@@ -10,6 +10,7 @@ import torch
 
 from fusedopt import _copies, _storage
 from fusedopt import _torch_plain as _plain
+from fusedopt import _torch_ranks as _ranks
 from fusedopt.formats import FORMATS
 from fusedopt.rule import COMMON, Option, Rule, State
 
@@ -117,7 +118,7 @@ class StateKeeper:
             if dtype == torch.uint8 and is_shard:
                 raise TypeError(f"{name}: is a shard; 8-bit state is for whole tensors only")
             if shapes[state] != tuple(param.shape):
-                if is_shard:
+                if _ranks.sharded_dims(param):
                     raise ValueError(
                         f"{name}: is a shard, of which {state!r} cannot be kept in a shape of its "
                         f"own; {_way_out(self._rule)}"

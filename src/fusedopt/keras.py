@@ -110,7 +110,7 @@ class _Fused:
         work = _arrays.ArrayList(self._rule.name, self._rule.state_names)
         work.add(
             names, [f"gradient of {name}" for name in names], [x.numpy() for x in params],
-            list(rows), group=0, zero=False, threads=_threads.get_num_threads(),
+            list(rows), nothing, group=0, zero=False, threads=_threads.get_num_threads(),
         )  # fmt: skip
         _LISTS[self] = leaves = _Leaves(params, where, work)
         return leaves

@@ -117,7 +117,8 @@ _BITS = """the bits of `fusedopt.reference.{function}`{near}"""
 _NEAR = """, within a few
 units in the last place of torch's"""
 _OUTSIDE = """those of two passes, rounded as in `fusedopt.reference.{function}`, and of torch's own
-operations in bfloat16 on each direction between them: their bits are not promised. A shard of a
+operations in bfloat16 on each direction between them: their bits are not promised"""
+_WHOLE = """. A shard of a
 DTensor is refused"""
 
 _AGREEMENT = """. State and ``state_dict`` are torch's, and load into either;
@@ -141,7 +142,8 @@ def _torch_class(fast: type[Optimizer]) -> type[Any]:
     extras = {row.name: row for row in rows if row.name not in known}
     names = ", ".join(row.name for row in rows if row.name in known)
     ignored = [row.name for row in fast.rule.ignored]
-    agreement = _AGREEMENT if peer else ""
+    agreement = _WHOLE if fast.rule.needs_whole else ""
+    agreement += _AGREEMENT if peer else ""
     if numbers := ", ".join(name for name, _ in fast.rule.numbers):
         agreement += f";\n{numbers} of a parameter is noted in its state when a state dict is made"
     doc = _DOC.format(

@@ -39,6 +39,7 @@ def contents(opt):
     found = [opt.state_dict()["step"], len(opt.param_groups)]
     for group in opt.param_groups:
         found += [p.tobytes() for p in group["params"]]
+        found += [value for name, value in group.items() if name != "params"]
     for state in opt.state.values():
         found += [a for key, a in state.items() if key == "step"]
     return found + [a.tobytes() for a in arrays_of(opt)]
@@ -108,6 +109,8 @@ def calls(folder):
         "step": stepping(grads),
         "step with copies": stepping(laid),
         "step of matrices": stepping(matrices(), lambda: fusedopt.Muon(matrices())),
+        "step of factors": stepping(matrices(), lambda: fusedopt.Adafactor(matrices())),
+        "step of an estimate": stepping(matrices(), lambda: fusedopt.Prodigy(matrices())),
         "load": (lambda: opt.load(full), lambda: contents(opt)),
         "save": (lambda: other.save(path), files, saved),
     }

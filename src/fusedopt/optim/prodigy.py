@@ -54,7 +54,9 @@ def _share(groups: list[Options]) -> list[Options]:
 def _settle(groups: list[Options], dots: float, sizes: float) -> list[Options] | None:
     """Return the groups with the new d, as in step of prodigyopt 1.1.2."""
     first = groups[0]
-    if sizes == 0:  # all gradients so far were zero, or lr is
+    if first["size"] == 0:  # the rate is 0: a step that counts, or a schedule would stay there
+        return groups
+    if sizes == 0:  # all gradients so far were zero
         return None
     d, d_max = first["d"], first["d_max"]
     ratio = first["d"] / first["d0"]
@@ -77,7 +79,7 @@ def _constants(step: int, o: Options) -> dict[str, float]:
     return {
         "learns": float(o["lr"] > 0),
         "beta1": beta1,
-        "w1": d * (1 - beta1),
+        "w1": (d if beta1 > 0 else o["d"]) * (1 - beta1),  # as in the source
         "beta2": beta2,
         "w2": d * d * (1 - beta2),
         "beta3": beta3(o, o["betas"]),
@@ -113,8 +115,8 @@ RULE = Rule(
     constants=_constants,
     memory=(
         Scalar("k", 0, _check.steps),
-        Scalar("d", "d0", _check.any_number),
-        Scalar("d_max", "d0", _check.any_number),
+        Scalar("d", "d0", _check.limit),
+        Scalar("d_max", "d0", _check.limit),
         Scalar("d_numerator", 0.0, _check.any_number),
         Scalar("d_denom", 0.0, _check.any_number, shown=True),
         Scalar("d_hat", "d0", _check.any_number, shown=True),
@@ -159,9 +161,9 @@ class Prodigy(Optimizer):
     d_coef : float, default 1
         Factor of new estimates, > 0: the way to make steps larger or smaller.
     growth_rate : float, default inf
-        Largest factor by which d grows in a step, > 0.
+        Largest factor by which d grows in a step, > 0; not of the first growth, from `d0`.
     slice_p : int, default 1
-        Make the estimate from each element of that number only: 11 saves most of its memory.
+        Estimate from one element in that many: 11 saves most of the memory that this takes.
     **common
         How arrays are stored, a running average of the parameters, threads; see `Optimizer`.
         ``s`` and ``p0`` stay in float32.
@@ -174,8 +176,9 @@ class Prodigy(Optimizer):
     Notes
     -----
     A step reads gradients and parameters twice: the sums over all of them must be known before the
-    first write. With ``reduce=`` they are sums over ranks. Where all gradients so far were 0, or
-    every `lr` is, a step changes nothing, and says that it was skipped.
+    first write. With ``reduce=`` they are sums over ranks. Where all gradients so far were 0 a step
+    changes nothing, and says that it was skipped. Where every `lr` is 0 it counts, so that a
+    schedule goes on, but changes neither parameters nor the estimate.
 
     A group whose `lr` is 0 keeps its moments and has no part in the estimate; as in the source it
     still moves along the moments that it has, and decays, at the others' rate.
@@ -190,7 +193,8 @@ class Prodigy(Optimizer):
     References
     ----------
     .. [1] Mishchenko & Defazio, ICML 2024 (arXiv 2306.06101); as Prodigy of prodigyopt 1.1.2, which
-       takes options of the first group for all, and where ``betas[0]`` is 0 keeps no ``exp_avg``.
+       takes options of the first group for all. Where ``betas[0]`` is 0 it keeps no ``exp_avg``,
+       and a group whose `lr` is 0 moves along its gradient.
 
     Examples
     --------

@@ -336,10 +336,10 @@ class Plain(Optimizer):
         elif self._kind in _SUMMED and reduction is not None and not verdict.skipped:
             table_of_sums = self._direct(flat_grads, by_leaf, scales, how)
             reduction.directions(table_of_sums)
-            rows = zip(
+            known = zip(
                 table_of_sums["param"].tolist(), table_of_sums["update"].tolist(), strict=True
             )
-            sums = [partial(_known_sums, *row) for row in rows]
+            sums = [partial(_known_sums, *row) for row in known]
         for i, grad in enumerate(flat_grads):
             copy = None if copies is None else copies[i]
             if grad is None or verdict.skipped:
@@ -473,8 +473,9 @@ def reference(fast: type[Optimizer], update: Callable[..., None]) -> tuple[type[
 
             for number, (param, grad, *its) in rows:
                 if grad is not None:
-                    param, *its = map(_twin, (param, *its))
-                    leaf(rule, update, param, grad, its, number=number, step=step,
+                    twin, *its = map(_twin, (param, *its))
+                    assert twin is not None
+                    leaf(rule, update, twin, grad, its, number=number, step=step,
                          options=options, sums=partial(note, number))  # fmt: skip
             settled = rule.settle([options], *_both(table))
             if settled is None:

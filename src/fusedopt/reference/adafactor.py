@@ -11,7 +11,7 @@ from fusedopt.reference._plain import Sums, column_squares, in_lanes, reference,
 
 
 def _factors(g: Array, rows: Array, columns: Array, weight: Any, eps1: float) -> Array:
-    """Update the means of rows and columns of matrices; return what each element is multiplied by."""
+    """Update the means of rows and columns of matrices; return what multiplies each element."""
     c, (height, width) = g.dtype.type, g.shape[-2:]
     row_mean = (row_squares(g) / width).astype(g.dtype)
     column_mean = (column_squares(g) / height).astype(g.dtype)
@@ -21,7 +21,8 @@ def _factors(g: Array, rows: Array, columns: Array, weight: Any, eps1: float) ->
     mean = np.where(mean < c(eps1), c(eps1), mean)
     factor = (1 / np.sqrt(rows / mean[..., None, None])) * (1 / np.sqrt(columns))
     most = c(np.float64(1) / eps1)
-    return np.where(factor > most, most, factor)
+    limited: Array = np.where(factor > most, most, factor)
+    return limited
 
 
 def _adafactor(

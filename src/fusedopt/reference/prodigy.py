@@ -27,7 +27,7 @@ def _prodigy(
         total[...] = total * c(beta3) + c(ws) * part
         dots[::slice_p], sizes[::slice_p] = part * (start - now), np.abs(total)
         sums(dots, sizes)
-        m[...] = m * c(beta1) + c(d_before * (1 - beta1)) * g
+        m[...] = m * c(beta1) + c((d_before if beta1 > 0 else d) * (1 - beta1)) * g
         v[...] = v * c(beta2) + (c(d_before * d_before * (1 - beta2)) * g) * g
     keep = 1 - size * weight_decay if decouple else 1.0
     p[...] = p * c(keep) - (c(size) * m) / (np.sqrt(v) + c(d * eps))
