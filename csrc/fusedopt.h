@@ -25,9 +25,9 @@ typedef enum fo_status {
 
 /* How the elements of an array are stored. FO_F64 computes in double, all others in float.
  * "Stochastic" formats round up with the probability that keeps the mean; the noise depends on the
- * leaf's key and the element's index alone. A bf16 with a residual is the bf16 nearest to a longer
- * float (ties away from zero), and the difference of the two bit patterns. 8-bit formats are block
- * floats: see codec/block8.h. */
+ * leaf's key and the element's index in the whole tensor alone. A bf16 with a residual is the bf16
+ * nearest to a longer float (ties away from zero), and the difference of the two bit patterns.
+ * 8-bit formats are block floats: see codec/block8.h. */
 typedef enum fo_format {
     FO_F32,
     FO_F64,
@@ -100,6 +100,8 @@ typedef struct fo_leaf {
     fo_array copy; /* receives the parameter after the call, rounded to its format; or data NULL */
     double grad_scale; /* of this leaf (unscaling, clipping); multiplied by fo_hyper.grad_scale */
     uint64_t key;      /* of the noise, from fo_key; unused if no format is stochastic */
+    ptrdiff_t origin;  /* of a shard: index in the whole tensor of its first element, for the noise.
+                          If it is a multiple of FO_BLOCK, the bits are those of the whole */
     ptrdiff_t hyper;   /* index into the hyper list of the call */
     ptrdiff_t start;   /* scratch of the call: where the leaf begins on the line (split.c) */
     ptrdiff_t tile;    /* scratch of the call: index of its first tile in fo_run.tiles */

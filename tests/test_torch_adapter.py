@@ -64,7 +64,8 @@ def test_is_torchs_class(name):
     assert isinstance(opt, peer)
     assert opt.defaults == peer([leaf(*shape)]).defaults
     own = [*cls._extras, *(option.name for option in COMMON)]
-    own += [name for name in STEP_OPTIONS if name != "grad_scale"] + ["process_group", "threads"]
+    own += [name for name in STEP_OPTIONS if name != "grad_scale"]
+    own += ["process_group", "state_dict_dtype", "threads"]
     assert list(inspect.signature(cls).parameters) == [*inspect.signature(peer).parameters, *own]
 
 

@@ -151,6 +151,63 @@ def test_converted(before, after, name, shape):
     assert name == "SGD" or other.state[q]["step"] == 4
 
 
+@pytest.mark.parametrize("shape", [(500,), (20, 30), (3, 2, 128), ()], ids=str)
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+@pytest.mark.parametrize("state_dtype", FORMATS)
+def test_state_dicts_of_numbers(state_dtype, name, shape):
+    """They have the keys of torch.optim's, which goes on from them; the state stays as it was."""
+    p, opt = stepped(name, state_dtype, shape)
+    kept = copy.deepcopy(opt.state_dict())
+    opt._state_dict_dtype = "float32"
+    saved = opt.state_dict()
+    q = torch.nn.Parameter(p.detach().clone())
+    momentum = {"momentum": 0.9} if name == "SGD" else {}
+    peer = getattr(torch.optim, name)([q], lr=0.01, **momentum)
+    q.grad = torch.ones(shape)
+    peer.step()
+    theirs = peer.state_dict()
+    assert saved["param_groups"][0].keys() == theirs["param_groups"][0].keys()
+    assert saved["state"][0].keys() - {"step"} == theirs["state"][0].keys() - {"step"}
+    assert all(value.dtype == torch.float32 for value in saved["state"][0].values())
+    peer.load_state_dict(copy.deepcopy(saved))  # torch shares tensors
+    states = ("momentum_buffer",) if name == "SGD" else ("exp_avg", "exp_avg_sq")
+    for state in states:
+        assert torch.equal(peer.state[q][state], numbers(opt, p, state))
+    peer.step()
+    opt._state_dict_dtype = None
+    now = opt.state_dict()
+    assert (
+        now["param_groups"] == kept["param_groups"]
+        and now["state"][0].keys() == opt.state[p].keys()
+    )
+    assert all(torch.equal(now["state"][0][k], v) for k, v in kept["state"][0].items())
+    with pytest.raises(
+        ValueError, match="^state_dict_dtype: expected None or 'float32', got 'int8'"
+    ):
+        getattr(fo, name)([p], lr=0.01, state_dict_dtype="int8")
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((500,), (8,)), ((128,), (2,)), ((), (1,)), ((20, 30), (10,)), ((20, 128), (20, 2)),
+        ((3, 2, 32), (3, 1)), ((3, 64, 3, 3), (3, 9)), ((0, 64), (0, 1)), ((5, 0), (5, 0)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_shape_of_blocks(shape, expected):
+    """That of the parameter, but for the axes in a block; another one with as many loads too."""
+    opt = fo.AdamW([leaf(*shape)], state_dtype="int8", min_8bit_size=0)
+    opt.step()
+    assert opt.state_dict()["state"][0]["exp_avg_blocks"].shape == expected
+    saved = copy.deepcopy(opt.state_dict())
+    for key in ("exp_avg_blocks", "exp_avg_sq_blocks"):
+        saved["state"][0][key] = saved["state"][0][key].reshape(-1)
+    opt.load_state_dict(saved)
+    assert opt.state_dict()["state"][0]["exp_avg_blocks"].shape == expected
+    opt.step()
+
+
 def test_codes_under_the_names_of_torch_still_load():
     """As an older version wrote them, with blocks in memory order."""
     for order in (lambda x: x, lambda x: x.t().contiguous().t()):

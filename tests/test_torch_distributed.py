@@ -50,6 +50,14 @@ def test_fully_sharded(tmp_path):
 
 
 @since("2.6")
+def test_shards_in_few_bytes(tmp_path):
+    """8-bit and 16-bit state of shards, and how it goes through torch.distributed.checkpoint."""
+    ranks(2, tmp_path, "few_bytes", "few_save")
+    ranks(1, tmp_path, "few_load")
+    ranks(4, tmp_path, "few_bytes", "few_load")
+
+
+@since("2.6")
 def test_checkpoints_reshard(tmp_path):
     """torch.distributed.checkpoint: saved by 2 ranks, loaded and saved by 1, loaded by 2."""
     ranks(2, tmp_path, "begin")

@@ -593,7 +593,8 @@ def test_copies_keep_every_option_of_our_own(name, clone):
     options = {
         "state_dtype": "bfloat16", "master_bits": 24, "min_8bit_size": 7, "seed": 3, "ema": 0.9,
         "ema_warmup": True, "max_grad_norm": 0.5, "norm_type": np.inf, "per_tensor": True,
-        "clip_value": 0.3, "nonfinite": "skip", "stats": True, "zero_grads": True, "threads": 1,
+        "clip_value": 0.3, "nonfinite": "skip", "stats": True, "zero_grads": True,
+        "state_dict_dtype": "float32", "threads": 1,
     }  # fmt: skip
     own = list(inspect.signature(getattr(fo, name)).parameters)
     assert {*options, "process_group"} == set(own[own.index("state_dtype") :])
@@ -602,6 +603,7 @@ def test_copies_keep_every_option_of_our_own(name, clone):
     opt = clone(given)
     assert opt.last_step.step == 1 and opt.last_step.stats.names == given.last_step.stats.names
     found = {**opt.defaults, **opt.param_groups[0], "threads": opt._threads}
+    found["state_dict_dtype"] = opt._state_dict_dtype
     assert {key: found[key] for key in options} == options
     opt.add_param_group({"params": [leaf(2)]})
     assert set(opt.param_groups[0]) == set(opt.param_groups[1])

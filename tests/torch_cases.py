@@ -77,5 +77,5 @@ def numbers(opt, p, name):
     if name in own:
         return own[name].float()
     form = "uint8" if name.endswith("_sq") else "int8"
-    parts = (own[name + end].numpy() for end in ("_codes", "_blocks"))
-    return torch.from_numpy(Stored(form, *parts).decode())
+    codes, blocks = (own[name + end].numpy() for end in ("_codes", "_blocks"))
+    return torch.from_numpy(Stored(form, codes, blocks.reshape(-1)).decode())

@@ -6,6 +6,7 @@ Each scenario trains the same net with fusedopt.torch and with torch.optim, in t
 asserts that the parameters agree within 1e-6. FOLDER has the rendezvous and the checkpoints.
 """
 
+import copy
 import functools
 import inspect
 import itertools
@@ -82,9 +83,10 @@ def ddp_buckets():
 def zero():
     """Each rank steps its part of the parameters; rank 0 gathers the state."""
 
-    def run(module):
+    def run(module, **options):
         model = DistributedDataParallel(net())
-        opt = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=module.AdamW, **OPTIONS)
+        cls = functools.partial(module.AdamW, **options)
+        opt = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=cls, **OPTIONS)
         train(model, opt, range(5))
         opt.consolidate_state_dict(to=0)
         if RANK == 0:
@@ -93,6 +95,7 @@ def zero():
         return model
 
     agree(run)
+    run(fo, state_dtype="int8", min_8bit_size=1)
 
 
 def sharded(module, name="AdamW", base=OPTIONS, **more):
@@ -416,6 +419,202 @@ def placements():
     norm = start.double().norm().item()
     torch.testing.assert_close(opt.last_step.grad_norm, norm)
     torch.testing.assert_close(opt.last_step.stats.param_norm[0], 0.5 * norm)
+
+
+def few_bytes():
+    """Narrow state and parameters of shards: bits of the whole where a shard begins on a block."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    def place(x, mesh, placements):
+        if placements != strided:
+            return distribute_tensor(x.clone(), mesh, placements)
+        own = x.chunk(2)[RANK % 2].chunk(2)[RANK // 2].clone()
+        return DTensor.from_local(own, mesh, placements, shape=x.shape, stride=x.stride())
+
+    strided = [_StridedShard(0, split_factor=2), Shard(0)]  # FSDP2 over tensor parallelism
+    line, row, column = init_device_mesh("cpu", (WORLD,)), [Shard(0)], [Shard(1)]
+    rows = [  # shape, mesh, placements, whether the bits agree, whether blocks are the whole's
+        ((33, 64), line, row, True, True),
+        ((34, 3, 128), line, row, True, True),
+        ((1, 640), line, row, True, True),  # all but the first shard are empty
+        ((512,), line, row, True, True),
+        ((9, 64), line, [Replicate()], True, True),
+        ((10, 33), line, row, False, False),
+        ((100,), line, row, False, False),
+        ((32, 3, 6), line, row, False, False),
+        ((64, 3, 6), line, row, True, True),
+        ((8, 256), line, column, False, True),
+        ((8, 96), line, column, False, False),
+        ((5, 96), line, row, False, False),
+    ]
+    if WORLD == 4:
+        square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+        rows = [
+            ((33, 64), square, [Replicate(), Shard(0)], True, True),
+            ((33, 64), square, [Shard(0), Replicate()], True, True),
+            ((33, 64), square, [Shard(0), Shard(0)], True, True),
+            ((32, 64), square, strided, True, True),
+            ((33, 128), square, [Shard(0), Shard(1)], False, True),
+            ((10, 33), square, [Replicate(), Shard(0)], False, False),
+            *rows[:6],
+        ]
+    rules = [
+        ("AdamW", {"lr": 0.01}),
+        ("SGD", {"lr": 0.01, "momentum": 0.9}),
+        ("Adagrad", {"lr": 0.01, "initial_accumulator_value": 0.3}),
+    ]
+    stores = [
+        (torch.float32, {"state_dtype": "int8"}),
+        (torch.float32, {"state_dtype": "bfloat16"}),
+        (torch.bfloat16, {"master_bits": 24, "state_dtype": "int8"}),
+        (torch.bfloat16, {"master_bits": 16}),
+        (torch.float16, {}),
+    ]
+
+    def run(row, rule, options, store):
+        shape, mesh, placements, same, has_blocks = row
+        dtype, own = store
+        own = {"min_8bit_size": 1, **options, **own}
+        start = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        q, wide = (torch.nn.Parameter(start.to(t).clone()) for t in (dtype, torch.float32))
+        p = torch.nn.Parameter(place(start, mesh, placements))
+        first = torch.nn.Parameter(torch.ones(3))  # which has no gradient
+        opt, peer = (getattr(fo, rule)([first, x], **own) for x in (p, q))
+        best = getattr(fo, rule)([wide], **options)
+        for step in range(4):
+            q.grad = torch.randn(shape, generator=torch.Generator().manual_seed(9 + step)).to(dtype)
+            wide.grad = q.grad.float()
+            p.grad = place(q.grad, mesh, placements)
+            for each in (opt, peer, best):
+                each.step()
+        whole = {k: getattr(v, "full_tensor", lambda v=v: v)() for k, v in opt.state[p].items()}
+        if same:
+            assert torch.equal(p.full_tensor(), q)
+            for key, value in peer.state[q].items():
+                assert torch.equal(whole[key], value), key
+        for x in (p.full_tensor(), q):  # against a run in float32
+            error, moved = (x.float() - wide).norm(), (wide - start.float()).norm()
+            limit = 0.1 * moved if dtype == torch.float32 else 2**-7 * wide.norm()
+            assert error < limit < moved, (error, moved)
+        if "int8" in own.values():
+            saved, mine = opt.state_dict()["state"][1], opt.state[p]
+            codes = {k: v for k, v in mine.items() if k.endswith("_codes")}
+            for key, value in codes.items():
+                name = key.removesuffix("_codes")
+                assert value.placements == p.placements and value.dtype == torch.uint8
+                assert hasattr(mine[f"{name}_blocks"], "to_local") == has_blocks
+                assert (key in saved) == (f"{name}_blocks" in saved) == has_blocks
+                assert has_blocks or saved[name].dtype == torch.float32
+            assert codes and saved["step"] == 4
+            refuses_others(opt, p, q.grad)
+
+    def refuses_others(opt, p, grad):
+        """Codes that lie on the ranks otherwise, as of other shards."""
+        theirs = [Shard(0) if p.placements[0].is_replicate() else Replicate()]
+        key = next(k for k in opt.state[p] if k.endswith("_codes"))
+        codes = opt.state[p][key]
+        opt.state[p][key] = distribute_tensor(
+            codes.full_tensor(), p.device_mesh, theirs * len(p.placements)
+        )
+        before = p.full_tensor()
+        try:
+            opt.step()
+        except ValueError as exc:
+            assert f"params'][1].{key}: lies on the ranks as" in str(exc), exc
+        else:
+            raise AssertionError("stepped")
+        assert torch.equal(p.full_tensor(), before)
+
+    for case in itertools.product(rows, rules, stores):
+        try:
+            run(case[0], *case[1], case[2])
+        except Exception as exc:
+            raise AssertionError(case) from exc
+
+
+def wide_net(module, **options):
+    """A net of which one matrix is kept in blocks of the whole, and the rest in a shard's own."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 33), torch.nn.Tanh(), torch.nn.Linear(33, 5))
+    fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+    return model, module.AdamW(model.parameters(), **OPTIONS, **options)
+
+
+NARROW = {"state_dtype": "int8", "min_8bit_size": 1}
+SAVED = {  # by checkpoint
+    "codes": (fo, NARROW),
+    "numbers": (fo, {**NARROW, "state_dict_dtype": "float32"}),
+    "bfloat16": (fo, {"state_dtype": "bfloat16", "state_dict_dtype": "float32"}),
+    "float32": (torch.optim, {}),
+}
+
+
+def whole_state(opt):
+    """State as numbers, whole, on every rank; and the codes that are the whole tensor's."""
+    if isinstance(opt, fo.AdamW):
+        opt = copy.copy(opt)
+        codes = [{k: v.full_tensor() for k, v in own.items() if k.endswith("_codes")}
+                 for own in opt.state_dict()["state"].values()]  # fmt: skip
+        opt._state_dict_dtype = "float32"
+    else:
+        codes = []
+    states = opt.state_dict()["state"].values()
+    names = ("exp_avg", "exp_avg_sq")
+    return [{k: own[k].full_tensor().float() for k in names} for own in states], codes
+
+
+def few_save():
+    """Resharding of narrow state, first part: train and save."""
+    for name, (module, options) in SAVED.items():
+        model, opt = wide_net(module, **options)
+        for seed in range(3):
+            opt.zero_grad()
+            x = torch.randn(8, 64, generator=torch.Generator().manual_seed(seed))
+            model(x.chunk(WORLD)[RANK]).square().mean().backward()
+            opt.step()
+        save(model, opt, f"few-{name}")
+        states = whole_state(opt)
+        if RANK == 0:
+            torch.save(states, FOLDER / f"few-{name}.pt")
+
+
+def few_load():
+    """Second part, on other numbers of ranks: into the same format, and into others."""
+    for before, after in [
+        ("codes", "codes"), ("numbers", "numbers"), ("bfloat16", "bfloat16"),
+        ("numbers", "float32"), ("bfloat16", "float32"),
+        ("float32", "numbers"), ("float32", "bfloat16"), ("numbers", "bfloat16"),
+    ]:  # fmt: skip
+        module, options = SAVED[after]
+        model, opt = wide_net(module, **options)
+        load(model, opt, f"few-{before}")
+        states, codes = torch.load(FOLDER / f"few-{before}.pt")
+        now, codes_now = whole_state(opt)
+        precision = {"float32": 0, "bfloat16": 2**-7}.get(after, 2**-3)
+        for i, (a, b) in enumerate(zip(states, now, strict=True)):
+            for key in a:
+                exact = before == after == "bfloat16" or (before == after == "codes" and i == 0)
+                torch.testing.assert_close(
+                    b[key], a[key], rtol=0 if exact else precision, atol=0 if exact else 2**-13,
+                    msg=f"{before} {after} {i} {key}",
+                )  # fmt: skip
+        if before == after == "codes":
+            assert codes[0].keys() == {"exp_avg_codes", "exp_avg_sq_codes"}
+            assert all(torch.equal(codes[0][k], codes_now[0][k]) for k in codes[0])
+        x = torch.randn(8, 64, generator=torch.Generator().manual_seed(3))
+        model(x.chunk(WORLD)[RANK]).square().mean().backward()
+        opt.step()
+        assert all(float(own["step"]) == 4 for own in opt.state.values())
+    model, opt = wide_net(torch.optim)
+    try:
+        load(model, opt, "few-codes")
+    except BaseException as exc:  # a CheckpointException is no Exception
+        assert "Missing key in checkpoint state_dict: optimizer.state." in str(exc), exc
+    else:
+        raise AssertionError("loaded")
 
 
 def averages():

@@ -30,7 +30,7 @@ typedef struct noise {
     _Alignas(64) uint32_t u[HALF];
 } noise;
 
-/* The numbers of the block at element `at` of an array. */
+/* The numbers of the block at element `at` of a tensor. */
 FO_INLINE void make_noise(uint32_t key, ptrdiff_t at, noise *to)
 {
     const uint32_t first = (uint32_t)((uint64_t)at / FO_BLOCK) * (HALF * WEYL);

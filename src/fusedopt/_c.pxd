@@ -75,6 +75,7 @@ cdef extern from "fusedopt.h" nogil:
         fo_array ema, copy
         double grad_scale
         uint64_t key
+        ptrdiff_t origin
         ptrdiff_t hyper
 
     ctypedef struct fo_stats:

@@ -72,7 +72,7 @@ def _states(
             if key not in given:  # as in a new optimizer
                 new, slot = _storage.zeros_like(array), slots[key]
                 begun, first = rule.states[slot - 1], rule.beginning(its, step + 1)
-                _storage.begin(f"{name}.{key}", new, begun, params[leaf], first, (leaf, slot))
+                _storage.begin(f"{name}.{key}", new, begun, params[leaf], first, (leaf, slot, 0))
                 pairs += zip(_storage.parts(array), _storage.parts(new), strict=True)
             elif key != "step":
                 where, place = f"state dict: {name}.{key}", (leaf, step, slots.get(key, 0))

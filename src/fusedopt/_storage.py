@@ -165,12 +165,13 @@ def begin(
     state: State,
     param: Array | Stored,
     options: Options,
-    place: tuple[int, int],
+    place: tuple[int, int, int],
 ) -> None:
     """Write the initial value of a state, which is all zero before.
 
-    Narrow formats round it with the noise of step 0 at `place`, the leaf and slot. A large array is
-    written in pieces, so that it takes little extra memory.
+    Narrow formats round it with the noise of step 0 at `place`: the leaf, the slot, and the index
+    in the whole tensor at which the array begins. A large array is written in pieces, so that it
+    takes little extra memory.
     """
     value = state.first(options)
     if value == 0:
@@ -182,13 +183,13 @@ def begin(
         data = param.decode() if isinstance(param, Stored) else param
         array[...] = formats.flat(data)[:: options[state.every]]  # type: ignore[index]
         return
-    leaf, slot = place
+    leaf, slot, origin = place
     key = formats.key(options["seed"], leaf, 0, slot)
     sources = formats.pieces(param) if value is None else repeat((0, np.float64(value)))
     for (start, piece), (_, source) in zip(formats.pieces(array), sources, strict=False):
         values = source.decode() if isinstance(source, Stored) else source
         if isinstance(piece, Stored):
-            formats.encode(piece, np.broadcast_to(values, piece.shape), key, start)
+            formats.encode(piece, np.broadcast_to(values, piece.shape), key, origin + start)
         else:
             piece[...] = values
 
@@ -207,7 +208,7 @@ def begin_all(
         for k, state in rows:
             array = arrays[k]
             if array is not None:
-                begin(f"{name}.{state.name}", array, state, param, options, (leaf, 1 + k))
+                begin(f"{name}.{state.name}", array, state, param, options, (leaf, 1 + k, 0))
 
 
 def shown(param: Array | Stored, values: Array) -> Array:

@@ -194,6 +194,16 @@ cdef bint choose_order(const LeafRecord *record, const Axes *param, int64_t *str
     return True
 
 
+cdef inline bint is_row_major(const Axes *axes) noexcept nogil:
+    cdef int k
+    cdef int64_t size = 1
+    for k in range(axes.ndim - 1, -1, -1):
+        if axes.shape[k] > 1 and axes.strides[k] != size:
+            return count_elements(axes) == 0
+        size *= axes.shape[k]
+    return True
+
+
 cdef inline void hold(LeafRecord *record, int place, tensor) noexcept:
     """Hold a tensor in the place of another, if there is one."""
     Py_INCREF(tensor)
@@ -346,7 +356,7 @@ cdef class TensorList(LeafList):
         owner : optimizer
             Asked, where needed, to ``_is_elsewhere``, ``_check_elsewhere``, ``_step_elsewhere``,
             ``_make_state``, ``_make_extras``, ``_stand_in``, ``_copy``, ``_count``,
-            ``_refuse_both``, ``_shared``, ``_constants``, ``_name``, ``_reduction``,
+            ``_refuse_both``, ``_shared``, ``_origin``, ``_constants``, ``_name``, ``_reduction``,
             ``_new_direction`` and ``_replace``: see `fusedopt.torch`.
         groups : list of (list, GroupPlan)
             The parameters of each group, and what a step must know of it; with `chosen`, the
@@ -659,6 +669,8 @@ cdef class TensorList(LeafList):
             count = 1 + self.read_count(record)
         if record.noisy:
             self.leaves[self.n - 1].key = noise_key(self.plan.seed, self.number, count)
+            if not self.is_plain(param):
+                self.leaves[self.n - 1].origin = self.owner._origin(param)
         if self.rule_counts:
             step = count
         if not counted:
@@ -969,7 +981,6 @@ cdef class TensorList(LeafList):
         cdef fo_array *array = array_at(leaf, place)
         cdef fo_shape *shape = &record.shape
         cdef Axes axes = axes_of(t)
-        cdef int64_t strides[MAX_AXES]
         cdef int format = dtype_of(t), k
         shape.every, shape.matrices = self.plan.every, 1
         if param.ndim > 1:
@@ -977,16 +988,13 @@ cdef class TensorList(LeafList):
             for k in range(param.ndim - 2):
                 shape.matrices *= param.shape[k]
         array.map, array.extra = self.plan.maps[place], shape
-        if (not is_dense(&axes) or count_elements(&axes) != fo_count(array, leaf.n)
+        if (not is_row_major(&axes) or count_elements(&axes) != fo_count(array, leaf.n)
                 or format != (FO_F64 if leaf.param.format == FO_F64 else FO_F32)
-                or axes.ndim != (1 if array.map == FO_EVERY else param.ndim)
-                or not choose_order(record, &axes, strides)):
+                or axes.ndim != (1 if array.map == FO_EVERY else param.ndim)):
             return False
         for k in range(axes.ndim):
             if array.map != FO_EVERY and axes.shape[k] != param.shape[k] and (
                     axes.shape[k] != 1 or k != param.ndim - (1 if array.map == FO_ROWS else 2)):
-                return False
-            if axes.shape[k] > 1 and axes.strides[k] != strides[k]:
                 return False
         array.data = <char *>t.data + t.byte_offset
         array.format = <fo_format>format
@@ -1028,8 +1036,8 @@ cdef class TensorList(LeafList):
             return False
         axes = axes_of(&t)
         if array.format == FO_S8 or array.format == FO_U8:
-            if (not is_int(&t, kDLUInt, 8) or axes.ndim != 1 or not is_dense(&axes)
-                    or axes.shape[0] != (count_elements(param) + FO_BLOCK - 1) // FO_BLOCK):
+            if (not is_int(&t, kDLUInt, 8) or not is_row_major(&axes) or count_elements(&axes)
+                    != (count_elements(param) + FO_BLOCK - 1) // FO_BLOCK):
                 return False
         else:
             if (not is_int(&t, kDLInt, 16 if array.format == FO_BF16_LOW16 else 8)

@@ -85,6 +85,7 @@ class Fused(StateKeeper):
         stats: bool = False,
         zero_grads: bool = False,
         process_group: Any = None,
+        state_dict_dtype: str | None = None,
         threads: int | None = None,
         **options: Any,
     ) -> None:
@@ -96,6 +97,11 @@ class Fused(StateKeeper):
         }  # fmt: skip
         _options.step_options(_options.DEFAULTS | given)
         self._process_group = process_group
+        if state_dict_dtype not in (None, "float32"):
+            raise ValueError(
+                f"state_dict_dtype: expected None or 'float32', got {state_dict_dtype!r}"
+            )
+        self._state_dict_dtype = state_dict_dtype
         self._threads = None if threads is None else _threads.check("threads", threads)
         own = {
             "state_dtype": state_dtype,
@@ -394,7 +400,7 @@ class Fused(StateKeeper):
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy or a pickle keeps: torch's, number of threads, and the last step."""
+        """Return what a copy or a pickle keeps: torch's, what is of no group, and the last step."""
         if self._process_group is not None:
             raise TypeError(
                 f"{type(self).__name__} with a process_group cannot be copied or pickled; make one "
@@ -402,7 +408,8 @@ class Fused(StateKeeper):
             )
         self._note_numbers()
         state: Any = super().__getstate__()
-        return {**state, "_threads": self._threads, "last_step": self.last_step}
+        own = ("_threads", "_state_dict_dtype", "last_step")
+        return {**state, **{name: getattr(self, name) for name in own}}
 
     # -------------------------------------------------------------- asked by TensorList.step
 
@@ -502,6 +509,8 @@ class Fused(StateKeeper):
             if shape not in (None, tuple(tensors[0].shape))
         }
         return _plain.stand_ins(where, tensors, extras, residual, zeroes, shapes)
+
+    _origin = staticmethod(_ranks.origin)
 
     def _replace(self, group: int, direction: Any) -> None:
         """Replace the direction of a parameter by what the rule makes of it."""

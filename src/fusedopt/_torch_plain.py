@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from numpy.lib.stride_tricks import as_strided
 
-from fusedopt import _core
+from fusedopt import _core, formats
+from fusedopt import _torch_ranks as _ranks
 from fusedopt.formats import BLOCK, Stored
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -37,7 +38,7 @@ def stored(
     coded = saved.get(name) is None
     if not coded and saved.get(name + CODES) is not None:
         raise ValueError(f"{where}: {both(name)}")
-    key, form = name + CODES if coded else name, "uint8" if square else "int8"
+    key = name + CODES if coded else name
     value = saved_tensor(f"{where}.{key}", saved[key], param, (*DTYPES, torch.uint8))
     if coded and value.dtype != torch.uint8:
         raise TypeError(
@@ -46,24 +47,27 @@ def stored(
         )
     if value.dtype == torch.uint8:
         blocks = saved.get(name + BLOCKS)
+        if isinstance(blocks, torch.Tensor) and blocks.dtype == torch.uint8:
+            blocks = local(f"{where}.{name}{BLOCKS}", blocks.to(param.device), (torch.uint8,))
         if (
             not isinstance(blocks, torch.Tensor)
             or blocks.dtype != torch.uint8
-            or blocks.shape != (count_blocks(param),)
+            or blocks.numel() != count_blocks(local(where, value, (torch.uint8,)))
         ):
             raise ValueError(
                 f"{where}.{key}: 8-bit codes need {name}{BLOCKS}, one byte for {BLOCK} codes"
             )
-        blocks = blocks.to(param.device).contiguous()
         if coded:  # (under `name` itself, as they once were, blocks follow the memory)
-            value = value.contiguous()
+            value = _row_major(value)
         if coded and dtype == torch.uint8:
-            return {name + CODES: value, name + BLOCKS: blocks}
-        value = torch.from_numpy(Stored(form, value.numpy(), blocks.numpy()).decode())
+            return {name + CODES: value, name + BLOCKS: _blocks_of(value, blocks.contiguous())}
+        value = _decoded(value, blocks, square)
     if dtype != torch.uint8:
         return {name: value.to(dtype)}
-    codes, blocks = new_codes(param)
-    Stored(form, codes.numpy(), blocks.numpy()).encode(value.float().contiguous().numpy())
+    codes, blocks = new_codes(value)
+    array = as_stored(codes, blocks, square)
+    values = local(where, value).float().contiguous().numpy()
+    formats.encode(array, values, 0, _ranks.origin(value))
     return {name + CODES: codes, name + BLOCKS: blocks}
 
 
@@ -71,7 +75,8 @@ def as_stored(tensor: Any, blocks: Any, is_square: bool) -> Any:
     """Return an array on the memory of a tensor of ours; `Stored` where its format is narrow."""
     tensor = local("state", tensor, (*DTYPES, torch.uint8))
     if tensor.dtype == torch.uint8:
-        return Stored("uint8" if is_square else "int8", tensor.numpy(), blocks.numpy())
+        blocks = local("blocks", blocks, (torch.uint8,)).reshape(-1).numpy()
+        return Stored("uint8" if is_square else "int8", tensor.numpy(), blocks)
     if tensor.dtype == torch.bfloat16:
         return Stored("bfloat16-stochastic", tensor.view(torch.int16).numpy().view(np.uint16))
     if tensor.dtype == torch.float16:
@@ -132,14 +137,85 @@ def same_shape(where: str, tensor: Any, param: Any) -> None:
         )
 
 
+def numbers(codes: Any, blocks: Any, is_square: bool) -> Any:
+    """Return what 8-bit state stands for, in float32; of a shard, that shard of it."""
+    return _decoded(_row_major(codes), blocks, is_square)
+
+
+def _decoded(codes: Any, blocks: Any, is_square: bool) -> Any:
+    value = torch.from_numpy(as_stored(codes, blocks, is_square).decode())
+    return _shard(codes, value, codes.shape) if hasattr(type(codes), "to_local") else value
+
+
+def _row_major(codes: Any) -> Any:
+    if not hasattr(type(codes), "to_local"):
+        return codes.contiguous()
+    own = local("codes", codes, (torch.uint8,))
+    return codes if own.is_contiguous() else _shard(codes, own.contiguous(), codes.shape)
+
+
 def count_blocks(param: Any) -> int:
     return -(-param.numel() // BLOCK)
 
 
 def new_codes(param: Any) -> tuple[Any, Any]:
-    """Return 8-bit state of a parameter, all zero: codes, in row-major order, and their blocks."""
-    options = {"dtype": torch.uint8, "device": param.device}
-    return torch.zeros(param.shape, **options), torch.zeros(count_blocks(param), **options)
+    """Return 8-bit state of a parameter, all zero: codes, in row-major order, and their blocks.
+
+    Blocks have the shape of the parameter, but for the axes within a block: so they lie on ranks as
+    a DTensor does, if its shards are whole blocks. Those of another shard are a plain tensor, which
+    belongs to that shard alone.
+    """
+    like = torch.contiguous_format
+    codes = torch.zeros_like(param, dtype=torch.uint8, memory_format=like, requires_grad=False)
+    own = local("codes", codes, (torch.uint8,))
+    return codes, _blocks_of(codes, own.new_zeros(count_blocks(own)))
+
+
+def has_blocks(codes: Any) -> bool:
+    """Whether the blocks of codes are those of the whole tensor, also where this is a shard."""
+    axis = _block_axis(codes.shape)
+    dims = [d for d in _ranks.sharded_dims(codes) if codes.placements[d].dim >= axis]
+    if not dims:  # then blocks are whole in any shard
+        return True
+    cut = codes.placements[dims[0]]
+    if len(dims) > 1 or cut.dim != axis or type(cut).__name__ != "Shard":
+        return False
+    count, inner = codes.device_mesh.size(dims[0]), prod(codes.shape[axis + 1 :])
+    own = -(-codes.shape[axis] // count) * inner  # elements of the first shard, within `axis`
+    whole = _block_shape(codes.shape, axis)[axis]
+    return own % BLOCK == 0 and -(-whole // count) == own // BLOCK
+
+
+def _blocks_of(codes: Any, blocks: Any) -> Any:
+    """Return the blocks of codes, given on this rank, as the state has them."""
+    axis = _block_axis(codes.shape)
+    if not hasattr(type(codes), "to_local"):
+        return blocks.reshape(_block_shape(codes.shape, axis))
+    if not has_blocks(codes):
+        return blocks.reshape(-1)
+    own = local("codes", codes, (torch.uint8,))
+    return _shard(
+        codes, blocks.reshape(_block_shape(own.shape, axis)), _block_shape(codes.shape, axis)
+    )
+
+
+def _block_axis(shape: tuple[int, ...]) -> int:
+    """Return the last axis from which on a tensor has whole blocks; 0 if there is none."""
+    axes = range(len(shape) - 1, -1, -1)
+    return next((axis for axis in axes if prod(shape[axis:]) % BLOCK == 0), 0)
+
+
+def _block_shape(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return (*shape[:axis], -(-prod(shape[axis:]) // BLOCK))
+
+
+def _shard(like: Any, tensor: Any, shape: tuple[int, ...]) -> Any:
+    """Return a tensor as this rank's part of one of `shape` that lies on the ranks as `like`."""
+    shape = torch.Size(shape)
+    stride = tuple(max(1, prod(max(1, n) for n in shape[k + 1 :])) for k in range(len(shape)))
+    return type(like).from_local(
+        tensor, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride
+    )
 
 
 def is_plain(kind: Any) -> bool:
@@ -277,7 +353,7 @@ def stand_ins(
             raise TypeError(f"{name}: 8-bit codes do not fit the parameter's {param.dtype}")
         name = name.removesuffix(CODES) + BLOCKS
         blocks = extras[k] if extras[k] is None else local(name, extras[k], (torch.uint8,))
-        if blocks is None or blocks.shape != (count_blocks(param),):
+        if blocks is None or blocks.numel() != count_blocks(param):
             raise ValueError(f"{where[k]}: 8-bit codes need {name}, one byte for {BLOCK} codes")
         if repeats(blocks):
             raise ValueError(f"{name}: elements share memory (expanded?); pass a contiguous copy")

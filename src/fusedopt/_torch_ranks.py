@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -64,6 +65,27 @@ def sharded_dims(param: Any) -> tuple[int, ...]:
         for dim, placement in enumerate(getattr(param, "placements", ()))
         if not (placement.is_replicate() or placement.is_partial())
     )  # beside Shard there is _StridedShard, of FSDP2 over tensor parallelism
+
+
+def origin(param: Any) -> int:
+    """Return the index in the whole tensor of a shard's first element; 0 of any other tensor.
+
+    Where a shard is not contiguous in the whole, it is as if the shards followed one another.
+    (torch's own function for offsets makes a list of all rows: 14 ms for 100,000.)
+    """
+    dims = sharded_dims(param)
+    if not dims:
+        return 0
+    mesh, own = param.device_mesh, list(param.shape)
+    places, starts = mesh.get_coordinate(), [0] * len(own)
+    cuts = [(hasattr(param.placements[dim], "split_factor"), dim) for dim in dims]
+    for _, dim in sorted(cuts):  # a _StridedShard cuts what Shards have left
+        axis = param.placements[dim].dim
+        most = -(-own[axis] // mesh.size(dim))
+        start = min(most * places[dim], own[axis])
+        starts[axis] += start
+        own[axis] = min(most, own[axis] - start)
+    return sum(start * prod(own[:k]) * prod(param.shape[k + 1 :]) for k, start in enumerate(starts))
 
 
 def _all_reduce(array: Array, group: Any, operation: str) -> None:

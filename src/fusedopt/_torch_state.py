@@ -35,6 +35,7 @@ class StateKeeper:
     _groups: Any  # by number: their options, as last checked, and plans
     _checked: Any  # returns those of a group
     _is_torchs: ClassVar[bool]  # whether the constructor, its checks and a step are of torch.optim
+    _state_dict_dtype: str | None = None  # of narrow state in state dicts, if not as it is kept
     _is_swapped = False  # whether the averages are in the place of the parameters: see swap_ema
     defaults: Any  # torch's
     param_groups: Any
@@ -115,8 +116,6 @@ class StateKeeper:
                 made[state] = param.detach().to(_wide(param), copy=True)
                 continue
             dtype = self._state_dtype(group, param, rows[state])
-            if dtype == torch.uint8 and is_shard:
-                raise TypeError(f"{name}: is a shard; 8-bit state is for whole tensors only")
             if shapes[state] != tuple(param.shape):
                 if _ranks.sharded_dims(param):
                     raise ValueError(
@@ -131,7 +130,7 @@ class StateKeeper:
             made[state] = torch.zeros_like(
                 param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False
             )
-        self._begin(group, i, local, made, set(missing) - {"ema"})
+        self._begin(group, i, param, made, set(missing) - {"ema"})
         states = [value for key, value in made.items() if key != "step"]
         has_count = "step" in made or bool(own and "step" in own)
         has_residual = bool(own and own.get("residual") is not None)
@@ -151,16 +150,17 @@ class StateKeeper:
             where = f"{self._name(group, i)}.{state.name}"
             blocks = made.get(state.name + _plain.BLOCKS)
             array = _plain.as_stored(made[key], blocks, state.squared)
-            source = param.detach()
-            if made[key].shape != param.shape:  # a sample, in row-major order
+            source = _plain.local(where, param.detach())
+            like = _plain.local(where, made[key], (*_plain.DTYPES, torch.uint8))
+            if like.shape != source.shape:  # a sample, in row-major order
                 source = source.resolve_neg().contiguous()
             elif state.init == "param":  # in the memory order of the state
-                like = _plain.local(where, made[key], (*_plain.DTYPES, torch.uint8))
                 if source.stride() != like.stride() or source.is_neg():
                     source = torch.empty_like(like, dtype=source.dtype).copy_(source)
             value = _plain.as_stored(source, None, False)
             seeded = {"seed": 0, **options}
-            _storage.begin(where, array, state, value, seeded, (number, 1 + k))
+            place = (number, 1 + k, _ranks.origin(param))
+            _storage.begin(where, array, state, value, seeded, place)
 
     def _make_extras(
         self, group: int, param: Any, states: Sequence[Any], has_residual: bool, has_count: bool
@@ -197,10 +197,35 @@ class StateKeeper:
         return int(taken)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return state and options, as in torch."""
+        """Return state and options, as in torch.
+
+        State is there as it is kept. With ``state_dict_dtype="float32"`` it is numbers in float32,
+        and groups are without our own options, so that it loads into torch.optim and into other
+        formats. 8-bit state of a shard whose blocks are not those of the whole tensor is numbers in
+        any case.
+        """
         self._note_numbers()
         made: dict[str, Any] = super().state_dict()  # type: ignore[misc]
+        made["state"] = {key: self._shown(own) for key, own in made["state"].items()}
+        for group in made["param_groups"] if self._state_dict_dtype is not None else ():
+            for name in OWN:
+                group.pop(name, None)  # which no state dict changes
         return made
+
+    def _shown(self, own: Any) -> Any:
+        """Return the state of a parameter as state dicts have it."""
+        if not isinstance(own, dict):
+            return own
+        shown, is_wide = dict(own), self._state_dict_dtype is not None
+        for state in self._rule.states:
+            name, coded = state.name, state.name + _plain.CODES
+            codes, value = own.get(coded), own.get(name)
+            if codes is not None and (is_wide or not _plain.has_blocks(codes)):
+                blocks = shown.pop(name + _plain.BLOCKS)
+                shown[name] = _plain.numbers(shown.pop(coded), blocks, state.squared)
+            elif is_wide and value is not None and value.dtype == torch.bfloat16:
+                shown[name] = value.float()
+        return shown
 
     def _note_numbers(self) -> None:
         """Write the numbers that torch keeps in the state of a parameter: see `Rule.numbers`."""

@@ -237,7 +237,8 @@ def decode(stored: Stored) -> NDArray[np.float32]:
 def encode(stored: Stored, values: Array, key: int, start: int = 0) -> None:
     """Store float32 or float64 `values`, in memory order, in `stored`.
 
-    `stored` may be a piece of a larger array that begins at element `start`, a multiple of a block.
+    `stored` may be a piece of a larger array that begins at element `start`, of which the block
+    counts.
     """
     name, extra, n = stored.format, stored.extra, stored.size
     if values.dtype == np.float64 and name != "bfloat16+int16":  # which holds a whole float32

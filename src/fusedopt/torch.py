@@ -65,6 +65,10 @@ max_grad_norm, norm_type, per_tensor, clip_value, nonfinite, stats, zero_grads
 process_group : torch.distributed.ProcessGroup, optional
     Of ranks that each step other parameters of one model (ZeroRedundancyOptimizer, pipelines): a
     norm is then that of the parameters of all.
+state_dict_dtype : {{None, "float32"}}, default None
+    "float32": ``state_dict()`` has narrow state as float32 numbers under torch's names, and groups
+    without the options from `state_dtype` to `ema_warmup`, so that it loads into torch.optim and
+    into other formats. None: state as it is kept. See the notes.
 threads : int, optional
     Most threads for this optimizer's steps; by default `fusedopt.get_num_threads`.
 
@@ -81,9 +85,19 @@ nothing. Parameters are float32, float64, bfloat16 or float16, on the CPU{others
 8-bit state is kept as ``NAME_codes`` and, one byte for each 64 of them in the order of the index,
 ``NAME_blocks``, both uint8. These names are not torch's: `load_state_dict` here converts from and
 to codes, but a class of torch.optim misses ``NAME`` in its first step (SGD begins its momentum
-anew), and torch.distributed.checkpoint, which loads by name, refuses them for a missing key. So it
-does a bfloat16 model's checkpoint of torch.optim, which has no ``residual``: load that one with
-``planner=DefaultLoadPlanner(allow_partial_load=True)``.
+anew), and torch.distributed.checkpoint, which loads by name, refuses them for a missing key:
+``state_dict_dtype="float32"`` saves, and loads, ``NAME`` itself. Decoded and encoded again, numbers
+keep within the format's error, not their bits.
+
+A DTensor's shard takes the bits of the whole tensor if it is contiguous in that and begins on a
+block of 64 elements, as the rows of a matrix whose rows are a multiple of 64 do (of bfloat16 state
+and 16-bit parameters too, whose noise depends on an element's index in the whole tensor). Others
+have blocks of their own, and agree within the format's error. Where such blocks are none of the
+whole tensor, ``state_dict()`` has float32 numbers: a checkpoint of another kind of shards then
+misses a key, unless both have ``state_dict_dtype="float32"``.
+
+torch.distributed.checkpoint refuses also a bfloat16 model's checkpoint of torch.optim, which has no
+``residual``: load that one with ``planner=DefaultLoadPlanner(allow_partial_load=True)``.
 """
 
 _TORCHS = """params, {names}

@@ -311,6 +311,7 @@ list make_list(source *s, wish w)
         fo_leaf *leaf = &l.leaves[i];
         leaf->n = some_size(s, w.elements);
         leaf->hyper = choose(s, l.n_hypers);
+        leaf->origin = choose(s, 2) ? 0 : (ptrdiff_t)(random_bits(s) >> 20);
         const int format = format_of(s, w.param);
         int state = format_of(s, w.state);
         if (w.state < 0 && choose(s, 64) && !is_supported(l.rule, format, state))
