@@ -274,7 +274,7 @@ def unusual(value):
     if isinstance(value, int):
         return [np.int64(value)]
     if isinstance(value, float):
-        whole = [int(value)] if value == int(value) else []
+        whole = [int(value)] if value.is_integer() else []
         return [np.float32(value), np.float64(value), np.array(value), *whole]
     if isinstance(value, tuple):
         return [list(value), [np.float32(x) for x in value], tuple(np.array(x) for x in value)]

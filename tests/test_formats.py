@@ -50,7 +50,7 @@ def raw(array):
 
 def state_format(case, k, kind):
     its = getattr(fusedopt, case.cls).rule.states[k]
-    if kind in its.refuses:
+    if its.wide or kind in its.refuses:
         return "float32"
     is_square = its.squared
     return {"float32": "float32", "bfloat16": "bfloat16-stochastic"}.get(

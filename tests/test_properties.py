@@ -60,6 +60,10 @@ VALUES = {  # by the check of an option
     _check.three_decay_rates: st.tuples(RATES, RATES, RATES),
     _check.fraction: st.floats(0, 1),
     _check.optional_positive: st.none() | st.floats(1e-3, 1e7),
+    _check.optional_fraction: st.none() | st.floats(0, 1),
+    _check.limit: st.floats(0.1, 100),
+    _check.any_number: st.floats(-10, 10),
+    _check.one_or_more: st.just(1),  # others ask for state of another shape
     _check.exponent: st.none() | st.floats(0, 16),
     _check.around_one: st.tuples(st.floats(0.01, 0.99), st.floats(1.01, 3)),
     _check.interval: st.tuples(st.floats(0, 1), st.floats(1, 100)),

@@ -24,6 +24,7 @@ ERRORS = [
     pytest.param(name, entry, id=f"{name}-{entry.optimizer_error_input.desc}".replace(" ", "_"))
     for name, info in INFOS.items()
     for entry in info.optim_error_inputs_func(device="cpu", dtype=torch.float32)
+    if entry.error_on is common.OptimizerErrorEnum.CONSTRUCTION_ERROR
 ]
 
 

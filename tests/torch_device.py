@@ -163,6 +163,8 @@ def main():
         params, opt = make(fo, name, {}, True)
         if opt._rule.average is not None:
             opt.train()
+        for group in opt.param_groups if opt._rule.share is not None else ():
+            group["lr"] = 0.1  # the same in all
         refused(opt, params, TypeError, where + "; fusedopt steps on the CPU")
     for options in ({"max_grad_norm": 1.0}, {"zero_grads": True}, {"stats": True}):
         params, opt = make(fo, "AdamW", {}, True)

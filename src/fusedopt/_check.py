@@ -247,7 +247,7 @@ def number(name: str, value: Any) -> float:
 
 def any_number(name: str, value: Any) -> float:
     """Return `value` as a float, which may be infinite or NaN."""
-    if isinstance(value, (float, np.floating)):
+    if isinstance(value, (float, np.floating, np.ndarray)) and np.ndim(value) == 0:
         return float(value)
     return number(name, value)
 
@@ -262,8 +262,8 @@ def positive(name: str, value: Any) -> float:
 
 def limit(name: str, value: Any) -> float:
     """Return `value` as a float > 0, or infinity: no limit."""
-    if isinstance(value, (float, np.floating)) and value == math.inf:
-        return math.inf
+    if isinstance(value, (float, np.floating, np.ndarray)) and np.all(value == math.inf):
+        return math.inf if np.ndim(value) == 0 else positive(name, value)
     return positive(name, value)
 
 
@@ -369,6 +369,7 @@ def optional(check: Any) -> Any:
 
 
 optional_positive = optional(positive)
+optional_fraction = optional(fraction)
 
 
 def or_callable(check: Any) -> Any:

@@ -28,9 +28,11 @@ def fit(
     """
     options = _options(rule, groups, now, state_dict["param_groups"], convert)
     for i, (group, new) in enumerate(zip(groups, options, strict=True)):
-        _storage.refuse_change(f"state dict: param_groups[{i}].", rule, group.options, new)
+        _storage.refuse_fixed(f"state dict: param_groups[{i}].", rule, group.options, new)
     by_leaf = [its for group, its in zip(groups, options, strict=True) for _ in group.leaves]
     steps, pairs = _states(rule, params, ours, state_dict["state"], by_leaf, convert)
+    for i, (group, new) in enumerate(zip(groups, options, strict=True)):
+        _storage.refuse_change(f"state dict: param_groups[{i}].", group.options, new)
     return pairs, steps, options
 
 

@@ -28,14 +28,18 @@ MASTERS = {None: "bfloat16+int16", 32: "bfloat16+int16", 24: "bfloat16+int8",
            16: "bfloat16-stochastic"}  # fmt: skip
 
 
-def refuse_change(where: str, rule: Rule, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Raise ValueError if an option that determines the arrays has changed."""
+def refuse_fixed(where: str, rule: Rule, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raise ValueError if an option of the rule that determines the shapes of state has changed."""
     for name in rule.fixed:
         if new[name] != old[name]:
             raise ValueError(
                 f"{where}{name}: {new[name]!r}, but the arrays were made with {old[name]!r}; make "
                 "another optimizer"
             )
+
+
+def refuse_change(where: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raise ValueError if an option that determines the arrays has changed."""
     for name in FIXED:
         if new[name] != old[name]:
             raise ValueError(

@@ -102,12 +102,11 @@ class StateKeeper:
         The list adds it to `state` after the step.
         """
         name = self._name(group, i)
-        local = _plain.local(name, param)
+        _plain.local(name, param)  # which names what it is, if it cannot be stepped
         shapes = self._shapes(group, param)
         names = [n for n in self._groups[group].plan.names if shapes.get(n, ()) is not None]
         missing = self._missing(name, own or {}, names, bool(own))
         rows = {state.name: state for state in self._rule.states}
-        is_shard = local is not param and hasattr(type(param), "to_local")
         made: dict[str, Any] = {}
         if self._is_counted() and not (own and "step" in own):
             made["step"] = _new_count()

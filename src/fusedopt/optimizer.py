@@ -470,7 +470,8 @@ class Optimizer:
         if missing:
             raise ValueError(f"{where}: has no {missing[0]!r}, which steps need")
         options = self.rule.check(given, f"{where}.")
-        _storage.refuse_change(f"{where}.", self.rule, group.options, options)
+        _storage.refuse_fixed(f"{where}.", self.rule, group.options, options)
+        _storage.refuse_change(f"{where}.", group.options, options)
         used = self.rule.uses(options)
         lacking = group.lacks(self.rule, used)
         if lacking is not None:

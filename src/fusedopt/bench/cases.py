@@ -49,9 +49,15 @@ def takers(state_dtype: str) -> tuple[str, ...]:
     )
 
 
-# state arrays of a parameter, which a step reads and writes
+# state arrays of a vector, which a step reads and writes
 STATES = {
-    name: sum(cls.rule.uses(cls.rule.defaults | OPTIMIZERS[name])) for name, cls in _CLASSES.items()
+    name: sum(
+        use and state.shape((1,), cls.rule.defaults) is not None
+        for use, state in zip(
+            cls.rule.uses(cls.rule.defaults | OPTIMIZERS[name]), cls.rule.states, strict=True
+        )
+    )
+    for name, cls in _CLASSES.items()
 }
 # whether a rule has a rate for each leaf, of norms over it
 LAYERWISE = {name: bool(_core.RULES[cls.rule.name][3]) for name, cls in _CLASSES.items()}

@@ -95,7 +95,7 @@ RULE = Rule(
     options=(
         Option("lr", 1.0, _check.nonnegative),
         Option("betas", (0.9, 0.999), _check.decay_rates),
-        Option("beta3", None, _check.optional(_check.fraction)),
+        Option("beta3", None, _check.optional_fraction),
         Option("eps", 1e-8, _check.positive),
         Option("weight_decay", 0.0, _check.nonnegative, term="l2"),
         Option("decouple", True, _check.flag),

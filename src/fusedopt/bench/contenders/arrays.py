@@ -124,11 +124,11 @@ class WithStates(OnArrays):
     def __init__(self, problem: Problem, params: list[Array]) -> None:
         super().__init__(problem, params)
         count = STATES[problem.optimizer]
-        self.states = [[np.zeros_like(p) for p in params] for _ in range(count)]
+        self.states: list[list[Any]] = [[np.zeros_like(p) for p in params] for _ in range(count)]
         self.count = 0
 
     def state_bytes(self) -> int:
-        return nbytes(a for column in self.states for a in column)
+        return nbytes(a for column in self.states for a in column if a is not None)
 
 
 class Functional(WithStates):
@@ -141,8 +141,16 @@ class Functional(WithStates):
         self.known = inspect.signature(self.function).parameters.keys()
         self.rule = rule = getattr(fusedopt, CLASSES[problem.optimizer]).rule
         self.options = options = rule.begun(rule.defaults | problem.options)
-        used = compress(rule.states, rule.uses(options))
+        used = list(compress(rule.states, rule.uses(options)))
+        if rule.has_parts:
+            shapes = [[state.shape(p.shape, options) for p in params] for state in used]
+            self.states = [
+                [None if shape is None else np.zeros(shape, problem.dtype) for shape in column]
+                for column in shapes
+            ]
         for state, arrays in zip(used, self.states, strict=True):
+            if state.part:
+                continue
             for a, p in zip(arrays, params, strict=True):
                 first = state.first(options)
                 a[...] = p if first is None else first
@@ -151,7 +159,9 @@ class Functional(WithStates):
         self.count += 1
         self.options = self.rule.advanced(self.options)
         given = {name: self.options[name] for name in self.known & self.options.keys()}
-        return self.function(self._params, self.grads, *self.states, step=self.count, **given)
+        behind = self.function(self._params, self.grads, *self.states, step=self.count, **given)
+        self.options |= behind or {}
+        return None
 
 
 class InPlace(WithStates):
