@@ -67,9 +67,11 @@ void fo_keep_factors(fo_work *w, const fo_kernels *kernels, int threads)
 size_t fo_scratch(const fo_leaf *leaf)
 {
     const size_t size = fo_compute_type(leaf) == FO_COMPUTE_F64 ? sizeof(double) : sizeof(float);
-    fo_shape shape = *(const fo_shape *)leaf->state[0].extra;
-    shape.scratch = NULL;
-    const size_t end = (size_t)fo_factors_of(&shape, size).columns +
-                       (size_t)(shape.matrices * shape.columns) * size;
-    return (end + 7) / 8 * 8;
+    const fo_shape *shape = leaf->state[0].extra;
+    const ptrdiff_t rows = shape->matrices * shape->rows;
+    const ptrdiff_t columns = shape->matrices * shape->columns;
+    const ptrdiff_t wide = fo_parts_beside(shape), high = fo_parts_below(shape);
+    const ptrdiff_t sums = (wide > 1 ? rows * wide : 0) + (high > 1 ? columns * high : 0);
+    const size_t means_and_factors = (size_t)(2 * rows + 2 * columns) * size;
+    return (size_t)sums * sizeof(double) + (means_and_factors + 7) / 8 * 8;
 }

@@ -17,12 +17,26 @@ typedef struct fo_factors {
     void *rows, *columns;           /* factors: their product is 1 / root of the estimate */
 } fo_factors;
 
+static inline ptrdiff_t fo_parts_below(const fo_shape *shape)
+{
+    return (shape->rows + FO_PART_ROWS - 1) / FO_PART_ROWS;
+}
+
+static inline ptrdiff_t fo_parts_beside(const fo_shape *shape)
+{
+    return (shape->columns + FO_PART_COLUMNS - 1) / FO_PART_COLUMNS;
+}
+
+static inline ptrdiff_t fo_parts(const fo_shape *shape)
+{
+    return shape->matrices * fo_parts_below(shape) * fo_parts_beside(shape);
+}
+
 /* `size` is that of an element of the compute type. */
 static inline fo_factors fo_factors_of(const fo_shape *shape, size_t size)
 {
     const ptrdiff_t rows = shape->matrices * shape->rows;
-    fo_factors it = {.high = (shape->rows + FO_PART_ROWS - 1) / FO_PART_ROWS,
-                     .wide = (shape->columns + FO_PART_COLUMNS - 1) / FO_PART_COLUMNS};
+    fo_factors it = {.high = fo_parts_below(shape), .wide = fo_parts_beside(shape)};
     it.row_sums = shape->scratch;
     it.column_sums = it.row_sums + (it.wide > 1 ? rows * it.wide : 0);
     it.row_means = it.column_sums + (it.high > 1 ? shape->matrices * it.high * shape->columns : 0);
@@ -30,12 +44,6 @@ static inline fo_factors fo_factors_of(const fo_shape *shape, size_t size)
     it.column_means = (char *)it.rows + (size_t)rows * size;
     it.columns = (char *)it.column_means + (size_t)(shape->matrices * shape->columns) * size;
     return it;
-}
-
-static inline ptrdiff_t fo_parts(const fo_shape *shape)
-{
-    const fo_factors it = fo_factors_of(shape, 0);
-    return shape->matrices * it.high * it.wide;
 }
 
 /* Whether a leaf of a factored rule has a gradient, and factors. */
