@@ -8,7 +8,10 @@
 StepResult(step=1, updated=2)
 """
 
+import importlib as _importlib
 import os as _os
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 from fusedopt import _core
 
@@ -22,15 +25,7 @@ if _isa is not None:
             f"{', '.join(_core.available_isas())}"
         ) from exc
 
-from fusedopt import (  # noqa: E402
-    _threadpoolctl,
-    formats,
-    functional,
-    monitor,
-    reference,
-    schedules,
-    tune,
-)
+from fusedopt import _threadpoolctl, formats, functional  # noqa: E402
 from fusedopt._info import info  # noqa: E402
 from fusedopt._options import StepResult, StepStats  # noqa: E402
 from fusedopt._threads import get_num_threads, set_num_threads  # noqa: E402
@@ -60,7 +55,30 @@ from fusedopt.optim.yogi import Yogi  # noqa: E402
 from fusedopt.optimizer import Optimizer  # noqa: E402
 from fusedopt.scaler import GradScaler  # noqa: E402
 
+if _TYPE_CHECKING:
+    from fusedopt import monitor, reference, schedules, tune
+
 _threadpoolctl.watch()
+
+_LATER = (
+    "monitor",
+    "reference",
+    "schedules",
+    "tune",
+)  # imported when they are asked for: a step needs none
+
+
+def __getattr__(name: str) -> _Any:
+    """Import one of these modules, which then is an attribute."""
+    if name not in _LATER:
+        raise AttributeError(f"module 'fusedopt' has no attribute {name!r}")
+    return _importlib.import_module(f"fusedopt.{name}")
+
+
+def __dir__() -> list[str]:
+    """Return all names, those of modules to be imported too."""
+    return sorted({*globals(), *_LATER})
+
 
 __all__ = [
     "ADOPT",
