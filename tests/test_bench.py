@@ -15,7 +15,7 @@ import pytest
 
 import fusedopt
 from fusedopt import _core, cli
-from fusedopt.bench import machine, measure, stats, worker
+from fusedopt.bench import cases, machine, measure, stats, worker
 from fusedopt.bench.cases import CASES, OPTIMIZERS, Problem, takers
 from fusedopt.bench.contenders import AGAIN, LIMIT, OURS, ROWS
 from fusedopt.bench.recording import Entry, Recording
@@ -69,6 +69,21 @@ def test_disturbed_rounds_do_not_count():
     assert stats.quotients(entry, LIMIT, OURS) == [[1.0, 0.95], [1.0, 0.9]]
     assert stats.quotients(entry, "rare", OURS) == [[3.0], [3.0]]  # it has no calm ones
     assert stats.disturbance(entry) == pytest.approx(0.075)
+
+
+def test_shapes_of_ones_own():
+    """An array of a shape, beside the named cases; 400x250 remains the name of many."""
+    bytes_of = {}
+    options = ("--optimizer", "adafactor,sgd", "--case", "30x40, 9x3x3,1k", "--contender", "numpy")
+    done = run(*options, "--seconds", "0.1", "--cache", "warm")
+    assert done.returncode == 0, done.stderr
+    for name in ("one array of 30 x 40", "one array of 9 x 3 x 3"):
+        assert name in done.stdout
+    for shape in [(30, 40), (9, 3, 3)]:
+        case = cases.own_case("x".join(map(str, shape)))
+        bytes_of[shape] = cases.Problem(case, "adafactor", "float32", 1).moved
+    assert bytes_of == {(30, 40): 4 * (3 * 1200 + 2 * 70), (9, 3, 3): 4 * (3 * 81 + 2 * 54)}
+    assert cases.own_case("0x3") is cases.own_case("3x") is cases.own_case("mlp") is None
 
 
 @pytest.mark.parametrize(

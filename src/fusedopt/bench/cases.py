@@ -60,7 +60,10 @@ STATES = {
     for name, cls in _CLASSES.items()
 }
 # whether a rule has a rate for each leaf, of norms over it
-LAYERWISE = {name: bool(_core.RULES[cls.rule.name][3]) for name, cls in _CLASSES.items()}
+LAYERWISE = {
+    name: _core.RULES[cls.rule.name][3] not in ("plain", "internal")
+    for name, cls in _CLASSES.items()
+}
 DTYPES = ("float32", "float64")
 
 _BLOCK = 65_537  # values repeat after this many: a prime, so that no two tensors begin alike
@@ -71,7 +74,7 @@ class Case:
     """The parameters of one step.
 
     `kind` is "size" for one array (a point of the curve over sizes), "many" for many small arrays,
-    "model" for the parameters of a model.
+    "model" for the parameters of a model, "own" for an array of a shape of the user's.
     """
 
     name: str
@@ -116,6 +119,15 @@ CASES: dict[str, Case] = {
 }
 
 
+def own_case(name: str) -> Case | None:
+    """Return the case of one array of a shape, as in "64x256"; None if it is no shape."""
+    sizes = name.split("x")
+    if not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        return None
+    shape = tuple(map(int, sizes))
+    return Case(name, f"one array of {' x '.join(sizes)}", "own", (shape,))
+
+
 @cache
 def _block(stream: int, dtype: str) -> Array:
     """Return normal values moved 0.1 away from 0: the form of epsilon makes no difference."""
@@ -150,12 +162,25 @@ class Problem:
     @property
     def moved(self) -> int:
         """Bytes that a step must read and write, with state in the parameter's dtype."""
-        return self.case.elements * self.itemsize * (3 + 2 * STATES[self.optimizer])
+        return self.itemsize * (3 * self.case.elements + 2 * self._kept)
 
     @property
     def held(self) -> int:
         """Bytes of all arrays that a step touches: parameters, gradients and state."""
-        return self.case.elements * self.itemsize * (2 + STATES[self.optimizer])
+        return self.itemsize * (2 * self.case.elements + self._kept)
+
+    @property
+    def _kept(self) -> int:
+        """Elements of all state arrays."""
+        rule = _CLASSES[self.optimizer].rule
+        options = rule.defaults | self.options
+        shapes = [
+            state.shape(shape, options)
+            for shape in self.case.shapes
+            for use, state in zip(rule.uses(options), rule.states, strict=True)
+            if use
+        ]
+        return sum(math.prod(shape) for shape in shapes if shape is not None)
 
     def param(self, leaf: int) -> Array:
         """Return a new array with the values that parameter `leaf` begins with."""

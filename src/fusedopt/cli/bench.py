@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import fusedopt
 from fusedopt.bench import changes, machine, plots, report
-from fusedopt.bench.cases import CASES, DTYPES, OPTIMIZERS, Case
+from fusedopt.bench.cases import CASES, DTYPES, OPTIMIZERS, Case, own_case
 from fusedopt.bench.contenders import LIMIT, OURS, ROWS
 from fusedopt.bench.measure import ALWAYS, Bench, Settings
 from fusedopt.bench.recording import Recording
@@ -39,7 +39,8 @@ T = TypeVar("T")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     add = parser.add_argument
-    add("--case", metavar="NAMES", help=f"some of {', '.join(CASES)} (default: all)")
+    known = ", ".join(CASES)
+    add("--case", metavar="NAMES", help=f"some of {known}, or shapes: 64x256 (default: all)")
     add("--contender", metavar="NAMES", help=f"some of {', '.join(ROWS)} (default: all)")
     add(
         "--optimizer",
@@ -232,7 +233,10 @@ def plan(bench: Bench, options: argparse.Namespace) -> list[Job]:
     bench = replace(bench, settings=replace(bench.settings, optimizer=first))
 
     def cases(default: Iterable[str]) -> list[Case]:
-        return chosen("--case", options.case or ",".join(default), CASES)
+        names = options.case or ",".join(default)
+        own = {name: own_case(name) for name in names.replace(" ", "").split(",")}
+        known = {name: case for name, case in own.items() if case is not None and name not in CASES}
+        return chosen("--case", names, CASES | known)
 
     def job(bench: Bench, few: Sequence[Case], count: int = threads) -> Job:
         amount = sum(len(bench.states(bench.problem(case, count))) for case in few)

@@ -34,6 +34,7 @@ _FUSED: dict[str, Any] = {"optimizers": ("adagrad", *Row.optimizers)}  # of torc
 _TORCH: dict[str, Any] = {
     "optimizers": (
         "adadelta",
+        "adafactor",
         "adamax",
         "asgd",
         "nadam",
