@@ -15,7 +15,8 @@
  *
  * A SUMMING rule has <rule>_terms in the place of a direction, which writes two terms for each
  * element. fo_direct sums them over each leaf, and the caller makes the constants of the step by
- * the sums. Some of its states may be samples (FO_EVERY).
+ * the sums. Some of its states may be samples (FO_EVERY). Its loop does not get the last state,
+ * which is for the terms alone.
  *
  * A MATRIX rule has a direction too, but no ratio: its last state array, of the compute type, holds
  * the direction during a step, and the caller replaces it between fo_direct and fo_step. An
