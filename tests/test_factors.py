@@ -81,6 +81,19 @@ def test_hostile_values(case, options, shapes):
     same(case, options, {}, shapes, hostile=True)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, BF16])
+@pytest.mark.parametrize("case", FACTOR_CASES[:2] + SAMPLES, ids=str)
+def test_gradients_of_zero_are_finite(case, dtype):
+    """In rows, columns, or all of a matrix, also before there is any state."""
+    params = arrays(0, [(6, 8), (5,), (2, 1, 3)], dtype)
+    opt = case.make(params)
+    for step in range(3):
+        grads = arrays(1 + step, [p.shape for p in params], dtype)
+        grads[0][step] = grads[0][:, 3 + step] = 0
+        opt.step([np.zeros_like(g) for g in grads] if step == 0 else grads)
+        assert all(np.isfinite(p.astype(np.float64)).all() for p in params)
+
+
 @pytest.mark.parametrize("name", _core.available_isas())
 @EACH
 def test_isas_and_threads(case, name):
