@@ -238,9 +238,9 @@ static int is_supported(int rule, int param, int state)
 {
     char byte[8];
     const fo_hyper hyper = {0};
-    fo_leaf leaf = {.param = {byte, byte, (fo_format)param},
-                    .grad = {byte, byte, (fo_format)param},
-                    .state = {{byte, byte, (fo_format)state}}};
+    fo_leaf leaf = {.param = {byte, byte, (fo_format)param, FO_EACH},
+                    .grad = {byte, byte, (fo_format)param, FO_EACH},
+                    .state = {{byte, byte, (fo_format)state, FO_EACH}}};
     fo_stats stats;
     const fo_run run = {.tiles = &stats, .stats = &stats};
     return fo_step(rule, &leaf, 1, &hyper, 1, &run, 1) == FO_OK; /* writes nothing */
