@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cases import ALL_STEP_OPTIONS, FACTOR_CASES, STEP_OPTIONS, canonical, isa, threads
-from test_step_options import run, same, tree_bytes
+from test_step_options import contents, run, same, tree_bytes
 
 import fusedopt
 from fusedopt import _core, functional, reference
@@ -27,10 +27,6 @@ SHAPES = pytest.mark.parametrize(
 STORAGE = [{}, {"ema": 0.9}, {"master_bits": 24}]
 EACH = pytest.mark.parametrize("case", FACTOR_CASES, ids=str)
 SAMPLES = [case for case in FACTOR_CASES if case.rule == "prodigy"]
-
-
-def contents(opt):
-    return tree_bytes([opt.param_groups, opt.state, opt.state_dict()["step"]])
 
 
 def arrays(seed, shapes, dtype=np.float32):

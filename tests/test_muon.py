@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from cases import ALL_STEP_OPTIONS, MATRIX_CASES, STEP_OPTIONS, canonical, isa, threads
-from test_step_options import STORAGE, run, same, tree_bytes
+from test_step_options import STORAGE, contents, run, same, tree_bytes
 
 import fusedopt
 from fusedopt import _core, functional, reference
@@ -28,10 +28,6 @@ EACH = pytest.mark.parametrize("case", MATRIX_CASES, ids=str)
 def matrices(seed=0, dtype=np.float64, shapes=SEVERAL):
     rng = np.random.default_rng(seed)
     return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
-
-
-def contents(opt):
-    return tree_bytes([opt.param_groups, opt.state, opt.state_dict()["step"]])
 
 
 # ---------------------------------------------------------------- the step

@@ -38,6 +38,11 @@ def tree_bytes(x):
         isinstance(x, float)) else x  # fmt: skip
 
 
+def contents(opt):
+    """The bytes of all that an optimizer has, but for its parameters."""
+    return tree_bytes([opt.param_groups, opt.state, opt.state_dict()["step"]])
+
+
 def run(module, case, options, storage, shapes, dtype=np.float32, grad_dtype=None, copies=None,
         steps=3, hostile=False):  # fmt: skip
     """The results of three steps with these options."""

@@ -389,12 +389,7 @@ cdef class ArrayList(LeafList):
         try:
             updated = self.take(grads, plans)
             self.plans = plans
-            if self.kind == FO_FACTORED:
-                self.make_scratch()
-            if options is None and self.kind > FO_FACTORED:
-                options = _options.StepOptions()
-            if options is not None or self.kind >= FO_LAYERWISE:
-                prepare_sums(&self.sums, self.leaves, n, &how)
+            options = self.prepare(options, &how)
             number = self.count + 1  # an object: no memory may run out behind writes
             if options is None:
                 with nogil:

@@ -99,6 +99,7 @@ cdef class LeafList:
     cdef int check_others(self, bint zero_grads, bint copies) except -1
 
     cdef Verdict run(self, options, reduction, fo_run *how, int threads)
+    cdef object prepare(self, options, fo_run *how)
     cdef int make_scratch(self) except -1
     cdef bint direct(self, reduction, fo_run *how, int threads) except -1
     cdef Verdict judge(self, options, reduction, fo_run *how, int threads)

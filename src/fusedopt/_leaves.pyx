@@ -229,6 +229,16 @@ cdef class LeafList:
         check(status)
         return verdict
 
+    cdef object prepare(self, options, fo_run *how):
+        """Get the memory in which a step measures; return its options, None if it needs none."""
+        if self.kind == FO_FACTORED:
+            self.make_scratch()
+        if options is None and self.kind > FO_FACTORED:
+            options = _options.PLAIN
+        if options is not None or self.kind >= FO_LAYERWISE:
+            prepare_sums(&self.sums, self.leaves, self.n, how)
+        return options
+
     cdef int make_scratch(self) except -1:
         """Give leaves with factors the memory that they need in a step."""
         cdef ptrdiff_t i

@@ -67,6 +67,9 @@ class StepOptions:
         return 1.0 if factor > 1 else factor  # NaN stays
 
 
+PLAIN = StepOptions()  # of a step of which nobody asked for more
+
+
 def _norm_type(name: str, value: Any) -> float:
     if not isinstance(value, (int, float, str, np.number)) or (
         value != 2 and value not in (math.inf, "inf")
@@ -307,7 +310,7 @@ class StepResult(NamedTuple):
     updated : int
         Number of leaves that were updated: those with a gradient.
     skipped : bool
-        Whether nothing was changed, for want of finite gradients.
+        Whether nothing was changed: gradients were not finite, or told the rule nothing (Prodigy).
     grad_norm : float or None
         Norm of all gradients, times ``grad_scale`` and before the clip; None if nobody asked for
         anything that needs it.

@@ -408,24 +408,20 @@ cdef class TensorList(LeafList):
                         self.gather(group, params, plan, counted, state, copies)
                 else:
                     self.choose(groups, chosen, counted, state, copies)
-                for i in range(self.n):  # records have their place in memory now
-                    self.join_shape(i)
+                if self.kind == FO_FACTORED or self.kind == FO_SUMMING:
+                    for i in range(self.n):  # records have their place in memory now
+                        self.join_shape(i)
                 self.check_memory(copies is not None)
                 if self.elsewhere:
                     owner._check_elsewhere(self.elsewhere, options is not None)
-                if self.kind == FO_FACTORED:
-                    self.make_scratch()
-                if options is None and self.kind > FO_FACTORED:
-                    options = _options.StepOptions()
-                if options is not None or self.kind >= FO_LAYERWISE:
-                    prepare_sums(&self.sums, self.leaves, self.n, &how)
+                options = self.prepare(options, &how)
             except Exception as exc:
                 fault = exc
             if (fault is not None or self.has_others or process_group is not None) and (
                     self.kind >= FO_LAYERWISE or (options is not None and options.concerns_ranks)):
                 reduction = owner._reduction(process_group)
             if reduction is not None:
-                options = options or _options.StepOptions()
+                options = options or _options.PLAIN
                 if reduction.agree(len(owner._all_params()), fault, bool(options.skip)):
                     options = dataclasses.replace(options, skip=True)
             elif fault is not None:
@@ -701,12 +697,13 @@ cdef class TensorList(LeafList):
         cdef GroupPlan plan = self.plan
         cdef Py_ssize_t at = 0
         cdef PyObject *value
-        cdef int k, used = 0
+        cdef int k, used = plan.n
         record.coded = 0
         if own is None:
             return not plan.n and not counted
-        for k in range(plan.n):
-            used += is_used(plan, record, plan.places[k])
+        if plan.has_rest:
+            for k in range(plan.n):
+                used -= not is_used(plan, record, plan.places[k])
         if counted or PyDict_Size(own) > used:
             value = entry(own, "step", &at)
             if value != NULL:

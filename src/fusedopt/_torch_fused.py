@@ -305,7 +305,7 @@ class Fused(StateKeeper):
             how = self._checked_step(given) if own else None
             if all(type(value) in _CONSTANT for value in own):
                 self._own_step = self.defaults.copy(), how
-        return StepOptions() if how is None and copy_out is not None else how
+        return _options.PLAIN if how is None and copy_out is not None else how
 
     @ieee
     def _checked_step(self, given: Mapping[str, Any]) -> StepOptions:

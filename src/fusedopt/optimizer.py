@@ -108,7 +108,6 @@ class Optimizer:
         self._plans: list[Any] | None = None  # of the groups, if steps do not change them
         self._has_new_options = True  # of a group, for `Rule.row`
         self._advanced: list[Options] = []  # of the groups, in this step
-        self._remembers = self.rule.remembers  # asked in every step
         self._bare = not _tree.is_groups(params)
         if isinstance(params, dict) and "params" in params and params.keys() & self.rule.checks:
             raise TypeError("params: a group, which must be in a list: [{'params': ..., ...}]")
@@ -402,7 +401,7 @@ class Optimizer:
         for group in self._groups:
             if group.schedule is not None:
                 group.schedule_rate(self.rule, self._work.count + 1)
-        if self._remembers:
+        if self.rule.remembers:
             return flat, self._advance()
         plans = [group.plan for group in self._groups]
         if all(group.schedule is None for group in self._groups):
@@ -420,10 +419,11 @@ class Optimizer:
         ]
         if self.rule.share is not None:
             advanced = self.rule.share(advanced)
-        self._note_writes([] if self.rule.settle else advanced)
         self._advanced = advanced
-        if self.rule.settle is not None:
-            self._work.settler = self._settle  # for this step
+        if self.rule.settle is None:
+            self._note_writes(advanced)
+        else:
+            self._work.writes, self._work.settler = [], self._settle  # for this step
         return [self.rule.plan(options) for options in advanced]
 
     def _settle(self, first: float, second: float) -> list[Any] | None:
@@ -440,9 +440,7 @@ class Optimizer:
         """Note what the rule remembers then, for the list to write when the step succeeds."""
         self._work.writes = [
             write
-            for options, shown, group in zip(
-                advanced, self.param_groups, self._groups, strict=bool(advanced)
-            )
+            for options, shown, group in zip(advanced, self.param_groups, self._groups, strict=True)
             for write in self.rule.writes(options, shown, group.options, group.seen)
         ]
 

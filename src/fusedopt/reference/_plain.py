@@ -14,7 +14,7 @@ from fusedopt._arrays import ArrayList
 from fusedopt._check import Array
 from fusedopt._functional import Step, function, listed, remembered
 from fusedopt._ieee import ieee
-from fusedopt._options import LEAF, Reduction, StepOptions, StepResult, StepStats
+from fusedopt._options import LEAF, PLAIN, Reduction, StepOptions, StepResult, StepStats
 from fusedopt.formats import BLOCK, Stored, flat
 from fusedopt.optimizer import Optimizer
 from fusedopt.rule import Options, Rule
@@ -25,7 +25,6 @@ GradSums = tuple[float, float, int, int]
 StepSums = tuple[float, float, float]
 _GRAD, _STEP = ["grad", "largest_grad", "zeros", "nonfinite"], ["param", "update", "largest_update"]
 
-_NOTHING = StepOptions()
 _SUMMED = ("layerwise", "counting", "factored")  # kinds of rules that need sums of a leaf
 
 # (parameter, direction of the rule) -> their sums of squares over the leaf
@@ -65,7 +64,7 @@ def leaf(
     step: int,
     options: Options,
     scale: float = 1.0,
-    how: StepOptions = _NOTHING,
+    how: StepOptions = PLAIN,
     ema: Array | None = None,
     copy: Array | None = None,
     sums: Sums | None = None,
@@ -110,6 +109,16 @@ def _sum_terms(first: Array, second: Array) -> tuple[float, float]:
     """Return the sums of a rule's terms over a leaf."""
     tiles = [in_lanes(_rows(x, _TILE).astype(np.float64)) for x in (first, second)]
     return float(in_lanes(tiles[0])), float(in_lanes(tiles[1]))
+
+
+def _noting(table: Array, take: Sums) -> Callable[[int, Array, Array], tuple[float, float]]:
+    """Return what sums a leaf's arrays, and writes the sums to its row."""
+
+    def note(number: int, first: Array, second: Array) -> tuple[float, float]:
+        table["param"][number], table["update"][number] = found = take(first, second)
+        return found
+
+    return note
 
 
 def _both(table: Array) -> tuple[float, float]:
@@ -294,7 +303,7 @@ class Plain(Optimizer):
         source: ArrayList | None = None,
     ) -> StepResult:
         with self._work, source or nullcontext():
-            return self._take_claimed(grads, options or _NOTHING, copies, reduction, source)
+            return self._take_claimed(grads, options or PLAIN, copies, reduction, source)
 
     @as_in_c
     def _take_claimed(
@@ -307,7 +316,7 @@ class Plain(Optimizer):
     ) -> StepResult:
         work, (flat_grads, _) = self._work, self._prepare(grads)
         by_group = [group.options for group in self._groups]
-        by_leaf = self._by_leaf(self._advanced if self._remembers else by_group)
+        by_leaf = self._by_leaf(self._advanced if self.rule.remembers else by_group)
         work.check(flat_grads, how, copies)
         table = np.zeros(len(work), _core.STATS)
         sizes = np.array([0 if g is None else g.size for g in flat_grads])
@@ -433,12 +442,7 @@ class Plain(Optimizer):
     ) -> Array:
         """Return the sums of each leaf and of where it would go, before any is written."""
         table = np.zeros(len(grads), _core.STATS)
-        take = _sum_terms if self._kind == "summing" else _sums
-
-        def note(i: int, p: Array, direction: Array) -> tuple[float, float]:
-            table["param"][i], table["update"][i] = found = take(p, direction)
-            return found
-
+        note = _noting(table, _sum_terms if self._kind == "summing" else _sums)
         for i, grad in enumerate(grads):
             if grad is not None:
                 self._step_leaf(
@@ -460,17 +464,13 @@ def reference(fast: type[Optimizer], update: Callable[..., None]) -> tuple[type[
     """
 
     def take(rule: Rule, params: Any, grads: Any, states: Any, step: int, options: Options) -> Any:
-        listed(rule, params, states, step, options).check(list(grads), _NOTHING, None)
+        listed(rule, params, states, step, options).check(list(grads), PLAIN, None)
         rows = list(enumerate(zip(params, grads, *states, strict=True)))
         if rule.share is not None:
             options = rule.share([options])[0]
         if rule.settle is not None:
             table = np.zeros(len(rows), _core.STATS)
-
-            def note(number: int, first: Array, second: Array) -> tuple[float, float]:
-                table["param"][number], table["update"][number] = _sum_terms(first, second)
-                return 0.0, 0.0
-
+            note = _noting(table, _sum_terms)
             for number, (param, grad, *its) in rows:
                 if grad is not None:
                     twin, *its = map(_twin, (param, *its))
