@@ -310,7 +310,7 @@ class StepResult(NamedTuple):
     updated : int
         Number of leaves that were updated: those with a gradient.
     skipped : bool
-        Whether nothing was changed: gradients were not finite, or told the rule nothing (Prodigy).
+        Whether nothing was changed: gradients were not finite, or told the rule nothing.
     grad_norm : float or None
         Norm of all gradients, times ``grad_scale`` and before the clip; None if nobody asked for
         anything that needs it.
