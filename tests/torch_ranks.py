@@ -750,7 +750,8 @@ def train_whole(model, opt, seeds):
 
 def main():
     torch.set_num_threads(1)
-    store = dist.FileStore(str(FOLDER / f"store-{sys.argv[4]}"), WORLD)
+    # a file for each run: the addresses of a run that has ended stay in its file
+    store = dist.FileStore(str(FOLDER / "-".join(["store", str(WORLD), *sys.argv[4:]])), WORLD)
     dist.init_process_group("gloo", store=store, rank=RANK, world_size=WORLD)
     for name in sys.argv[4:]:
         start = time.perf_counter()
