@@ -7,6 +7,8 @@
 /* A leaf's matrices are summed in parts of that many rows and columns: whichever thread sums a
  * part, the order is the same. */
 enum { FO_PART_ROWS = 128, FO_PART_COLUMNS = 2048 };
+/* Rows that are summed at once: for these, sums of columns are loaded and stored once. */
+enum { FO_ROWS_AT_ONCE = 4 };
 
 typedef struct fo_factors {
     ptrdiff_t high, wide;           /* parts of a matrix, one below and one beside the other */
