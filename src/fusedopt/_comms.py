@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from fusedopt._check import Array
@@ -144,7 +145,7 @@ def agree(comm: Comm, fault: BaseException | None, said: Mapping[str, str] | Non
     RuntimeError
         On the others, with its message.
     ValueError
-        Naming what ranks say differently.
+        Naming what ranks say differently, in texts of lines.
     """
     told = None if fault is None else f"{type(fault).__name__}: {fault}"
     every = comm.gather((told, said))
@@ -156,7 +157,8 @@ def agree(comm: Comm, fault: BaseException | None, said: Mapping[str, str] | Non
     for rank, (_, its) in enumerate(every):
         for name, value in (every[0][1] or {}).items():
             if its[name] != value:
+                lines = zip_longest(value.splitlines(), its[name].splitlines())
+                a, b = next(pair for pair in lines if pair[0] != pair[1])
                 raise ValueError(
-                    f"{name}: ranks 0 and {rank} differ, and nothing has changed: {value[:300]} "
-                    f"and {its[name][:300]}"
+                    f"{name}: ranks 0 and {rank} differ, and nothing has changed: {a} and {b}"
                 )

@@ -7,6 +7,8 @@ as a whole are as in the plain class.
 
 from __future__ import annotations
 
+import errno
+import glob
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -190,10 +192,10 @@ def _join(where: str, pieces: Sequence[tuple[Any, range]], own: range, per: int)
     """Return the elements `own` of a leaf from arrays of other ranges of it."""
     found: list[Any] = []
     for value, its in pieces:
-        low, high = max(own.start, its.start), min(own.stop, its.stop)
-        if low < high or (not len(own) and not found):
-            found.append(_slice(where, value, its, range(low, max(low, high)), per))
-    covered = sum(max(0, min(own.stop, its.stop) - max(own.start, its.start)) for _, its in pieces)
+        common = _common(own, its)
+        if len(common) or (not len(own) and not found):
+            found.append(_slice(where, value, its, common, per))
+    covered = sum(len(_common(own, its)) for _, its in pieces)
     if covered != len(own):
         raise ValueError(f"{where}: the files have {covered} of the {len(own)} elements needed")
     if len(found) == 1:
@@ -210,7 +212,7 @@ def _slice(where: str, value: Any, its: range, wanted: range, per: int) -> Any:
     def cut(array: Array, per: int) -> Array:
         if array.size != -(-len(its) // per):
             raise ValueError(f"{where}: has {array.size} elements, expected {-(-len(its) // per)}")
-        low, high = wanted.start - its.start, wanted.stop - its.start
+        low, high = wanted.start - its.start, max(wanted.start, wanted.stop) - its.start
         return flat(array)[-(-low // per) : -(-high // per)]
 
     if isinstance(value, Stored):
@@ -228,25 +230,38 @@ def file_of(path: Path, rank: int, size: int) -> Path:
     return path.with_name(f"{path.stem}.{rank}-of-{size}{path.suffix}")
 
 
-def read(path: Path, parts: Mapping[str, range], params: Mapping[str, Array]) -> list[Source]:
-    """Read a file of the plain class, or those files of ranks that have elements of `parts`."""
-    if path.exists():
-        return [_named(path, partial(_read_whole, path, params))]
-    files = sorted(path.parent.glob(f"{path.stem}.*-of-*{path.suffix}"))
-    counts = {file.name[: -len(path.suffix)].rpartition("-of-")[2] for file in files}
+def read(path: Path, params: Mapping[str, Array]) -> list[Source]:
+    """Read a file of the plain class."""
+    return [_named(path, partial(_read_whole, path, params))]
+
+
+def read_by_rank(
+    path: Path, parts: Mapping[str, range], params: Mapping[str, Array]
+) -> list[Source]:
+    """Read the files of ranks, one after the other; return those that have elements of `parts`."""
+    files = sorted(path.parent.glob(f"{glob.escape(path.stem)}.*-of-*{path.suffix}"))
     if not files:
-        raise FileNotFoundError(
-            2, "no such file, and none of ranks as " + file_of(path, 0, 2).name, str(path)
-        )
-    if len(counts) > 1 or not counts <= {str(len(files))}:
+        raise FileNotFoundError(errno.ENOENT, "no such file of a rank", str(file_of(path, 0, 1)))
+    if {file.name for file in files} != {
+        file_of(path, rank, len(files)).name for rank in range(len(files))
+    }:
         raise ValueError(
             f"{path}: the files of ranks are not those of one save: "
             f"{', '.join(file.name for file in files[:8])}"
         )
-    sources = [_named(file, partial(_read_part, file, params)) for file in files]
-    if len({(source["step"], source["optimizer"]) for source, _ in sources}) > 1:
-        raise ValueError(f"{path}: the files of ranks are of different steps")
-    return sources
+    kept: list[Source] = []
+    for file in files:
+        source, ranges = _named(file, partial(_read_part, file, params))
+        if kept and source["step"] != kept[0][0]["step"]:
+            raise ValueError(f"{file}: of step {source['step']}, others {kept[0][0]['step']}")
+        shared = (_common(parts[name], ranges[name]) for name in parts)
+        if not kept or any(map(len, shared)):
+            kept.append((source, ranges))
+    return kept
+
+
+def _common(a: range, b: range) -> range:
+    return range(max(a.start, b.start), min(a.stop, b.stop))
 
 
 def _named(path: Path, load: Callable[[], Source]) -> Source:

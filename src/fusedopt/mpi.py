@@ -140,22 +140,29 @@ class Sharded:
     def _described(self) -> dict[str, str]:
         """Return what must be equal on all ranks."""
         about = [
-            (name, param.shape, str(param.dtype), param.strides)
+            f"{name} {param.dtype} {param.shape}, strides {param.strides}"
             for name, param in zip(self._whole.names, self._params, strict=True)
         ]
         return {
             "cls": self._inner._class_name(),
             "wire_dtype": self._wire,
-            "params": repr(about),
-            "options": repr([group.options for group in self._inner._groups]),
+            "params": "\n".join(about),
+            "options": self._options(),
         }
+
+    def _options(self) -> str:
+        return "\n".join(
+            f"{name}={'a schedule' if callable(value) else value!r}"
+            for group in self._inner._groups
+            for name, value in group.options.items()
+        )
 
     def _part(self, leaf: int, array: Array) -> Array:
         """Return this rank's part of an array that lies as a leaf does, as a view."""
         low, high = self._cuts[leaf][self._comm.rank :][:2]
-        if self._is_cut or array.ndim == 0:
+        if self._is_cut:
             return flat(array)[low:high]
-        return array if low < high else array[:0]
+        return array if low < high else array.reshape(array.shape or (1,))[:0]
 
     def _together(
         self,
@@ -338,10 +345,10 @@ class Sharded:
     ) -> dict[str, str]:
         """Return what must be equal on all ranks in a step."""
         return {
-            "grads": _kinds(sources),
+            "grads": _kinds(self._whole.grad_names, sources),
             "options of the step": repr(how),
-            "copy_out": "" if copies is None else _kinds(copies),
-            "param_groups": repr([group.options for group in self._inner._groups]),
+            "copy_out": "" if copies is None else _kinds(self._whole.names, copies),
+            "param_groups": self._options(),
             "steps": str(self._inner._work.count),
         }
 
@@ -437,12 +444,24 @@ class Sharded:
     def _shapes(self) -> dict[str, Array]:
         return dict(zip(self._whole.names, self._params, strict=True))
 
-    def _load(self, read: Callable[[], list[_shards.Source]], convert: bool, held: Held) -> None:
+    def _load(
+        self,
+        read: Callable[[], list[_shards.Source]],
+        convert: bool,
+        held: Held,
+        path: str | os.PathLike[str] = "",
+    ) -> None:
         inner = self._inner
 
         def fit() -> tuple[Any, ...]:
-            given = _shards.part_of(read(), inner.rule, inner.state, self.parts, self._is_cut)
-            return inner._fit_state_dict(given, convert)
+            sources = read()
+            try:
+                given = _shards.part_of(sources, inner.rule, inner.state, self.parts, self._is_cut)
+                return inner._fit_state_dict(given, convert)
+            except (TypeError, ValueError) as exc:
+                if not path:
+                    raise
+                raise ValueError(f"{os.fspath(path)}: {exc}") from exc
 
         with inner._work:
             inner._work.restore(*self._together(fit, held=held))
@@ -488,11 +507,18 @@ class Sharded:
 
             self._together(write, held=held)
 
-    def load(self, path: str | os.PathLike[str], *, convert: bool = False) -> None:
+    def load(
+        self, path: str | os.PathLike[str], *, convert: bool = False, by_rank: bool = False
+    ) -> None:
         """Read what `save` wrote on any number of ranks, or the plain class.
 
-        Where there is no such file, those of `by_rank` are read: each rank reads the parts that it
-        needs.
+        Parameters
+        ----------
+        path, convert
+            As for `Optimizer.load`.
+        by_rank : bool, default False
+            Read the files of such a `save`. Each rank reads all of them, one after the other, and
+            keeps those that have elements of its part until it has taken them over.
 
         Raises
         ------
@@ -501,10 +527,12 @@ class Sharded:
         """
 
         def read() -> list[_shards.Source]:
-            return _shards.read(Path(path), self.parts, self._shapes())
+            if by_rank:
+                return _shards.read_by_rank(Path(path), self.parts, self._shapes())
+            return _shards.read(Path(path), self._shapes())
 
         with self._whole, self._holding() as held:
-            self._load(read, convert, held)
+            self._load(read, convert, held, path)
 
 
 class _Sums(Reduction):
@@ -554,8 +582,11 @@ def _units(rule: Rule, options: Options, groups: Sequence[Mapping[str, Any]]) ->
     return unit
 
 
-def _kinds(arrays: Sequence[Array | None]) -> str:
-    return " ".join("none" if a is None else a.dtype.name for a in arrays)
+def _kinds(names: Sequence[str], arrays: Sequence[Array | None]) -> str:
+    return "\n".join(
+        f"{name} {None if array is None else array.dtype}"
+        for name, array in zip(names, arrays, strict=True)
+    )
 
 
 def _refuse_unknown(given: Mapping[str, Any]) -> None:
