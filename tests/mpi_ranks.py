@@ -366,6 +366,19 @@ def raises(kind, text, call, ranks=None):
         raise AssertionError(f"{kind} was not raised")
 
 
+class Interrupted:
+    """Ranks of which one is interrupted whenever data travels: the step ends on all."""
+
+    def __init__(self, rank):
+        self.rank, self.size, self.gather = PAIR.rank, PAIR.size, PAIR.gather
+        self.victim = rank
+
+    def exchange(self, send, receive):
+        PAIR.exchange(send, receive)
+        if self.rank == self.victim and self.size > 1:
+            signal.raise_signal(signal.SIGINT)
+
+
 def faults():
     """What one rank raises, all raise; all is as before, and the next step is right."""
     last = WORLD - 1
@@ -423,6 +436,18 @@ def faults():
                lambda: Sharded(fusedopt.Adam, arrays(0, shape), COMM))  # fmt: skip
         raises(ValueError, "options: ranks 0 and",
                lambda: Sharded(fusedopt.Adam, arrays(0), COMM, lr=0.1 + RANK))  # fmt: skip
+    p, q = arrays(0), arrays(0)
+    sharded, plain = Sharded(fusedopt.AdamW, p, Interrupted(last)), fusedopt.AdamW(q)
+    each, average = grads_of_ranks(3)
+    plain.step(average)
+    if RANK == last and WORLD > 1:
+        raises(KeyboardInterrupt, "", lambda: sharded.step(each[RANK]))
+    else:
+        sharded.step(each[RANK])
+    same(p, q, True, "interrupted while data travelled")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    p, q = arrays(0), arrays(0)
+    sharded, plain = Sharded(fusedopt.AdamW, p, COMM), fusedopt.AdamW(q, lr=1e-3)
     bad = arrays(0)
     if RANK == last:
         bad["w"].flags.writeable = False

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -120,3 +121,15 @@ def test_cuts(sizes, ranks):
         for rank in range(ranks):
             own[rank] += places[rank + 1] - places[rank]
     assert max(own) <= sum(sizes) / ranks + 512
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_page_on_processes(world, tmp_path):
+    """All Python blocks of docs/processes.md, one after the other."""
+    page = Path(__file__).parent.parent / "docs" / "processes.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    assert len(blocks) == 4
+    script = tmp_path / "page.py"
+    script.write_text("\n".join([*blocks, 'print(f"rank {comm.rank}: page: passed", flush=True)']))
+    command = [launcher(), "-n", str(world), sys.executable, "-m", "mpi4py", str(script)]
+    finish([start(command, ENV)], world, ["page"])

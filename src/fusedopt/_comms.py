@@ -129,10 +129,13 @@ class Held:
         self._come.append((number, frame))
 
     def check(self) -> None:
-        """Call the handlers of the signals that have come."""
-        while self._come:
+        """Call the handlers of the signals that have come, all of them though one raises."""
+        if self._come:
             number, frame = self._come.pop(0)
-            self._handlers[number](number, frame)
+            try:
+                self._handlers[number](number, frame)
+            finally:
+                self.check()
 
 
 def agree(comm: Comm, fault: BaseException | None, said: Mapping[str, str] | None = None) -> None:
