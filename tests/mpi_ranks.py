@@ -18,6 +18,7 @@ import numpy as np
 from cases import CASES, FACTOR_CASES, MATRIX_CASES, STEP_OPTIONS, canonical, takes
 
 import fusedopt
+from fusedopt import _parts
 from fusedopt.formats import Stored
 from fusedopt.mpi import Sharded
 
@@ -202,6 +203,7 @@ def mixed():
             [g[0]["params"], g[1]["params"]] for g in (make(9 + step + r) for r in range(WORLD))
         ]
         for own in each:
+            own[0]["w"].flags.writeable = False
             own[0]["b" if step else "v"] = None
             if step == 1:
                 own[1] = None
@@ -478,6 +480,18 @@ def parts():
     assert abs(sum(own.values()) - total / WORLD) <= 512
     for name, its in sharded.state.items():
         assert its["exp_avg"].size == its["exp_avg_sq"].size == own[name]
+
+
+def buckets():
+    """Data that travels in many pieces, of which the last ones are shorter."""
+    _parts.BUCKET = 700
+    compare((fusedopt.AdamW, {"ema": 0.9}), True, "float32")
+    sharded, plain, _, _ = compare(
+        (fusedopt.AdamW, {"state_dtype": "int8", "min_8bit_size": 1}), True, "8 bits",
+        grads=lambda seed: arrays(seed, dtype=np.float16),
+    )  # fmt: skip
+    sharded.load_state_dict(plain.state_dict())
+    same_state(sharded, plain, True, "buckets")
 
 
 if __name__ == "__main__":

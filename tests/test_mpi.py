@@ -25,7 +25,9 @@ ENV = {
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
     "OMP_NUM_THREADS": "1",
 }
-SCENARIOS = "rules", "step_options", "storage", "mixed", "around", "averages", "faults", "parts"
+SCENARIOS = (
+    "rules", "step_options", "storage", "mixed", "around", "averages", "faults", "parts", "buckets",
+)  # fmt: skip
 
 
 def launcher():

@@ -74,7 +74,8 @@ class TorchDistributed:
         for call, arrays in ((dist.irecv, receive), (dist.isend, send)):
             for rank, array in enumerate(arrays):
                 if rank != self.rank and array.size:
-                    tensor = self._torch.from_numpy(array)
+                    own = array if array.flags.writeable else array.copy()  # torch warns of others
+                    tensor = self._torch.from_numpy(own)
                     works.append(call(tensor, self._numbers[rank], group=self._group))
         for work in works:
             work.wait()

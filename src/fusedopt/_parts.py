@@ -91,18 +91,17 @@ class Mover:
         dtypes = [None if s is None else _wire_dtype(s.dtype, wire) for s in sources]
         widths = [0 if dtype is None else dtype.itemsize for dtype in dtypes]
 
-        def pack(segment: Segment, to: Array) -> None:
+        def take(segment: Segment) -> Array:
             leaf, low, high = segment
             source = sources[leaf]
             assert source is not None
             if wire == "bfloat16" and not is_bfloat16(source.dtype):
-                _round(source[low:high], to.view(np.uint16))
-            else:
-                to[...] = source[low:high].view(np.uint8)
+                return _rounded(source[low:high]).view(np.uint8)
+            return source[low:high].view(np.uint8)
 
         for turn in range(self._turns):
             send = [
-                self._packed(self._bucket(other, turn), widths, self._out[other], pack)
+                self._packed(self._bucket(other, turn), widths, self._out[other], take)
                 for other in range(self._comm.size)
             ]
             own = self._bucket(rank, turn)
@@ -142,41 +141,59 @@ class Mover:
         widths = [0 if part is None else part.itemsize for part in parts]
         receives = root is None or root == comm.rank
 
-        def pack(segment: Segment, to: Array) -> None:
+        def take(segment: Segment) -> Array:
             leaf, low, high = segment
             part, first = parts[leaf], cuts[leaf][comm.rank]
             assert part is not None
-            to[...] = part[low - first : high - first].view(np.uint8)
+            return part[low - first : high - first].view(np.uint8)
 
         for turn in range(turns):
             its = [rows[turn] if turn < len(rows) else [] for rows in planned]
-            packed = self._packed(its[comm.rank], widths, self._out[0], pack)
+            packed = self._packed(its[comm.rank], widths, self._out[0], take)
             nothing = packed[:0]
             send = [packed if root is None or root == r else nothing for r in range(comm.size)]
-            receive = [
-                self._in[r, : _length(its[r], widths)] if receives else nothing
-                for r in range(comm.size)
-            ]
+            if not receives:
+                comm.exchange(send, [nothing] * comm.size)
+                continue
+            receive, places = [], []
+            for rank, bucket in enumerate(its):
+                laid = list(_laid(bucket, widths))
+                places.append([(place, _bytes_of(wholes, segment)) for place, segment in laid])
+                length = _length(bucket, widths)
+                receive.append(places[-1][0][1] if len(laid) == 1 else self._in[rank, :length])
             comm.exchange(send, receive)
-            if receives:
-                receive[comm.rank] = packed
-                for rank, data in enumerate(receive):
-                    for place, (leaf, low, high) in _laid(its[rank], widths):
-                        whole, end = wholes[leaf], place + (high - low) * widths[leaf]
-                        assert whole is not None
-                        whole[low:high].view(np.uint8)[...] = data[place:end]
+            for rank, targets in enumerate(places):
+                data = packed if rank == comm.rank else receive[rank]
+                for place, target in targets:
+                    if _address(target) != _address(data):  # else it is there already
+                        target[...] = data[place : place + target.size]
 
     def _packed(
         self,
         bucket: list[Segment],
         widths: Sequence[int],
         buffer: Array,
-        pack: Callable[[Segment, Array], None],
+        take: Callable[[Segment], Array],
     ) -> Array:
-        for place, segment in _laid(bucket, widths):
-            leaf, low, high = segment
-            pack(segment, buffer[place : place + (high - low) * widths[leaf]])
+        """Return the bytes of a bucket, in a buffer if it has more than one segment."""
+        laid = list(_laid(bucket, widths))
+        if len(laid) == 1:
+            return take(laid[0][1])
+        for place, segment in laid:
+            data = take(segment)
+            buffer[place : place + data.size] = data
         return buffer[: _length(bucket, widths)]
+
+
+def _bytes_of(arrays: Sequence[Array | None], segment: Segment) -> Array:
+    leaf, low, high = segment
+    array = arrays[leaf]
+    assert array is not None
+    return array[low:high].view(np.uint8)
+
+
+def _address(array: Array) -> int:
+    return int(array.__array_interface__["data"][0])
 
 
 def add_over_ranks(comm: Comm, array: Array, most: bool = False) -> None:
@@ -220,7 +237,11 @@ def _laid(bucket: list[Segment], widths: Sequence[int]) -> Iterator[tuple[int, S
 
 
 def _length(bucket: list[Segment], widths: Sequence[int]) -> int:
-    return sum(-(-(high - low) * widths[leaf] // 8) * 8 for leaf, low, high in bucket)
+    """Return the bytes of a bucket, to the end of its last segment."""
+    end = 0
+    for place, (leaf, low, high) in _laid(bucket, widths):
+        end = place + (high - low) * widths[leaf]
+    return end
 
 
 def _wire_dtype(dtype: np.dtype[Any], wire: str) -> np.dtype[Any]:
@@ -241,17 +262,16 @@ def _add(parts: list[Array], out: Array) -> None:
                 np.add(out, part, out=out)
 
 
-def _round(values: Array, out: Array) -> None:
-    """Round numbers to bfloat16, to nearest and ties to even, as `formats.encode` does."""
-    if values.dtype != np.float32:
+def _rounded(values: Array) -> Array:
+    """Return numbers as bfloat16, rounded to nearest and ties to even: `formats.encode`, faster."""
+    out = np.empty(values.shape, np.uint16)
+    bits = values.view(np.uint32) if values.dtype == np.float32 else None
+    if bits is None or ((bits & np.uint32(0x7FFFFFFF)) >= formats.INFINITE).any():
         Stored("bfloat16", out).encode(np.ascontiguousarray(values))
-        return
-    bits = values.view(np.uint32)
-    sum_ = (bits >> np.uint32(16)) & np.uint32(1)
-    sum_ += np.uint32(0x7FFF)
-    sum_ += bits
-    sum_ >>= np.uint32(16)
-    out[...] = sum_
-    is_special = (bits & np.uint32(0x7FFFFFFF)) >= formats.INFINITE
-    if is_special.any():
-        Stored("bfloat16", out).encode(values)
+        return out
+    rounded = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded += np.uint32(0x7FFF)
+    rounded += bits
+    rounded >>= np.uint32(16)
+    out[...] = rounded
+    return out

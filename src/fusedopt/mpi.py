@@ -147,10 +147,10 @@ class Sharded:
             "cls": self._inner._class_name(),
             "wire_dtype": self._wire,
             "params": "\n".join(about),
-            "options": self._options(),
+            "options": self._group_options(),
         }
 
-    def _options(self) -> str:
+    def _group_options(self) -> str:
         return "\n".join(
             f"{name}={'a schedule' if callable(value) else value!r}"
             for group in self._inner._groups
@@ -348,7 +348,7 @@ class Sharded:
             "grads": _kinds(self._whole.grad_names, sources),
             "options of the step": repr(how),
             "copy_out": "" if copies is None else _kinds(self._whole.names, copies),
-            "param_groups": self._options(),
+            "param_groups": self._group_options(),
             "steps": str(self._inner._work.count),
         }
 
