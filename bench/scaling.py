@@ -1,6 +1,6 @@
 """What a step costs by size, format, threads and ranks, beside what a simple model predicts.
 
-    python bench/scaling.py [--most 6e9] [--rounds 9] [--skip-ranks]
+    python bench/scaling.py [--most 6e9] [--rounds 9] [--only sizes formats ranks hosts]
 
 Prints the tables of docs/scaling.md. The model has three numbers of this machine: what a step takes
 on a handful of elements, what an element takes in cache, and how fast the memory streams the bytes
@@ -260,7 +260,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--memory", type=float, default=300e9, help="computed hosts, bytes/s")
     parser.add_argument("--network", type=float, default=25e9, help="computed hosts, bytes/s")
-    parser.add_argument("--skip-ranks", action="store_true")
+    tables = ["sizes", "formats", "ranks", "hosts"]
+    parser.add_argument("--only", nargs="+", choices=tables, default=tables)
     parser.add_argument("--rank", type=int, nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank:
@@ -273,12 +274,15 @@ def main() -> None:
     rates = ", ".join(f"{rate / 1e9:.1f} ({t})" for t, rate in known.rates.items())
     print(f"a step {1e6 * known.overhead:.2f} us, an element {1e9 * known.element:.3f} ns, "
           f"GB/s (threads) {rates}")  # fmt: skip
-    by_size(known, threads, min(options.most, 0.5 * (machine.available_memory() or 4e9)),
-            options.rounds)  # fmt: skip
-    by_format(known, threads[-1], options.large, options.rounds)
-    if not options.skip_ranks:
+    if "sizes" in options.only:
+        most = min(options.most, 0.5 * (machine.available_memory() or 4e9))
+        by_size(known, threads, most, options.rounds)
+    if "formats" in options.only:
+        by_format(known, threads[-1], options.large, options.rounds)
+    if "ranks" in options.only:
         by_ranks(known, threads, options.large, options.rounds)
-    computed(options.memory, options.network)
+    if "hosts" in options.only:
+        computed(options.memory, options.network)
 
 
 if __name__ == "__main__":
