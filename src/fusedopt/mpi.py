@@ -62,8 +62,8 @@ class Sharded:
     Parameters
     ----------
     cls : class
-        One of the package's optimizers, as `fusedopt.AdamW`. A rule that needs whole matrices
-        (Muon, Adafactor) has each leaf on one rank.
+        One of the package's optimizers, as `fusedopt.AdamW`. With a rule that needs whole matrices
+        each leaf is on one rank.
     params : array, nesting of arrays, or list of groups
         As for the class, equal on all ranks; no `Stored`.
     comm : mpi4py.MPI.Intracomm, ProcessGroup, or `Comm`
