@@ -125,9 +125,7 @@ class Sharded:
         self._whole = _arrays.ArrayList("add", ())  # for checks: all leaves, without state
         grads = [_grad_name(name, groups is not None) for name in names]
         none = [None] * len(names)
-        self._whole.add(
-            names, grads, self._params, [[]] * len(names), none, 0, False, 1
-        )  # fmt: skip
+        self._whole.add(names, grads, self._params, [[]] * len(names), none, 0, False, 1)
         self._inner: Optimizer = cls.__new__(cls)
         self._inner._parts = {
             name: (self._part(i, param), self._cuts[i][rank], param.size)
@@ -235,7 +233,7 @@ class Sharded:
         Returns
         -------
         StepResult
-            The same on all ranks, but for the gradients' norm that of the mean.
+            The same on all ranks; norms of gradients are those of the mean.
 
         Raises
         ------
