@@ -145,6 +145,10 @@ DEFAULTS = [  # environment, whether there is a quota of 1.5, of 6 CPUs: threads
     ({"RANKS": "1000", "OMP": "1"}, False, 1, AFFINITY + SHARE + IGNORED),
     ({"RANKS": "?", "OMP": "1"}, False, 1, OPENMP),
     ({"RANKS": "2", "OMP": "1", "FUSEDOPT": "7"}, False, 7, "FUSEDOPT_NUM_THREADS"),
+    ({"MPICH": "1"}, False, 6, AFFINITY),
+    ({"MPICH": "2"}, False, 3, AFFINITY + ", divided by MPI_LOCALNRANKS"),
+    ({"MPICH": "2", "OMP": "1"}, False, 1, OPENMP),
+    ({"MPICH": "2", "RANKS": "3"}, False, 2, AFFINITY + SHARE),
     ({"ACCELERATE": "no", "OMP": "1"}, False, 6, AFFINITY + IGNORED),
     ({"ACCELERATE": "no", "OMP": "2"}, False, 2, OPENMP),
     ({"ACCELERATE": "bf16", "RANKS": "3", "OMP": "1"}, False, 2, AFFINITY + SHARE + IGNORED),
@@ -153,6 +157,7 @@ VARIABLES = {
     "OMP": "OMP_NUM_THREADS",
     "FUSEDOPT": "FUSEDOPT_NUM_THREADS",
     "RANKS": "LOCAL_WORLD_SIZE",
+    "MPICH": "MPI_LOCALNRANKS",
     "ACCELERATE": "ACCELERATE_MIXED_PRECISION",
 }
 

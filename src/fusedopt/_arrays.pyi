@@ -43,6 +43,7 @@ class ArrayList(LeafList):
         zero: bool,
         threads: int,
         begin: Callable[[], None] | None = None,
+        origins: Sequence[int] | None = None,
     ) -> None: ...
     def step(
         self,

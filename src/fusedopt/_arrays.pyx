@@ -203,11 +203,11 @@ cdef class ArrayList(LeafList):
         return LeafList.busy(self)
 
     def add(self, list names, list grad_names, list params, list states, list layouts, int group,
-            bint zero, int threads, begin=None):
+            bint zero, int threads, begin=None, origins=None):
         """Add leaves, all or none: check and export every array, then zero the state if asked.
 
         `layouts` are those of `Rule.layout`. `begin`, called without arguments behind that, writes
-        what state begins as otherwise.
+        what state begins as otherwise. `origins` say, of parts of arrays, where each part begins.
         """
         cdef ptrdiff_t i, old = self.n, total = old + len(names)
         self.leaves = <fo_leaf *>grow(self.leaves, total, sizeof(fo_leaf))
@@ -222,6 +222,8 @@ cdef class ArrayList(LeafList):
                 self.names.append(names[i])
                 self.grad_names.append(grad_names[i])
                 self.states.append(list(states[i]))
+                if origins is not None:
+                    self.leaves[self.n - 1].origin = origins[i]
                 self.export(self.n - 1, params[i], layouts[i], group)
             self.collect_spans()
             if zero:
@@ -403,6 +405,8 @@ cdef class ArrayList(LeafList):
                     for i in range(n):
                         if grads[i] is not None:
                             self.sums.stats[i] = source.kept[i]
+                if reduction is not None:
+                    reduction.begin()
                 verdict = self.run(options, reduction, &how, threads)
             if source is not None:
                 source.forget()

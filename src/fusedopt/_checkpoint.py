@@ -111,7 +111,7 @@ def write(path: StrPath, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -
     OSError
         Naming the file, if it cannot be written; an old file is unchanged.
     """
-    target = _known(path)
+    target = known(path)
     for name in arrays:
         if "\0" in name or len(name.encode(errors="replace")) > 2**15 or not _is_text(name):
             raise ValueError(f"{name[:60]!r}: cannot name an array in a file; use other dict keys")
@@ -206,7 +206,7 @@ def read(path: StrPath) -> tuple[dict[str, Array], dict[str, Any]]:
     ValueError
         If it is damaged, or not such a file.
     """
-    source = _known(path)
+    source = known(path)
     reader = _read_npz if source.suffix == ".npz" else _read_safetensors
     mode = source.stat().st_mode  # if missing, an OSError that names it
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a pipe would wait for a writer
@@ -272,7 +272,7 @@ def _safetensors_open(path: Path) -> Any:
     return safetensors.safe_open(path, framework="numpy")
 
 
-def _known(path: StrPath) -> Path:
+def known(path: StrPath) -> Path:
     target = Path(path)
     if target.suffix not in _SUFFIXES:
         raise ValueError(f"{target}: the name must end in {' or '.join(_SUFFIXES)}")

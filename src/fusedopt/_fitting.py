@@ -20,17 +20,18 @@ def fit(
     ours: dict[str, dict[str, Any]],
     state_dict: Mapping[str, Any],
     convert: bool,
+    origins: Sequence[int],
 ) -> tuple[list[tuple[Array, Array]], list[int], list[Options]]:
     """Return (array, new contents) pairs, step counts and options; write nothing.
 
     `now` are the options of the groups, `params` and `ours` the parameter and the state of each
-    leaf.
+    leaf, `origins` where a leaf begins that is a part of an array.
     """
     options = _options(rule, groups, now, state_dict["param_groups"], convert)
     for i, (group, new) in enumerate(zip(groups, options, strict=True)):
         _storage.refuse_fixed(f"state dict: param_groups[{i}].", rule, group.options, new)
     by_leaf = [its for group, its in zip(groups, options, strict=True) for _ in group.leaves]
-    steps, pairs = _states(rule, params, ours, state_dict["state"], by_leaf, convert)
+    steps, pairs = _states(rule, params, ours, state_dict["state"], by_leaf, convert, origins)
     for i, (group, new) in enumerate(zip(groups, options, strict=True)):
         _storage.refuse_change(f"state dict: param_groups[{i}].", group.options, new)
     return pairs, steps, options
@@ -43,6 +44,7 @@ def _states(
     state: Mapping[str, Any],
     options: Sequence[Options],
     convert: bool,
+    origins: Sequence[int],
 ) -> tuple[list[int], list[tuple[Array, Array]]]:
     """Return the step counts, and (array, new contents) pairs.
 
@@ -74,11 +76,12 @@ def _states(
             if key not in given:  # as in a new optimizer
                 new, slot = _storage.zeros_like(array), slots[key]
                 begun, first = rule.states[slot - 1], rule.beginning(its, step + 1)
-                _storage.begin(f"{name}.{key}", new, begun, params[leaf], first, (leaf, slot, 0))
+                at = (leaf, slot, origins[leaf])
+                _storage.begin(f"{name}.{key}", new, begun, params[leaf], first, at)
                 pairs += zip(_storage.parts(array), _storage.parts(new), strict=True)
             elif key != "step":
                 where, place = f"state dict: {name}.{key}", (leaf, step, slots.get(key, 0))
-                pairs += _storage.pairs(where, array, given[key], convert, place)
+                pairs += _storage.pairs(where, array, given[key], convert, place, origins[leaf])
     return steps, pairs
 
 

@@ -326,7 +326,8 @@ cdef class LeafList:
             if options.nonfinite == "skip":
                 return decide(True, norm, 1.0)
             _check.not_finite([
-                (self.name(i, GRAD), self.sums.stats[i].nonfinite, self.leaves[i].n)
+                (self.name(i, GRAD), self.sums.stats[i].nonfinite,
+                 self.leaves[i].n if reduction is None else reduction.sizes[self.row(i)])
                 for i in range(self.n) if self.sums.stats[i].nonfinite > 0
             ])
         if options.max_grad_norm is None:

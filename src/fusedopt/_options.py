@@ -152,6 +152,9 @@ class Reduction:
         self.knows_gradients = False  # whether their sums have been summed
         self.sizes: Array  # elements of the whole leaves, from then on
 
+    def begin(self) -> None:
+        """Do what comes behind all checks of a step of arrays, and before its first read."""
+
     def agree(self, n: int, fault: Exception | None, skip: bool) -> bool:
         """Return whether some rank skips the step; `n` is the number of leaves of the optimizer.
 

@@ -104,15 +104,18 @@ def allocate(
     params: Sequence[Any],
     rule: Rule,
     options: Options,
+    sizes: Sequence[int] | None = None,
 ) -> tuple[list[Array | Stored], list[list[Array | Stored | None]]]:
     """Check the parameters and allocate their states; return both, as arrays or `Stored`.
+
+    `sizes` are, of parts of arrays, the numbers of elements of the whole ones.
 
     The states of a leaf are followed by its average, or None. All arrays lie in one block of
     memory, leaf by leaf; only averages and residual bits are initialised.
     """
     specs: list[Spec] = []
     plans: list[tuple[Array | Stored, str | None, list[str | None]]] = []
-    for name, param in zip(names, params, strict=True):
+    for i, (name, param) in enumerate(zip(names, params, strict=True)):
         checked = _check.parameter(name, param)
         array = checked.data if isinstance(checked, Stored) else checked
         own = None if isinstance(param, Stored) else _param_format(name, array, options)
@@ -124,8 +127,9 @@ def allocate(
         rule.check_shape(name, array.shape)
         check_order(rule, name, array)
         shapes = [state.shape(array.shape, options) for state in rule.states]
+        size = array.size if sizes is None else sizes[i]
         formats = [
-            state_format(array.dtype == np.float64, array.size, state, options)
+            state_format(array.dtype == np.float64, size, state, options)
             if use and shape is not None
             else None
             for use, state, shape in zip(rule.uses(options), rule.states, shapes, strict=True)
@@ -205,6 +209,7 @@ def begin_all(
     rule: Rule,
     options: Options,
     first: int,
+    origins: Sequence[int],
 ) -> None:
     """Write the initial values of all states of some leaves, numbered from `first`."""
     rows = [(k, state) for k, state in enumerate(rule.states) if state.init != "zeros"]
@@ -212,7 +217,8 @@ def begin_all(
         for k, state in rows:
             array = arrays[k]
             if array is not None:
-                begin(f"{name}.{state.name}", array, state, param, options, (leaf, 1 + k, 0))
+                place = (leaf, 1 + k, origins[leaf - first])
+                begin(f"{name}.{state.name}", array, state, param, options, place)
 
 
 def shown(param: Array | Stored, values: Array) -> Array:
@@ -280,11 +286,12 @@ def pairs(
     theirs: Any,
     convert: bool,
     place: tuple[int, int, int],
+    origin: int = 0,
 ) -> list[tuple[Array, Array]]:
     """Return (part of `ours`, its new contents from `theirs`) pairs; raise if they do not fit.
 
     The contents are in the memory order of the part. `place`, the leaf, step and slot, keys the
-    noise of a conversion.
+    noise of a conversion; `origin` is where the array begins, if it is a part of another.
     """
     if (
         type(ours) is type(theirs) is np.ndarray
@@ -305,7 +312,7 @@ def pairs(
             f"{where}: {its}{list(theirs.shape)} does not fit {mine}{list(ours.shape)}{way_out}"
         )
     if mine != its:
-        theirs = _converted(where, ours, theirs, place)
+        theirs = _converted(where, ours, theirs, place, origin)
     elif (
         isinstance(ours, Stored)
         and FORMATS[mine][2] > 1
@@ -317,7 +324,7 @@ def pairs(
                 f"with strides {theirs.data.strides}, here {ours.data.strides}; convert=True "
                 "encodes them again"
             )
-        theirs = _converted(where, ours, theirs, place)
+        theirs = _converted(where, ours, theirs, place, origin)
     return [(a, _laid_as(a, b)) for a, b in zip(parts(ours), parts(theirs), strict=True)]
 
 
@@ -330,7 +337,11 @@ def _laid_as(a: Array, b: Array) -> Array:
 
 
 def _converted(
-    where: str, ours: Array | Stored, theirs: Array | Stored, place: tuple[int, int, int]
+    where: str,
+    ours: Array | Stored,
+    theirs: Array | Stored,
+    place: tuple[int, int, int],
+    origin: int,
 ) -> Array | Stored:
     """Return the numbers of `theirs` in a new array in the format of `ours`."""
     values = theirs.decode() if isinstance(theirs, Stored) else theirs
@@ -343,7 +354,7 @@ def _converted(
     laid = np.empty_like(ours.data, wide, subok=False)
     np.copyto(laid, values, casting="same_kind")
     twin = Stored(ours.format, *(np.empty_like(part, subok=False) for part in ours.parts()))
-    twin.encode(laid, formats.key(0, *place))
+    formats.encode(twin, formats.flat(laid), formats.key(0, *place), origin)
     return twin
 
 

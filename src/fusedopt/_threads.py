@@ -2,8 +2,9 @@
 
 The default is the smallest limit on this process: the CPUs of its affinity mask, the CPU quota of
 its control groups (a container's ``--cpus``), rounded up, and ``OMP_NUM_THREADS``. Ranks that
-torchrun starts on one host share the first two equally (``LOCAL_WORLD_SIZE``), and an
-``OMP_NUM_THREADS`` of 1 that a launcher sets by default is no limit.
+torchrun or MPICH start on one host share the first two equally (``LOCAL_WORLD_SIZE``,
+``MPI_LOCALNRANKS``; Open MPI binds its ranks, which shows in the mask), and an ``OMP_NUM_THREADS``
+of 1 that a launcher sets by default is no limit.
 ``FUSEDOPT_NUM_THREADS`` overrides it, `set_num_threads` both, and an optimizer's ``threads=`` all.
 """
 
@@ -79,15 +80,20 @@ def default_threads(
     quota = cpu_quota(root)
     if quota is not None:
         limits.append((max(1, math.ceil(quota)), "CPU quota of the control group"))
-    ranks = environ.get("LOCAL_WORLD_SIZE", "")  # on this host; set by torchrun
-    shared = ranks.isascii() and ranks.isdigit() and int(ranks) > 1
+    shared = ""
+    for name in ("MPI_LOCALNRANKS", "LOCAL_WORLD_SIZE"):  # on this host, set by mpiexec, torchrun
+        ranks = environ.get(name, "")
+        if ranks.isascii() and ranks.isdigit() and int(ranks) > 1:
+            shared = name
     if shared:
         count, why = min(limits, key=lambda limit: limit[0])
-        limits.append((max(1, count // int(ranks)), f"{why}, divided by LOCAL_WORLD_SIZE"))
+        limits.append((max(1, count // int(environ[shared])), f"{why}, divided by {shared}"))
     openmp = environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # may list one per level
     # Where it is not set, torchrun sets it to 1 for more than one rank, and accelerate for any
     # number: nothing tells that from a user's own 1. Any other number is a user's.
-    ignored = openmp == "1" and (shared or "ACCELERATE_MIXED_PRECISION" in environ)
+    ignored = openmp == "1" and (
+        shared == "LOCAL_WORLD_SIZE" or "ACCELERATE_MIXED_PRECISION" in environ
+    )
     if openmp.isascii() and openmp.isdigit() and int(openmp) > 0 and not ignored:
         limits.append((int(openmp), "OMP_NUM_THREADS"))
     count, why = min(limits, key=lambda limit: limit[0])

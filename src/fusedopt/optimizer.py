@@ -80,6 +80,9 @@ class Optimizer:
     """
 
     rule: ClassVar[Rule]
+    # by name of a leaf, where this optimizer has parts of the arrays (mpi.py) and not the whole
+    # ones: the part, the index of its first element, and the elements of the whole
+    _parts: Mapping[str, tuple[Array, int, int]] | None = None
 
     def __init_subclass__(cls) -> None:
         """Show the options that all have by name where the signature is asked for."""
@@ -161,18 +164,26 @@ class Optimizer:
             if name in taken:
                 raise ValueError(f"{name}: two parameters have this name; use other dict keys")
             taken.add(name)
-        stored, states = _storage.allocate(names, params, self.rule, options)
+        origins, sizes = [0] * len(names), None
+        if self._parts is not None and names:
+            parts = [self._parts[name] for name in names]
+            params, origins, sizes = (list(column) for column in zip(*parts, strict=True))
+        stored, states = _storage.allocate(names, params, self.rule, options, sizes)
         layouts = [self.rule.layout(param.shape, options) for param in stored]
         shown, old = {"params": tree, **options}, len(self._work)
         leaves, nodes = range(old, old + len(names)), list(_tree.nodes(root, tree))
         made = _groups.Group(tree, _tree.reader(tree), nodes, leaves, self.rule.uses(options))
         made.note(self.rule, shown, options)
         known, threads = [*self._groups, made], _threads.of(self._threads)
-        begin = partial(_storage.begin_all, names, stored, states, self.rule, first, leaves.start)
+        begin = partial(
+            _storage.begin_all, names, stored, states, self.rule, first, leaves.start, origins
+        )
         self._has_new_options = True
         self.param_groups.append(shown)
         try:
-            self._work.add(names, grads, stored, states, layouts, number, True, threads, begin)
+            self._work.add(
+                names, grads, stored, states, layouts, number, True, threads, begin, origins
+            )
         finally:  # a signal's exception may come right behind the call; nothing here can fail
             if len(self._work) == leaves.stop:
                 self._groups, self._plans = known, None
@@ -641,9 +652,10 @@ class Optimizer:
             If another thread is inside a call of the same optimizer.
         """
         with self._work:
-            self._load_state_dict(state_dict, convert)
+            self._work.restore(*self._fit_state_dict(state_dict, convert))
 
-    def _load_state_dict(self, state_dict: Mapping[str, Any], convert: bool) -> None:
+    def _fit_state_dict(self, state_dict: Mapping[str, Any], convert: bool) -> tuple[Any, ...]:
+        """Check a state dict; return what to restore."""
         try:
             step = state_dict["step"]
             given = {
@@ -665,9 +677,16 @@ class Optimizer:
             for group, shown in zip(self._groups, self.param_groups, strict=True)
         ]
         pairs, steps, options = _fitting.fit(
-            self.rule, self._groups, now, self._work.stored, self.state, given, convert
-        )
-        self._work.restore(pairs, step, steps, self.param_groups, options)
+            self.rule, self._groups, now, self._work.stored, self.state, given, convert,
+            self._origins(),
+        )  # fmt: skip
+        return pairs, step, steps, self.param_groups, options
+
+    def _origins(self) -> list[int]:
+        """Return where in its array each leaf begins."""
+        if self._parts is None:
+            return [0] * len(self._work)
+        return [self._parts[name][1] for name in self._work.names]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `state_dict` to a file, which appears whole or not at all.

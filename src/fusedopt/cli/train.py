@@ -191,7 +191,7 @@ def settle(options: argparse.Namespace) -> argparse.Namespace:
     if settled.resume is not None:
         files.to_read("--resume", settled.resume)
     if settled.save is not None:
-        if _checkpoint._known(settled.save).suffix == ".safetensors":
+        if _checkpoint.known(settled.save).suffix == ".safetensors":
             _checkpoint._safetensors()  # raises if it is not installed
         files.to_write("--save", settled.save)
         if own is not None and settled.save.resolve() == own.resolve():

@@ -1,0 +1,596 @@
+"""Optimizers whose state is spread over ranks: ZeRO-1, over mpi4py or torch.distributed.
+
+Each rank has all parameters and its own gradients. A step adds the gradients over ranks, so that
+each rank gets the sum for its part; steps that part; and copies the parts to all ranks. An
+optimizer of the plain class, `Sharded._inner`, steps the parts: its leaves are views of them.
+
+No rank may raise alone behind the point where others wait for it. What can fail comes first, then
+the ranks agree that it has not, then data travels. Signals are held back meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from math import lcm
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+
+from fusedopt import (
+    _arrays,
+    _check,
+    _checkpoint,
+    _core,
+    _options,
+    _parts,
+    _shards,
+    _threads,
+    _tree,
+)  # fmt: skip
+from fusedopt._check import Array
+from fusedopt._comms import MPI, Held, TorchDistributed, agree, comm_of
+from fusedopt._options import Reduction, StepResult
+from fusedopt._parts import Comm
+from fusedopt.accumulate import GradAccumulator
+from fusedopt.formats import Stored, flat, memory_order
+from fusedopt.optimizer import Optimizer
+from fusedopt.rule import Options, Rule
+
+__all__ = ["Comm", "MPI", "Sharded", "TorchDistributed"]
+
+T = TypeVar("T")
+
+
+class Sharded:
+    """An optimizer whose state is spread over ranks; steps with the mean of their gradients.
+
+    All ranks make it of equal parameters and options, and call its methods together, in the same
+    order. Each has ``1 / ranks`` of the state. The parameters after a step are those of an
+    optimizer of the plain class that steps with the mean of the gradients: to the bit on 1 and on 2
+    ranks, and within the rounding of the sum on more; what depends on a norm over a leaf that is
+    cut (a clip, a trust ratio) is within the rounding of that. Sums are taken in the order of the
+    ranks, so that all runs on as many ranks give the same bits.
+
+    A call that raises on one rank before data travels (a gradient of the wrong shape, no memory, a
+    signal's exception) raises on all of them, on the others a RuntimeError with its message, and
+    has changed nothing. Behind that, exceptions of signals wait until the call has ended.
+
+    Parameters
+    ----------
+    cls : class
+        One of the package's optimizers, as `fusedopt.AdamW`. With a rule that needs whole matrices
+        each leaf is on one rank.
+    params : array, nesting of arrays, or list of groups
+        As for the class, equal on all ranks; no `Stored`.
+    comm : mpi4py.MPI.Intracomm, ProcessGroup, or `Comm`
+        The ranks.
+    wire_dtype : None or "bfloat16", default None
+        In which dtype gradients travel: that which they have; or rounded to bfloat16, those of this
+        rank too, before they are added in float32.
+    **options
+        As for the class.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the leaf, the option, or what is not the same on all ranks.
+
+    Examples
+    --------
+    >>> from mpi4py import MPI  # doctest: +SKIP
+    >>> opt = fusedopt.mpi.Sharded(fusedopt.AdamW, params, MPI.COMM_WORLD)  # doctest: +SKIP
+    >>> opt.step(grads, max_grad_norm=1.0)  # doctest: +SKIP
+    StepResult(step=1, updated=12, grad_norm=3.2, clip_factor=0.31)
+    """
+
+    def __init__(
+        self,
+        cls: type[Optimizer],
+        params: Any,
+        comm: Any,
+        *,
+        wire_dtype: str | None = None,
+        **options: Any,
+    ) -> None:
+        """Cut the parameters, and make the optimizer of this rank's parts."""
+        self._comm = comm_of(comm)
+        self._together(lambda: self._make(cls, params, wire_dtype, options), self._described)
+
+    def _make(self, cls: Any, params: Any, wire_dtype: Any, options: Options) -> None:
+        if not (isinstance(cls, type) and issubclass(cls, Optimizer) and hasattr(cls, "rule")):
+            raise TypeError(f"cls: expected a class as fusedopt.AdamW, got {cls!r}")
+        if wire_dtype not in (None, "bfloat16"):
+            raise ValueError(f"wire_dtype: expected None or 'bfloat16', got {wire_dtype!r}")
+        self._wire: str = wire_dtype or ""
+        groups = params if _tree.is_groups(params) else None
+        roots = [("params", params)] if groups is None else [
+            (f"params[{i}]['params']", group["params"]) for i, group in enumerate(groups)
+        ]  # fmt: skip
+        named = [pair for root in roots for pair in _tree.leaves(*root)]
+        names = [name for name, _ in named]
+        self._params = [_whole(name, param) for name, param in named]
+        units = _units(cls.rule, options, groups or [])
+        size, rank = self._comm.size, self._comm.rank
+        self._is_cut = not cls.rule.needs_whole
+        self._cuts = _parts.cut(
+            [param.size for param in self._params],
+            [param.itemsize for param in self._params],
+            [units or max(1, param.size) for param in self._params],
+            size,
+        )
+        self._whole = _arrays.ArrayList("add", ())  # for checks: all leaves, without state
+        grads = [_grad_name(name, groups is not None) for name in names]
+        none = [None] * len(names)
+        self._whole.add(names, grads, self._params, [[]] * len(names), none, 0, False, 1)
+        self._inner: Optimizer = cls.__new__(cls)
+        self._inner._parts = {
+            name: (self._part(i, param), self._cuts[i][rank], param.size)
+            for i, (name, param) in enumerate(zip(names, self._params, strict=True))
+        }
+        cls.__init__(self._inner, params, **options)
+        self._mover = _parts.Mover(self._comm, self._cuts)
+        self._sums: list[Array] | None = None
+
+    def _described(self) -> dict[str, str]:
+        """Return what must be equal on all ranks."""
+        about = [
+            f"{name} {param.dtype} {param.shape}, strides {param.strides}"
+            for name, param in zip(self._whole.names, self._params, strict=True)
+        ]
+        return {
+            "cls": self._inner._class_name(),
+            "wire_dtype": self._wire,
+            "params": "\n".join(about),
+            "options": self._group_options(),
+        }
+
+    def _group_options(self) -> str:
+        return "\n".join(
+            f"{name}={'a schedule' if callable(value) else value!r}"
+            for group in self._inner._groups
+            for name, value in group.options.items()
+        )
+
+    def _part(self, leaf: int, array: Array) -> Array:
+        """Return this rank's part of an array that lies as a leaf does, as a view."""
+        low, high = self._cuts[leaf][self._comm.rank :][:2]
+        if self._is_cut:
+            return flat(array)[low:high]
+        return array if low < high else array.reshape(array.shape or (1,))[:0]
+
+    def _together(
+        self,
+        prepare: Callable[[], T],
+        said: Callable[[], Mapping[str, str]] | None = None,
+        held: Held | None = None,
+    ) -> T:
+        """Return what `prepare` returns; raise on all ranks if it raises on one."""
+        fault: BaseException | None = None
+        value: Any = None
+        about = None
+        try:
+            value = prepare()
+            about = None if said is None else said()
+            if held is not None:
+                held.check()
+        except BaseException as exc:
+            fault = exc
+        agree(self._comm, fault, about)
+        return value  # type: ignore[no-any-return]
+
+    def _holding(self) -> Held:
+        return Held(self._comm.size > 1)
+
+    # -------------------------------------------------------------- what there is
+
+    @property
+    def param_groups(self) -> list[Options]:
+        """The groups, as those of the plain class; changes must be made on all ranks."""
+        return self._inner.param_groups
+
+    @property
+    def state(self) -> dict[str, dict[str, Any]]:
+        """The state of this rank's part, by leaf name: flat arrays; see `parts`."""
+        return self._inner.state
+
+    @property
+    def parts(self) -> dict[str, range]:
+        """The elements of each leaf, in memory order, that are this rank's part."""
+        rank = self._comm.rank
+        return {
+            name: range(*cuts[rank : rank + 2])
+            for name, cuts in zip(self._whole.names, self._cuts, strict=True)
+        }
+
+    def __repr__(self) -> str:
+        """Say what is sharded, and over how many ranks."""
+        total = sum(param.size for param in self._params)
+        own = sum(map(len, self.parts.values()))
+        return (
+            f"Sharded({self._inner._class_name()}, {total:,} elements, {own:,} of them on rank "
+            f"{self._comm.rank} of {self._comm.size})"
+        )
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled or copied: the arrays belong to the caller."""
+        raise TypeError("Sharded works on its caller's arrays and cannot be copied or pickled")
+
+    # -------------------------------------------------------------- the step
+
+    def step(self, grads: Any, *, copy_out: Any = None, **options: Any) -> StepResult:
+        """Step with the mean of the ranks' gradients; the parameters are then equal on all ranks.
+
+        Parameters
+        ----------
+        grads, copy_out, **options
+            As for `Optimizer.step`, but for `reduce`. The same leaves must have a gradient, of the
+            same dtype, on all ranks, and the options must be equal.
+
+        Returns
+        -------
+        StepResult
+            The same on all ranks; norms of gradients are those of the mean.
+
+        Raises
+        ------
+        TypeError, ValueError, FloatingPointError
+            As `Optimizer.step`; and if gradients, options or `param_groups` of ranks differ.
+        RuntimeError
+            With the message of another rank that cannot take the step.
+        """
+        with self._whole, self._holding() as held:
+            return self._step(grads, copy_out, options, held)
+
+    def _step(self, grads: Any, copy_out: Any, given: Options, held: Held) -> StepResult:
+        inner, mover, size = self._inner, self._mover, self._comm.size
+        sources: list[Array | None] = []
+        sums: list[Array | None] = []
+        is_begun = False
+
+        def begin() -> None:
+            nonlocal is_begun
+            held.check()
+            is_begun = True  # what comes now raises on all ranks, or on none
+            agree(self._comm, None, self._said(sources, how, copies))
+            flats = [None if total is None else flat(total) for total in sums]
+            mover.add(sources, flats, self._wire)
+
+        try:
+            accumulator = grads if isinstance(grads, GradAccumulator) else None
+            if accumulator is not None:
+                grads = accumulator._sums()
+            _refuse_unknown(given)
+            how = _options.step_options(given)
+            whole = inner._flatten(grads, "grads")
+            copies = None if copy_out is None else inner._flatten(copy_out, "copy_out")
+            self._whole.check(whole, how, copies)
+            taken = [
+                None if grad is None else _check.gradient(name, grad, param)
+                for name, grad, param in zip(
+                    self._whole.grad_names, whole, self._params, strict=True
+                )
+            ]
+            sources += [None if grad is None else flat(grad) for grad in taken]
+            sums += self._own_sums(taken)
+            pieces = None
+            if copies is not None:
+                pieces = [
+                    None if copy is None else self._part(i, copy) for i, copy in enumerate(copies)
+                ]
+            reduction = None if size == 1 else _Sums(self._comm, begin)
+            scaled = replace(how, grad_scale=how.grad_scale / size, zero_grads=False)
+            bare = inner._bare and len(inner._groups) == 1
+            nothing: Any = None if bare else [None] * len(inner._groups)
+            result = inner._work.step(
+                lambda own: (own, inner._prepare(nothing)[1]),
+                sums,
+                _threads.of(inner._threads),
+                scaled,
+                pieces,
+                reduction,
+            )
+        except BaseException as exc:
+            if size > 1 and not is_begun:
+                agree(self._comm, exc)
+            raise
+        if size > 1:
+            if not result.skipped:
+                mover.gather(
+                    [
+                        None if grad is None else flat(self._part(i, self._params[i]))
+                        for i, grad in enumerate(taken)
+                    ],
+                    [flat(param) for param in self._params],
+                )
+            if copies is not None and pieces is not None:
+                mover.gather(
+                    [None if piece is None else flat(piece) for piece in pieces],
+                    [None if copy is None else flat(copy) for copy in copies],
+                )
+        if accumulator is not None:
+            accumulator.zero()
+        elif how.zero_grads:
+            for grad in whole:
+                if grad is not None:
+                    grad.fill(0)
+        return result
+
+    def _own_sums(self, grads: Sequence[Array | None]) -> list[Array | None]:
+        """Return where this rank's part of the gradients' sums goes, None without a gradient."""
+        if self._comm.size == 1:
+            return [None if grad is None else self._part(i, grad) for i, grad in enumerate(grads)]
+        if self._sums is None:
+            parts = [self._part(i, param) for i, param in enumerate(self._params)]
+            self._sums = [
+                np.empty_like(
+                    part, np.float64 if part.dtype == np.float64 else np.float32, subok=False
+                )
+                for part in parts
+            ]
+        return [
+            None if grad is None else total for total, grad in zip(self._sums, grads, strict=True)
+        ]
+
+    def _said(
+        self,
+        sources: Sequence[Array | None],
+        how: _options.StepOptions,
+        copies: Sequence[Array | None] | None,
+    ) -> dict[str, str]:
+        """Return what must be equal on all ranks in a step."""
+        return {
+            "grads": _kinds(self._whole.grad_names, sources),
+            "options of the step": repr(how),
+            "copy_out": "" if copies is None else _kinds(self._whole.names, copies),
+            "param_groups": self._group_options(),
+            "steps": str(self._inner._work.count),
+        }
+
+    # -------------------------------------------------------------- averages and masters
+
+    def ema_params(self) -> dict[str, Array]:
+        """Return the averages of the parameters by leaf name, as copies; see `Optimizer`."""
+        with self._whole, self._holding() as held:
+            parts = self._together(self._inner.ema_params, held=held)
+            by_leaf = [parts.get(name) for name in self._whole.names]
+            return self._named(self._gathered(by_leaf, held))
+
+    def swap_ema(self) -> AbstractContextManager[None]:
+        """Put the averages in the place of the parameters for a block; see `Optimizer`."""
+
+        def show() -> list[Array | None]:
+            with self._holding() as held:
+                return self._gathered(self._together(self._averages, held=held), held)
+
+        return _arrays.Swap(self._whole, show)
+
+    def _averages(self) -> list[Array | None]:
+        if self._inner.rule.average is None:
+            self._inner.ema_params()  # raises if there are none
+        with self._inner._work:
+            return self._inner._shown_averages()
+
+    def master_params(self) -> dict[str, Array]:
+        """Return the parameters as steps compute with them, as copies; see `Optimizer`."""
+        with self._whole, self._holding() as held:
+            parts = self._together(self._inner.master_params, held=held)
+            return self._named(self._gathered(list(parts.values()), held))
+
+    def _gathered(self, parts: Sequence[Array | None], held: Held) -> list[Array | None]:
+        """Return the whole arrays of which each rank has parts, None where it has None."""
+        wholes = self._together(
+            lambda: [
+                None if part is None else np.empty_like(param, part.dtype, subok=False)
+                for part, param in zip(parts, self._params, strict=True)
+            ],
+            held=held,
+        )
+        self._mover.gather(
+            [None if part is None else flat(part) for part in parts],
+            [None if whole is None else flat(whole) for whole in wholes],
+        )
+        return wholes
+
+    def _named(self, arrays: Iterable[Array | None]) -> dict[str, Array]:
+        named = zip(self._whole.names, arrays, strict=True)
+        return {name: array for name, array in named if array is not None}
+
+    # -------------------------------------------------------------- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the whole state on each rank, as the plain class does, in copies.
+
+        The plain class loads it, and `load_state_dict` loads one of the plain class.
+        """
+        with self._whole, self._holding() as held:
+            return self._collected(None, held)
+
+    def _collected(self, root: int | None, held: Held) -> dict[str, Any]:
+        """Return the state dict with the whole state on `root`, or on all ranks."""
+
+        def allocate() -> tuple[dict[str, Any], _shards.Collection]:
+            found = self._inner.state_dict()
+            has_wholes = root in (None, self._comm.rank)
+            return found, _shards.collect(
+                self._inner.rule,
+                [group.options for group in self._inner._groups for _ in group.leaves],
+                found["state"],
+                self._params,
+                self._cuts,
+                has_wholes,
+            )
+
+        found, parts = self._together(allocate, held=held)
+        self._mover.gather(parts.parts, parts.wholes, parts.cuts, root)
+        return found | {"state": parts.state}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, convert: bool = False) -> None:
+        """Take over a `state_dict`, each rank its part; see `Optimizer.load_state_dict`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If it does not fit, on any rank; nothing has changed.
+        """
+        with self._whole, self._holding() as held:
+            self._load(lambda: [_shards.whole_source(state_dict, self._shapes())], convert, held)
+
+    def _shapes(self) -> dict[str, Array]:
+        return dict(zip(self._whole.names, self._params, strict=True))
+
+    def _load(
+        self,
+        read: Callable[[], list[_shards.Source]],
+        convert: bool,
+        held: Held,
+        path: str | os.PathLike[str] = "",
+    ) -> None:
+        inner = self._inner
+
+        def fit() -> tuple[Any, ...]:
+            sources = read()
+            try:
+                given = _shards.part_of(sources, inner.rule, inner.state, self.parts, self._is_cut)
+                return inner._fit_state_dict(given, convert)
+            except (TypeError, ValueError) as exc:
+                if not path:
+                    raise
+                raise ValueError(f"{os.fspath(path)}: {exc}") from exc
+
+        with inner._work:
+            inner._work.restore(*self._together(fit, held=held))
+
+    def save(self, path: str | os.PathLike[str], *, by_rank: bool = False) -> None:
+        """Write the state to a file, which appears whole or not at all.
+
+        Parameters
+        ----------
+        path : path
+            Ends in ``.npz`` or ``.safetensors``. Rank 0 collects the state and writes the file, as
+            the plain class does, which loads it.
+        by_rank : bool, default False
+            Let each rank write its part, to ``<path without ending>.<rank>-of-<ranks><ending>``, in
+            a folder that all ranks see when they load. A save to the same path that is killed may
+            leave files of two steps, which `load` refuses: use another path for each save.
+
+        Raises
+        ------
+        OSError, ValueError
+            On the rank that cannot write; a RuntimeError with its message on the others.
+        """
+        with self._whole, self._holding() as held:
+            _checkpoint.known(path)
+            rank, size = self._comm.rank, self._comm.size
+            if by_rank:
+
+                def write() -> None:
+                    arrays, meta = _checkpoint.pack(self._inner.state_dict())
+                    about = {
+                        name: [its.start, its.stop, list(param.shape), memory_order(param)]
+                        for (name, its), param in zip(self.parts.items(), self._params, strict=True)
+                    }
+                    target = _shards.file_of(Path(path), rank, size)
+                    _checkpoint.write(target, arrays, meta | {"parts": about})
+
+            else:
+                whole = self._collected(0, held)
+
+                def write() -> None:
+                    if rank == 0:
+                        _checkpoint.write(path, *_checkpoint.pack(whole))
+
+            self._together(write, held=held)
+
+    def load(
+        self, path: str | os.PathLike[str], *, convert: bool = False, by_rank: bool = False
+    ) -> None:
+        """Read what `save` wrote on any number of ranks, or the plain class.
+
+        Parameters
+        ----------
+        path, convert
+            As for `Optimizer.load`.
+        by_rank : bool, default False
+            Read the files of such a `save`. Each rank reads all of them, one after the other, and
+            keeps those that have elements of its part until it has taken them over.
+
+        Raises
+        ------
+        OSError, ValueError
+            Naming the file, if it is not there, damaged, or does not fit; nothing has changed.
+        """
+
+        def read() -> list[_shards.Source]:
+            if by_rank:
+                return _shards.read_by_rank(Path(path), self.parts, self._shapes())
+            return _shards.read(Path(path), self._shapes())
+
+        with self._whole, self._holding() as held:
+            self._load(read, convert, held, path)
+
+
+class _Sums(Reduction):
+    """Sums over the ranks of a communicator, and what comes before them in a step."""
+
+    def __init__(self, comm: Comm, begin: Callable[[], None]) -> None:
+        super().__init__(
+            lambda array: _parts.add_over_ranks(comm, array),
+            lambda array: _parts.add_over_ranks(comm, array, most=True),
+        )
+        self._begin = begin
+
+    def begin(self) -> None:
+        self._begin()
+
+
+def _whole(name: str, param: Any) -> Array:
+    if isinstance(param, Stored):
+        raise TypeError(f"{name}: Sharded takes arrays; pass the bfloat16 array and master_bits")
+    checked = _check.parameter(name, param)
+    return checked.data if isinstance(checked, Stored) else checked
+
+
+def _grad_name(name: str, has_groups: bool) -> str:
+    """Return the name of the gradient of a leaf, as `Optimizer` has it."""
+    inner = name.removeprefix("params")
+    if has_groups:
+        number, _, inner = inner.partition("['params']")
+        inner = number + inner
+    return "grads" + inner
+
+
+def _units(rule: Rule, options: Options, groups: Sequence[Mapping[str, Any]]) -> int:
+    """Return of what leaves are cut at multiples; 0 if they are not cut.
+
+    That is a tile, so that blocks, noise and sums are as in the whole leaf, and of samples a whole
+    number.
+    """
+    if rule.needs_whole:
+        return 0
+    unit = _core.TILE
+    for name in rule.fixed:
+        for its in (options, *groups):
+            every = its.get(name, 1)
+            if isinstance(every, int) and every > 0:  # the class refuses all others
+                unit = lcm(unit, every)
+    return unit
+
+
+def _kinds(names: Sequence[str], arrays: Sequence[Array | None]) -> str:
+    return "\n".join(
+        f"{name} {None if array is None else array.dtype}"
+        for name, array in zip(names, arrays, strict=True)
+    )
+
+
+def _refuse_unknown(given: Mapping[str, Any]) -> None:
+    unknown = [name for name in given if name not in _options.CHECKS]
+    if unknown:
+        raise TypeError(
+            f"step: unknown option {', '.join(unknown)}; known: {', '.join(_options.CHECKS)}, "
+            "copy_out"
+        )

@@ -1,0 +1,502 @@
+"""Run by tests/test_mpi.py: one rank of some, one scenario after another.
+
+    mpiexec -n WORLD python tests/mpi_ranks.py FOLDER SCENARIO...
+
+With RANK and WORLD in the environment, the ranks are a gloo group of torch.distributed. Each
+scenario trains the same arrays with `Sharded` and, on each rank alone, with the plain class on the
+mean of the gradients, and compares bytes.
+"""
+
+import itertools
+import os
+import signal
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+from cases import CASES, FACTOR_CASES, MATRIX_CASES, STEP_OPTIONS, canonical, takes
+
+import fusedopt
+from fusedopt import _parts
+from fusedopt.formats import Stored
+from fusedopt.mpi import Sharded
+
+FOLDER = Path(sys.argv[1])
+SHAPES = {"w": (70, 60), "b": (9,), "none": (0, 4), "v": (1300,), "u": (3, 700), "s": ()}
+MATRICES = {"w": (70, 60), "v": (13, 100), "u": (3, 700)}
+
+if "RANK" in os.environ:
+    import torch.distributed
+
+    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD"])
+    torch.distributed.init_process_group(
+        "gloo", rank=RANK, world_size=WORLD, timeout=timedelta(seconds=60),
+        store=torch.distributed.FileStore(str(FOLDER / f"store{WORLD}"), WORLD),
+    )  # fmt: skip
+    COMM = torch.distributed.group.WORLD
+else:
+    from mpi4py import MPI
+
+    COMM = MPI.COMM_WORLD
+    RANK, WORLD = COMM.Get_rank(), COMM.Get_size()
+
+PAIR = Sharded(fusedopt.SGD, [np.zeros(1)], COMM)._comm  # to compare what ranks have
+
+
+def arrays(seed, shapes=None, dtype=np.float32, order="C"):
+    rng = np.random.default_rng(seed)
+    shapes = SHAPES if shapes is None else shapes
+    return {k: np.array(rng.standard_normal(s), dtype, order=order) for k, s in shapes.items()}
+
+
+def grads_of_ranks(step, make=arrays):
+    """The gradients of all ranks, and their mean, added in the order of the ranks."""
+    each = [make(100 + 10 * step + rank) for rank in range(WORLD)]
+    return each, {name: mean([g[name] for g in each]) for name in each[0]}
+
+
+def mean(parts):
+    if parts[0] is None:
+        return None
+    wide = np.float64 if parts[0].dtype == np.float64 else np.float32
+    total = parts[0].astype(wide if WORLD > 1 else parts[0].dtype, order="K")
+    for part in parts[1:]:
+        total += part.astype(wide)
+    return np.asarray(total / wide(WORLD)) if WORLD > 1 else total
+
+
+def same(ours, theirs, exact, where):
+    for name in ours:
+        a, b = ours[name], theirs[name]
+        if isinstance(a, Stored):
+            assert a.format == b.format, (where, name)
+            same(*(dict(enumerate(x.parts())) for x in (a, b)), exact, (where, name))
+        elif not isinstance(a, np.ndarray):
+            assert a == b, (where, name, a, b)
+        elif exact:
+            assert (a.shape, a.dtype) == (b.shape, b.dtype), (where, name)
+            bits = [x if x.itemsize > 1 else x.astype(np.uint16) for x in (a, b)]
+            assert canonical(bits[0]) == canonical(bits[1]), (where, name)
+        else:
+            np.testing.assert_allclose(
+                a.astype(np.float64), b.astype(np.float64), rtol=2e-5, atol=2e-5, err_msg=str(where)
+            )
+
+
+def same_on_all_ranks(params, where):
+    told = PAIR.gather([canonical(np.asarray(p)) for p in params.values()])
+    assert all(its == told[0] for its in told), where
+
+
+def same_state(sharded, plain, exact, where):
+    ours, theirs = sharded.state_dict(), plain.state_dict()
+    assert {k: v for k, v in ours.items() if k not in ("state", "param_groups")} == {
+        k: v for k, v in theirs.items() if k not in ("state", "param_groups")
+    }
+    assert repr(ours["param_groups"]) == repr(theirs["param_groups"]) or not exact, where
+    assert ours["state"].keys() == theirs["state"].keys()
+    for name in ours["state"]:
+        assert ours["state"][name].keys() == theirs["state"][name].keys()
+        same(ours["state"][name], theirs["state"][name], exact, (where, name))
+
+
+def compare(make, exact, where, *, params=arrays, grads=arrays, steps=3, **options):
+    """Step both; return them with their parameters."""
+    p, q = params(0), params(0)
+    sharded, plain = Sharded(make[0], p, COMM, **make[1]), make[0](q, **make[1])
+    for step in range(steps):
+        each, average = grads_of_ranks(step, grads)
+        ours, theirs = sharded.step(each[RANK], **options), plain.step(average, **options)
+        same_result(ours, theirs, where)
+    same(p, q, exact, where)
+    same_on_all_ranks(p, where)
+    same_state(sharded, plain, exact, where)
+    return sharded, plain, p, q
+
+
+def same_result(ours, theirs, where):
+    assert ours[:3] == theirs[:3], where
+    assert (ours.grad_norm is None) == (theirs.grad_norm is None), where
+    if ours.grad_norm is not None:
+        np.testing.assert_allclose(ours.grad_norm, theirs.grad_norm, rtol=1e-6, err_msg=str(where))
+    np.testing.assert_allclose(ours.clip_factor, theirs.clip_factor, rtol=1e-6, err_msg=str(where))
+    if theirs.stats is not None:
+        assert ours.stats.names == theirs.stats.names
+        for column in theirs.stats.COLUMNS:
+            mine, its = (getattr(r.stats, column) for r in (ours, theirs))
+            np.testing.assert_allclose(mine, its, rtol=2e-5, atol=1e-7, err_msg=f"{where} {column}")
+
+
+def cls_of(case):
+    return getattr(fusedopt, case.cls), {**case.options, **case.class_options}
+
+
+def rules():
+    """Every class, with most options; what depends on no norm over a cut leaf is equal in bits."""
+    cases = list({(case.cls, case.is_layerwise): case for case in CASES}.values())
+    for case in (*cases, *FACTOR_CASES):
+        is_sum = case.is_layerwise and case.cls != "Adafactor"
+        compare(cls_of(case), not is_sum or WORLD == 1, case.name)
+    for case in MATRIX_CASES:
+        compare(
+            cls_of(case), False, case.name,
+            params=lambda seed: arrays(seed, MATRICES), grads=lambda seed: arrays(seed, MATRICES),
+        )  # fmt: skip
+
+
+def step_options():
+    for cls, options in itertools.product(("AdamW", "SGD", "LAMB"), STEP_OPTIONS):
+        more = {"momentum": 0.9} if cls == "SGD" else {}
+        is_norm = "max_grad_norm" in options or cls == "LAMB"
+        make = (getattr(fusedopt, cls), {"lr": 0.01, **more})
+        compare(make, WORLD == 1 or not is_norm, (cls, options), **options)
+
+
+def storage():
+    """Formats of parameters, gradients and state, memory orders, averages."""
+    import ml_dtypes
+
+    rows = [
+        {"state_dtype": "int8", "min_8bit_size": 4200},
+        {"state_dtype": "int8", "min_8bit_size": 1, "seed": 5},
+        {"state_dtype": "bfloat16"},
+        {"ema": 0.9, "ema_warmup": True},
+    ]
+    for name, row in itertools.product(("AdamW", "Yogi", "Prodigy", "Lion"), rows):
+        if takes(name, row):
+            compare((getattr(fusedopt, name), row), name != "Prodigy" or WORLD == 1, (name, row))
+    for bits, grad in itertools.product((None, 24, 16), (np.float32, ml_dtypes.bfloat16)):
+        compare(
+            (fusedopt.AdamW, {"master_bits": bits, "state_dtype": "int8", "min_8bit_size": 1}),
+            True, ("master_bits", bits, grad),
+            params=lambda seed: arrays(seed, dtype=ml_dtypes.bfloat16),
+            grads=lambda seed, grad=grad: arrays(seed, dtype=grad),
+        )  # fmt: skip
+    for dtype, order in ((np.float16, "C"), (np.float64, "F"), (np.float32, "F")):
+        for order_of_grads in "CF":
+            compare(
+                (fusedopt.Adam, {"lr": 0.1}), True, (dtype, order),
+                params=lambda seed, d=dtype, o=order: arrays(seed, dtype=d, order=o),
+                grads=lambda seed, d=dtype, o=order_of_grads: arrays(seed, dtype=d, order=o),
+            )  # fmt: skip
+
+
+def falling(step):
+    return 0.1 / step
+
+
+def mixed():
+    """Leaves of several dtypes in groups, a schedule, leaves without a gradient, a new rate."""
+
+    def make(seed):
+        a, b = arrays(seed), arrays(seed + 1, dtype=np.float64)
+        return [
+            {"params": a, "lr": falling},
+            {"params": [b["w"], b["v"]], "weight_decay": 0.3, "ema": 0.5},
+        ]
+
+    p, q = make(0), make(0)
+    sharded, plain = Sharded(fusedopt.AdamW, p, COMM), fusedopt.AdamW(q)
+    for step in range(3):
+        each = [
+            [g[0]["params"], g[1]["params"]] for g in (make(9 + step + r) for r in range(WORLD))
+        ]
+        for own in each:
+            own[0]["w"].flags.writeable = False
+            own[0]["b" if step else "v"] = None
+            if step == 1:
+                own[1] = None
+        average = [
+            {k: mean([own[0][k] for own in each]) for k in each[0][0]},
+            None if each[0][1] is None else [mean(list(x)) for x in zip(*(o[1] for o in each))],  # noqa: B905
+        ]
+        for opt in (sharded, plain):
+            opt.param_groups[1]["lr"] = 0.01 * (step + 1)
+        same_result(sharded.step(each[RANK]), plain.step(average), "mixed")
+    for a, b in zip(p, q, strict=True):
+        ours, theirs = (dict(enumerate(its.values())) if isinstance(its, dict) else
+                        dict(enumerate(its)) for its in (a["params"], b["params"]))  # fmt: skip
+        same(ours, theirs, True, "mixed")
+    same_state(sharded, plain, True, "mixed")
+
+
+def around():
+    """Copies, accumulators, a loss scale, gradients in bfloat16 on the wire."""
+    for options in ({}, {"max_grad_norm": 0.1}, {"nonfinite": "skip"}):
+        p, q = arrays(0), arrays(0)
+        copies, others = (arrays(1, dtype=np.float16) for _ in range(2))
+        sharded, plain = Sharded(fusedopt.AdamW, p, COMM), fusedopt.AdamW(q)
+        each, average = grads_of_ranks(0)
+        if "nonfinite" in options:
+            each[-1]["w"][69, 59] = average["w"][69, 59] = np.nan
+        ours = sharded.step(each[RANK], copy_out=copies, zero_grads=True, **options)
+        theirs = plain.step(average, copy_out=others, zero_grads=True, **options)
+        same_result(ours, theirs, options)
+        exact = WORLD == 1 or "max_grad_norm" not in options
+        same(p, q, exact, options)
+        same(copies, others, exact, options)
+        assert not any(g.any() for g in each[RANK].values())
+
+    p, q = arrays(0), arrays(0)
+    sharded, plain = Sharded(fusedopt.SGD, p, COMM, lr=0.1), fusedopt.SGD(q, lr=0.1)
+    total, average = fusedopt.GradAccumulator(p), fusedopt.GradAccumulator(q)
+    for step in range(2):
+        each, its = grads_of_ranks(step)
+        total.add(each[RANK])
+        average.add(its)
+    same_result(sharded.step(total, max_grad_norm=1e3), plain.step(average, max_grad_norm=1e3), "a")
+    same(p, q, False, "accumulator")
+    same_on_all_ranks(p, "accumulator")
+    assert total.count == 0
+    scaler = fusedopt.GradScaler(2.0**4)
+    each, _ = grads_of_ranks(7)
+    each[-1]["b"][3] = np.inf
+    assert scaler.step(sharded, each[RANK]).skipped
+    scaler.update()
+    assert scaler.scale == 2.0**3
+
+    import ml_dtypes
+
+    p, q = arrays(0), arrays(0)
+    sharded = Sharded(fusedopt.AdamW, p, COMM, wire_dtype="bfloat16")
+    plain = fusedopt.AdamW(q)
+    for step in range(2):
+        each, _ = grads_of_ranks(step)
+        rounded = [{k: g.astype(ml_dtypes.bfloat16) for k, g in own.items()} for own in each]
+        sharded.step(each[RANK])
+        if WORLD > 1:
+            plain.step({k: mean([g[k] for g in rounded]) for k in p})
+        else:  # nothing travels
+            plain.step(each[0])
+    same(p, q, True, "wire")
+    same_on_all_ranks(p, "wire")
+
+
+def averages():
+    sharded, plain, p, q = compare((fusedopt.AdamW, {"ema": 0.9}), True, "ema")
+    same(sharded.ema_params(), plain.ema_params(), True, "ema_params")
+    same(sharded.master_params(), plain.master_params(), True, "master_params")
+    before = {k: a.copy() for k, a in p.items()}
+    with sharded.swap_ema(), plain.swap_ema():
+        same(p, q, True, "swap_ema")
+        raises(RuntimeError, "averages are in the place", lambda: sharded.step(arrays(1)))
+    same(p, before, True, "after swap_ema")
+    sharded, plain, p, q = compare((fusedopt.ScheduleFreeAdamW, {}), True, "schedulefree")
+    with sharded.swap_ema(), plain.swap_ema():
+        same(p, q, True, "schedulefree's average")
+    sharded = Sharded(fusedopt.Adam, arrays(0), COMM)
+    raises(ValueError, "there is no average", sharded.ema_params)
+    raises(ValueError, "there is no average", sharded.swap_ema().__enter__)
+
+
+# of classes: options, and whether the sums over ranks are of cut leaves
+KEPT = {
+    "AdamW": {"state_dtype": "int8", "min_8bit_size": 1, "ema": 0.9},
+    "Prodigy": {"slice_p": 11},
+    "Adafactor": {},
+    "SGD": {"momentum": 0.9},
+}
+
+
+def trained(name, steps):
+    """A plain optimizer behind some steps, the same for any number of ranks."""
+    q = arrays(0)
+    plain = getattr(fusedopt, name)(q, **KEPT[name])
+    for step in range(steps):
+        plain.step(arrays(1 + step))
+    return plain, q
+
+
+def save():
+    """Sharded loads what the plain class has, and saves it in all ways."""
+    for name, ending in itertools.product(KEPT, ("npz", "safetensors")):
+        plain, q = trained(name, 3)
+        p = {k: a.copy() for k, a in q.items()}
+        sharded = Sharded(getattr(fusedopt, name), p, COMM, **KEPT[name])
+        sharded.load_state_dict(plain.state_dict())
+        same_state(sharded, plain, True, name)
+        sharded.save(FOLDER / f"{name}.{ending}")
+        sharded.save(FOLDER / f"{name}.{ending}", by_rank=True)
+        plain = getattr(fusedopt, name)(q, **KEPT[name])
+        plain.load(FOLDER / f"{name}.{ending}")
+        same_state(sharded, plain, True, name)
+    assert (FOLDER / f"AdamW.{RANK}-of-{WORLD}.npz").exists()
+    raises(ValueError, "must end in", lambda: sharded.save(FOLDER / "x.txt"))
+    raises(FileNotFoundError, "missing", lambda: sharded.save(FOLDER / "missing" / "x.npz"), [0])
+
+
+def load():
+    """Another number of ranks continues."""
+    for name, ending, by_rank in itertools.product(KEPT, ("npz", "safetensors"), (False, True)):
+        plain, q = trained(name, 3)
+        p = {k: a.copy() for k, a in q.items()}
+        sharded = Sharded(getattr(fusedopt, name), p, COMM, **KEPT[name])
+        sharded.load(FOLDER / f"{name}.{ending}", by_rank=by_rank)
+        same_state(sharded, plain, True, name)
+        plain.step(arrays(50))
+        sharded.step(arrays(50))
+        same(p, q, name != "Prodigy" or WORLD == 1, name)
+    other = Sharded(fusedopt.AdamW, arrays(0), COMM)
+    before = repr(other.state_dict())
+    raises(ValueError, "of SGD, and this", lambda: other.load(FOLDER / "SGD.npz"))
+    raises(ValueError, "of SGD, and this", lambda: other.load(FOLDER / "SGD.npz", by_rank=True))
+    raises(FileNotFoundError, "no such file of a rank",
+           lambda: other.load(FOLDER / "no.npz", by_rank=True))  # fmt: skip
+    small = Sharded(fusedopt.SGD, {"w": np.zeros(3, np.float32)}, COMM, momentum=0.9)
+    raises(ValueError, "not those of", lambda: small.load(FOLDER / "SGD.npz", by_rank=True))
+    raises(ValueError, "SGD.npz: state dict", lambda: small.load(FOLDER / "SGD.npz"))
+    plain = fusedopt.SGD(arrays(0), momentum=0.9)
+    bad = plain.state_dict()
+    if RANK == WORLD - 1:  # on one rank alone
+        bad["state"] = bad["state"] | {"params['w']": {"step": 1, "momentum_buffer": np.ones(2)}}
+    fits = Sharded(fusedopt.SGD, arrays(0), COMM, momentum=0.9)
+    raises(ValueError, "params['w']", lambda: fits.load_state_dict(bad), [WORLD - 1])
+    assert repr(other.state_dict()) == before
+
+
+def raises(kind, text, call, ranks=None):
+    """The call raises `kind` on some ranks (by default all), and its message on the others."""
+    expected = kind if ranks is None or RANK in ranks else RuntimeError
+    try:
+        call()
+    except BaseException as exc:
+        assert type(exc) is expected and text in str(exc), (kind, repr(exc))
+        if expected is not kind:
+            assert str(exc).startswith("rank ") and "nothing has changed" in str(exc), exc
+    else:
+        raise AssertionError(f"{kind} was not raised")
+
+
+class Interrupted:
+    """Ranks of which one is interrupted whenever data travels: the step ends on all."""
+
+    def __init__(self, rank):
+        self.rank, self.size, self.gather = PAIR.rank, PAIR.size, PAIR.gather
+        self.victim = rank
+
+    def exchange(self, send, receive):
+        PAIR.exchange(send, receive)
+        if self.rank == self.victim and self.size > 1:
+            signal.raise_signal(signal.SIGINT)
+
+
+def faults():
+    """What one rank raises, all raise; all is as before, and the next step is right."""
+    last = WORLD - 1
+    bomb = []
+
+    def rate(step):
+        if bomb and RANK == last:
+            bomb.pop()()
+        return 0.1
+
+    def fail(exc):
+        def call():
+            raise exc
+
+        return call
+
+    p, q = arrays(0), arrays(0)
+    sharded, plain = Sharded(fusedopt.AdamW, p, COMM, lr=rate), fusedopt.AdamW(q, lr=0.1)
+
+    def same_as_before():
+        same(p, q, True, "faults")
+        assert sharded.state["params['w']"]["step"] == plain.state["params['w']"]["step"]
+        each, average = grads_of_ranks(3)
+        sharded.step(each[RANK])
+        plain.step(average)
+        same(p, q, True, "faults")
+
+    def wrong(**change):
+        grads = grads_of_ranks(0)[0][RANK]
+        return grads | change if RANK == last else grads
+
+    raises(ValueError, "grads['w']", lambda: sharded.step(wrong(w=np.ones(3))), [last])
+    same_as_before()
+    raises(TypeError, "grads['b']", lambda: sharded.step(wrong(b="text")), [last])
+    raises(ValueError, "no 'b'", lambda: sharded.step({"w": p["w"]} if RANK == last else wrong()),
+           [last])  # fmt: skip
+    raises(TypeError, "unknown option lr", lambda: sharded.step(wrong(), lr=1))
+    for kind in (MemoryError, KeyboardInterrupt, SystemExit):
+        bomb[:] = [fail(kind("bomb"))]
+        raises(kind, "bomb", lambda: sharded.step(wrong()), [last])
+        same_as_before()
+    if WORLD > 1:
+        bomb[:] = [lambda: signal.raise_signal(signal.SIGINT)]  # a real one, within the step
+        raises(KeyboardInterrupt, "", lambda: sharded.step(wrong()), [last])
+        same_as_before()
+        raises(ValueError, "grads: ranks 0 and", lambda: sharded.step(wrong(w=None)))
+        raises(ValueError, "options of the step: ranks 0 and",
+               lambda: sharded.step(wrong(), clip_value=1.0 + RANK))  # fmt: skip
+        sharded.param_groups[0]["weight_decay"] = 0.01 * (1 + RANK)
+        raises(ValueError, "param_groups: ranks 0 and", lambda: sharded.step(wrong()))
+        sharded.param_groups[0]["weight_decay"] = 0.01
+        same_as_before()
+        shape = {"w": (4, 4 + RANK)}
+        raises(ValueError, "params: ranks 0 and",
+               lambda: Sharded(fusedopt.Adam, arrays(0, shape), COMM))  # fmt: skip
+        raises(ValueError, "options: ranks 0 and",
+               lambda: Sharded(fusedopt.Adam, arrays(0), COMM, lr=0.1 + RANK))  # fmt: skip
+    p, q = arrays(0), arrays(0)
+    sharded, plain = Sharded(fusedopt.AdamW, p, Interrupted(last)), fusedopt.AdamW(q)
+    each, average = grads_of_ranks(3)
+    plain.step(average)
+    if RANK == last and WORLD > 1:
+        raises(KeyboardInterrupt, "", lambda: sharded.step(each[RANK]))
+    else:
+        sharded.step(each[RANK])
+    same(p, q, True, "interrupted while data travelled")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    p, q = arrays(0), arrays(0)
+    sharded, plain = Sharded(fusedopt.AdamW, p, COMM), fusedopt.AdamW(q, lr=1e-3)
+    bad = arrays(0)
+    if RANK == last:
+        bad["w"].flags.writeable = False
+    raises(ValueError, "params['w']: read-only", lambda: Sharded(fusedopt.Adam, bad, COMM), [last])
+    grads = wrong()
+    if RANK == last:
+        grads["w"][0, 0] = np.inf
+    raises(FloatingPointError, "grads['w']: 1 of 4200 elements",
+           lambda: sharded.step(grads, nonfinite="raise"))  # fmt: skip
+    same_as_before()
+    raises(TypeError, "cls: expected a class", lambda: Sharded("Adam", arrays(0), COMM))
+    raises(ValueError, "wire_dtype: expected",
+           lambda: Sharded(fusedopt.Adam, arrays(0), COMM, wire_dtype="int8"))  # fmt: skip
+    raises(TypeError, "unknown option", lambda: Sharded(fusedopt.Adam, arrays(0), COMM, x=1))
+    a = np.zeros(600, np.float32)
+    raises(ValueError, "share memory", lambda: Sharded(fusedopt.Adam, [a, a[300:]], COMM))
+
+
+def parts():
+    """Each has its share of the state, and all of it is somewhere."""
+    p = arrays(0, {"w": (300, 512), "b": (77,)})
+    sharded = Sharded(fusedopt.AdamW, p, COMM)
+    own = {name: len(its) for name, its in sharded.parts.items()}
+    sizes = PAIR.gather(own)
+    for name, param in p.items():
+        assert sum(its[f"params['{name}']"] for its in sizes) == param.size
+    total = sum(a.size for a in p.values())
+    assert abs(sum(own.values()) - total / WORLD) <= 512
+    for name, its in sharded.state.items():
+        assert its["exp_avg"].size == its["exp_avg_sq"].size == own[name]
+
+
+def buckets():
+    """Data that travels in many pieces, of which the last ones are shorter."""
+    _parts.BUCKET = 700
+    compare((fusedopt.AdamW, {"ema": 0.9}), True, "float32")
+    sharded, plain, _, _ = compare(
+        (fusedopt.AdamW, {"state_dtype": "int8", "min_8bit_size": 1}), True, "8 bits",
+        grads=lambda seed: arrays(seed, dtype=np.float16),
+    )  # fmt: skip
+    sharded.load_state_dict(plain.state_dict())
+    same_state(sharded, plain, True, "buckets")
+
+
+if __name__ == "__main__":
+    fusedopt.set_num_threads(1)
+    for scenario in sys.argv[2:]:
+        globals()[scenario]()
+        sys.stdout.write(f"rank {RANK}: {scenario}: passed\n")  # one write: ranks share the pipe
+        sys.stdout.flush()
