@@ -196,16 +196,17 @@ void fo_pass_disk(fo_work *w, fo_choice which, int writes, int threads)
     workers = workers < p.pieces ? workers : p.pieces;
     if (workers == 0)
         return;
-    p.buffers = fo_allocate((size_t)workers * p.room);
-    if (p.buffers == NULL) {
+    void *const memory = fo_allocate((size_t)workers * p.room + ALIGNED);
+    if (memory == NULL) {
         w->disk->error = ENOMEM;
         return;
     }
+    p.buffers = (char *)memory + (ALIGNED - (uintptr_t)memory % ALIGNED) % ALIGNED;
     if (workers > 1)
         (void)fo_on_threads(work, &p, workers, (int)workers);
     else
         fo_run_alone(work, &p, 1);
-    fo_release(p.buffers);
+    fo_release(memory);
     w->disk->error = atomic_load(&p.error);
     w->disk->has_written |= atomic_load(&p.has_written);
 }

@@ -38,6 +38,19 @@ def on_disk(spec: Spec) -> bool:
     return strides is not None and prod(shape) * np.dtype(dtype).itemsize >= LEAST
 
 
+class _File:
+    """A file that is closed with the last array on it."""
+
+    def __init__(self, number: int, name: str) -> None:
+        self._number, self.name = number, name
+
+    def fileno(self) -> int:
+        return self._number
+
+    def __del__(self) -> None:
+        os.close(self._number)
+
+
 class Disk:
     """The file of an optimizer's state.
 
@@ -55,7 +68,8 @@ class Disk:
             raise NotImplementedError("state_dir: needs Linux or another Unix; leave it out here")
         self.folder = os.path.abspath(os.fspath(folder))
         os.makedirs(self.folder, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=self.folder, buffering=0)
+        with tempfile.TemporaryFile(dir=self.folder, buffering=0) as file:
+            self._file = _File(os.dup(file.fileno()), self.folder)
         _make_direct(self._file.fileno())
         self._end, self._pid = 0, os.getpid()
         self._mapped: WeakSet[_core.Mapped] = WeakSet()
@@ -102,7 +116,7 @@ class Disk:
 
     def map_file(self, path: str | os.PathLike[str]) -> Array:
         """Return the bytes of a file, read from it as they are used."""
-        file = open(path, "rb", buffering=0)
+        file = _File(os.open(path, os.O_RDONLY | os.O_CLOEXEC), os.fspath(path))
         size = os.fstat(file.fileno()).st_size
         if size == 0:
             return np.zeros(0, np.uint8)

@@ -331,7 +331,7 @@ def pairs(
     ):  # the usual case: the rest takes 5 us
         return [(ours, _laid_as(ours, theirs))]
     if isinstance(theirs, Stored):
-        theirs = _check.stored(where, theirs)
+        theirs = _check.stored(where, theirs, writes=False)
     else:
         theirs = np.asarray(theirs) if np.isscalar(theirs) else theirs
         if not isinstance(theirs, np.ndarray):
