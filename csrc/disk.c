@@ -8,7 +8,8 @@
  *
  * The arrays are mapped too, for bindings: between passes they are ordinary memory. Systems keep
  * both views of a file equal as long as they are not used at the same time. */
-#define _GNU_SOURCE /* sync_file_range, fallocate */
+#define _GNU_SOURCE      /* sync_file_range, fallocate */
+#define _DARWIN_C_SOURCE /* madvise */
 #include "disk.h"
 
 #include <errno.h>

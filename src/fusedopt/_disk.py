@@ -99,10 +99,7 @@ class Disk:
     def _reserve(self, size: int) -> _core.Mapped:
         number = self._file.fileno()
         try:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(number, self._end, size)
-            else:
-                _write_zeros(number, self._end, size)
+            _fill(number, self._end, size)
             memory = _core.Mapped(self._file, self._end, size, False)
         except OSError as exc:
             os.ftruncate(number, self._end)
@@ -146,8 +143,10 @@ class Disk:
                 "state are of two steps; load a checkpoint of both"
             ) from self.lost
 
-    def fault(self, code: int, has_written: bool) -> OSError:
+    def fault(self, code: int, has_written: bool) -> OSError | MemoryError:
         """Return an error by its number; if something was written, note that state is lost."""
+        if code == errno.ENOMEM:
+            return MemoryError("fusedopt: no memory for the buffers of a step with state on disk")
         error = OSError(code, os.strerror(code), self.folder)
         self.lost = error if has_written else self.lost
         return error
@@ -162,7 +161,16 @@ def _make_direct(file: int) -> None:
             fcntl.fcntl(file, fcntl.F_NOCACHE, 1)
 
 
-def _write_zeros(file: int, start: int, size: int) -> None:
+def _fill(file: int, start: int, size: int) -> None:
+    """Reserve room in a file, which reads as zeros."""
+    try:
+        os.posix_fallocate(file, start, size)
+        return
+    except AttributeError:  # macOS
+        pass
+    except OSError as exc:  # a file system without it
+        if exc.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
     zeros = mmap.mmap(-1, 1 << 24)  # which direct access can be from
     while size > 0:
         written = os.pwrite(file, memoryview(zeros)[:size], start)

@@ -827,7 +827,7 @@ cdef class TensorList(LeafList):
             <object>record.tensors[place]
             for place in self.plan.places[:self.plan.n] if record.tensors[place] != NULL]
         made = self.owner._make_extras(
-            record.group, param, states, record.tensors[ARRAYS + PARAM] != NULL,
+            record.group, record.i, param, states, record.tensors[ARRAYS + PARAM] != NULL,
             record.tensors[COUNT] != NULL)
         if made:
             self.made.append((param, made))

@@ -135,8 +135,8 @@ class StateKeeper:
         states = [value for key, value in made.items() if key != "step"]
         has_count = "step" in made or bool(own and "step" in own)
         has_residual = bool(own and own.get("residual") is not None)
-        made |= self._make_extras(group, param, states, has_residual, has_count)
         self._keep(name, made)
+        made |= self._make_extras(group, i, param, states, has_residual, has_count)
         return made, bool(set(missing) - {"ema"})
 
     def _keep(self, name: str, own: dict[str, Any]) -> None:
@@ -188,7 +188,13 @@ class StateKeeper:
             _storage.begin(where, array, state, value, seeded, place)
 
     def _make_extras(
-        self, group: int, param: Any, states: Sequence[Any], has_residual: bool, has_count: bool
+        self,
+        group: int,
+        i: int,
+        param: Any,
+        states: Sequence[Any],
+        has_residual: bool,
+        has_count: bool,
     ) -> dict[str, Any]:
         """Return what 16-bit parameters, and state rounded by chance, need and do not have.
 
@@ -204,6 +210,7 @@ class StateKeeper:
             made["step"] = _new_count()
         if is_bfloat16 and residual is not None and not has_residual:
             made["residual"] = torch.zeros_like(param, dtype=residual, requires_grad=False)
+            self._keep(self._name(group, i), made)
         return made
 
     def _count(self, group: int, i: int, step: Any) -> int:
