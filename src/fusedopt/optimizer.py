@@ -256,8 +256,9 @@ class Optimizer:
         -------
         dict
             ``param``, ``grad``, ``residual`` and the state's names, and ``total``; of each
-            ``resident``, bytes kept between steps, on disk too, and ``moved``, bytes read and written by a step
-            that finds nothing in the cache. Gradients are the caller's and count as moved only.
+            ``resident``, bytes kept between steps, on disk too, and ``moved``, bytes read and
+            written by a step that finds nothing in the cache. Gradients are the caller's and count
+            as moved only.
         """
         return _storage.memory(self._work.stored, self._work.states, self.rule.slots, grad_itemsize)
 
