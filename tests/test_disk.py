@@ -2,12 +2,13 @@
 
 import errno
 import os
-import resource
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 import zlib
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -18,6 +19,7 @@ import fusedopt
 from fusedopt import _core, _disk, _storage
 from fusedopt.formats import Stored
 
+resource = pytest.importorskip("resource", reason="needs a Unix system")
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs mapped files of a Unix system")
 
 FORMATS = {  # dtype of the parameters, options
@@ -455,3 +457,12 @@ def test_large_arrays_alone():
     assert not _disk.on_disk(((small,), np.float32, (4,)))
     assert not _disk.on_disk(((large,), np.float32, None))  # of another shape than its parameter
     assert _storage.make_arrays([], None) == []
+
+
+def test_the_page_of_the_documentation(monkeypatch, tmp_path):
+    """Its Python blocks, one after the other, as a reader would run them."""
+    page = Path(__file__).parent.parent / "docs/disk.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.S)
+    assert len(blocks) == 2
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    exec(compile("\n".join(blocks), str(page), "exec"), {})
