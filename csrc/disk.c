@@ -181,7 +181,7 @@ void fo_pass_disk(fo_work *w, fo_choice which, int writes, int threads)
     }
     const size_t grains =
         FO_WINDOW / room; /* that fit; more than one, as a leaf's arrays are few */
-    ptrdiff_t workers = threads + 1;
+    ptrdiff_t workers = threads > 1 ? threads + 1 : 2;
     if ((size_t)workers > grains)
         workers = (ptrdiff_t)grains;
     ptrdiff_t longest = (ptrdiff_t)grains / workers;
