@@ -16,8 +16,9 @@ import pytest
 from cases import ALL_STEP_OPTIONS, EVERY_CLASS, assert_same
 
 import fusedopt
-from fusedopt import _core, _disk, _storage
+from fusedopt import _core, _disk, _storage, reference
 from fusedopt.formats import Stored
+from fusedopt.tune import range_test
 
 resource = pytest.importorskip("resource", reason="needs a Unix system")
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs mapped files of a Unix system")
@@ -138,6 +139,30 @@ def test_options_of_a_step(tmp_path, small, how):
     same(opt, disk, params, others)
     for k in params:
         assert np.array_equal(copies[0][k], copies[1][k], equal_nan=True)
+
+
+def test_the_reference(tmp_path, small):
+    params, others = start(), start()
+    opt = fusedopt.Adam(params, state_dir=tmp_path)
+    plain = reference.Adam(others, state_dir=tmp_path)
+    for o in (opt, plain):
+        o.step(gradients(params, 0))
+    assert any(map(is_on_disk, parts(plain).values()))
+    same(opt, plain, params, others)
+
+
+def test_steps_that_are_undone(tmp_path, small):
+    """A range test leaves state on disk as it was."""
+    params = start()
+    opt = fusedopt.Adam(params, state_dir=tmp_path)
+    opt.step(gradients(params, 0))
+    before = {k: a.copy() for k, a in (parts(opt) | params).items()}
+    rates = range_test(
+        opt, lambda: (1.0, gradients(params, 1)), start=1e-5, stop=1e-2, steps=10
+    ).rates
+    assert len(rates) > 1
+    for k, a in (parts(opt) | params).items():
+        assert np.array_equal(a, before[k]), k
 
 
 def test_groups_and_averages(tmp_path, small):
@@ -402,6 +427,7 @@ def test_a_killed_process_leaves_nothing(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_DATA"), reason="needs a limit of memory")
+@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="another library replaces malloc")
 def test_more_state_than_memory(tmp_path):
     """State is three times what the process may use, and what is resident within the window."""
     done = run(f"""
