@@ -3,7 +3,7 @@
  * The whole interface of the C library, which knows nothing of Python. A step is a list of leaves
  * (one leaf = one parameter, its gradient and its state) and a list of sets of constants, to which
  * the leaves refer by index. The caller owns every array and every list. A step does not allocate,
- * print or abort, so it cannot fail after its first write. */
+ * print or abort, so it cannot fail after its first write, unless state is on a disk that fails. */
 #ifndef FUSEDOPT_H
 #define FUSEDOPT_H
 
@@ -21,6 +21,7 @@ enum {
 typedef enum fo_status {
     FO_OK = 0,
     FO_BAD_ARGUMENT, /* unknown rule, format, hyper index or a missing state; nothing was written */
+    FO_DISK_FAILED,  /* see fo_disk.error: the leaves are as far as the call came */
 } fo_status;
 
 /* How the elements of an array are stored. FO_F64 computes in double, all others in float.
@@ -123,6 +124,25 @@ typedef enum fo_measures {
     FO_MEASURE_PARAM, /* the gradient's sums, but of the parameter after the step */
 } fo_measures;
 
+/* A range of a mapped file. */
+typedef struct fo_region {
+    char *start;
+    size_t bytes;
+    int64_t offset; /* in the file, of `start`; a multiple of the page size */
+    int file;       /* its descriptor */
+    int is_read_only;
+} fo_region;
+
+/* Where leaves have arrays on disk, of which a pass then has no more than FO_WINDOW bytes in
+ * memory: see disk.c. Between calls the arrays can be used where they are mapped. */
+enum { FO_WINDOW = 256 << 20 };
+typedef struct fo_disk {
+    const fo_region *regions; /* in the order of their addresses */
+    ptrdiff_t n;
+    int error;       /* written by calls, 0 before: errno of what first failed */
+    int has_written; /* written by calls, 0 before: whether the leaves are as they were if not */
+} fo_disk;
+
 /* What a call does beside the rule. The caller owns the lists; unused members are 0 or NULL. */
 typedef struct fo_run {
     double clip_value; /* > 0: limits scaled gradients to [-clip_value, clip_value]; 0: no limit */
@@ -134,6 +154,7 @@ typedef struct fo_run {
     fo_measures measure; /* what fo_step fills `stats` with */
     fo_stats *tiles;     /* scratch, fo_count_tiles() of them; NULL if nothing is measured */
     fo_stats *stats;     /* results, one for each leaf; 0 for a leaf without gradient */
+    fo_disk *disk;       /* NULL: all arrays are in memory */
 } fo_run;
 
 /* Kinds of rules: see rules/index.h. Those from FO_LAYERWISE on need fo_direct before the step, of
@@ -221,6 +242,19 @@ fo_status fo_stream(fo_leaf *leaves, ptrdiff_t n, int how, int threads);
  * pages if the system grants them. NULL if there is no memory. Release it by fo_release. */
 void *fo_allocate(size_t bytes);
 void fo_release(void *memory);
+
+/* Maps a file for an fo_region; NULL with errno if the system refuses. fo_unmap_file undoes it, and
+ * gives the room in the file, if it is not read-only, back to the disk. */
+void *fo_map_file(int file, int64_t offset, size_t bytes, int is_read_only);
+void fo_unmap_file(const fo_region *region);
+
+/* Writes the pages of an array and drops them from memory, if it is in one of the regions. Returns
+ * 0, or an errno. */
+int fo_relieve(const fo_disk *disk, void *data, size_t bytes);
+
+/* memmove of bytes either of which may be in the regions, in pieces that are relieved. Returns 0,
+ * or the errno of the first piece that failed; the others are copied. */
+int fo_copy(const fo_disk *disk, void *to, const void *from, size_t bytes);
 
 /* Instruction sets: the names of those that this CPU and system can run, best first, ended by NULL;
  * the name of the one in use, which is the best unless fo_select_isa chose another. fo_select_isa

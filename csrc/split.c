@@ -5,7 +5,7 @@
  * of its overhead. The line is cut into chunks of equal length, and a tile belongs to the chunk in
  * which it begins: chunks cost about the same whatever the mixture of sizes, and a tile is never
  * cut. */
-#include "split.h"
+#include "disk.h"
 
 enum {
     TILE_LENGTH = FO_TILE + 32, /* elements that cost as much as a tile: 32 is its overhead */
@@ -81,6 +81,10 @@ fo_size fo_size_of(ptrdiff_t elements)
 void fo_split(fo_work *w, fo_choice which, int threads)
 {
     w->length = lay_out(w->leaves, w->n, which);
+    if (w->disk != NULL) {
+        fo_pass_disk(w, which, !w->only_reads, threads);
+        return;
+    }
     ptrdiff_t chunks = (w->length + CHUNK_LENGTH - 1) / CHUNK_LENGTH;
     fo_parallel(run_chunks, w, chunks, fo_size_of(w->length), threads);
 }

@@ -12,6 +12,8 @@ typedef struct fo_work {
     ptrdiff_t length; /* of the line on which the leaves lie; set by fo_split */
     fo_task task;
     fo_range *const *range; /* what to do, by compute type */
+    fo_disk *disk;          /* where arrays that the range uses are on disk; NULL if none is */
+    int only_reads;         /* whether it leaves them as they are */
 } fo_work;
 
 /* Which leaves a call works on. */
@@ -42,7 +44,8 @@ void fo_find_factors(fo_work *work, const fo_kernels *kernels, int threads);
 void fo_keep_factors(fo_work *work, const fo_kernels *kernels, int threads);
 
 /* Calls work->range for all elements of the chosen leaves, on at most `threads` threads, and
- * returns when all is done. Writes the leaves' scratch (start, tile). Never fails. */
+ * returns when all is done. Writes the leaves' scratch (start, tile). Fails only as
+ * work->disk says. */
 void fo_split(fo_work *work, fo_choice which, int threads);
 
 #endif

@@ -114,7 +114,9 @@ static void direct(fo_work *w, const fo_kernels *kernels, int threads)
     if (kernels->rules[w->task.rule].kind == FO_FACTORED)
         fo_find_factors(w, kernels, threads);
     w->range = kernels->direct;
+    w->only_reads = kernels->rules[w->task.rule].kind != FO_MATRIX; /* it writes the direction */
     fo_split(w, FO_WITH_GRAD, threads);
+    w->only_reads = 0;
     fo_fold_tiles(w, FO_PART_SQUARES, threads);
 }
 
@@ -131,6 +133,8 @@ static void set_trust(const fo_work *w, const fo_kernels *kernels)
     }
 }
 
+static int has_failed(const fo_disk *disk) { return disk != NULL && disk->error != 0; }
+
 /* Not inlined: no arithmetic may leave the mode that its caller entered. */
 static __attribute__((noinline)) fo_status step(int rule, fo_leaf *leaves, ptrdiff_t n,
                                                 const fo_hyper *hypers, ptrdiff_t n_hypers,
@@ -140,7 +144,8 @@ static __attribute__((noinline)) fo_status step(int rule, fo_leaf *leaves, ptrdi
     if (!is_valid_call(kernels->rules, rule, leaves, n, n_hypers, how))
         return FO_BAD_ARGUMENT;
     const fo_task task = {.rule = rule, .hypers = hypers, .run = how, .is_far = is_far(leaves, n)};
-    fo_work w = {.leaves = leaves, .n = n, .task = task};
+    fo_disk *const disk = how != NULL ? how->disk : NULL;
+    fo_work w = {.leaves = leaves, .n = n, .task = task, .disk = disk};
     int copies_alone = 0;
     for (ptrdiff_t i = 0; i < n; i++)
         copies_alone |= fo_is_chosen(&leaves[i], FO_COPY_ALONE);
@@ -148,11 +153,15 @@ static __attribute__((noinline)) fo_status step(int rule, fo_leaf *leaves, ptrdi
     if (kind >= FO_LAYERWISE) {
         if (!how->has_direction)
             direct(&w, kernels, threads);
+        if (has_failed(disk))
+            return FO_DISK_FAILED;
         if (kernels->trust[rule] != NULL)
             set_trust(&w, kernels);
     }
     w.range = kernels->step;
     fo_split(&w, FO_WITH_GRAD, threads);
+    if (has_failed(disk))
+        return FO_DISK_FAILED;
     if (how != NULL && how->measure != FO_MEASURE_NOTHING)
         fo_fold_tiles(&w,
                       how->measure == FO_MEASURE_PARAM ? FO_PART_GRAD
@@ -163,6 +172,7 @@ static __attribute__((noinline)) fo_status step(int rule, fo_leaf *leaves, ptrdi
         fo_keep_factors(&w, kernels, threads);
     if (copies_alone) { /* last, as it lays out the list anew */
         w.range = kernels->copy;
+        w.disk = NULL; /* it has no use for state */
         fo_split(&w, FO_COPY_ALONE, threads);
     }
     return FO_OK;
@@ -185,9 +195,9 @@ fo_status fo_direct(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hype
         kernels->rules[rule].kind < FO_LAYERWISE)
         return FO_BAD_ARGUMENT;
     const fo_task task = {.rule = rule, .hypers = hypers, .run = how, .is_far = is_far(leaves, n)};
-    fo_work w = {.leaves = leaves, .n = n, .task = task};
+    fo_work w = {.leaves = leaves, .n = n, .task = task, .disk = how->disk};
     direct(&w, kernels, threads);
-    return FO_OK;
+    return has_failed(how->disk) ? FO_DISK_FAILED : FO_OK;
 }
 
 fo_status fo_measure(fo_leaf *leaves, ptrdiff_t n, const fo_run *how, int threads)

@@ -593,3 +593,147 @@ def test_leftovers_of_killed_saves(tmp_path, suffix, monkeypatch):
     os.waitpid(child, 0)
     opt.save(path)
     assert set(os.listdir(tmp_path)) == {path.name, ready.name, other.name}
+
+
+# ------------------------------------------------------------------ parameters
+
+
+def params_of(dtype, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "W": rng.standard_normal((9, 7)).astype(dtype),
+        "F": np.asfortranarray(rng.standard_normal((4, 3)).astype(dtype)),
+        "scalar": np.array(seed, dtype),
+        "empty": np.ones((0, 3), dtype),
+    }
+
+
+KINDS = {
+    "float32": (np.float32, {}),
+    "float64": (np.float64, {"ema": 0.5}),
+    "float16": (np.float16, {}),
+    "bfloat16": (ml_dtypes.bfloat16, {}),
+    "bfloat16, 16 bits": (ml_dtypes.bfloat16, {"master_bits": 16, "state_dtype": "int8"}),
+}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters(tmp_path, kind, suffix):
+    """A file has both parts, or one; those of both are of one step."""
+    dtype, options = KINDS[kind]
+    path, plain = tmp_path / f"x{suffix}", tmp_path / f"plain{suffix}"
+    params, others = params_of(dtype), params_of(dtype, seed=1)
+    opt, other = (fusedopt.Adam(p, **options) for p in (params, others))
+    grads = {k: p * dtype(0.5) + dtype(1) for k, p in params.items()}
+    grads["scalar"] = np.array(grads["scalar"])
+    opt.step(grads)
+    other.step(params_of(dtype, seed=3))
+    opt.save(path, params=True)
+    opt.save(plain)
+    before, states = [{k: a.copy() for k, a in others.items()}, contents(other)], contents(opt)
+    assert states != before[1]
+    other.load(path, params=False)  # the state alone
+    assert contents(other) == states
+    assert_same(list(others.values()), list(before[0].values()), list(others))
+    arrays = dict(others)
+    for how in ({}, {"params": True}):
+        for a in others.values():
+            a[...] = 0
+        other.load(path, **how)
+        assert_same(list(params.values()), list(others.values()), list(params))
+        assert all(others[k] is a for k, a in arrays.items())
+    opt.step(grads)
+    other.step(grads)
+    assert_same(list(params.values()), list(others.values()), list(params))
+    with pytest.raises(ValueError, match=rf"plain{suffix}: has no parameters"):
+        other.load(plain, params=True)
+    other.load(plain)
+    assert_same(list(params.values()), list(others.values()), list(params))
+    assert contents(other) == states
+    with pytest.raises(TypeError, match="params: expected True or False"):
+        opt.save(path, params="yes")
+    with pytest.raises(TypeError, match="params: expected True or False"):
+        opt.load(path, params="yes")
+
+
+def test_parameters_of_8_bits(tmp_path):
+    """Blocks follow the memory order, which a file keeps."""
+    values = np.linspace(-2, 3, 12 * 70, dtype=np.float32).reshape(12, 70)
+
+    def made(order):
+        data = np.zeros((12, 70), np.uint8, order=order)
+        stored = fusedopt.formats.Stored("int8", data, np.zeros(-(-12 * 70 // 64), np.uint8))
+        stored.encode(np.array(values, order=order))
+        return stored, fusedopt.SGD([stored])
+
+    for order, other in (("C", "F"), ("F", "C")):
+        stored, opt = made(order)
+        twin, opt_twin = made(order)
+        opt.step([values.copy(order)])
+        opt.save(tmp_path / "x.npz", params=True)
+        opt_twin.load(tmp_path / "x.npz")
+        assert np.array_equal(stored.decode(), twin.decode())
+        before, opt_before = made(other)
+        codes = before.data.copy()
+        with pytest.raises(ValueError, match=r"x.npz: params\[0\]: its blocks follow the memory"):
+            opt_before.load(tmp_path / "x.npz")
+        assert np.array_equal(before.data, codes)
+
+
+OTHERS = {
+    "shape": (
+        lambda p: p | {"W": np.zeros((7, 9), np.float32)},
+        r"params\['W'\].*\[9, 7\].*\[7, 9\]",
+    ),
+    "dtype": (lambda p: {k: a.astype(np.float16) for k, a in p.items()}, r"params\['W'\]"),
+    "name": (lambda p: {"V": p.pop("W"), **p}, r"missing \[\"params\['V'\]\"\], unexpected"),
+}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("other", OTHERS)
+def test_parameters_that_do_not_fit(tmp_path, other, suffix):
+    """The error names the leaf, and nothing has changed: neither parameters nor state."""
+    change, message = OTHERS[other]
+    path, params = tmp_path / f"x{suffix}", params_of(np.float32)
+    opt = fusedopt.SGD(params, momentum=0.9)
+    opt.step(params_of(np.float32, seed=2))
+    opt.save(path, params=True)
+    others = change(params_of(np.float32, seed=1))
+    opt = fusedopt.SGD(others, momentum=0.9)
+    before = {k: a.copy() for k, a in others.items()}, contents(opt)
+    with pytest.raises(ValueError, match=rf"x{suffix}: .*{message}"):
+        opt.load(path)
+    assert contents(opt) == before[1]
+    assert_same(list(others.values()), list(before[0].values()), list(others))
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_parameters_whose_dtype_alone_differs(tmp_path, suffix):
+    """State of both kinds fits both, parameters do not, and `convert` does not change that."""
+    path, p = tmp_path / f"x{suffix}", [np.ones(5, np.float32)]
+    fusedopt.SGD(p).save(path, params=True)
+    q = [np.zeros(5, np.float64)]
+    for convert in (False, True):
+        with pytest.raises(ValueError, match=rf"x{suffix}: params\[0\]: float32.* float64"):
+            fusedopt.SGD(q).load(path, convert=convert)
+    assert not q[0].any()
+    fusedopt.SGD(q).load(path, params=False)
+
+
+def test_an_average_that_there_is_no_place_for(tmp_path):
+    path = tmp_path / "x.npz"
+    fusedopt.SGD([np.ones(5)], ema=0.9).save(path)
+    with pytest.raises(ValueError, match=r"params\[0\] should have step; it has step, ema; make"):
+        fusedopt.SGD([np.ones(5)]).load(path)
+
+
+def test_parameters_within_swap_ema(tmp_path):
+    """The averages are in their place then: neither is saved nor loaded."""
+    opt = fusedopt.SGD([np.ones(5)], ema=0.9)
+    opt.save(tmp_path / "x.npz", params=True)
+    with opt.swap_ema():
+        for call in (opt.save, opt.load):
+            with pytest.raises(RuntimeError, match="leave the block of swap_ema first"):
+                call(tmp_path / "x.npz", params=True)

@@ -112,7 +112,11 @@ def test_reference_class_has_the_same_signature(cls):
     plain = getattr(reference, cls.__name__)
     assert issubclass(plain, cls)
     assert inspect.signature(plain) == inspect.signature(cls)
-    assert list(inspect.signature(cls).parameters)[1:] == [*cls.rule.defaults, "threads"]
+    assert list(inspect.signature(cls).parameters)[1:] == [
+        *cls.rule.defaults,
+        "threads",
+        "state_dir",
+    ]
 
 
 @pytest.mark.parametrize("name", functional.__all__)

@@ -597,7 +597,7 @@ def test_copies_keep_every_option_of_our_own(name, clone):
         "state_dict_dtype": "float32", "threads": 1,
     }  # fmt: skip
     own = list(inspect.signature(getattr(fo, name)).parameters)
-    assert {*options, "process_group"} == set(own[own.index("state_dtype") :])
+    assert {*options, "process_group", "state_dir"} == set(own[own.index("state_dtype") :])
     given = getattr(fo, name)([leaf(3)], lr=0.1, **options)
     given.step()
     opt = clone(given)

@@ -226,7 +226,7 @@ cdef class ArrayList(LeafList):
                     self.leaves[self.n - 1].origin = origins[i]
                 self.export(self.n - 1, params[i], layouts[i], group)
             self.collect_spans()
-            if zero:
+            if zero and self.disk is None:  # a new file is zero
                 with nogil:
                     zero_state(&self.leaves[old], total - old, threads)
             if begin is not None:
@@ -389,6 +389,7 @@ cdef class ArrayList(LeafList):
         cdef fo_run how
         memset(&how, 0, sizeof(how))
         try:
+            self.use_disk(&how)
             updated = self.take(grads, plans)
             self.plans = plans
             options = self.prepare(options, &how)
@@ -397,7 +398,7 @@ cdef class ArrayList(LeafList):
                 with nogil:
                     status = run_step(
                         self.rule, self.leaves, n, self.hypers.of, self.hypers.n, &how, threads)
-                check(status)
+                self.check_step(status)
             else:
                 self.take_others(grads, options, copies)
                 if source is not None and source.knows(grads):
@@ -650,8 +651,15 @@ cdef class ArrayList(LeafList):
             See `set_steps`.
         groups, options : list of dict
             Each of the first, checked to be dicts, is updated by its neighbour in the second.
+        Raises
+        ------
+        OSError
+            If state on disk cannot be written: it is lost then.
         """
         cdef ptrdiff_t i, n = len(pairs)
+        cdef int error = 0
+        cdef fo_disk nothing = fo_disk(regions=NULL, n=0, error=0, has_written=0)
+        cdef fo_disk *disk = &nothing
         cdef Py_buffer *views = <Py_buffer *>grow(NULL, 2 * n, sizeof(Py_buffer))
         cdef int64_t *numbers = NULL
         memset(views, 0, 2 * n * sizeof(Py_buffer))
@@ -661,13 +669,23 @@ cdef class ArrayList(LeafList):
                 numbers[i] = steps[i]
             for i in range(n):
                 self.export_pair(pairs[i][0], pairs[i][1], &views[2 * i], &views[2 * i + 1])
+            if self.disk is not None:
+                disk = self.find_regions()
             for i in range(len(groups)):
                 dict.update(groups[i], options[i])
             for i in range(n):
-                memmove(views[2 * i].buf, views[2 * i + 1].buf, views[2 * i].len)
+                if self.disk is None:
+                    memmove(views[2 * i].buf, views[2 * i + 1].buf, views[2 * i].len)
+                elif error == 0:
+                    error = copy_bytes(
+                        disk, views[2 * i].buf, views[2 * i + 1].buf, views[2 * i].len)
             self.count = count
             for i in range(self.n):
                 self.records[i].step = numbers[i]
+            if error != 0:
+                raise self.disk.fault(error, True)
+            if self.disk is not None:
+                self.disk.lost = None
         finally:
             for i in range(2 * n):
                 if <void *>views[i].obj != NULL:

@@ -26,10 +26,12 @@ cdef extern from "fusedopt.h" nogil:
         FO_MAX_STATES
         FO_MAX_SCALARS
         FO_STREAMS
+        FO_WINDOW
 
     ctypedef enum fo_status:
         FO_OK
         FO_BAD_ARGUMENT
+        FO_DISK_FAILED
 
     ctypedef enum fo_format:
         FO_F32
@@ -87,12 +89,24 @@ cdef extern from "fusedopt.h" nogil:
         FO_MEASURE_LEAF
         FO_MEASURE_PARAM
 
+    ctypedef struct fo_region:
+        char *start
+        size_t bytes
+        int64_t offset
+        int file, is_read_only
+
+    ctypedef struct fo_disk:
+        const fo_region *regions
+        ptrdiff_t n
+        int error, has_written
+
     ctypedef struct fo_run:
         double clip_value
         int zero_grads, has_grad, has_direction, norm_only
         fo_measures measure
         fo_stats *tiles
         fo_stats *stats
+        fo_disk *disk
 
     ctypedef enum fo_kind:
         FO_PLAIN
@@ -125,6 +139,10 @@ cdef extern from "fusedopt.h" nogil:
     fo_status fo_stream(fo_leaf *leaves, ptrdiff_t n, int how, int threads)
     void *fo_allocate(size_t bytes)
     void fo_release(void *memory)
+    void *fo_map_file(int file, int64_t offset, size_t bytes, int is_read_only)
+    void fo_unmap_file(const fo_region *region)
+    int fo_relieve(const fo_disk *disk, void *data, size_t bytes)
+    int fo_copy(const fo_disk *disk, void *to, const void *source, size_t bytes)
     const char *const *fo_isas()
     const char *fo_isa()
     fo_status fo_select_isa(const char *name)

@@ -81,6 +81,11 @@ def writable(name: str, value: Array) -> Array:
         raise ValueError(
             f"{name}: read-only array; fusedopt updates in place, pass a writable copy"
         )
+    return dense(name, value)
+
+
+def dense(name: str, value: Array) -> Array:
+    """Return `value` if its elements are one range of memory."""
     if not is_dense(value):
         raise ValueError(
             f"{name}: array with gaps or negative strides (shape {value.shape}, strides "
@@ -100,8 +105,9 @@ def parameter(name: str, value: object) -> Array | Stored:
     return Stored(f"{kind}-stochastic", param)
 
 
-def stored(name: str, value: Stored) -> Stored:
-    """Return `value` if its parts are of its format, fit each other and can be written."""
+def stored(name: str, value: Stored, *, writes: bool = True) -> Stored:
+    """Return `value` if its parts are of its format, fit each other and can be written, or read."""
+    usable = writable if writes else dense
     if value.format not in FORMATS or FORMATS[value.format][0] in (np.float32, np.float64):
         known = [name for name, row in FORMATS.items() if row[0] not in (np.float32, np.float64)]
         raise ValueError(f"{name}: unknown format {value.format!r}; known: {', '.join(known)}")
@@ -113,13 +119,13 @@ def stored(name: str, value: Stored) -> Stored:
     )
     if not fits:
         raise TypeError(f"{name}: dtype {value.data.dtype} is not that of {value.format}")
-    writable(name, value.data)
+    usable(name, value.data)
     if extra_dtype is None:
         return value
     extra = value.extra
     if extra is None or extra.dtype != extra_dtype:
         raise TypeError(f"{name}: {value.format} needs extra of dtype {np.dtype(extra_dtype)}")
-    writable(f"{name}.extra", extra)
+    usable(f"{name}.extra", extra)
     if extra.shape != extra_shape(value.format, value.shape) or (
         per == 1 and not same_layout(extra, value.data)
     ):

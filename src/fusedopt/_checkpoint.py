@@ -12,11 +12,13 @@ takes longer than reading it.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
 import stat
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -26,8 +28,10 @@ from typing import IO, Any
 
 import numpy as np
 
+from fusedopt import _core
 from fusedopt._check import Array
-from fusedopt.formats import FORMATS, Stored, in_order, memory_order
+from fusedopt._disk import Disk
+from fusedopt.formats import FORMATS, Stored, in_order, is_bfloat16, memory_order
 
 try:
     import fcntl
@@ -39,13 +43,19 @@ _EXTRA = ":extra"  # ends the key of `Stored.extra`, the second array of a narro
 _VERSION = 1  # of the layout and of what codes mean; how steps round is no part of it
 _SUFFIXES = (".npz", ".safetensors")
 _TEMPORARY = ".tmp"  # ends the name of a file that is being written
+_PIECE = 1 << 24  # bytes written, or checked, at a time
 _SMALL, _FEW = 4096, 1000  # arrays of up to 4096 bytes share members if there are over 1000
 
 StrPath = str | os.PathLike[str]
 
 
-def pack(state_dict: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Any]]:
-    """Split a state dict into arrays, ``<leaf>.<name>``, and metadata that JSON can hold."""
+def pack(
+    state_dict: Mapping[str, Any], params: Mapping[str, Array] | None = None
+) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Split a state dict into arrays, ``<leaf>.<name>``, and metadata that JSON can hold.
+
+    Parameters, by leaf name, are arrays ``<leaf>``.
+    """
     arrays: dict[str, Array] = {}
     steps: dict[str, int] = {}
     formats: dict[str, str] = {}
@@ -68,7 +78,15 @@ def pack(state_dict: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Any
         {name: None if callable(value) else value for name, value in group.items()}
         for group in state_dict["param_groups"]
     ]
-    return arrays, {
+    dtypes: dict[str, str] = {}  # of the parameters
+    for leaf, a in (params or {}).items():
+        dtypes[leaf] = a.dtype.name
+        arrays[leaf] = a.view(np.uint16) if is_bfloat16(a.dtype) else a
+        if a.dtype == np.uint8 and not a.flags.c_contiguous:  # codes, whose blocks follow it
+            orders[leaf] = memory_order(a)
+            arrays[leaf] = arrays[leaf].transpose(orders[leaf])
+    about = {} if params is None else {"params": dtypes}
+    return arrays, about | {
         "optimizer": state_dict["optimizer"],
         "step": state_dict["step"],
         "steps": steps,
@@ -85,6 +103,13 @@ def unpack(arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> dict[str, An
             leaf: {"step": step} for leaf, step in meta["steps"].items()
         }
         formats, orders = meta.get("formats", {}), meta.get("orders", {})
+        about = {key: meta[key] for key in ("optimizer", "step", "param_groups")}
+        if "params" in meta:
+            about["params"] = {
+                leaf: _param(arrays[leaf], dtype, orders.get(leaf))
+                for leaf, dtype in meta["params"].items()
+            }
+            arrays = {key: a for key, a in arrays.items() if key not in meta["params"]}
         for key, array in arrays.items():
             if key.endswith(_EXTRA) and key.removesuffix(_EXTRA) in formats:
                 continue
@@ -94,10 +119,19 @@ def unpack(arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> dict[str, An
                 order = orders.get(key, range(array.ndim))
                 extra = arrays.get(f"{key}{_EXTRA}")
                 state[leaf][name] = in_order(formats[key], array, extra, order)
-        about = {key: meta[key] for key in ("optimizer", "step", "param_groups")}
         return {**about, "state": state}
     except (KeyError, TypeError, ValueError, AttributeError) as exc:
         raise ValueError("not the state of an optimizer") from exc
+
+
+def _param(array: Array, dtype: str, order: list[int] | None) -> Array:
+    if dtype == "bfloat16":
+        import ml_dtypes  # which made the parameter
+
+        array = array.view(ml_dtypes.bfloat16)
+    if array.dtype.name != dtype:
+        raise ValueError(f"{array.dtype.name} in the place of {dtype}")
+    return array if order is None else array.transpose(np.argsort(order))
 
 
 def write(path: StrPath, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> None:
@@ -139,7 +173,9 @@ def _write_npz(file: IO[bytes], arrays: Mapping[str, Array], text: str) -> None:
     try:
         for name, array in {_META: np.array(text), **arrays}.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
+                about = np.lib.format.header_data_from_array_1_0(array)
+                np.lib.format.write_array_header_1_0(member, about)
+                _write_bytes(member, array.T if about["fortran_order"] else array)
         archive.close()
     except BaseException:
         archive.fp = None  # abandoned: close() would raise for a member that is still open
@@ -163,7 +199,25 @@ def _write_safetensors(file: IO[bytes], arrays: Mapping[str, Array], text: str) 
     encoded += b" " * (-len(encoded) % 8)
     file.write(len(encoded).to_bytes(8, "little") + encoded)
     for _, array in ordered:
-        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        _write_bytes(file, array)
+
+
+def _write_bytes(file: Any, array: Array) -> None:
+    """Write an array in row-major order, in pieces: one on disk is not to fill the memory."""
+    if array.size == 0:
+        return
+    count = max(1, _PIECE // array.itemsize)
+    if not array.flags.c_contiguous:
+        flags: Any = ["external_loop", "buffered"]
+        pieces: Any = np.nditer(array, flags, buffersize=count, order="C")
+        for part in pieces:
+            file.write(np.ascontiguousarray(part).view(np.uint8).data)
+        return
+    flat = array.reshape(-1)
+    for start in range(0, flat.size, count):
+        piece = flat[start : start + count]
+        file.write(piece.view(np.uint8).data)
+        _core.relieve(piece)
 
 
 _WRITERS = {".npz": _write_npz, ".safetensors": _write_safetensors}
@@ -196,8 +250,8 @@ def _split(arrays: dict[str, Array], small: Mapping[str, Any]) -> None:
             raise ValueError(f"{member} has {values.size} elements, expected {end}")
 
 
-def read(path: StrPath) -> tuple[dict[str, Array], dict[str, Any]]:
-    """Read a file that `write` made.
+def read(path: StrPath, disk: Disk | None = None) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Read a file that `write` made; with `disk` the arrays are read as they are used.
 
     Raises
     ------
@@ -207,13 +261,13 @@ def read(path: StrPath) -> tuple[dict[str, Array], dict[str, Any]]:
         If it is damaged, or not such a file.
     """
     source = known(path)
-    reader = _read_npz if source.suffix == ".npz" else _read_safetensors
+    reader = _READERS[source.suffix, disk is not None]
     mode = source.stat().st_mode  # if missing, an OSError that names it
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a pipe would wait for a writer
         raise ValueError(f"{source}: not a regular file")
     source.open("rb").close()  # unreadable, or a folder: the same
     try:
-        arrays, text = reader(source)
+        arrays, text = reader(source, disk)
         meta = json.loads(text)
         if not isinstance(meta, dict) or meta.pop("version") != _VERSION:
             raise ValueError(f"written by another version of the format than {_VERSION}")
@@ -227,7 +281,7 @@ def read(path: StrPath) -> tuple[dict[str, Array], dict[str, Any]]:
     return arrays, meta
 
 
-def _read_npz(path: Path) -> tuple[dict[str, Array], str]:
+def _read_npz(path: Path, _: Any) -> tuple[dict[str, Array], str]:
     with open(path, "rb") as raw:
         loaded = np.load(raw, allow_pickle=False)
         if not isinstance(loaded, np.lib.npyio.NpzFile):
@@ -249,10 +303,84 @@ def _read_archive(raw: IO[bytes], loaded: Any) -> tuple[dict[str, Array], str]:
     return arrays, str(arrays.pop(_META)[()])
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Array], str]:
+def _read_safetensors(path: Path, _: Any) -> tuple[dict[str, Array], str]:
     with _safetensors_open(path) as file:
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return arrays, str((file.metadata() or {})[_META])
+
+
+def _map_npz(path: Path, disk: Disk) -> tuple[dict[str, Array], str]:
+    data, arrays = disk.map_file(path), {}
+    with open(path, "rb") as raw, zipfile.ZipFile(raw) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise ValueError("a member is compressed")
+            at = member.header_offset
+            lengths = data[at + 26 : at + 30].tobytes()  # of the name and of what follows it
+            start = at + 30 + sum(int.from_bytes(lengths[k : k + 2], "little") for k in (0, 2))
+            body = data[start : start + member.file_size]
+            if body.size != member.file_size or _crc(body) != member.CRC:
+                raise ValueError(f"{member.filename}: its sum is wrong")
+            arrays[member.filename.removesuffix(".npy")] = _map_npy(body)
+    if _META not in arrays:
+        raise ValueError("it has no metadata of fusedopt")
+    return arrays, str(arrays.pop(_META)[()])
+
+
+def _crc(data: Array) -> int:
+    found = 0
+    for start in range(0, data.size, _PIECE):
+        piece = data[start : start + _PIECE]
+        found = zlib.crc32(piece.data, found)
+        _core.relieve(piece)
+    return found
+
+
+def _map_npy(data: Array) -> Array:
+    header = io.BytesIO(data[: 1 << 16].tobytes())
+    if np.lib.format.read_magic(header) != (1, 0):
+        raise ValueError("an array in another version of the format than 1.0")
+    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(header)
+    if dtype.hasobject:
+        raise ValueError("an array of objects")
+    body = data[header.tell() :]
+    if is_fortran:
+        return _view(body, shape[::-1], dtype).T
+    return _view(body, shape, dtype)
+
+
+def _view(data: Array, shape: Any, dtype: Any) -> Array:
+    """Return bytes as an array, which they must fill."""
+    if data.size != prod(shape) * dtype.itemsize:
+        raise ValueError("an array does not fill its place")
+    return np.ndarray(shape, dtype, data.data)
+
+
+def _map_safetensors(path: Path, disk: Disk) -> tuple[dict[str, Array], str]:
+    with _safetensors_open(path) as file:  # which checks the header
+        text = str((file.metadata() or {})[_META])
+    data = disk.map_file(path)
+    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    header = json.loads(data[8:start].tobytes())
+    kinds = {name: kind for kind, name in _KINDS.items()}
+    arrays = {
+        name: _view(
+            data[start + about["data_offsets"][0] : start + about["data_offsets"][1]],
+            tuple(about["shape"]),
+            np.dtype(f"{kinds[about['dtype'][0]]}{int(about['dtype'][1:]) // 8}"),
+        )
+        for name, about in header.items()
+        if name != "__metadata__"
+    }
+    return arrays, text
+
+
+_READERS: dict[tuple[str, bool], Any] = {  # by ending, and whether arrays stay in the file
+    (".npz", False): _read_npz,
+    (".npz", True): _map_npz,
+    (".safetensors", False): _read_safetensors,
+    (".safetensors", True): _map_safetensors,
+}
 
 
 def _safetensors() -> Any:

@@ -10,6 +10,7 @@ __pyx_capi__: dict[str, object]  # what the borders use, see _core.pxd
 TILE: int
 BLOCK: int
 STREAMS: int
+WINDOW: int
 STATS: np.dtype[np.void]
 KINDS: tuple[str, ...]
 RULES: dict[str, tuple[int, list[str], int, str]]
@@ -23,6 +24,12 @@ class Ieee:
 class Memory:
     def __new__(cls, size: int) -> Memory: ...
 
+@final
+class Mapped:
+    def __new__(cls, file: object, offset: int, size: int, is_read_only: bool) -> Mapped: ...
+    def row(self) -> tuple[int, int, int, int, int]: ...
+
+def relieve(array: NDArray[Any]) -> None: ...
 def allocate(
     specs: Sequence[tuple[tuple[int, ...], Any, tuple[int, ...] | None]],
 ) -> list[NDArray[Any]]: ...

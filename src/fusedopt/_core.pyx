@@ -5,6 +5,7 @@
 The only module that the library is linked into. The borders for arrays and for tensors call it
 through the functions below, see `_core.pxd`.
 """
+from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport realloc
 from libc.string cimport memset
 
@@ -12,10 +13,12 @@ from cpython.buffer cimport (
     PyBUF_STRIDES, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer,
 )
 from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.exc cimport PyErr_SetFromErrno
 
 from fusedopt._c cimport *
 from fusedopt cimport _layout
 
+import os
 from math import prod
 
 import numpy
@@ -28,6 +31,7 @@ STATS = numpy.dtype(
 TILE = FO_TILE
 BLOCK = FO_BLOCK
 STREAMS = FO_STREAMS
+WINDOW = FO_WINDOW
 
 
 cdef int check(fo_status status) except -1:
@@ -67,6 +71,10 @@ cdef fo_status run_stream(fo_leaf *leaves, ptrdiff_t n, int how, int threads) no
 
 cdef fo_status zero_state(fo_leaf *leaves, ptrdiff_t n, int threads) noexcept nogil:
     return fo_zero_state(leaves, n, threads)
+
+
+cdef int copy_bytes(const fo_disk *disk, void *to, const void *source, size_t bytes) noexcept nogil:
+    return fo_copy(disk, to, source, bytes)
 
 
 cdef size_t scratch_of(const fo_leaf *leaf) noexcept nogil:
@@ -228,6 +236,65 @@ def allocate(specs):
         arrays.append(numpy.ndarray(shape, dtype, memory, offset, strides))
         offset += size
     return arrays
+
+
+cdef class Mapped:
+    """Bytes of a file as a buffer, unmapped with the last array on them.
+
+    Parameters
+    ----------
+    file : object with fileno()
+        Kept open as long.
+    offset, size : int
+        Multiples of the page size, but for the size of what is read only.
+    is_read_only : bool
+        If not, the room in the file is given back to the disk behind the last array.
+    """
+    cdef fo_region region
+    cdef object file
+    cdef object __weakref__
+
+    def __cinit__(self, file, int64_t offset, Py_ssize_t size, bint is_read_only):
+        cdef void *start
+        self.file = file
+        self.region.offset, self.region.bytes = offset, size
+        self.region.file, self.region.is_read_only = file.fileno(), is_read_only
+        start = fo_map_file(self.region.file, offset, size, is_read_only)
+        if start == NULL:
+            PyErr_SetFromErrno(OSError)
+        self.region.start = <char *>start
+
+    def row(self):
+        """Address, bytes, offset, descriptor, whether it is read only: an fo_region."""
+        return (<uintptr_t>self.region.start, self.region.bytes, self.region.offset,
+                self.region.file, self.region.is_read_only)
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        PyBuffer_FillInfo(
+            view, self, self.region.start, self.region.bytes, self.region.is_read_only, flags)
+
+    def __dealloc__(self):
+        if self.region.start != NULL:
+            fo_unmap_file(&self.region)
+
+
+def relieve(array):
+    """Write an array of adjacent elements to its file, if it is on one, and drop it from memory."""
+    cdef fo_disk disk
+    cdef Py_buffer view
+    cdef int error
+    base = array
+    while isinstance(base, (numpy.ndarray, memoryview)):
+        base = base.obj if isinstance(base, memoryview) else base.base
+    if not isinstance(base, Mapped):
+        return
+    disk.regions, disk.n, disk.error = &(<Mapped>base).region, 1, 0
+    PyObject_GetBuffer(array, &view, PyBUF_STRIDES)
+    with nogil:
+        error = fo_relieve(&disk, view.buf, view.len)
+    PyBuffer_Release(&view)
+    if error != 0:
+        raise OSError(error, os.strerror(error), getattr((<Mapped>base).file, "name", None))
 
 
 # ------------------------------------------------------------------ tables

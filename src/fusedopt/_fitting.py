@@ -37,6 +37,23 @@ def fit(
     return pairs, steps, options
 
 
+def fit_params(
+    names: Sequence[str], ours: Sequence[Array | Stored], given: Mapping[str, Any]
+) -> list[tuple[Array, Array]]:
+    """Return (array, new contents) pairs of the parameters by leaf name; write nothing."""
+    if given.keys() != set(names):
+        missing = [name for name in names if name not in given]
+        unexpected = [name for name in given if name not in names]
+        raise ValueError(
+            "the parameters in it are not those of this optimizer; "
+            f"missing {missing[:3]}, unexpected {unexpected[:3]}"
+        )
+    return [
+        _storage.param_pair(name, array, given[name])
+        for name, array in zip(names, ours, strict=True)
+    ]
+
+
 def _states(
     rule: Rule,
     params: Sequence[Array | Stored],
@@ -67,8 +84,9 @@ def _states(
         unused = {key for key, use in used if not use}
         if not isinstance(given, Mapping) or (given.keys() ^ arrays.keys()) - unused:
             raise ValueError(
-                f"state dict: {name} should have {', '.join(arrays)}; "
-                "make the optimizer with the options that the state was made with"
+                f"state dict: {name} should have {', '.join(arrays)}"
+                + (f"; it has {', '.join(given)}" if isinstance(given, Mapping) else "")
+                + "; make the optimizer with the options that the state was made with"
             )
         step = _check.steps(f"state dict: {name}.step", given["step"])
         steps.append(step)

@@ -4,7 +4,8 @@ cimport cython
 from libc.stdint cimport uintptr_t
 
 from fusedopt._c cimport (
-    FO_MAX_STATES, fo_array, fo_count, fo_format_info, fo_kind, fo_leaf, fo_run,
+    FO_MAX_STATES, fo_array, fo_count, fo_disk, fo_format_info, fo_kind, fo_leaf, fo_region, fo_run,
+    fo_status,
 )
 from fusedopt._core cimport Hypers, Sums
 from fusedopt._spans cimport Span, Spans
@@ -74,6 +75,9 @@ cdef class LeafList:
     cdef Spans others         # of what one step writes beside them: copies, zeroed gradients
     cdef Sums sums            # what is measured of each leaf
     cdef public list writes   # (dict, key, value): what a step that succeeds writes, keys it has
+    cdef public object disk   # `_disk.Disk`, where state is on one, or None
+    cdef fo_region *regions   # its regions, during a call
+    cdef fo_disk on_disk
     cdef int claimed          # 1 while a thread has the list; exchanged atomically
 
     # of a border
@@ -97,6 +101,10 @@ cdef class LeafList:
     cdef int refuse_overlap(self, Spans *spans) except -1
     cdef int refuse_alias(self, Spans *spans, ptrdiff_t i, int place) except -1
     cdef int check_others(self, bint zero_grads, bint copies) except -1
+
+    cdef fo_disk *find_regions(self) except NULL
+    cdef int use_disk(self, fo_run *how) except -1
+    cdef int check_step(self, fo_status status) except -1
 
     cdef Verdict run(self, options, reduction, fo_run *how, int threads)
     cdef object prepare(self, options, fo_run *how)

@@ -72,6 +72,7 @@ cdef class LeafList:
         free(self.sums.stats)
         free(self.sums.tiles)
         free(self.scratch)
+        free(self.regions)
 
     # ---------------------------------------------------------------- of a border
 
@@ -121,6 +122,8 @@ cdef class LeafList:
     # ---------------------------------------------------------------- one thread at a time
 
     cdef int claim(self) except -1:
+        if self.disk is not None:
+            self.disk.refuse_child()
         if fo_exchange(&self.claimed, 1) != 0:
             raise RuntimeError(self.busy())
         return 0
@@ -191,6 +194,36 @@ cdef class LeafList:
                 self.refuse_alias(&self.others, i, GRAD)
         return 0
 
+    # ---------------------------------------------------------------- state on disk
+
+    cdef fo_disk *find_regions(self) except NULL:
+        """The mapped files of state, which the caller must have."""
+        cdef ptrdiff_t i = 0
+        rows = self.disk.regions()
+        self.regions = <fo_region *>grow(self.regions, len(rows), sizeof(fo_region))
+        for start, size, offset, file, is_read_only in rows:
+            self.regions[i] = fo_region(
+                start=<char *><uintptr_t>start, bytes=size, offset=offset, file=file,
+                is_read_only=is_read_only)
+            i += 1
+        self.on_disk = fo_disk(regions=self.regions, n=i, error=0, has_written=0)
+        return &self.on_disk
+
+    cdef int use_disk(self, fo_run *how) except -1:
+        """Let a step stream state from disk; raise if an earlier one has lost it."""
+        if self.disk is not None:
+            self.disk.refuse_lost()
+            how.disk = self.find_regions()
+            if self.on_disk.n == 0:
+                how.disk = NULL
+        return 0
+
+    cdef int check_step(self, fo_status status) except -1:
+        """Raise what a step has returned; state may be lost then."""
+        if status == FO_DISK_FAILED:
+            raise self.disk.fault(self.on_disk.error, self.on_disk.has_written)
+        return check(status)
+
     # ---------------------------------------------------------------- measure, reduce, commit
 
     cdef Verdict run(self, options, reduction, fo_run *how, int threads):
@@ -226,7 +259,7 @@ cdef class LeafList:
         with nogil:
             status = run_step(
                 self.rule, self.leaves, self.n, self.hypers.of, self.hypers.n, how, threads)
-        check(status)
+        self.check_step(status)
         return verdict
 
     cdef object prepare(self, options, fo_run *how):
@@ -273,7 +306,7 @@ cdef class LeafList:
         with nogil:
             status = run_direct(
                 self.rule, self.leaves, self.n, self.hypers.of, self.hypers.n, how, threads)
-        check(status)
+        self.check_step(status)
         if self.kind == FO_MATRIX:
             for i in range(self.n):
                 if self.leaves[i].grad.data != NULL and self.leaves[i].n > 0:

@@ -15,11 +15,10 @@ import numpy as np
 
 from fusedopt import _check, _core, formats
 from fusedopt._check import Array
+from fusedopt._disk import Disk, Spec, on_disk
 from fusedopt._ieee import ieee
 from fusedopt.formats import FORMATS, Stored, extra_shape, is_bfloat16
 from fusedopt.rule import Options, Rule, State
-
-Spec = tuple[tuple[int, ...], Any, tuple[int, ...] | None]  # an array's shape, dtype, strides
 
 FIXED = ("state_dtype", "master_bits", "min_8bit_size")  # cannot change once the arrays are made
 
@@ -105,13 +104,15 @@ def allocate(
     rule: Rule,
     options: Options,
     sizes: Sequence[int] | None = None,
+    disk: Disk | None = None,
 ) -> tuple[list[Array | Stored], list[list[Array | Stored | None]]]:
     """Check the parameters and allocate their states; return both, as arrays or `Stored`.
 
     `sizes` are, of parts of arrays, the numbers of elements of the whole ones.
 
     The states of a leaf are followed by its average, or None. All arrays lie in one block of
-    memory, leaf by leaf; only averages and residual bits are initialised.
+    memory, leaf by leaf, but for those that belong on `disk`; only averages and residual bits are
+    initialised, or, with `disk`, all.
     """
     specs: list[Spec] = []
     plans: list[tuple[Array | Stored, str | None, list[str | None]]] = []
@@ -144,7 +145,7 @@ def allocate(
         for form, shape in zip(formats, [*shapes, array.shape], strict=True):
             if form is not None and shape is not None:
                 specs += _specs(form, array, shape)
-    arrays = iter(_core.allocate(specs))
+    arrays = iter(make_arrays(specs, disk))
     stored: list[Array | Stored] = []
     states: list[list[Array | Stored | None]] = []
     for checked, own, formats in plans:
@@ -162,8 +163,42 @@ def allocate(
         average = states[-1][-1]
         if average is not None:
             assert isinstance(average, np.ndarray)  # averages are never narrow
-            np.copyto(average, checked.decode() if isinstance(checked, Stored) else checked)
+            if disk is None:
+                np.copyto(average, checked.decode() if isinstance(checked, Stored) else checked)
+            else:
+                _fill(average, checked)
     return stored, states
+
+
+def make_arrays(specs: Sequence[Spec], disk: Disk | None) -> list[Array]:
+    """Return arrays in memory, not initialised; with `disk` all zero, large ones on that."""
+    if disk is None:
+        return _core.allocate(specs)
+    large = iter(disk.allocate([spec for spec in specs if on_disk(spec)]))
+    small = _core.allocate([spec for spec in specs if not on_disk(spec)])
+    for array in small:
+        array[...] = 0
+    rest = iter(small)
+    return [next(large) if on_disk(spec) else next(rest) for spec in specs]
+
+
+def _fill(array: Array, source: Array | Stored) -> None:
+    """Write the numbers of `source` into an array on disk in the same memory order."""
+    view, done = formats.flat(array), 0
+    for (start, piece), (_, values) in zip(
+        formats.pieces(array), formats.pieces(source), strict=True
+    ):
+        piece[...] = values.decode() if isinstance(values, Stored) else values  # type: ignore[index]
+        done = _relieve_behind(view, done, start)
+    _core.relieve(view[done:])
+
+
+def _relieve_behind(view: Array, done: int, now: int) -> int:
+    """Write what is before element `now` of a flat array, if it is much; return how far that is."""
+    if now - done < 64 * formats.PIECE:
+        return done
+    _core.relieve(view[done:now])
+    return now
 
 
 @ieee
@@ -194,12 +229,15 @@ def begin(
     leaf, slot, origin = place
     key = formats.key(options["seed"], leaf, 0, slot)
     sources = formats.pieces(param) if value is None else repeat((0, np.float64(value)))
+    view, done = formats.flat(array.data if isinstance(array, Stored) else array), 0
     for (start, piece), (_, source) in zip(formats.pieces(array), sources, strict=False):
         values = source.decode() if isinstance(source, Stored) else source
         if isinstance(piece, Stored):
             formats.encode(piece, np.broadcast_to(values, piece.shape), key, origin + start)
         else:
             piece[...] = values
+        done = _relieve_behind(view, done, start)
+    _core.relieve(view[done:])
 
 
 def begin_all(
@@ -300,7 +338,7 @@ def pairs(
     ):  # the usual case: the rest takes 5 us
         return [(ours, _laid_as(ours, theirs))]
     if isinstance(theirs, Stored):
-        theirs = _check.stored(where, theirs)
+        theirs = _check.stored(where, theirs, writes=False)
     else:
         theirs = np.asarray(theirs) if np.isscalar(theirs) else theirs
         if not isinstance(theirs, np.ndarray):
@@ -356,6 +394,29 @@ def _converted(
     twin = Stored(ours.format, *(np.empty_like(part, subok=False) for part in ours.parts()))
     formats.encode(twin, formats.flat(laid), formats.key(0, *place), origin)
     return twin
+
+
+def param_pair(where: str, ours: Array | Stored, theirs: Any) -> tuple[Array, Array]:
+    """Return (array of a parameter, its new contents); raise if they do not fit.
+
+    Of a bfloat16 parameter that are the bits that it shows, of 8-bit codes the codes: what belongs
+    to them is state.
+    """
+    array = ours.data if isinstance(ours, Stored) else ours
+    if not isinstance(theirs, np.ndarray):
+        raise TypeError(f"{where}: expected an array, got {type(theirs).__name__}")
+    if theirs.shape != array.shape or theirs.dtype != array.dtype:
+        raise ValueError(
+            f"{where}: {theirs.dtype}{list(theirs.shape)} does not fit the parameter, "
+            f"{array.dtype}{list(array.shape)}"
+        )
+    is_blocks = isinstance(ours, Stored) and FORMATS[ours.format][2] > 1
+    if is_blocks and not _core.same_layout(theirs, array):
+        raise ValueError(
+            f"{where}: its blocks follow the memory order of a parameter with strides "
+            f"{theirs.strides}, here {array.strides}"
+        )
+    return array, _laid_as(array, theirs)
 
 
 def zeros_like(array: Array | Stored) -> Array | Stored:

@@ -403,6 +403,8 @@ cdef class TensorList(LeafList):
             process_group = owner._process_group if of_all else None  # whose ranks have others
             memset(&how, 0, sizeof(how))
             try:
+                if self.disk is not None:
+                    self.disk.refuse_lost()
                 if of_all:
                     for group, (params, plan) in enumerate(groups):
                         self.gather(group, params, plan, counted, state, copies)
@@ -414,6 +416,7 @@ cdef class TensorList(LeafList):
                 self.check_memory(copies is not None)
                 if self.elsewhere:
                     owner._check_elsewhere(self.elsewhere, options is not None)
+                self.use_disk(&how)  # that of new state too
                 options = self.prepare(options, &how)
             except Exception as exc:
                 fault = exc
@@ -441,7 +444,7 @@ cdef class TensorList(LeafList):
                     status = run_step(
                         self.rule, self.leaves, self.n, self.hypers.of, self.hypers.n, &how,
                         threads)
-                check(status)
+                self.check_step(status)
             self.done = True
             self.finish(state)
             updated = len(self.written) + len(self.elsewhere)
@@ -824,7 +827,7 @@ cdef class TensorList(LeafList):
             <object>record.tensors[place]
             for place in self.plan.places[:self.plan.n] if record.tensors[place] != NULL]
         made = self.owner._make_extras(
-            record.group, param, states, record.tensors[ARRAYS + PARAM] != NULL,
+            record.group, record.i, param, states, record.tensors[ARRAYS + PARAM] != NULL,
             record.tensors[COUNT] != NULL)
         if made:
             self.made.append((param, made))

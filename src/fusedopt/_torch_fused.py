@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -13,6 +14,7 @@ import torch
 from fusedopt import _check, _copies, _options, _tensors, _threads
 from fusedopt import _torch_plain as _plain
 from fusedopt import _torch_ranks as _ranks
+from fusedopt._disk import Disk
 from fusedopt._ieee import ieee
 from fusedopt._options import Reduction, StepOptions, StepResult
 from fusedopt._storage import MASTERS
@@ -87,9 +89,11 @@ class Fused(StateKeeper):
         process_group: Any = None,
         state_dict_dtype: str | None = None,
         threads: int | None = None,
+        state_dir: str | os.PathLike[str] | None = None,
         **options: Any,
     ) -> None:
         """See the class."""
+        self._disk = None if state_dir is None else Disk(state_dir)
         given = {
             "max_grad_norm": max_grad_norm, "norm_type": norm_type, "per_tensor": per_tensor,
             "clip_value": clip_value, "nonfinite": nonfinite, "stats": stats,
@@ -195,7 +199,7 @@ class Fused(StateKeeper):
         if closure is not None:
             loss = copier.call(True, closure)
         if self._leaves is None:
-            self._leaves, self._groups = _new_list(self._rule), {}
+            self._leaves, self._groups = _new_list(self._rule, self._disk), {}
         groups = self._renew()
         how = self._step_options(options, copy_out)
         copies = None if copy_out is None else self._copies(copy_out)
@@ -242,7 +246,7 @@ class Fused(StateKeeper):
                 f"step_params: {type(self).__name__} remembers numbers of a whole step; use step"
             )
         if self._leaves is None:
-            self._leaves, self._groups = _new_list(self._rule), {}
+            self._leaves, self._groups = _new_list(self._rule, self._disk), {}
         how = self._step_options(options, copy_out)
         if how is not None:
             _refuse_of_all(how)
@@ -636,8 +640,8 @@ def _numbers(where: str, value: Any, count: int) -> tuple[float, ...]:
     return tuple(_number(f"{where}[{i}]", x) for i, x in enumerate(value))
 
 
-def _new_list(rule: Rule) -> _tensors.TensorList:
-    return _tensors.TensorList(
+def _new_list(rule: Rule, disk: Disk | None) -> _tensors.TensorList:
+    made = _tensors.TensorList(
         rule.name,
         rule.state_names,
         kinds=(torch.Tensor, torch.nn.Parameter),
@@ -648,6 +652,8 @@ def _new_list(rule: Rule) -> _tensors.TensorList:
         mark=mark_written,
         copier=copier,
     )
+    made.disk = disk
+    return made
 
 
 def plain_base(rule: Rule) -> type[Any]:

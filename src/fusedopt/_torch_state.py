@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from fusedopt import _copies, _storage
+from fusedopt import _copies, _core, _storage
 from fusedopt import _torch_plain as _plain
 from fusedopt import _torch_ranks as _ranks
+from fusedopt._disk import Disk, on_disk
 from fusedopt.formats import FORMATS
 from fusedopt.rule import COMMON, Option, Rule, State
 
@@ -36,6 +37,7 @@ class StateKeeper:
     _checked: Any  # returns those of a group
     _is_torchs: ClassVar[bool]  # whether the constructor, its checks and a step are of torch.optim
     _state_dict_dtype: str | None = None  # of narrow state in state dicts, if not as it is kept
+    _disk: Disk | None = None  # where large state is
     _is_swapped = False  # whether the averages are in the place of the parameters: see swap_ema
     defaults: Any  # torch's
     param_groups: Any
@@ -133,8 +135,32 @@ class StateKeeper:
         states = [value for key, value in made.items() if key != "step"]
         has_count = "step" in made or bool(own and "step" in own)
         has_residual = bool(own and own.get("residual") is not None)
-        made |= self._make_extras(group, param, states, has_residual, has_count)
+        self._keep(name, made)
+        made |= self._make_extras(group, i, param, states, has_residual, has_count)
         return made, bool(set(missing) - {"ema"})
+
+    def _keep(self, name: str, own: dict[str, Any]) -> None:
+        """Move large state of a parameter to the disk, if the optimizer has one."""
+        if self._disk is None:
+            return
+        for key, value in own.items():
+            if key == "step" or not isinstance(value, torch.Tensor) or value.device.type != "cpu":
+                continue
+            kind, size = f"{'iu'[value.dtype == torch.uint8]}{value.itemsize}", value.itemsize
+            spec = (tuple(value.shape), kind, tuple(size * step for step in value.stride()))
+            if not on_disk(spec):
+                continue
+            if not _plain.is_plain(type(value)):
+                raise ValueError(
+                    f"{name}: is a {type(value).__name__}, whose state cannot be on disk; leave "
+                    "state_dir out"
+                )
+            if _plain.repeats(value):
+                value = value.contiguous()
+                spec = (spec[0], kind, tuple(size * step for step in value.stride()))
+            array = self._disk.allocate([spec])[0]
+            own[key] = torch.from_numpy(array).view(value.dtype).copy_(value)
+            _core.relieve(array)
 
     def _begin(
         self, group: int, i: int, param: Any, made: Mapping[str, Any], names: Collection[str]
@@ -162,7 +188,13 @@ class StateKeeper:
             _storage.begin(where, array, state, value, seeded, place)
 
     def _make_extras(
-        self, group: int, param: Any, states: Sequence[Any], has_residual: bool, has_count: bool
+        self,
+        group: int,
+        i: int,
+        param: Any,
+        states: Sequence[Any],
+        has_residual: bool,
+        has_count: bool,
     ) -> dict[str, Any]:
         """Return what 16-bit parameters, and state rounded by chance, need and do not have.
 
@@ -178,6 +210,7 @@ class StateKeeper:
             made["step"] = _new_count()
         if is_bfloat16 and residual is not None and not has_residual:
             made["residual"] = torch.zeros_like(param, dtype=residual, requires_grad=False)
+            self._keep(self._name(group, i), made)
         return made
 
     def _count(self, group: int, i: int, step: Any) -> int:
@@ -264,6 +297,8 @@ class StateKeeper:
             state_dict = state_dict if result is None else result
         state, param_groups = copier.call(False, self._loaded, state_dict)
         self.__dict__.update(state=state, param_groups=param_groups)  # both: it is one call in C
+        if self._disk is not None:
+            self._disk.lost = None
         for hook in hooks._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
@@ -372,6 +407,7 @@ class StateKeeper:
             if shapes[name] is not None
         ]
         self._missing(name, own, used, bool(saved))
+        self._keep(name, own)
         return own
 
     def share_memory(self) -> None:

@@ -20,6 +20,7 @@ from fusedopt import (
     _arrays,
     _check,
     _checkpoint,
+    _disk,
     _fitting,
     _groups,
     _options,
@@ -77,6 +78,12 @@ class Optimizer:
     threads : int, optional
         Most threads for this optimizer's steps, from 1 to 256; by default `get_num_threads` of each
         moment. No part of a checkpoint.
+    state_dir : path, optional
+        A folder on a disk for state that is larger than memory, made if it is not there. State
+        arrays of at least 1 MiB then are in a file in it, through which each step streams, with no
+        more than 256 MiB of it in memory; the bits are the same. The file has no name: nothing of
+        it is left when the process ends, and `save` writes checkpoints. Linux and other Unix
+        systems. No part of a checkpoint.
     """
 
     rule: ClassVar[Rule]
@@ -98,7 +105,14 @@ class Optimizer:
             ]  # fmt: skip
             cls.__signature__ = shown.replace(parameters=own + common)  # type: ignore[attr-defined]
 
-    def __init__(self, params: Any, *, threads: int | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        params: Any,
+        *,
+        threads: int | None = None,
+        state_dir: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> None:
         """Take over the leaves of `params`."""
         if not hasattr(self, "rule"):
             raise TypeError("Optimizer is the base class; make an Adam, AdamW, SGD, ...")
@@ -107,6 +121,8 @@ class Optimizer:
         self.defaults: Options = self.rule.check(self.rule.defaults | options)
         self.param_groups: list[Options] = []
         self._work = _arrays.ArrayList(self.rule.name, self.rule.state_names)
+        self._disk = None if state_dir is None else _disk.Disk(state_dir)
+        self._work.disk = self._disk
         self._groups: list[_groups.Group] = []
         self._plans: list[Any] | None = None  # of the groups, if steps do not change them
         self._has_new_options = True  # of a group, for `Rule.row`
@@ -168,7 +184,7 @@ class Optimizer:
         if self._parts is not None and names:
             parts = [self._parts[name] for name in names]
             params, origins, sizes = (list(column) for column in zip(*parts, strict=True))
-        stored, states = _storage.allocate(names, params, self.rule, options, sizes)
+        stored, states = _storage.allocate(names, params, self.rule, options, sizes, self._disk)
         layouts = [self.rule.layout(param.shape, options) for param in stored]
         shown, old = {"params": tree, **options}, len(self._work)
         leaves, nodes = range(old, old + len(names)), list(_tree.nodes(root, tree))
@@ -251,8 +267,9 @@ class Optimizer:
         -------
         dict
             ``param``, ``grad``, ``residual`` and the state's names, and ``total``; of each
-            ``resident``, bytes kept between steps, and ``moved``, bytes read and written by a step
-            that finds nothing in the cache. Gradients are the caller's and count as moved only.
+            ``resident``, bytes kept between steps, on disk too, and ``moved``, bytes read and
+            written by a step that finds nothing in the cache. Gradients are the caller's and count
+            as moved only.
         """
         return _storage.memory(self._work.stored, self._work.states, self.rule.slots, grad_itemsize)
 
@@ -654,8 +671,13 @@ class Optimizer:
         with self._work:
             self._work.restore(*self._fit_state_dict(state_dict, convert))
 
-    def _fit_state_dict(self, state_dict: Mapping[str, Any], convert: bool) -> tuple[Any, ...]:
-        """Check a state dict; return what to restore."""
+    def _fit_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        convert: bool,
+        params: Mapping[str, Any] | None = None,
+    ) -> tuple[Any, ...]:
+        """Check a state dict, and parameters; return what to restore."""
         try:
             step = state_dict["step"]
             given = {
@@ -680,6 +702,8 @@ class Optimizer:
             self.rule, self._groups, now, self._work.stored, self.state, given, convert,
             self._origins(),
         )  # fmt: skip
+        if params is not None:
+            pairs += _fitting.fit_params(self._work.names, self._work.stored, params)
         return pairs, step, steps, self.param_groups, options
 
     def _origins(self) -> list[int]:
@@ -688,7 +712,7 @@ class Optimizer:
             return [0] * len(self._work)
         return [self._parts[name][1] for name in self._work.names]
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, params: bool = False) -> None:
         """Write `state_dict` to a file, which appears whole or not at all.
 
         Parameters
@@ -698,6 +722,9 @@ class Optimizer:
             file is written beside it under a temporary name, synced and renamed; a symbolic link
             stays one. What an earlier save of the same path left when it was killed is removed. A
             callable `lr` is not stored.
+        params : bool, default False
+            Write the parameters too, under their leaf names: both are of the same step then,
+            whatever happens between two files. bfloat16 is stored as its bits in uint16.
 
         Raises
         ------
@@ -708,21 +735,47 @@ class Optimizer:
             there before is still there.
         RuntimeError
             If another thread is inside a call of the same optimizer: the file would hold a mixture.
+            If a step was cut off by an error of the disk that has the state.
         """
+        _check.flag("params", params)
         with self._work:
-            _checkpoint.write(path, *_checkpoint.pack(self.state_dict()))
+            if self._disk is not None:
+                self._disk.refuse_lost()
+            own = dict(zip(self._work.names, self._work.params, strict=True)) if params else None
+            _checkpoint.write(path, *_checkpoint.pack(self.state_dict(), own))
 
-    def load(self, path: str | os.PathLike[str], *, convert: bool = False) -> None:
+    def load(
+        self, path: str | os.PathLike[str], *, params: bool | None = None, convert: bool = False
+    ) -> None:
         """Read a file of `save`; see `load_state_dict`.
+
+        Parameters
+        ----------
+        path : path
+        params : bool, optional
+            Whether to take over the parameters, which are written into the caller's arrays; True
+            demands that the file has them. By default they are taken over if it has them.
+        convert : bool, default False
+            See `load_state_dict`. Parameters are not converted.
 
         Raises
         ------
         OSError, ValueError
-            Naming the file, if it is not there, damaged, foreign, or does not fit; the optimizer is
-            as it was. Files are never unpickled.
+            Naming the file, if it is not there, damaged, foreign, or does not fit, naming the leaf;
+            the optimizer is as it was. Files are never unpickled.
+        RuntimeError
+            If another thread is inside a call of the same optimizer.
         """
-        arrays, meta = _checkpoint.read(path)
+        _check.optional(_check.flag)("params", params)
+        arrays, meta = _checkpoint.read(path, self._disk)
         try:
-            self.load_state_dict(_checkpoint.unpack(arrays, meta), convert=convert)
+            state_dict = _checkpoint.unpack(arrays, meta)
+            own = state_dict.pop("params", None)
+            if params and own is None:
+                raise ValueError("has no parameters; it was saved without params=True")
+            with self._work:
+                self._work.restore(
+                    *self._fit_state_dict(state_dict, convert, None if params is False else own)
+                )
         except (TypeError, ValueError) as exc:
             raise ValueError(f"{os.fspath(path)}: {exc}") from exc

@@ -6,6 +6,7 @@ adapters, references and the benchmark read a rule's options, state and constant
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -189,7 +190,7 @@ COMMON = (
 
 
 class Common(TypedDict, total=False):
-    """The types of `COMMON`, and of `threads`, which belongs to no group."""
+    """The types of `COMMON`, and of `threads` and `state_dir`, which belong to no group."""
 
     state_dtype: str | None
     master_bits: int | None
@@ -198,6 +199,7 @@ class Common(TypedDict, total=False):
     ema: float | None
     ema_warmup: bool
     threads: int | None
+    state_dir: str | os.PathLike[str] | None
 
 
 @dataclass(frozen=True)

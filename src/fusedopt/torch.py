@@ -71,6 +71,10 @@ state_dict_dtype : {{None, "float32"}}, default None
     into other formats. None: state as it is kept. See the notes.
 threads : int, optional
     Most threads for this optimizer's steps; by default `fusedopt.get_num_threads`.
+state_dir : path, optional
+    A folder on a disk for state that is larger than memory: see `fusedopt.Optimizer`. What is made
+    or loaded for a parameter is in memory until it is written there; a copy of the optimizer keeps
+    its state in memory. Not for parameters that are DTensors.
 
 Raises
 ------

@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 import fusedopt
+from fusedopt import _disk
 from fusedopt.formats import Stored
 
 SUFFIXES = (".npz", ".safetensors")
@@ -30,7 +31,10 @@ MOST_MEMORY = 200 << 20  # bytes that all loads together may add to the process
 # ---------------------------------------------------------------- optimizers
 
 
-def make(kind):
+KINDS = 3  # and as many with state on disk, which maps the files that it loads
+
+
+def make(kind, folder=None):
     """An optimizer of one of several kinds after a few steps, and its gradients."""
     rng = np.random.default_rng(kind)
     f4 = rng.standard_normal((5, 7)).astype("f4")
@@ -40,9 +44,9 @@ def make(kind):
         {"b": f4.astype(ml_dtypes.bfloat16), "c": np.ones(65, ml_dtypes.bfloat16)},
     ][kind]
     opt = [
-        lambda: fusedopt.Adam(params, amsgrad=True),
-        lambda: fusedopt.AdamW(params, state_dtype="int8", min_8bit_size=0),
-        lambda: fusedopt.SGD(params, momentum=0.9, master_bits=24),
+        lambda: fusedopt.Adam(params, amsgrad=True, state_dir=folder),
+        lambda: fusedopt.AdamW(params, state_dtype="int8", min_8bit_size=0, state_dir=folder),
+        lambda: fusedopt.SGD(params, momentum=0.9, master_bits=24, state_dir=folder),
     ][kind]()
     grads = {k: np.ones(p.shape, p.dtype) for k, p in params.items()}
     for _ in range(2):
@@ -296,12 +300,17 @@ class Campaign:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        self.made = [make(kind) for kind in range(3)]
+        self.made = [make(kind) for kind in range(KINDS)]
+        least, _disk.LEAST = _disk.LEAST, 1
+        try:
+            self.made += [make(kind, self.folder / "state") for kind in range(KINDS)]
+        finally:
+            _disk.LEAST = least
         self.good = {}
         for kind, (opt, _) in enumerate(self.made):
             for suffix in SUFFIXES:
                 path = self.folder / f"good{kind}{suffix}"
-                opt.save(path)
+                opt.save(path, params=kind % 2 == 0)
                 self.good[kind, suffix] = path.read_bytes()
         self.loaded = self.refused = 0
         self.base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -309,8 +318,8 @@ class Campaign:
     def one(self, seed):
         """Makes hostile file number `seed`, and loads it."""
         r = random.Random(seed)
-        kind, suffix = r.randrange(3), r.choice(SUFFIXES)
-        data, other = self.good[kind, suffix], self.good[r.randrange(3), suffix]
+        kind, suffix = r.randrange(2 * KINDS), r.choice(SUFFIXES)
+        data, other = self.good[kind, suffix], self.good[r.randrange(2 * KINDS), suffix]
         spoil = spoil_npz if suffix == ".npz" else spoil_safetensors
         data = r.choice([spoil_bytes, spoil, spoil])(r, data, other)
         path = self.folder / f"hostile{suffix}"

@@ -1,7 +1,8 @@
 /* Compares steps of random work lists with the same arithmetic in its simplest form: kernels.c
  * compiled without SIMD and with little optimisation, one leaf after the other, in one thread.
- * Tests that tiles, splits, threads, instruction sets, formats and odd addresses change nothing,
- * and that no other memory is written. (The tests against NumPy show that the arithmetic is right.)
+ * Tests that tiles, splits, threads, instruction sets, formats, odd addresses and files change
+ * nothing, and that no other memory is written. (The tests against NumPy show that the arithmetic
+ * is right.)
  *
  * With libFuzzer, a coverage-guided fuzzer; without it
  *
@@ -15,9 +16,13 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifdef __unix__
+#include <unistd.h>
+#endif
+
 extern const fo_kernels fo_kernels_plain;
 
-static long steps, refused, shards;
+static long steps, refused, shards, streamed;
 
 static void fail(const char *what, const list *l)
 {
@@ -156,6 +161,98 @@ static void try_shards(source s, wish w, int threads)
     free_list(&cut);
 }
 
+#ifdef __unix__
+enum { PAGE = 4096, FILE_SIZE = 64 << 20, MOST_PARTS = 12 * 2 * (FO_MAX_STATES + 2) };
+static fo_region file;
+static void *places[MOST_PARTS]; /* of what is in the file, in memory */
+
+/* Moves a part of an array into the file, or back; returns where the next one goes. */
+static char *move(void **part, ptrdiff_t bytes, char *at, int *count, int back)
+{
+    if (*part == NULL || bytes == 0)
+        return at;
+    if (back) {
+        memcpy(places[*count], at, (size_t)bytes);
+        *part = places[*count];
+    } else {
+        memcpy(at, *part, (size_t)bytes);
+        places[*count] = *part;
+        *part = at;
+    }
+    *count += 1;
+    return at + (bytes + PAGE - 1) / PAGE * PAGE;
+}
+
+/* Moves all that may be on disk there, or back. */
+static void move_all(const list *l, int back)
+{
+    char *at = file.start;
+    int count = 0;
+    for (ptrdiff_t i = 0; i < l->n; i++) {
+        fo_leaf *leaf = &l->leaves[i];
+        fo_array *arrays[FO_MAX_STATES + 2] = {&leaf->param, &leaf->ema};
+        for (int k = 0; k < FO_MAX_STATES; k++)
+            arrays[2 + k] = &leaf->state[k];
+        for (int k = 0; k < FO_MAX_STATES + 2; k++) {
+            if (arrays[k]->data == NULL || arrays[k]->map != FO_EACH)
+                continue;
+            if (k > 0)
+                at = move(&arrays[k]->data, fo_data_bytes(arrays[k], leaf->n), at, &count, back);
+            at = move(&arrays[k]->extra, fo_extra_bytes(arrays[k], leaf->n), at, &count, back);
+        }
+    }
+    if (at > file.start + FILE_SIZE)
+        abort();
+}
+
+static void open_file(void)
+{
+    char name[] = "/tmp/fuzz-XXXXXX";
+    file = (fo_region){.bytes = FILE_SIZE, .file = mkstemp(name)};
+    if (file.file < 0 || unlink(name) != 0 || ftruncate(file.file, FILE_SIZE) != 0)
+        abort();
+    file.start = fo_map_file(file.file, 0, FILE_SIZE, 0);
+    if (file.start == NULL)
+        abort();
+}
+
+/* State on disk gets the bits of state in memory. */
+static void try_disk(source s, wish w, int threads)
+{
+    source a = s, b = s;
+    if (file.start == NULL)
+        open_file();
+    list ours = make_list(&a, w), theirs = make_list(&b, w);
+    for (int step = 0; step < 2; step++) {
+        const fo_status status =
+            fo_step(ours.rule, ours.leaves, ours.n, ours.hypers, ours.n_hypers, &ours.run, threads);
+        fo_disk disk = {.regions = &file, .n = 1};
+        fo_run run = theirs.run;
+        run.disk = &disk;
+        move_all(&theirs, 0);
+        const fo_status other = fo_step(theirs.rule, theirs.leaves, theirs.n, theirs.hypers,
+                                        theirs.n_hypers, &run, threads);
+        move_all(&theirs, 1);
+        if (other != status || disk.error != 0)
+            fail("state on disk was not stepped as that in memory", &ours);
+        streamed += status == FO_OK;
+        next_step(&a, &ours, w.hostile);
+        next_step(&b, &theirs, w.hostile);
+    }
+    const char *wrong = difference(&ours, &theirs);
+    if (wrong != NULL)
+        fail(wrong, &ours);
+    free_list(&ours);
+    free_list(&theirs);
+}
+#else
+static void try_disk(source s, wish w, int threads)
+{
+    (void)s, (void)w, (void)threads;
+    streamed++;
+}
+#endif
+
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size);
 
 int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
@@ -172,6 +269,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *bytes, size_t size)
     fo_select_isa(tested_isas()[choose(&s, isas)]);
 
     try_shards(s, w, threads);
+    if (choose(&s, 4) == 0)
+        try_disk(s, w, threads);
     source a = s, b = s; /* the same choices for both */
     list ours = make_list(&a, w), theirs = make_list(&b, w);
     for (int step = 0; step < count; step++) {
@@ -214,8 +313,10 @@ int main(int count, char **arguments)
         uint64_t bytes = random_bits(&s);
         LLVMFuzzerTestOneInput((const uint8_t *)&bytes, sizeof bytes);
     }
-    fprintf(stderr, "fuzz: %ld lists from seed %ld: %ld steps equal, %ld of shards, %ld refused\n",
-            lists, seed, steps, shards, refused);
-    return steps < lists / 4 || shards < lists / 8;
+    fprintf(stderr,
+            "fuzz: %ld lists from seed %ld: %ld steps equal, %ld of shards, %ld from disk, %ld "
+            "refused\n",
+            lists, seed, steps, shards, streamed, refused);
+    return steps < lists / 4 || shards < lists / 8 || streamed < lists / 16;
 }
 #endif

@@ -1,0 +1,12 @@
+/* Passes over leaves whose state is on disk: see disk.c. Internal. */
+#ifndef FUSEDOPT_DISK_H
+#define FUSEDOPT_DISK_H
+
+#include "split.h"
+
+/* Calls work->range for all elements of the chosen leaves, as fo_split does, with the arrays that
+ * are on work->disk read before and, if `writes`, written behind. After an error, which it notes
+ * there, it leaves the rest out. */
+void fo_pass_disk(fo_work *work, fo_choice which, int writes, int threads);
+
+#endif
