@@ -317,12 +317,17 @@ def save():
         sharded.load_state_dict(plain.state_dict())
         same_state(sharded, plain, True, name)
         sharded.save(FOLDER / f"{name}.{ending}")
+        sharded.save(FOLDER / f"both-{name}.{ending}", params=True)
         sharded.save(FOLDER / f"{name}.{ending}", by_rank=True)
         plain = getattr(fusedopt, name)(q, **KEPT[name])
         plain.load(FOLDER / f"{name}.{ending}")
         same_state(sharded, plain, True, name)
+        r = arrays(7)
+        getattr(fusedopt, name)(r, **KEPT[name]).load(FOLDER / f"both-{name}.{ending}")
+        same(p, r, True, name)
     assert (FOLDER / f"AdamW.{RANK}-of-{WORLD}.npz").exists()
     raises(ValueError, "must end in", lambda: sharded.save(FOLDER / "x.txt"))
+    raises(ValueError, "not with by_rank", lambda: sharded.save("x.npz", params=True, by_rank=True))
     raises(FileNotFoundError, "missing", lambda: sharded.save(FOLDER / "missing" / "x.npz"), [0])
 
 
@@ -334,6 +339,12 @@ def load():
         sharded = Sharded(getattr(fusedopt, name), p, COMM, **KEPT[name])
         sharded.load(FOLDER / f"{name}.{ending}", by_rank=by_rank)
         same_state(sharded, plain, True, name)
+        if not by_rank:
+            r = arrays(7)
+            Sharded(getattr(fusedopt, name), r, COMM, **KEPT[name]).load(
+                FOLDER / f"both-{name}.{ending}", params=False if ending == "npz" else None
+            )
+            same(r, arrays(7) if ending == "npz" else p, True, name)
         plain.step(arrays(50))
         sharded.step(arrays(50))
         same(p, q, name != "Prodigy" or WORLD == 1, name)
@@ -343,6 +354,7 @@ def load():
     raises(ValueError, "of SGD, and this", lambda: other.load(FOLDER / "SGD.npz", by_rank=True))
     raises(FileNotFoundError, "no such file of a rank",
            lambda: other.load(FOLDER / "no.npz", by_rank=True))  # fmt: skip
+    raises(ValueError, "has no parameters", lambda: other.load(FOLDER / "AdamW.npz", params=True))
     small = Sharded(fusedopt.SGD, {"w": np.zeros(3, np.float32)}, COMM, momentum=0.9)
     raises(ValueError, "not those of", lambda: small.load(FOLDER / "SGD.npz", by_rank=True))
     raises(ValueError, "SGD.npz: state dict", lambda: small.load(FOLDER / "SGD.npz"))

@@ -25,6 +25,7 @@ from fusedopt import (
     _check,
     _checkpoint,
     _core,
+    _fitting,
     _options,
     _parts,
     _shards,
@@ -437,9 +438,9 @@ class Sharded:
             If it does not fit, on any rank; nothing has changed.
         """
         with self._whole, self._holding() as held:
-            self._load(lambda: [_shards.whole_source(state_dict, self._shapes())], convert, held)
+            self._load(lambda: [_shards.whole_source(state_dict, self._named_params())], convert, held)
 
-    def _shapes(self) -> dict[str, Array]:
+    def _named_params(self) -> dict[str, Array]:
         return dict(zip(self._whole.names, self._params, strict=True))
 
     def _load(
@@ -448,6 +449,7 @@ class Sharded:
         convert: bool,
         held: Held,
         path: str | os.PathLike[str] = "",
+        params: bool | None = False,
     ) -> None:
         inner = self._inner
 
@@ -455,7 +457,13 @@ class Sharded:
             sources = read()
             try:
                 given = _shards.part_of(sources, inner.rule, inner.state, self.parts, self._is_cut)
-                return inner._fit_state_dict(given, convert)
+                own = given.pop("params", None)
+                if params and own is None:
+                    raise ValueError("has no parameters; it was saved without params=True")
+                pairs, *rest = inner._fit_state_dict(given, convert)
+                if own is not None and params is not False:
+                    pairs += _fitting.fit_params(self._whole.names, self._params, own)
+                return pairs, *rest
             except (TypeError, ValueError) as exc:
                 if not path:
                     raise
@@ -464,7 +472,9 @@ class Sharded:
         with inner._work:
             inner._work.restore(*self._together(fit, held=held))
 
-    def save(self, path: str | os.PathLike[str], *, by_rank: bool = False) -> None:
+    def save(
+        self, path: str | os.PathLike[str], *, params: bool = False, by_rank: bool = False
+    ) -> None:
         """Write the state to a file, which appears whole or not at all.
 
         Parameters
@@ -472,6 +482,8 @@ class Sharded:
         path : path
             Ends in ``.npz`` or ``.safetensors``. Rank 0 collects the state and writes the file, as
             the plain class does, which loads it.
+        params : bool, default False
+            Write the parameters too; not with `by_rank`, as all ranks have the same.
         by_rank : bool, default False
             Let each rank write its part, to ``<path without ending>.<rank>-of-<ranks><ending>``, in
             a folder that all ranks see when they load. A save to the same path that is killed may
@@ -482,6 +494,9 @@ class Sharded:
         OSError, ValueError
             On the rank that cannot write; a RuntimeError with its message on the others.
         """
+        _check.flag("params", params)
+        if params and by_rank:
+            raise ValueError("params=True: not with by_rank=True; save the parameters once")
         with self._whole, self._holding() as held:
             _checkpoint.known(path)
             rank, size = self._comm.rank, self._comm.size
@@ -501,18 +516,24 @@ class Sharded:
 
                 def write() -> None:
                     if rank == 0:
-                        _checkpoint.write(path, *_checkpoint.pack(whole))
+                        own = self._named_params() if params else None
+                        _checkpoint.write(path, *_checkpoint.pack(whole, own))
 
             self._together(write, held=held)
 
     def load(
-        self, path: str | os.PathLike[str], *, convert: bool = False, by_rank: bool = False
+        self,
+        path: str | os.PathLike[str],
+        *,
+        params: bool | None = None,
+        convert: bool = False,
+        by_rank: bool = False,
     ) -> None:
         """Read what `save` wrote on any number of ranks, or the plain class.
 
         Parameters
         ----------
-        path, convert
+        path, params, convert
             As for `Optimizer.load`.
         by_rank : bool, default False
             Read the files of such a `save`. Each rank reads all of them, one after the other, and
@@ -524,13 +545,15 @@ class Sharded:
             Naming the file, if it is not there, damaged, or does not fit; nothing has changed.
         """
 
+        _check.optional(_check.flag)("params", params)
+
         def read() -> list[_shards.Source]:
             if by_rank:
-                return _shards.read_by_rank(Path(path), self.parts, self._shapes())
-            return _shards.read(Path(path), self._shapes())
+                return _shards.read_by_rank(Path(path), self.parts, self._named_params())
+            return _shards.read(Path(path), self._named_params())
 
         with self._whole, self._holding() as held:
-            self._load(read, convert, held, path)
+            self._load(read, convert, held, path, params)
 
 
 class _Sums(Reduction):
