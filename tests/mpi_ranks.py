@@ -18,7 +18,7 @@ import numpy as np
 from cases import CASES, FACTOR_CASES, MATRIX_CASES, STEP_OPTIONS, canonical, takes
 
 import fusedopt
-from fusedopt import _parts
+from fusedopt import _disk, _parts
 from fusedopt.formats import Stored
 from fusedopt.mpi import Sharded
 
@@ -162,7 +162,10 @@ def storage():
         {"state_dtype": "int8", "min_8bit_size": 1, "seed": 5},
         {"state_dtype": "bfloat16"},
         {"ema": 0.9, "ema_warmup": True},
+        {"state_dir": FOLDER, "ema": 0.9},
+        {"state_dir": FOLDER, "state_dtype": "int8", "min_8bit_size": 1},
     ]
+    _disk.LEAST = 1  # bytes, of arrays on disk
     for name, row in itertools.product(("AdamW", "Yogi", "Prodigy", "Lion"), rows):
         if takes(name, row):
             compare((getattr(fusedopt, name), row), name != "Prodigy" or WORLD == 1, (name, row))
