@@ -102,10 +102,16 @@ typedef struct fo_leaf {
     uint64_t key;      /* of the noise, from fo_key; unused if no format is stochastic */
     ptrdiff_t origin;  /* of a shard: index in the whole tensor of its first element, for the noise.
                           If it is a multiple of FO_BLOCK, the bits are those of the whole */
-    ptrdiff_t hyper;   /* index into the hyper list of the call */
-    ptrdiff_t start;   /* scratch of the call: where the leaf begins on the line (split.c) */
-    ptrdiff_t tile;    /* scratch of the call: index of its first tile in fo_run.tiles */
-    double trust;      /* scratch of the call: the trust ratio of a layer-wise rule */
+    ptrdiff_t length;  /* > 0: the leaf is rows of that length, which divides n; else 0 */
+    const int64_t *rows; /* of such a leaf: parameter and state are larger arrays, and element
+                            j * length + c of the leaf is rows[j] * length + c of those; no row
+                            twice. NULL: all rows. The gradient holds n elements */
+    const ptrdiff_t *row_hypers; /* of such a leaf: NULL, or for each row its index in the place of
+                                    `hyper` */
+    ptrdiff_t hyper;             /* index into the hyper list of the call */
+    ptrdiff_t start; /* scratch of the call: where the leaf begins on the line (split.c) */
+    ptrdiff_t tile;  /* scratch of the call: index of its first tile in fo_run.tiles */
+    double trust;    /* scratch of the call: the trust ratio of a layer-wise rule */
 } fo_leaf;
 
 /* The statistics of a leaf: the same bits for every thread count and instruction set, since lanes,
@@ -202,6 +208,36 @@ static inline ptrdiff_t fo_count(const fo_array *array, ptrdiff_t n)
            : array->map == FO_COLUMNS ? shape->matrices * shape->columns
                                       : n;
 }
+
+/* Puts row numbers in order: writes the numbers that occur to `rows`, ascending, where each begins
+ * in `order` to `starts`, with k behind the last, and to `order` the places in `indices` of each,
+ * as they follow one another there. Returns how many rows there are. Each list has room for k,
+ * `starts` for k + 1. All indices are from 0 to below `count`. `scratch` has room for 2 * k. */
+ptrdiff_t fo_sort_rows(const int64_t *indices, ptrdiff_t k, int64_t count, int64_t *rows,
+                       ptrdiff_t *starts, ptrdiff_t *order, int64_t *scratch);
+
+/* What is known of row numbers: the place of the first that is not from 0 to below `count`, or -1;
+ * and whether each is larger than the one before. */
+typedef struct fo_row_look {
+    ptrdiff_t bad;
+    int ascends;
+} fo_row_look;
+
+fo_row_look fo_look_at_rows(const int64_t *indices, ptrdiff_t k, int64_t count);
+
+/* Values that are given for rows, to be added up by row: those of row j are at order[starts[j]] to
+ * before order[starts[j + 1]], from fo_sort_rows. */
+typedef struct fo_row_sum {
+    fo_array values; /* float formats without blocks; any alignment */
+    ptrdiff_t length;
+    const ptrdiff_t *starts, *order;
+    void *out; /* of the compute type, aligned to its size: the sums, row after row */
+} fo_row_sum;
+
+/* Adds up n rows of values in double or in float, in their order: the bits do not depend on
+ * threads.
+ */
+fo_status fo_sum_rows(const fo_row_sum *sum, ptrdiff_t n, int is_double, int threads);
 
 /* The key of the noise for leaf number `leaf` in a step, from 1. */
 uint64_t fo_key(uint64_t seed, uint64_t leaf, uint64_t step);

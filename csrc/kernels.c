@@ -137,6 +137,7 @@ const fo_kernels FO_CAT(fo_kernels, FO_ISA) = {
     .rules = FO_CAT(rules, FO_ISA),
     .trust = FO_CAT(trust, FO_ISA),
     .step = {FO_CAT3(step, f32, FO_ISA), FO_CAT3(step, f64, FO_ISA)},
+    .sum_rows = {FO_CAT3(sum_rows, f32, FO_ISA), FO_CAT3(sum_rows, f64, FO_ISA)},
     .measure = {FO_CAT3(measure, f32, FO_ISA), FO_CAT3(measure, f64, FO_ISA)},
     .direct = {FO_CAT3(direct, f32, FO_ISA), FO_CAT3(direct, f64, FO_ISA)},
     .copy = {FO_CAT3(copy, f32, FO_ISA), FO_CAT3(copy, f64, FO_ISA)},

@@ -38,6 +38,29 @@ static int has_factors(const fo_leaf *leaf, ptrdiff_t n_states)
            rows->format == columns->format;
 }
 
+/* Whether a leaf of rows, if it is one, is such that its tiles can be gathered: its rows are whole
+ * blocks where its arrays are decoded, and nothing is written of all rows. */
+static int has_rows(const fo_leaf *leaf, const fo_rule *rule, ptrdiff_t n_hypers)
+{
+    const fo_format native = leaf->param.format == FO_F64 ? FO_F64 : FO_F32;
+    if (leaf->length == 0)
+        return leaf->rows == NULL && leaf->row_hypers == NULL;
+    if (leaf->length < 0 || leaf->n % leaf->length != 0 || rule->kind > FO_INTERNAL)
+        return 0;
+    int is_native = leaf->param.format == native;
+    for (int k = 0; k < FO_MAX_STATES; k++) {
+        const fo_array *state = &leaf->state[k];
+        if (state->data != NULL && state->map != FO_EACH)
+            return 0;
+        is_native = is_native && (state->data == NULL || state->format == native);
+    }
+    for (ptrdiff_t j = 0; leaf->row_hypers != NULL && j < leaf->n / leaf->length; j++)
+        if (leaf->row_hypers[j] < 0 || leaf->row_hypers[j] >= n_hypers)
+            return 0;
+    return (is_native || leaf->length % FO_BLOCK == 0) && leaf->ema.data == NULL &&
+           leaf->copy.data == NULL;
+}
+
 /* Whether an array that a step writes beside the parameter may have this format, if it is there. */
 static int is_companion(const fo_array *array, int is_double)
 {
@@ -72,7 +95,8 @@ static int is_valid(const fo_leaf *leaf, const fo_rule *rule, ptrdiff_t n_hypers
     if (direction != NULL && direction->data != NULL &&
         direction->format != (is_double ? FO_F64 : FO_F32))
         return 0;
-    return is_companion(&leaf->ema, is_double) && is_copy(&leaf->copy, is_double) &&
+    return has_rows(leaf, rule, n_hypers) && is_companion(&leaf->ema, is_double) &&
+           is_copy(&leaf->copy, is_double) &&
            (leaf->grad.data == NULL ||
             (is_format(&leaf->grad) && leaf->hyper >= 0 && leaf->hyper < n_hypers));
 }

@@ -76,6 +76,9 @@ cdef extern from "fusedopt.h" nogil:
         double grad_scale
         uint64_t key
         ptrdiff_t origin
+        ptrdiff_t length
+        const int64_t *rows
+        const ptrdiff_t *row_hypers
         ptrdiff_t hyper
 
     ctypedef struct fo_stats:
@@ -109,6 +112,17 @@ cdef extern from "fusedopt.h" nogil:
         int states, required
         fo_kind kind
 
+    ctypedef struct fo_row_look:
+        ptrdiff_t bad
+        int ascends
+
+    ctypedef struct fo_row_sum:
+        fo_array values
+        ptrdiff_t length
+        const ptrdiff_t *starts
+        const ptrdiff_t *order
+        void *out
+
     const fo_rule *fo_rules()
     fo_status fo_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
                       ptrdiff_t n_hypers, const fo_run *run, int threads)
@@ -119,6 +133,10 @@ cdef extern from "fusedopt.h" nogil:
     ptrdiff_t fo_count_tiles(const fo_leaf *leaves, ptrdiff_t n)
     size_t fo_scratch(const fo_leaf *leaf)
     ptrdiff_t fo_count(const fo_array *array, ptrdiff_t n)
+    fo_row_look fo_look_at_rows(const int64_t *indices, ptrdiff_t k, int64_t count)
+    ptrdiff_t fo_sort_rows(const int64_t *indices, ptrdiff_t k, int64_t count, int64_t *rows,
+                           ptrdiff_t *starts, ptrdiff_t *order, int64_t *scratch)
+    fo_status fo_sum_rows(const fo_row_sum *sum, ptrdiff_t n, int is_double, int threads)
     const fo_format_info *fo_formats()
     uint64_t fo_key(uint64_t seed, uint64_t leaf, uint64_t step)
     fo_status fo_zero_state(fo_leaf *leaves, ptrdiff_t n, int threads)

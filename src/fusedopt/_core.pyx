@@ -5,6 +5,7 @@
 The only module that the library is linked into. The borders for arrays and for tensors call it
 through the functions below, see `_core.pxd`.
 """
+from libc.stdint cimport int64_t
 from libc.stdlib cimport realloc
 from libc.string cimport memset
 
@@ -135,6 +136,65 @@ def total(table):
     all = fo_total(<fo_stats *>view.buf, view.len // sizeof(fo_stats))
     PyBuffer_Release(&view)
     return all
+
+
+# ------------------------------------------------------------------ rows of a gradient
+
+cdef void *address(array) except? NULL:
+    """Where the elements of an array are, which its caller holds."""
+    cdef Py_buffer view
+    PyObject_GetBuffer(array, &view, PyBUF_STRIDES)
+    cdef void *data = view.buf
+    PyBuffer_Release(&view)
+    return data
+
+
+def look_at_rows(indices, int64_t count):
+    """The place of the first index that is no row of so many, or -1; whether they ascend.
+
+    Indices here and below are int64, without gaps.
+    """
+    cdef fo_row_look look
+    cdef ptrdiff_t k = len(indices)
+    cdef const int64_t *first = <const int64_t *>address(indices)
+    with nogil:
+        look = fo_look_at_rows(first, k, count)
+    return look.bad, bool(look.ascends)
+
+
+def sort_rows(indices, int64_t count):
+    """Rows that ascend, where each begins in the third array, and there its places in `indices`."""
+    cdef ptrdiff_t n, k = len(indices)
+    rows, scratch = numpy.empty(k, numpy.int64), numpy.empty(2 * k, numpy.int64)
+    starts, order = numpy.empty(k + 1, numpy.intp), numpy.empty(k, numpy.intp)
+    cdef const int64_t *given = <const int64_t *>address(indices)
+    cdef int64_t *row = <int64_t *>address(rows)
+    cdef int64_t *free = <int64_t *>address(scratch)
+    cdef ptrdiff_t *start = <ptrdiff_t *>address(starts)
+    cdef ptrdiff_t *place = <ptrdiff_t *>address(order)
+    with nogil:
+        n = fo_sort_rows(given, k, count, row, start, place, free)
+    return rows[:n], starts[:n + 1], order
+
+
+def sum_rows(values, ptrdiff_t length, starts, order, out, int threads):
+    """Add up values by row into `out`, of the compute type; see `sort_rows`."""
+    cdef fo_row_sum sum
+    cdef fo_status status
+    cdef bint is_double = out.dtype == numpy.float64
+    cdef ptrdiff_t n = len(starts) - 1
+    cdef int format = FO_BF16
+    for known, dtype in ((FO_F32, "f4"), (FO_F64, "f8"), (FO_F16, "f2")):
+        if values.dtype == dtype:
+            format = known
+    memset(&sum, 0, sizeof(sum))
+    sum.values.data, sum.values.format = address(values), <fo_format>format
+    sum.length, sum.out = length, address(out)
+    sum.starts = <const ptrdiff_t *>address(starts)
+    sum.order = <const ptrdiff_t *>address(order)
+    with nogil:
+        status = fo_sum_rows(&sum, n, is_double, threads)
+    check(status)
 
 
 # ------------------------------------------------------------------ layout in memory

@@ -17,7 +17,7 @@ from fusedopt import _check
 Options = dict[str, Any]
 Check = Callable[[str, Any], Any]
 Constants = Callable[..., dict[str, float]]  # (step, count=None) -> by name
-Plan = tuple[Constants, int, Callable[[Any], None] | None]  # see `Rule.plan`
+Plan = tuple[Constants, int, Callable[[Any], None] | None, str]  # see `Rule.plan`
 # of each state its fo_map (csrc/fusedopt.h) and its shape or None; the members of fo_shape
 Layout = tuple[tuple[int, ...], tuple[tuple[int, ...] | None, ...], tuple[int, ...]]
 
@@ -253,6 +253,10 @@ class Rule:
         step, and may raise; its bits are not promised.
     demand_shape : callable(where, shape), optional
         Raises ValueError for a parameter of a shape that is not allowed.
+    by_rows : callable(options) -> str, optional
+        How a step goes by a gradient of some rows, `fusedopt.Rows`: `_rows.TOUCHED`, it steps those
+        alone; `_rows.ALL`, all, the others by a gradient of 0; empty, it is refused, as without
+        this.
     """
 
     name: str
@@ -272,6 +276,7 @@ class Rule:
     ignored: tuple[Option, ...] = ()
     outside: Callable[[Any, Options], None] | None = None
     demand_shape: Callable[[str, Sequence[int]], None] | None = None
+    by_rows: Callable[[Options], str] | None = None
 
     @cached_property
     def checks(self) -> dict[str, Check]:
@@ -426,12 +431,14 @@ class Rule:
     def plan(self, options: Options) -> Plan:
         """Return what steps with these options are made of.
 
-        That is their constants, see `at`, the seed of the noise, and what replaces a direction.
+        That is their constants, see `at`, the seed of the noise, what replaces a direction, and how
+        a step goes by rows.
         """
+        rows = "" if self.by_rows is None else self.by_rows(options)
         if self.outside is None:
-            return self.at(options), options["seed"], None
+            return self.at(options), options["seed"], None, rows
         outside = self.outside
-        return self.at(options), options["seed"], lambda direction: outside(direction, options)
+        return self.at(options), options["seed"], lambda direction: outside(direction, options), ""
 
     def at(self, options: Options) -> Constants:
         """Return the constants of steps with these options: the rule's and what all rules have.

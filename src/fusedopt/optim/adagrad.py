@@ -6,6 +6,7 @@ from typing import Any, Unpack
 
 from fusedopt import _check
 from fusedopt._functional import function
+from fusedopt._rows import ALL, TOUCHED
 from fusedopt.optimizer import Optimizer
 from fusedopt.rule import EPS_IN_SQRT, MAXIMIZE, Common, Option, Rule, State
 
@@ -26,6 +27,7 @@ RULE = Rule(
         "eps": o["eps"],
         "inside": float(o["eps_in_sqrt"]),
     },
+    by_rows=lambda o: ALL if o["weight_decay"] else TOUCHED,
 )
 
 

@@ -7,6 +7,7 @@ from typing import Any, Unpack
 
 from fusedopt import _check
 from fusedopt._functional import function
+from fusedopt._rows import TOUCHED
 from fusedopt.optimizer import Optimizer
 from fusedopt.rule import CAUTIOUS, L1, MAXIMIZE, Common, Option, Options, Rule, State
 
@@ -62,6 +63,7 @@ ADAM = Rule(
     ),
     states=_STATES,
     constants=_constants,
+    by_rows=lambda o: TOUCHED,
 )
 ADAMW = Rule(
     name="adam",
@@ -82,6 +84,7 @@ ADAMW = Rule(
         }
     ),
     variant=("cautious", "cautious_adam"),
+    by_rows=lambda o: TOUCHED,
 )
 
 

@@ -1,0 +1,90 @@
+/* Rows that were given in any order, and more than once: puts their numbers in order and adds up
+ * what belongs to one row. All that a step needs of it is made before the step. */
+#include "ieee.h"
+#include "split.h"
+#include "threads.h"
+
+#include <string.h>
+
+fo_row_look fo_look_at_rows(const int64_t *indices, ptrdiff_t k, int64_t count)
+{
+    fo_row_look look = {.bad = -1, .ascends = 1};
+    int64_t before = -1;
+    for (ptrdiff_t i = 0; i < k; i++) {
+        if (indices[i] < 0 || indices[i] >= count) {
+            look.bad = i;
+            break;
+        }
+        look.ascends &= indices[i] > before;
+        before = indices[i];
+    }
+    return look;
+}
+
+/* A radix sort from the lowest digit up, which keeps the order of equal numbers. */
+enum { DIGIT_BITS = 11, DIGITS = 1 << DIGIT_BITS };
+
+ptrdiff_t fo_sort_rows(const int64_t *indices, ptrdiff_t k, int64_t count, int64_t *rows,
+                       ptrdiff_t *starts, ptrdiff_t *order, int64_t *scratch)
+{
+    int64_t *keys = rows, *other_keys = scratch;
+    ptrdiff_t *places = order, *other_places = (ptrdiff_t *)(void *)(scratch + k);
+    memcpy(keys, indices, (size_t)k * sizeof *keys);
+    for (ptrdiff_t i = 0; i < k; i++)
+        places[i] = i;
+    for (int shift = 0; shift < 63 && (count - 1) >> shift > 0; shift += DIGIT_BITS) {
+        ptrdiff_t begins[DIGITS + 1] = {0};
+        for (ptrdiff_t i = 0; i < k; i++)
+            begins[1 + ((keys[i] >> shift) & (DIGITS - 1))]++;
+        for (int digit = 0; digit < DIGITS; digit++)
+            begins[digit + 1] += begins[digit];
+        for (ptrdiff_t i = 0; i < k; i++) {
+            const ptrdiff_t to = begins[(keys[i] >> shift) & (DIGITS - 1)]++;
+            other_keys[to] = keys[i];
+            other_places[to] = places[i];
+        }
+        int64_t *const keys_now = other_keys;
+        ptrdiff_t *const places_now = other_places;
+        other_keys = keys, other_places = places;
+        keys = keys_now, places = places_now;
+    }
+    if (places != order)
+        memcpy(order, places, (size_t)k * sizeof *order);
+    ptrdiff_t n = 0;
+    for (ptrdiff_t i = 0; i < k; i++) {
+        const int64_t row = keys[i]; /* keys may be `rows`, of which no place behind i is written */
+        if (n == 0 || row != rows[n - 1]) {
+            starts[n] = i;
+            rows[n++] = row;
+        }
+    }
+    starts[n] = k;
+    return n;
+}
+
+enum { MOST_CHUNKS = 4096 };
+
+typedef struct summing {
+    const fo_row_sum *sum;
+    fo_sum_range *range;
+    ptrdiff_t n, chunk;
+} summing;
+
+static void sum_chunks(void *context, ptrdiff_t first, ptrdiff_t last)
+{
+    const summing *it = context;
+    const ptrdiff_t end = last * it->chunk < it->n ? last * it->chunk : it->n;
+    it->range(it->sum, first * it->chunk, end);
+}
+
+fo_status fo_sum_rows(const fo_row_sum *sum, ptrdiff_t n, int is_double, int threads)
+{
+    if (n < 0 || sum->length <= 0 || (unsigned)sum->values.format >= FO_FORMATS ||
+        fo_format_table[sum->values.format].extra != 0)
+        return FO_BAD_ARGUMENT;
+    summing it = {.sum = sum, .n = n, .chunk = n / MOST_CHUNKS + 1};
+    it.range = fo_active_kernels()->sum_rows[is_double ? FO_COMPUTE_F64 : FO_COMPUTE_F32];
+    fo_parallel(sum_chunks, &it, (n + it.chunk - 1) / it.chunk,
+                fo_size_of(sum->starts[n] * sum->length), threads);
+    return FO_OK;
+}
