@@ -86,6 +86,20 @@ typedef struct fo_hyper {
                                        which it divides, is 0 or between 2^-60 and 2^60 */
 } fo_hyper;
 
+/* Of a leaf of rows: its elements are some rows of larger arrays, its parameter and its state,
+ * which have no average and no copy and, unless a row is whole blocks, no format but FO_F32 and
+ * FO_F64. */
+typedef struct fo_rows {
+    ptrdiff_t length;       /* of a row, > 0: the leaf has n / length rows */
+    const int64_t *rows;    /* the number of each in the arrays, none twice */
+    const ptrdiff_t *order; /* NULL: the rows of fo_leaf.grad are those of the leaf. Else those of
+                               row j are order[starts[j]] to before order[starts[j + 1]], one at
+                               least; they are added up in this order in the compute type */
+    const ptrdiff_t *starts;
+    const ptrdiff_t *hypers; /* NULL, or of each row the index of its constants, in the place of
+                                fo_leaf.hyper */
+} fo_rows;
+
 /* One parameter with all arrays that a step reads or writes for it. The arrays of a leaf hold n
  * elements each, but for their fo_map, in the same memory order. No array overlaps another one of
  * any leaf, except that leaves may share gradients, which are only read. If the parameter is
@@ -102,16 +116,11 @@ typedef struct fo_leaf {
     uint64_t key;      /* of the noise, from fo_key; unused if no format is stochastic */
     ptrdiff_t origin;  /* of a shard: index in the whole tensor of its first element, for the noise.
                           If it is a multiple of FO_BLOCK, the bits are those of the whole */
-    ptrdiff_t length;  /* > 0: the leaf is rows of that length, which divides n; else 0 */
-    const int64_t *rows; /* of such a leaf: parameter and state are larger arrays, and element
-                            j * length + c of the leaf is rows[j] * length + c of those; no row
-                            twice. NULL: all rows. The gradient holds n elements */
-    const ptrdiff_t *row_hypers; /* of such a leaf: NULL, or for each row its index in the place of
-                                    `hyper` */
-    ptrdiff_t hyper;             /* index into the hyper list of the call */
-    ptrdiff_t start; /* scratch of the call: where the leaf begins on the line (split.c) */
-    ptrdiff_t tile;  /* scratch of the call: index of its first tile in fo_run.tiles */
-    double trust;    /* scratch of the call: the trust ratio of a layer-wise rule */
+    const fo_rows *by_rows; /* of a leaf of rows; else NULL */
+    ptrdiff_t hyper;        /* index into the hyper list of the call */
+    ptrdiff_t start;        /* scratch of the call: where the leaf begins on the line (split.c) */
+    ptrdiff_t tile;         /* scratch of the call: index of its first tile in fo_run.tiles */
+    double trust;           /* scratch of the call: the trust ratio of a layer-wise rule */
 } fo_leaf;
 
 /* The statistics of a leaf: the same bits for every thread count and instruction set, since lanes,
@@ -132,7 +141,8 @@ typedef enum fo_measures {
 /* What a call does beside the rule. The caller owns the lists; unused members are 0 or NULL. */
 typedef struct fo_run {
     double clip_value; /* > 0: limits scaled gradients to [-clip_value, clip_value]; 0: no limit */
-    int zero_grads;    /* sets gradients to 0; then no two leaves may share one */
+    int zero_grads;    /* sets gradients to 0, but those of leaves of rows; then no two leaves may
+                          share one */
     int has_grad;      /* set after fo_measure; the gradient sums in `stats` are already filled */
     int has_direction; /* set after fo_direct; the sums in `stats` are used for the trust ratios,
                           and factors in fo_shape.scratch */
@@ -225,19 +235,9 @@ typedef struct fo_row_look {
 
 fo_row_look fo_look_at_rows(const int64_t *indices, ptrdiff_t k, int64_t count);
 
-/* Values that are given for rows, to be added up by row: those of row j are at order[starts[j]] to
- * before order[starts[j + 1]], from fo_sort_rows. */
-typedef struct fo_row_sum {
-    fo_array values; /* float formats without blocks; any alignment */
-    ptrdiff_t length;
-    const ptrdiff_t *starts, *order;
-    void *out; /* of the compute type, aligned to its size: the sums, row after row */
-} fo_row_sum;
-
-/* Adds up n rows of values in double or in float, in their order: the bits do not depend on
- * threads.
- */
-fo_status fo_sum_rows(const fo_row_sum *sum, ptrdiff_t n, int is_double, int threads);
+/* Writes the gradient of leaves of rows, in the compute type, to the leaf's `copy`, an array of n
+ * elements. */
+fo_status fo_sum_rows(fo_leaf *leaves, ptrdiff_t n, int threads);
 
 /* The key of the noise for leaf number `leaf` in a step, from 1. */
 uint64_t fo_key(uint64_t seed, uint64_t leaf, uint64_t step);

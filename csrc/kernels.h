@@ -21,9 +21,6 @@ typedef struct fo_task {
  * elements and tiles. */
 typedef void fo_range(const fo_task *task, const fo_leaf *leaf, ptrdiff_t begin, ptrdiff_t end);
 
-/* Adds up rows [begin, end) of sum->out, and writes nothing else. */
-typedef void fo_sum_range(const fo_row_sum *sum, ptrdiff_t begin, ptrdiff_t end);
-
 /* The trust ratio of a layer-wise rule for a leaf, from the number of its elements, and the sums of
  * squares of its parameter and of the direction in which the rule would go, or what a rule counts
  * of it: rules/index.h. */
@@ -36,11 +33,11 @@ typedef struct fo_kernels {
     const fo_rule *rules;   /* the same in every instruction set */
     fo_trust *const *trust; /* by rule; NULL where it has no trust ratio */
     fo_range *step[FO_COMPUTES];
-    fo_sum_range *sum_rows[FO_COMPUTES];
-    fo_range *measure[FO_COMPUTES]; /* the gradient's sums */
-    fo_range *direct[FO_COMPUTES];  /* a layer-wise rule's direction, and sums */
-    fo_range *copy[FO_COMPUTES];    /* the parameter's rounded copy, and nothing else */
-    fo_range *stream[FO_COMPUTES];  /* the bytes of a step without its arithmetic */
+    fo_range *sum_rows[FO_COMPUTES]; /* the gradient of a leaf of rows, to its copy */
+    fo_range *measure[FO_COMPUTES];  /* the gradient's sums */
+    fo_range *direct[FO_COMPUTES];   /* a layer-wise rule's direction, and sums */
+    fo_range *copy[FO_COMPUTES];     /* the parameter's rounded copy, and nothing else */
+    fo_range *stream[FO_COMPUTES];   /* the bytes of a step without its arithmetic */
     /* of a factored rule, factors.inc: ranges are of parts of a leaf, and of its matrices */
     fo_range *sum_factors[FO_COMPUTES], *fold_factors[FO_COMPUTES], *keep_factors[FO_COMPUTES];
 } fo_kernels;

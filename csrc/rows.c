@@ -1,8 +1,6 @@
-/* Rows that were given in any order, and more than once: puts their numbers in order and adds up
- * what belongs to one row. All that a step needs of it is made before the step. */
-#include "ieee.h"
-#include "split.h"
-#include "threads.h"
+/* Puts rows in order that were given in any, and more than once. */
+#include "flags.h"
+#include "fusedopt.h"
 
 #include <string.h>
 
@@ -60,31 +58,4 @@ ptrdiff_t fo_sort_rows(const int64_t *indices, ptrdiff_t k, int64_t count, int64
     }
     starts[n] = k;
     return n;
-}
-
-enum { MOST_CHUNKS = 4096 };
-
-typedef struct summing {
-    const fo_row_sum *sum;
-    fo_sum_range *range;
-    ptrdiff_t n, chunk;
-} summing;
-
-static void sum_chunks(void *context, ptrdiff_t first, ptrdiff_t last)
-{
-    const summing *it = context;
-    const ptrdiff_t end = last * it->chunk < it->n ? last * it->chunk : it->n;
-    it->range(it->sum, first * it->chunk, end);
-}
-
-fo_status fo_sum_rows(const fo_row_sum *sum, ptrdiff_t n, int is_double, int threads)
-{
-    if (n < 0 || sum->length <= 0 || (unsigned)sum->values.format >= FO_FORMATS ||
-        fo_format_table[sum->values.format].extra != 0)
-        return FO_BAD_ARGUMENT;
-    summing it = {.sum = sum, .n = n, .chunk = n / MOST_CHUNKS + 1};
-    it.range = fo_active_kernels()->sum_rows[is_double ? FO_COMPUTE_F64 : FO_COMPUTE_F32];
-    fo_parallel(sum_chunks, &it, (n + it.chunk - 1) / it.chunk,
-                fo_size_of(sum->starts[n] * sum->length), threads);
-    return FO_OK;
 }

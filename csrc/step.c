@@ -38,14 +38,13 @@ static int has_factors(const fo_leaf *leaf, ptrdiff_t n_states)
            rows->format == columns->format;
 }
 
-/* Whether a leaf of rows, if it is one, is such that its tiles can be gathered: its rows are whole
- * blocks where its arrays are decoded, and nothing is written of all rows. */
+/* Whether a leaf of rows is such that its tiles can be gathered, and nothing is written of rows
+ * that it does not have. */
 static int has_rows(const fo_leaf *leaf, const fo_rule *rule, ptrdiff_t n_hypers)
 {
+    const fo_rows *by = leaf->by_rows;
     const fo_format native = leaf->param.format == FO_F64 ? FO_F64 : FO_F32;
-    if (leaf->length == 0)
-        return leaf->rows == NULL && leaf->row_hypers == NULL;
-    if (leaf->length < 0 || leaf->n % leaf->length != 0 || rule->kind > FO_INTERNAL)
+    if (by->length <= 0 || leaf->n % by->length != 0 || rule->kind > FO_INTERNAL)
         return 0;
     int is_native = leaf->param.format == native;
     for (int k = 0; k < FO_MAX_STATES; k++) {
@@ -54,10 +53,10 @@ static int has_rows(const fo_leaf *leaf, const fo_rule *rule, ptrdiff_t n_hypers
             return 0;
         is_native = is_native && (state->data == NULL || state->format == native);
     }
-    for (ptrdiff_t j = 0; leaf->row_hypers != NULL && j < leaf->n / leaf->length; j++)
-        if (leaf->row_hypers[j] < 0 || leaf->row_hypers[j] >= n_hypers)
+    for (ptrdiff_t j = 0; by->hypers != NULL && j < leaf->n / by->length; j++)
+        if (by->hypers[j] < 0 || by->hypers[j] >= n_hypers)
             return 0;
-    return (is_native || leaf->length % FO_BLOCK == 0) && leaf->ema.data == NULL &&
+    return (is_native || by->length % FO_BLOCK == 0) && leaf->ema.data == NULL &&
            leaf->copy.data == NULL;
 }
 
@@ -95,8 +94,8 @@ static int is_valid(const fo_leaf *leaf, const fo_rule *rule, ptrdiff_t n_hypers
     if (direction != NULL && direction->data != NULL &&
         direction->format != (is_double ? FO_F64 : FO_F32))
         return 0;
-    return has_rows(leaf, rule, n_hypers) && is_companion(&leaf->ema, is_double) &&
-           is_copy(&leaf->copy, is_double) &&
+    return (leaf->by_rows == NULL || has_rows(leaf, rule, n_hypers)) &&
+           is_companion(&leaf->ema, is_double) && is_copy(&leaf->copy, is_double) &&
            (leaf->grad.data == NULL ||
             (is_format(&leaf->grad) && leaf->hyper >= 0 && leaf->hyper < n_hypers));
 }
@@ -223,6 +222,16 @@ fo_status fo_measure(fo_leaf *leaves, ptrdiff_t n, const fo_run *how, int thread
     w.range = fo_active_kernels()->measure;
     fo_split(&w, FO_WITH_GRAD, threads);
     fo_fold_tiles(&w, FO_PART_GRAD, threads);
+    return FO_OK;
+}
+
+fo_status fo_sum_rows(fo_leaf *leaves, ptrdiff_t n, int threads)
+{
+    for (ptrdiff_t i = 0; i < n; i++)
+        if (leaves[i].n < 0 || leaves[i].by_rows == NULL || !is_format(&leaves[i].grad))
+            return FO_BAD_ARGUMENT;
+    fo_work w = {.leaves = leaves, .n = n, .range = fo_active_kernels()->sum_rows};
+    fo_split(&w, FO_WITH_GRAD, threads);
     return FO_OK;
 }
 

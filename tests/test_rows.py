@@ -255,7 +255,7 @@ def test_reduce_sums_over_rows():
 def test_values_that_ascend_are_not_copied():
     """The step reads the very array: zeroing it in the pass shows that."""
     given = np.ones((2, 3), np.float32)
-    ordered = fusedopt._rows.in_order("grads", Rows(np.array([0, 2]), given), np.ones((4, 3)), 1)
+    ordered = fusedopt._rows.in_order("grads", Rows(np.array([0, 2]), given), np.ones((4, 3)))
     assert ordered.values is given
 
 

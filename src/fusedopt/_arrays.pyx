@@ -139,7 +139,8 @@ cdef struct LeafRecord:
     # what the binding knows of a leaf beside fo_leaf
     Py_buffer views[2 * ARRAYS]  # of each place; exported while the record lives
     Py_buffer grad, copy         # exported during a step only
-    Py_buffer rows, values       # so are, of `Rows`, their numbers in order and values as given
+    Py_buffer values             # so are those of `Rows`, as given
+    fo_rows by_rows              # what the leaf is during such a step
     bint noisy                   # whether a store rounds stochastically: then there is a key
     int64_t step                 # steps that this leaf has taken
     int group
@@ -166,7 +167,7 @@ cdef class ArrayList(LeafList):
     cdef LeafRecord *records
     cdef list plans           # of the groups, during a step
     cdef public object settler  # of a rule that sums: callable(first, second) -> plans, or None
-    cdef list held            # during a step: arrays in which rows lie, and row numbers
+    cdef list held            # during a step: of leaves of rows, their arrays
     cdef dict directions      # during a step of a matrix rule: by leaf, what it goes along
     cdef fo_stats *kept       # of an accumulator: what was measured of each leaf, or NULL
     cdef readonly object count  # steps of the whole list, a Python int
@@ -505,33 +506,52 @@ cdef class ArrayList(LeafList):
     cdef object take_rows(self, ptrdiff_t i, object given, int threads):
         """Let a leaf be the rows that have a gradient, if that is all that the step writes of it.
 
-        Return the gradient: of them, or of all rows where the rule steps all.
+        Return the gradient: values as they were given, or of all rows where the rule steps all.
         """
         cdef LeafRecord *record = &self.records[i]
         cdef fo_leaf *leaf = &self.leaves[i]
         cdef uintptr_t low
         cdef str name = self.grad_names[i]
-        ordered = _rows.in_order(name, given, self.params[i], threads)
+        ordered = _rows.in_order(name, given, self.params[i])
         self.held.append(ordered)
-        values = given.values
-        if values.flags.c_contiguous:  # else they have been copied
-            PyObject_GetBuffer(values, &record.values, PyBUF_STRIDES)
+        if ordered.values is given.values:  # else they have been copied
+            PyObject_GetBuffer(given.values, &record.values, PyBUF_STRIDES)
             low = <uintptr_t>record.values.buf
             found = alias(&self.spans, low, low + record.values.len)
             if found >= 0:
                 _check.alias(
                     f"{name}.values",
                     self.name(self.spans.of[found].leaf, self.spans.of[found].place))
-        if _rows.way(
-                name, self.plans[record.group], self.kind <= FO_INTERNAL,
-                leaf.ema.data != NULL) == _rows.ALL:
-            return ordered.dense(self.params[i])
-        leaf.length = max(record.n // max(len(self.params[i]), 1), 1)
+        way = _rows.way(
+            name, self.plans[record.group], self.kind <= FO_INTERNAL, leaf.ema.data != NULL)
+        record.by_rows = fo_rows(
+            length=max(record.n // max(len(self.params[i]), 1), 1),
+            rows=<const int64_t *>address(ordered.rows),
+            order=NULL, starts=NULL, hypers=NULL)
+        if ordered.order is not None:
+            record.by_rows.order = <const ptrdiff_t *>address(ordered.order)
+            record.by_rows.starts = <const ptrdiff_t *>address(ordered.starts)
+        leaf.by_rows = &record.by_rows
+        leaf.n = len(ordered.rows) * (record.n // max(len(self.params[i]), 1))
+        if way == _rows.ALL:
+            return self.all_rows(i, ordered, threads)
         self.check_blocks(i)
-        leaf.n = ordered.values.size
-        PyObject_GetBuffer(ordered.rows, &record.rows, PyBUF_STRIDES)
-        leaf.rows = <const int64_t *>record.rows.buf
         return ordered.values
+
+    cdef object all_rows(self, ptrdiff_t i, object ordered, int threads):
+        """The gradient of all rows, of which the leaf is then."""
+        cdef fo_leaf leaf = self.leaves[i]
+        cdef fo_status status
+        dtype = _rows.compute_type(self.params[i])
+        sums = numpy.empty((len(ordered.rows), *self.params[i].shape[1:]), dtype)
+        leaf.grad.data = address(ordered.values)
+        leaf.grad.format = <fo_format>checked_format(ordered.values)
+        leaf.copy.data = address(sums)
+        with nogil:
+            status = sum_rows(&leaf, 1, threads)
+        check(status)
+        self.leaves[i].by_rows, self.leaves[i].n = NULL, self.records[i].n
+        return _rows.dense(ordered.rows, sums, self.params[i])
 
     cdef int check_blocks(self, ptrdiff_t i) except -1:
         """Let rows be whole blocks, where some array is kept in blocks or with noise."""
@@ -541,8 +561,8 @@ cdef class ArrayList(LeafList):
         for place in range(EMA):
             array = array_at(leaf, place)
             if (array.data != NULL and array.format != FO_F32 and array.format != FO_F64
-                    and leaf.length % FO_BLOCK):
-                _rows.refuse_blocks(self.grad_names[i], self.name(i, place), leaf.length)
+                    and leaf.by_rows.length % FO_BLOCK):
+                _rows.refuse_blocks(self.grad_names[i], self.name(i, place), leaf.by_rows.length)
         return 0
 
     cdef int zero_values(self) except -1:
@@ -603,7 +623,7 @@ cdef class ArrayList(LeafList):
         cdef ptrdiff_t i
         for i in range(self.n):
             if copies is not None and copies[i] is not None:
-                if self.leaves[i].rows != NULL:
+                if self.leaves[i].by_rows != NULL:
                     _rows.refuse_copy(self.grad_names[i], self.name(i, COPY))
                 copy = _check.copy_target(self.name(i, COPY), copies[i], self.params[i])
                 self.export_array(i, COPY, copy, &self.records[i].copy)
@@ -634,10 +654,7 @@ cdef class ArrayList(LeafList):
             for i in range(self.n):
                 if <void *>self.records[i].values.obj != NULL:
                     PyBuffer_Release(&self.records[i].values)
-                if <void *>self.records[i].rows.obj != NULL:
-                    PyBuffer_Release(&self.records[i].rows)
-                    self.leaves[i].rows = NULL
-                self.leaves[i].n, self.leaves[i].length = self.records[i].n, 0
+                self.leaves[i].n, self.leaves[i].by_rows = self.records[i].n, NULL
             self.held.clear()
 
     def stream(self, list grads, int how, int threads):

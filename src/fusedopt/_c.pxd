@@ -68,6 +68,13 @@ cdef extern from "fusedopt.h" nogil:
         double grad_scale, l2, l1, ema_weight
         double *scalars
 
+    ctypedef struct fo_rows:
+        ptrdiff_t length
+        const int64_t *rows
+        const ptrdiff_t *order
+        const ptrdiff_t *starts
+        const ptrdiff_t *hypers
+
     ctypedef struct fo_leaf:
         ptrdiff_t n
         fo_array param, grad
@@ -76,9 +83,7 @@ cdef extern from "fusedopt.h" nogil:
         double grad_scale
         uint64_t key
         ptrdiff_t origin
-        ptrdiff_t length
-        const int64_t *rows
-        const ptrdiff_t *row_hypers
+        const fo_rows *by_rows
         ptrdiff_t hyper
 
     ctypedef struct fo_stats:
@@ -116,13 +121,6 @@ cdef extern from "fusedopt.h" nogil:
         ptrdiff_t bad
         int ascends
 
-    ctypedef struct fo_row_sum:
-        fo_array values
-        ptrdiff_t length
-        const ptrdiff_t *starts
-        const ptrdiff_t *order
-        void *out
-
     const fo_rule *fo_rules()
     fo_status fo_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
                       ptrdiff_t n_hypers, const fo_run *run, int threads)
@@ -136,7 +134,7 @@ cdef extern from "fusedopt.h" nogil:
     fo_row_look fo_look_at_rows(const int64_t *indices, ptrdiff_t k, int64_t count)
     ptrdiff_t fo_sort_rows(const int64_t *indices, ptrdiff_t k, int64_t count, int64_t *rows,
                            ptrdiff_t *starts, ptrdiff_t *order, int64_t *scratch)
-    fo_status fo_sum_rows(const fo_row_sum *sum, ptrdiff_t n, int is_double, int threads)
+    fo_status fo_sum_rows(fo_leaf *leaves, ptrdiff_t n, int threads)
     const fo_format_info *fo_formats()
     uint64_t fo_key(uint64_t seed, uint64_t leaf, uint64_t step)
     fo_status fo_zero_state(fo_leaf *leaves, ptrdiff_t n, int threads)

@@ -70,6 +70,10 @@ cdef fo_status zero_state(fo_leaf *leaves, ptrdiff_t n, int threads) noexcept no
     return fo_zero_state(leaves, n, threads)
 
 
+cdef fo_status sum_rows(fo_leaf *leaves, ptrdiff_t n, int threads) noexcept nogil:
+    return fo_sum_rows(leaves, n, threads)
+
+
 cdef size_t scratch_of(const fo_leaf *leaf) noexcept nogil:
     return fo_scratch(leaf)
 
@@ -175,26 +179,6 @@ def sort_rows(indices, int64_t count):
     with nogil:
         n = fo_sort_rows(given, k, count, row, start, place, free)
     return rows[:n], starts[:n + 1], order
-
-
-def sum_rows(values, ptrdiff_t length, starts, order, out, int threads):
-    """Add up values by row into `out`, of the compute type; see `sort_rows`."""
-    cdef fo_row_sum sum
-    cdef fo_status status
-    cdef bint is_double = out.dtype == numpy.float64
-    cdef ptrdiff_t n = len(starts) - 1
-    cdef int format = FO_BF16
-    for known, dtype in ((FO_F32, "f4"), (FO_F64, "f8"), (FO_F16, "f2")):
-        if values.dtype == dtype:
-            format = known
-    memset(&sum, 0, sizeof(sum))
-    sum.values.data, sum.values.format = address(values), <fo_format>format
-    sum.length, sum.out = length, address(out)
-    sum.starts = <const ptrdiff_t *>address(starts)
-    sum.order = <const ptrdiff_t *>address(order)
-    with nogil:
-        status = fo_sum_rows(&sum, n, is_double, threads)
-    check(status)
 
 
 # ------------------------------------------------------------------ layout in memory

@@ -6,7 +6,6 @@ belongs to one row is added up; rows that ascend are taken as they are.
 
 from __future__ import annotations
 
-from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -62,21 +61,29 @@ class Rows:
 
 
 class Ordered(NamedTuple):
-    """Rows that ascend, and a gradient of each, in row-major order."""
+    """Rows that ascend, and where the gradient of each is.
 
-    rows: Array  # int64
+    Attributes
+    ----------
+    rows : array of int64
+        Which rows have a gradient, each once.
+    values : array
+        In row-major order, as given.
+    order, starts : array of intp, or None
+        None: of each row, in this order. Else see fo_rows (csrc/fusedopt.h).
+    """
+
+    rows: Array
     values: Array
+    order: Array | None = None
+    starts: Array | None = None
 
-    @property
-    def size(self) -> int:
-        """The number of elements."""
-        return self.values.size
 
-    def dense(self, param: Array) -> Array:
-        """Return the gradient of all rows."""
-        whole = np.zeros(param.shape, self.values.dtype)
-        whole[self.rows] = self.values
-        return whole
+def dense(rows: Array, values: Array, param: Array) -> Array:
+    """Return the gradient of all rows, from that of some, each once."""
+    whole = np.zeros(param.shape, values.dtype)
+    whole[rows] = values
+    return whole
 
 
 def _checked(name: str, given: Rows, param: Array) -> tuple[Array, Array]:
@@ -117,7 +124,7 @@ def _refuse_index(name: str, place: int, index: int, param: Array) -> NoReturn:
     )
 
 
-def in_order(name: str, given: Rows, param: Array, threads: int) -> Ordered:
+def in_order(name: str, given: Rows, param: Array) -> Ordered:
     """Return the rows of a gradient in order, each once; raise as `_checked` does."""
     indices, values = _checked(name, given, param)
     bad, ascends = _core.look_at_rows(indices, len(param))
@@ -126,15 +133,11 @@ def in_order(name: str, given: Rows, param: Array, threads: int) -> Ordered:
     if ascends:
         return Ordered(indices, values)
     rows, starts, order = _core.sort_rows(indices, len(param))
-    sums = np.empty((len(rows), *param.shape[1:]), compute_type(param))
-    if sums.size:
-        length = prod(param.shape[1:])
-        _core.sum_rows(values, length, starts, order, sums, threads)
-    return Ordered(rows, sums)
+    return Ordered(rows, values, order, starts)
 
 
 def in_order_plainly(name: str, given: Rows, param: Array) -> Ordered:
-    """Return the same, by NumPy alone: the order of additions that `in_order` must reproduce."""
+    """Return such rows with sums, by NumPy alone: in the order of additions that C must reproduce."""
     indices, values = _checked(name, given, param)
     sums: dict[int, Any] = {}
     for index, value in zip(indices.tolist(), values.astype(compute_type(param)), strict=True):

@@ -15,7 +15,7 @@ from fusedopt._check import Array
 from fusedopt._functional import Step, function, listed, remembered
 from fusedopt._ieee import ieee
 from fusedopt._options import LEAF, PLAIN, Reduction, StepOptions, StepResult, StepStats
-from fusedopt._rows import TOUCHED, Ordered, Rows, compute_type, in_order_plainly
+from fusedopt._rows import TOUCHED, Ordered, Rows, compute_type, dense, in_order_plainly
 from fusedopt.formats import BLOCK, Stored, flat
 from fusedopt.optimizer import Optimizer
 from fusedopt.rule import Options, Rule
@@ -123,7 +123,12 @@ def in_order(rule: Rule, grad: Any, param: Array, options: Options) -> Any:
         return grad
     assert rule.by_rows is not None
     ordered = in_order_plainly("gradient", grad, param)
-    return ordered if rule.by_rows(options) == TOUCHED else ordered.dense(param)
+    return ordered if rule.by_rows(options) == TOUCHED else dense(*ordered[:2], param)
+
+
+def _size(grad: Array | Ordered | None) -> int:
+    """Return the number of elements of a gradient."""
+    return 0 if grad is None else (grad.values if isinstance(grad, Ordered) else grad).size
 
 
 def _gathered(array: Array | Stored | None, rows: Array) -> Array | None:
@@ -368,7 +373,7 @@ class Plain(Optimizer):
         work.check(given, plans, how, copies)
         flat_grads = [self._in_order(i, grad, by_leaf[i]) for i, grad in enumerate(given)]
         table = np.zeros(len(work), _core.STATS)
-        sizes = np.array([0 if g is None else g.size for g in flat_grads])
+        sizes = np.array([_size(grad) for grad in flat_grads])
         knows = source is not None and source.knows(flat_grads) and reduction is None
         measured = how.must_measure or knows
         if measured or how.measure == LEAF:
