@@ -16,7 +16,9 @@ from fusedopt._check import Array
 if TYPE_CHECKING:
     from fusedopt.rule import Plan
 
-TOUCHED, ALL = "touched", "all"  # what a rule with `Rule.by_rows` does of the rows without gradient
+# what a step by rows does, see `Rule.by_rows`: those alone, which is right for all, or leaves the
+# others behind; or all rows
+TOUCHED, LAZY, ALL = "touched", "lazy", "all"
 
 
 class Rows:
@@ -137,7 +139,7 @@ def in_order(name: str, given: Rows, param: Array) -> Ordered:
 
 
 def in_order_plainly(name: str, given: Rows, param: Array) -> Ordered:
-    """Return such rows with sums, by NumPy alone: in the order of additions that C must reproduce."""
+    """Return such rows with sums, by NumPy alone: the order of additions that C reproduces."""
     indices, values = _checked(name, given, param)
     sums: dict[int, Any] = {}
     for index, value in zip(indices.tolist(), values.astype(compute_type(param)), strict=True):
@@ -150,7 +152,7 @@ def in_order_plainly(name: str, given: Rows, param: Array) -> Ordered:
 
 
 def way(name: str, plan: Plan, is_plain: bool, averages: bool) -> str:
-    """Return what a step with such a plan does of rows without gradient: `TOUCHED` or `ALL`.
+    """Return what a step with such a plan does by rows.
 
     Raises
     ------
@@ -163,7 +165,7 @@ def way(name: str, plan: Plan, is_plain: bool, averages: bool) -> str:
             f"{name}: this rule, or one of its options, takes no Rows: it would have to step the "
             "other rows too; pass an array, or use a rule that does, as SGD or Adam"
         )
-    if found == TOUCHED and averages:
+    if found != ALL and averages:
         raise ValueError(
             f"{name}: ema averages all rows, and a step by Rows leaves the others alone; pass an "
             "array, or keep the parameter in a group without ema"

@@ -255,8 +255,8 @@ class Rule:
         Raises ValueError for a parameter of a shape that is not allowed.
     by_rows : callable(options) -> str, optional
         How a step goes by a gradient of some rows, `fusedopt.Rows`: `_rows.TOUCHED`, it steps those
-        alone; `_rows.ALL`, all, the others by a gradient of 0; empty, it is refused, as without
-        this.
+        alone, as the others stay by a gradient of 0, or shall; `_rows.LAZY`, alone too, though a
+        gradient of 0 would move the others; `_rows.ALL`, all. Empty: refused, as without this.
     """
 
     name: str

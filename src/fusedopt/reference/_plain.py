@@ -15,7 +15,7 @@ from fusedopt._check import Array
 from fusedopt._functional import Step, function, listed, remembered
 from fusedopt._ieee import ieee
 from fusedopt._options import LEAF, PLAIN, Reduction, StepOptions, StepResult, StepStats
-from fusedopt._rows import TOUCHED, Ordered, Rows, compute_type, dense, in_order_plainly
+from fusedopt._rows import ALL, Ordered, Rows, compute_type, dense, in_order_plainly
 from fusedopt.formats import BLOCK, Stored, flat
 from fusedopt.optimizer import Optimizer
 from fusedopt.rule import Options, Rule
@@ -123,7 +123,7 @@ def in_order(rule: Rule, grad: Any, param: Array, options: Options) -> Any:
         return grad
     assert rule.by_rows is not None
     ordered = in_order_plainly("gradient", grad, param)
-    return ordered if rule.by_rows(options) == TOUCHED else dense(*ordered[:2], param)
+    return ordered if rule.by_rows(options) != ALL else dense(*ordered[:2], param)
 
 
 def _size(grad: Array | Ordered | None) -> int:
