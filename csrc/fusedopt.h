@@ -86,12 +86,13 @@ typedef struct fo_hyper {
                                        which it divides, is 0 or between 2^-60 and 2^60 */
 } fo_hyper;
 
-/* Of a leaf of rows: its elements are some rows of larger arrays, its parameter and its state,
- * which have no average and no copy and, unless a row is whole blocks, no format but FO_F32 and
- * FO_F64. */
+/* Of a leaf of rows: its elements are some rows of larger arrays, its parameter and its state. Some
+ * rows have no average and no copy. Unless a row is whole blocks, no format but FO_F32 and FO_F64.
+ */
 typedef struct fo_rows {
-    ptrdiff_t length;       /* of a row, > 0: the leaf has n / length rows */
-    const int64_t *rows;    /* the number of each in the arrays, none twice */
+    ptrdiff_t length; /* of a row, > 0: the leaf has n / length rows */
+    const int64_t
+        *rows; /* the number of each in the arrays, none twice; NULL: all, as of any leaf */
     const ptrdiff_t *order; /* NULL: the rows of fo_leaf.grad are those of the leaf. Else those of
                                row j are order[starts[j]] to before order[starts[j + 1]], one at
                                least; they are added up in this order in the compute type */
@@ -141,7 +142,7 @@ typedef enum fo_measures {
 /* What a call does beside the rule. The caller owns the lists; unused members are 0 or NULL. */
 typedef struct fo_run {
     double clip_value; /* > 0: limits scaled gradients to [-clip_value, clip_value]; 0: no limit */
-    int zero_grads;    /* sets gradients to 0, but those of leaves of rows; then no two leaves may
+    int zero_grads;    /* sets gradients to 0, but those of some rows; then no two leaves may
                           share one */
     int has_grad;      /* set after fo_measure; the gradient sums in `stats` are already filled */
     int has_direction; /* set after fo_direct; the sums in `stats` are used for the trust ratios,
@@ -157,6 +158,7 @@ typedef struct fo_run {
 typedef enum fo_kind {
     FO_PLAIN,
     FO_INTERNAL, /* the package's own; no optimizer is made of it */
+    FO_ROWWISE,  /* it may keep a number for each row: then leaves are of rows, some or all */
     FO_LAYERWISE,
     FO_COUNTING,
     FO_FACTORED, /* of matrices it keeps factors, of rows and of columns */

@@ -38,26 +38,31 @@ static int has_factors(const fo_leaf *leaf, ptrdiff_t n_states)
            rows->format == columns->format;
 }
 
+/* Whether state is one number for each of a leaf's rows. */
+static int is_by_row(const fo_array *state) { return state->data != NULL && state->map == FO_ROWS; }
+
 /* Whether a leaf of rows is such that its tiles can be gathered, and nothing is written of rows
  * that it does not have. */
 static int has_rows(const fo_leaf *leaf, const fo_rule *rule, ptrdiff_t n_hypers)
 {
     const fo_rows *by = leaf->by_rows;
     const fo_format native = leaf->param.format == FO_F64 ? FO_F64 : FO_F32;
-    if (by->length <= 0 || leaf->n % by->length != 0 || rule->kind > FO_INTERNAL)
+    if (by->length <= 0 || leaf->n % by->length != 0 || rule->kind >= FO_LAYERWISE)
         return 0;
     int is_native = leaf->param.format == native;
     for (int k = 0; k < FO_MAX_STATES; k++) {
         const fo_array *state = &leaf->state[k];
-        if (state->data != NULL && state->map != FO_EACH)
+        const fo_shape *shape = state->extra;
+        if (is_by_row(state) && (k > 0 || rule->kind != FO_ROWWISE || state->format != native ||
+                                 shape == NULL || (leaf->n > 0 && shape->columns != by->length)))
             return 0;
         is_native = is_native && (state->data == NULL || state->format == native);
     }
     for (ptrdiff_t j = 0; by->hypers != NULL && j < leaf->n / by->length; j++)
         if (by->hypers[j] < 0 || by->hypers[j] >= n_hypers)
             return 0;
-    return (is_native || by->length % FO_BLOCK == 0) && leaf->ema.data == NULL &&
-           leaf->copy.data == NULL;
+    return by->rows == NULL || ((is_native || by->length % FO_BLOCK == 0) &&
+                                leaf->ema.data == NULL && leaf->copy.data == NULL);
 }
 
 /* Whether an array that a step writes beside the parameter may have this format, if it is there. */
@@ -87,7 +92,8 @@ static int is_valid(const fo_leaf *leaf, const fo_rule *rule, ptrdiff_t n_hypers
             return 0;
     } else {
         for (int k = 0; k < FO_MAX_STATES; k++)
-            if (leaf->state[k].data != NULL && !is_mapped(&leaf->state[k]))
+            if (leaf->state[k].data != NULL && !is_mapped(&leaf->state[k]) &&
+                (leaf->by_rows == NULL || !is_by_row(&leaf->state[k])) && leaf->grad.data != NULL)
                 return 0;
     }
     const fo_array *direction = rule->kind == FO_MATRIX ? &leaf->state[rule->states - 1] : NULL;
@@ -174,6 +180,8 @@ static __attribute__((noinline)) fo_status step(int rule, fo_leaf *leaves, ptrdi
         if (kernels->trust[rule] != NULL)
             set_trust(&w, kernels);
     }
+    if (kind == FO_ROWWISE)
+        fo_update_rows(&w, kernels, threads);
     w.range = kernels->step;
     fo_split(&w, FO_WITH_GRAD, threads);
     if (how != NULL && how->measure != FO_MEASURE_NOTHING)

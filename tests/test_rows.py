@@ -16,10 +16,13 @@ RULES = {  # class, options
     "sgd-lazy": ("SGD", {"momentum": 0.9, "weight_decay": 0.1, "l1": 0.01, "lazy": True}),
     "adagrad": ("Adagrad", {"initial_accumulator_value": 0.5, "lr_decay": 0.1}),
     "adagrad-decay": ("Adagrad", {"weight_decay": 0.1, "maximize": True}),
+    "rowwise": ("Adagrad", {"rowwise": True, "initial_accumulator_value": 0.1}),
+    "rowwise-decay": ("Adagrad", {"rowwise": True, "weight_decay": 0.1, "eps_in_sqrt": True}),
     "adam": ("Adam", {"weight_decay": 0.1, "l1": 0.01, "eps_hat": True}),
     "adamw": ("AdamW", {"amsgrad": True, "maximize": True}),
 }
-EXACT = ["sgd", "sgd-momentum", "sgd-decay", "adagrad", "adagrad-decay"]
+EXACT = ["sgd", "sgd-momentum", "sgd-decay", "adagrad", "adagrad-decay", "rowwise",
+         "rowwise-decay"]  # fmt: skip
 TABLES = [(40, 5), (1, 3), (7, 700), (90,), (6, 3, 50), (30, 64), (300, 1)]
 KINDS = ["sorted", "unsorted", "repeated", "empty", "all", "one"]
 STEPS = [
@@ -188,6 +191,89 @@ def test_functions():
             results.append([p, *(array for (array,) in states.values())])
         assert_same(*results, [f, *make])
         assert not np.array_equal(results[0][0], rng.standard_normal((9, 65)))
+
+
+def row_means(grad):
+    return (grad.astype(np.float64) ** 2).mean(axis=1, keepdims=True)
+
+
+def test_rowwise_formula():
+    """FBGEMM's EXACT_ROWWISE_ADAGRAD: the mean of squares over the row, for each row that is touched.
+
+    for row, g in rows: moment[row] += mean(g**2); row -= lr / (sqrt(moment[row]) + eps) * g
+    """
+    rng = np.random.default_rng(0)
+    table = rng.standard_normal((20, 33))
+    expected, moment = table.copy(), np.zeros((20, 1))
+    opt = fusedopt.Adagrad(table, lr=0.3, eps=1e-8, rowwise=True)
+    for step in range(25):
+        grad = rows("unsorted" if step % 5 else "all", table.shape, np.float64, rng)
+        index, given = grad.indices, grad.values
+        moment[index] += row_means(given)
+        expected[index] -= 0.3 / (np.sqrt(moment[index]) + 1e-8) * given
+        opt.step(given if step % 5 == 0 else grad)
+    np.testing.assert_allclose(table, expected, rtol=1e-12)
+    np.testing.assert_allclose(opt.state["params"]["sum"], moment, rtol=1e-12)
+
+
+def test_rowwise_state():
+    """One number for each row, in float32; other groups keep one for each element."""
+    shapes = [(6, 64), (4, 2, 64), (9,), ()]
+    params = [np.ones(shape, np.float32) for shape in shapes]
+    opt = fusedopt.Adagrad(
+        [{"params": params, "rowwise": True}, {"params": [np.ones((3, 64), np.float32)]}],
+        state_dtype="int8", min_8bit_size=1, ema=0.9,
+    )  # fmt: skip
+    states = [own["sum"] for own in opt.state.values()]
+    assert [state.shape for state in states] == [(6, 1), (4, 1, 1), (9,), (), (3, 64)]
+    assert {state.dtype.name for state in states[:4]} == {"float32"}
+    assert states[4].format == "uint8"
+    grads = [[np.ones(shape, np.float32) for shape in shapes], [np.ones((3, 64), np.float32)]]
+    copies = [[np.zeros(shape, np.float16) for shape in shapes], [None]]
+    opt.step(grads, copy_out=copies, zero_grads=True)
+    for param, copy, grad in zip(params, copies[0], grads[0], strict=True):
+        np.testing.assert_allclose(param, 0.99, rtol=1e-6)
+        assert np.array_equal(copy, param.astype(np.float16)) and not grad.any()
+    np.testing.assert_allclose(opt.ema_params()["params[0]['params'][0]"], 0.999, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"rowwise: False, but the arrays were made with True"):
+        opt.param_groups[0]["rowwise"] = False
+        opt.step(grads)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_rowwise_checkpoints(suffix, tmp_path):
+    if suffix == ".safetensors":
+        pytest.importorskip("safetensors")
+    tables = [np.ones((5, 3), np.float32) for _ in range(2)]
+    first, second = (fusedopt.Adagrad(table, rowwise=True) for table in tables)
+    grad = Rows(np.array([1, 4, 1]), np.arange(9, dtype=np.float32).reshape(3, 3))
+    first.step(grad)
+    first.save(tmp_path / f"state{suffix}")
+    tables[1][...] = tables[0]
+    second.load(tmp_path / f"state{suffix}")
+    for opt in (first, second):
+        opt.step(grad)
+    assert_same([tables[0], *arrays_of(first)], [tables[1], *arrays_of(second)], ["p", "s", "t"])
+    with pytest.raises(ValueError, match="rowwise: True, but the arrays were made with False"):
+        fusedopt.Adagrad(np.ones((5, 3), np.float32)).load(tmp_path / f"state{suffix}")
+
+
+def test_rowwise_functions():
+    results = []
+    for module in (fusedopt.functional, reference):
+        rng = np.random.default_rng(0)
+        p = [rng.standard_normal((9, 600)).astype(np.float32) for _ in range(2)]
+        sums = [np.zeros((9, 1), np.float32) for _ in p]
+        for step in range(1, 4):
+            grads = [rows("repeated", (9, 600), np.float32, rng), rng.standard_normal((9, 600))]
+            module.adagrad(p, grads, sums, step=step, rowwise=True, weight_decay=0.1)
+        results.append([*p, *sums])
+        with pytest.raises(ValueError, match=r"sums\[0\]|params\[0\].sum"):
+            module.adagrad(p, p[::-1], [np.zeros_like(x) for x in p], step=1, rowwise=True)
+        order = [np.asfortranarray(p[0])]
+        with pytest.raises(ValueError, match=r"params\[0\]: strides"):
+            module.adagrad(order, [p[0]], sums[:1], step=1, rowwise=True)
+    assert_same(*results, ["first", "second", "sum", "sum"])
 
 
 def test_groups_and_single_arrays():

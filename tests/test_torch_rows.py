@@ -96,6 +96,31 @@ def test_has_the_bits_of_arrays(case, kind):
         assert param.detach().numpy().tobytes() == array.tobytes()
 
 
+def test_rowwise_state():
+    """Sparse or dense: the bits of arrays; torch's own state of all elements does not fit."""
+    params = [*tables(), torch.nn.Parameter(torch.ones(5, 130))]
+    arrays = [p.detach().numpy().copy() for p in params]
+    opt = fo.Adagrad(params, rowwise=True, lr=0.1)
+    twin = fusedopt.Adagrad(arrays, rowwise=True, lr=0.1)
+    for step in range(3):
+        rng = np.random.default_rng(step)
+        for param in params[:-1]:
+            param.grad = sparse("repeated", param, rng)
+        params[-1].grad = torch.linspace(-1, 1, 650).reshape(5, 130)
+        given = [p.grad for p in params[:-1]]
+        rows = [fusedopt.Rows(g._indices()[0].numpy(), g._values().numpy()) for g in given]
+        twin.step([*rows, params[-1].grad.numpy()])
+        opt.step()
+    for param, array in zip(params, arrays, strict=True):
+        assert param.detach().numpy().tobytes() == array.tobytes()
+    shapes = [tuple(opt.state[p]["sum"].shape) for p in params]
+    assert shapes == [(30, 1), (9, 1, 1), (50,), (40, 1), (5, 1)]
+    other = fo.Adagrad(copy.deepcopy(params), rowwise=True)
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    with pytest.raises(ValueError, match="sum"):
+        other.load_state_dict(torch.optim.Adagrad(copy.deepcopy(params)).state_dict())
+
+
 def test_embeddings_train_beside_dense_layers():
     """Of one model, in one optimizer; gradients as backward() makes them."""
     results = []

@@ -469,6 +469,8 @@ cdef class ArrayList(LeafList):
                 self.leaves[i].grad.data = NULL
                 continue
             self.take_gradient(i, grad, threads)
+            if self.kind == FO_ROWWISE:
+                self.take_all_rows(i)
             updated += 1
             if plans is None:
                 continue
@@ -523,7 +525,7 @@ cdef class ArrayList(LeafList):
                     f"{name}.values",
                     self.name(self.spans.of[found].leaf, self.spans.of[found].place))
         way = _rows.way(
-            name, self.plans[record.group], self.kind <= FO_INTERNAL, leaf.ema.data != NULL)
+            name, self.plans[record.group], self.kind < FO_LAYERWISE, leaf.ema.data != NULL)
         record.by_rows = fo_rows(
             length=max(record.n // max(len(self.params[i]), 1), 1),
             rows=<const int64_t *>address(ordered.rows),
@@ -552,6 +554,15 @@ cdef class ArrayList(LeafList):
         check(status)
         self.leaves[i].by_rows, self.leaves[i].n = NULL, self.records[i].n
         return _rows.dense(ordered.rows, sums, self.params[i])
+
+    cdef int take_all_rows(self, ptrdiff_t i) except -1:
+        """Let a leaf with state of its rows be all of them, unless it is some."""
+        cdef fo_leaf *leaf = &self.leaves[i]
+        if leaf.by_rows == NULL and leaf.state[0].map == FO_ROWS and leaf.state[0].data != NULL:
+            memset(&self.records[i].by_rows, 0, sizeof(fo_rows))
+            self.records[i].by_rows.length = max((<fo_shape *>leaf.state[0].extra).columns, 1)
+            leaf.by_rows = &self.records[i].by_rows
+        return 0
 
     cdef int check_blocks(self, ptrdiff_t i) except -1:
         """Let rows be whole blocks, where some array is kept in blocks or with noise."""
@@ -623,7 +634,7 @@ cdef class ArrayList(LeafList):
         cdef ptrdiff_t i
         for i in range(self.n):
             if copies is not None and copies[i] is not None:
-                if self.leaves[i].by_rows != NULL:
+                if self.leaves[i].by_rows != NULL and self.leaves[i].by_rows.rows != NULL:
                     _rows.refuse_copy(self.grad_names[i], self.name(i, COPY))
                 copy = _check.copy_target(self.name(i, COPY), copies[i], self.params[i])
                 self.export_array(i, COPY, copy, &self.records[i].copy)
@@ -650,7 +661,7 @@ cdef class ArrayList(LeafList):
             if <void *>self.records[i].copy.obj != NULL:
                 PyBuffer_Release(&self.records[i].copy)
                 self.leaves[i].copy.data = NULL
-        if self.held:
+        if self.held or self.kind == FO_ROWWISE:
             for i in range(self.n):
                 if <void *>self.records[i].values.obj != NULL:
                     PyBuffer_Release(&self.records[i].values)

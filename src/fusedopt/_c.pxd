@@ -105,6 +105,7 @@ cdef extern from "fusedopt.h" nogil:
     ctypedef enum fo_kind:
         FO_PLAIN
         FO_INTERNAL
+        FO_ROWWISE
         FO_LAYERWISE
         FO_COUNTING
         FO_FACTORED

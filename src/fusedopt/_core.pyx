@@ -277,7 +277,8 @@ def allocate(specs):
 # ------------------------------------------------------------------ tables
 
 # by fo_kind; those from "layerwise" on need fo_direct before a step
-KINDS = ("plain", "internal", "layerwise", "counting", "factored", "summing", "matrix")
+KINDS = (
+    "plain", "internal", "rowwise", "layerwise", "counting", "factored", "summing", "matrix")
 
 
 cdef list table():

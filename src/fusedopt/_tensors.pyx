@@ -414,11 +414,11 @@ cdef class TensorList(LeafList):
                         self.gather(group, params, plan, counted, state, copies)
                 else:
                     self.choose(groups, chosen, counted, state, copies)
-                if self.kind == FO_FACTORED or self.kind == FO_SUMMING:
+                if self.kind in (FO_ROWWISE, FO_FACTORED, FO_SUMMING):
                     for i in range(self.n):  # records have their place in memory now
                         self.join_shape(i)
                 self.check_memory(copies is not None)
-                if self.has_rows:
+                if self.has_rows or self.kind == FO_ROWWISE:
                     self.place_rows()
                 if self.elsewhere:
                     owner._check_elsewhere(self.elsewhere, options is not None)
@@ -853,7 +853,7 @@ cdef class TensorList(LeafList):
         return 0
 
     cdef int place_rows(self) except -1:
-        """Let leaves be the rows of sparse gradients, once their memory is known to be apart."""
+        """Let leaves be rows, once their memory is known to be apart: of sparse gradients, or all."""
         cdef ptrdiff_t i, found
         cdef int place
         cdef uintptr_t low
@@ -863,6 +863,10 @@ cdef class TensorList(LeafList):
         for i in range(self.n):
             record, leaf = &self.records[i], &self.leaves[i]
             if record.by_rows.length == 0:
+                if (self.has_grad(i) and leaf.state[0].data != NULL
+                        and leaf.state[0].map == FO_ROWS and self.kind == FO_ROWWISE):
+                    record.by_rows.length = max(record.shape.columns, 1)
+                    leaf.by_rows = &record.by_rows  # all of them
                 continue
             for place in range(EMA):
                 array = array_at(leaf, place)
@@ -1063,7 +1067,14 @@ cdef class TensorList(LeafList):
         cdef Axes axes = axes_of(t)
         cdef int format = dtype_of(t), k
         shape.every, shape.matrices = self.plan.every, 1
-        if param.ndim > 1:
+        if self.kind == FO_ROWWISE:
+            shape.rows, shape.columns = 1, 1
+            for k in range(param.ndim):
+                if k == 0:
+                    shape.rows = param.shape[0]
+                else:
+                    shape.columns *= param.shape[k]
+        elif param.ndim > 1:
             shape.rows, shape.columns = param.shape[param.ndim - 2], param.shape[param.ndim - 1]
             for k in range(param.ndim - 2):
                 shape.matrices *= param.shape[k]
@@ -1073,7 +1084,10 @@ cdef class TensorList(LeafList):
                 or axes.ndim != (1 if array.map == FO_EVERY else param.ndim)):
             return False
         for k in range(axes.ndim):
-            if array.map != FO_EVERY and axes.shape[k] != param.shape[k] and (
+            if self.kind == FO_ROWWISE:
+                if axes.shape[k] != (1 if k > 0 else param.shape[0]):
+                    return False
+            elif array.map != FO_EVERY and axes.shape[k] != param.shape[k] and (
                     axes.shape[k] != 1 or k != param.ndim - (1 if array.map == FO_ROWS else 2)):
                 return False
         array.data = <char *>t.data + t.byte_offset

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from math import prod
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
@@ -249,6 +250,13 @@ def row_squares(x: Array) -> Array:
     for start in range(0, x.shape[-1], _PART_COLUMNS):
         total = total + in_lanes(x[..., start : start + _PART_COLUMNS].astype(np.float64) ** 2)
     return total
+
+
+def row_means(x: Array, shape: tuple[int, ...]) -> Array:
+    """Return the means of squares over all axes but the first, in `shape`."""
+    length = prod(x.shape[1:])
+    sums = in_lanes(x.reshape(-1, max(length, 1)).astype(np.float64) ** 2) / max(length, 1)
+    return sums.astype(x.dtype).reshape(shape)
 
 
 def column_squares(x: Array) -> Array:
