@@ -86,19 +86,16 @@ typedef struct fo_hyper {
                                        which it divides, is 0 or between 2^-60 and 2^60 */
 } fo_hyper;
 
-/* Of a leaf of rows: its elements are some rows of larger arrays, its parameter and its state. Some
- * rows have no average and no copy. Unless a row is whole blocks, no format but FO_F32 and FO_F64.
- */
+/* Of a leaf of rows: its elements are some rows of larger arrays, its parameter and its state; or
+ * all of them. Some have no average, no copy and, unless a row is whole blocks, no format but
+ * FO_F32 and FO_F64. */
 typedef struct fo_rows {
-    ptrdiff_t length; /* of a row, > 0: the leaf has n / length rows */
-    const int64_t
-        *rows; /* the number of each in the arrays, none twice; NULL: all, as of any leaf */
+    ptrdiff_t length;       /* of a row, > 0: the leaf has n / length rows */
+    const int64_t *rows;    /* the number of each in the arrays, none twice; NULL: all of them */
     const ptrdiff_t *order; /* NULL: the rows of fo_leaf.grad are those of the leaf. Else those of
                                row j are order[starts[j]] to before order[starts[j + 1]], one at
                                least; they are added up in this order in the compute type */
     const ptrdiff_t *starts;
-    const ptrdiff_t *hypers; /* NULL, or of each row the index of its constants, in the place of
-                                fo_leaf.hyper */
 } fo_rows;
 
 /* One parameter with all arrays that a step reads or writes for it. The arrays of a leaf hold n

@@ -19,8 +19,9 @@ fo_row_look fo_look_at_rows(const int64_t *indices, ptrdiff_t k, int64_t count)
     return look;
 }
 
-/* A radix sort from the lowest digit up, which keeps the order of equal numbers. */
-enum { DIGIT_BITS = 11, DIGITS = 1 << DIGIT_BITS };
+/* A radix sort from the lowest digit up, which keeps the order of equal numbers. All digits have
+ * about the same length: fewer places to write to at a time. */
+enum { MOST_BITS = 11 };
 
 ptrdiff_t fo_sort_rows(const int64_t *indices, ptrdiff_t k, int64_t count, int64_t *rows,
                        ptrdiff_t *starts, ptrdiff_t *order, int64_t *scratch)
@@ -30,14 +31,20 @@ ptrdiff_t fo_sort_rows(const int64_t *indices, ptrdiff_t k, int64_t count, int64
     memcpy(keys, indices, (size_t)k * sizeof *keys);
     for (ptrdiff_t i = 0; i < k; i++)
         places[i] = i;
-    for (int shift = 0; shift < 63 && (count - 1) >> shift > 0; shift += DIGIT_BITS) {
-        ptrdiff_t begins[DIGITS + 1] = {0};
+    int bits = 0;
+    while (bits < 63 && (count - 1) >> bits > 0)
+        bits++;
+    const int passes = (bits + MOST_BITS - 1) / MOST_BITS;
+    const int digit_bits = passes > 0 ? (bits + passes - 1) / passes : 0;
+    const int64_t mask = ((int64_t)1 << digit_bits) - 1;
+    for (int shift = 0; shift < bits; shift += digit_bits) {
+        ptrdiff_t begins[(1 << MOST_BITS) + 1] = {0};
         for (ptrdiff_t i = 0; i < k; i++)
-            begins[1 + ((keys[i] >> shift) & (DIGITS - 1))]++;
-        for (int digit = 0; digit < DIGITS; digit++)
+            begins[1 + ((keys[i] >> shift) & mask)]++;
+        for (int64_t digit = 0; digit < mask; digit++)
             begins[digit + 1] += begins[digit];
         for (ptrdiff_t i = 0; i < k; i++) {
-            const ptrdiff_t to = begins[(keys[i] >> shift) & (DIGITS - 1)]++;
+            const ptrdiff_t to = begins[(keys[i] >> shift) & mask]++;
             other_keys[to] = keys[i];
             other_places[to] = places[i];
         }

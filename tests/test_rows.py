@@ -1,6 +1,9 @@
 """Gradients of some rows: the bits of the reference, the semantics of dense steps, and errors."""
 
+import importlib.util
 import itertools
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -193,12 +196,35 @@ def test_functions():
         assert not np.array_equal(results[0][0], rng.standard_normal((9, 65)))
 
 
+def test_guide_runs():
+    """The Python blocks of the page, one after the other."""
+    page = Path(__file__).parent.parent / "docs" / "embeddings.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    assert len(blocks) == 2
+    if importlib.util.find_spec("torch") is None:
+        del blocks[1]
+    exec(compile("\n".join(blocks), page.name, "exec"), {})
+
+
+def test_example_trains_alike_by_rows():
+    """bench/embeddings.py: the same losses, to the bit, by rows and by dense gradients."""
+    path = Path(__file__).parent.parent / "bench" / "embeddings.py"
+    spec = importlib.util.spec_from_file_location("embeddings", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    data = example.Clicks(3, 500)
+    first = example.loss_and_grads(example.make(3, 500), data.batch(1, 2000))[0]
+    for name in ("SGD", "Adagrad", "Adagrad, row-wise"):
+        losses = [example.train(name, by_rows, data, 15)[1] for by_rows in (True, False)]
+        assert losses[0] == losses[1] < first
+
+
 def row_means(grad):
     return (grad.astype(np.float64) ** 2).mean(axis=1, keepdims=True)
 
 
 def test_rowwise_formula():
-    """FBGEMM's EXACT_ROWWISE_ADAGRAD: the mean of squares over the row, for each row that is touched.
+    """FBGEMM's EXACT_ROWWISE_ADAGRAD: the mean of squares over each row that is touched.
 
     for row, g in rows: moment[row] += mean(g**2); row -= lr / (sqrt(moment[row]) + eps) * g
     """

@@ -529,7 +529,7 @@ cdef class ArrayList(LeafList):
         record.by_rows = fo_rows(
             length=max(record.n // max(len(self.params[i]), 1), 1),
             rows=<const int64_t *>address(ordered.rows),
-            order=NULL, starts=NULL, hypers=NULL)
+            order=NULL, starts=NULL)
         if ordered.order is not None:
             record.by_rows.order = <const ptrdiff_t *>address(ordered.order)
             record.by_rows.starts = <const ptrdiff_t *>address(ordered.starts)

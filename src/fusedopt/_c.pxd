@@ -73,7 +73,6 @@ cdef extern from "fusedopt.h" nogil:
         const int64_t *rows
         const ptrdiff_t *order
         const ptrdiff_t *starts
-        const ptrdiff_t *hypers
 
     ctypedef struct fo_leaf:
         ptrdiff_t n

@@ -67,7 +67,7 @@ def state_format(is_double: bool, size: int, state: State, options: Mapping[str,
 
 
 def check_order(rule: Rule, name: str, param: Any, options: Mapping[str, Any]) -> None:
-    """Raise ValueError for a parameter in an order in which a rule with state of rows cannot step."""
+    """Raise ValueError for a parameter in an order in which a rule that keeps rows cannot step."""
     array = param.data if isinstance(param, Stored) else param
     is_array = isinstance(array, np.ndarray)
     if rule.needs_row_major(options) and is_array and not array.flags.c_contiguous:

@@ -1,4 +1,4 @@
-"""Sparse gradients of torch (COO), as of an embedding, and the rows that a step takes of them."""
+"""Sparse gradients of torch, in its coordinate format, and the rows that a step takes of them."""
 
 from __future__ import annotations
 

@@ -195,7 +195,7 @@ globals().update({cls.__name__: _torch_class(cls) for cls in _CLASSES})
 class SparseAdam(_class_of("SparseAdam", SPARSE_ADAM)):  # type: ignore[misc]
     """`torch.optim.SparseAdam` for CPU tensors: Adam on the rows that have a gradient.
 
-    All gradients are sparse (COO), as of ``Embedding(sparse=True)``; indices may come in any order
+    All gradients are sparse, as of ``Embedding(sparse=True)``; indices may come in any order
     and more than once. A step costs what these rows cost, one call for all tables.
 
     Parameters

@@ -22,9 +22,7 @@ RULE = Rule(
         EPS_IN_SQRT,
         Option("rowwise", False, _check.flag),
     ),
-    states=(
-        State("sum", squared=True, init="initial_accumulator_value", by_row="rowwise"),
-    ),
+    states=(State("sum", squared=True, init="initial_accumulator_value", by_row="rowwise"),),
     constants=lambda step, o: {
         "step_size": o["lr"] / (1 + (step - 1) * o["lr_decay"]),
         "eps": o["eps"],
