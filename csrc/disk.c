@@ -59,6 +59,12 @@ static const fo_region *file_of(const fo_disk *disk, const void *data)
     return of != NULL && !of->is_read_only && (uintptr_t)data % ALIGNED == 0 ? of : NULL;
 }
 
+/* Leaves of some rows are used where they are mapped: their rows do not follow one another. */
+static int has_some_rows(const fo_leaf *leaf)
+{
+    return leaf->by_rows != NULL && leaf->by_rows->rows != NULL;
+}
+
 /* ------------------------------------------------------------------ a pass */
 
 typedef struct pass {
@@ -112,7 +118,7 @@ static int move_all(const pass *p, fo_leaf *leaf, fo_leaf *shown, ptrdiff_t begi
                     char *buffer, int writes)
 {
     int error = 0;
-    for (int place = 0; place < PLACES && error == 0; place++) {
+    for (int place = 0; place < PLACES && error == 0 && !has_some_rows(leaf); place++) {
         const fo_array *from = array_of(leaf, place);
         fo_array *to = array_of(shown, place);
         if (from->data == NULL || from->map != FO_EACH)
@@ -159,7 +165,7 @@ static void work(void *context, ptrdiff_t first, ptrdiff_t last)
 static size_t room_for(const fo_disk *disk, fo_leaf *leaf, ptrdiff_t elements)
 {
     size_t room = 0;
-    for (int place = 0; place < PLACES; place++) {
+    for (int place = 0; place < PLACES && !has_some_rows(leaf); place++) {
         const fo_array *array = array_of(leaf, place);
         if (array->data == NULL || array->map != FO_EACH)
             continue;

@@ -1,5 +1,6 @@
-/* The passes of a factored rule over a list of leaves: parts of matrices are summed, and matrices
- * finished, by one parallel loop each. No bit depends on which thread takes which. */
+/* The passes over parts of leaves that are no tiles: of a factored rule, parts of matrices are
+ * summed, and matrices finished, by one parallel loop each; of a row-wise one rows are. No bit
+ * depends on which thread takes which. */
 #include "factors.h"
 #include "split.h"
 #include "threads.h"
@@ -9,11 +10,25 @@ enum { MOST_CHUNKS = 4096 }; /* enough to balance; matrices may be tiny, and man
 typedef struct pass {
     const fo_work *w;
     fo_range *const *range;
-    ptrdiff_t (*count)(const fo_shape *shape); /* of what a range is of */
-    ptrdiff_t total, chunk;                    /* of all leaves; in a chunk */
+    ptrdiff_t (*count)(const fo_leaf *leaf); /* of what a range is of; 0 for leaves without that */
+    ptrdiff_t total, chunk;                  /* of all leaves; in a chunk */
 } pass;
 
-static ptrdiff_t matrices(const fo_shape *shape) { return shape->matrices; }
+static ptrdiff_t matrices(const fo_leaf *leaf)
+{
+    return fo_is_factored(leaf) ? ((const fo_shape *)leaf->state[0].extra)->matrices : 0;
+}
+
+static ptrdiff_t parts(const fo_leaf *leaf)
+{
+    return fo_is_factored(leaf) ? fo_parts(leaf->state[0].extra) : 0;
+}
+
+static ptrdiff_t rows(const fo_leaf *leaf)
+{
+    const int has_rows = leaf->grad.data != NULL && leaf->state[0].map == FO_ROWS;
+    return has_rows ? leaf->n / leaf->by_rows->length : 0;
+}
 
 static void run_chunks(void *context, ptrdiff_t first, ptrdiff_t last)
 {
@@ -24,9 +39,7 @@ static void run_chunks(void *context, ptrdiff_t first, ptrdiff_t last)
         const fo_leaf *leaf = &it->w->leaves[i];
         if (leaf->start >= to)
             break;
-        if (!fo_is_factored(leaf))
-            continue;
-        const ptrdiff_t count = it->count(leaf->state[0].extra);
+        const ptrdiff_t count = it->count(leaf);
         const ptrdiff_t begin = from > leaf->start ? from - leaf->start : 0;
         const ptrdiff_t end = to - leaf->start < count ? to - leaf->start : count;
         if (begin < end)
@@ -35,7 +48,7 @@ static void run_chunks(void *context, ptrdiff_t first, ptrdiff_t last)
 }
 
 /* `weight`: of how many elements of a leaf a pass works on one. */
-static void run(fo_work *w, fo_range *const *range, ptrdiff_t (*count)(const fo_shape *shape),
+static void run(fo_work *w, fo_range *const *range, ptrdiff_t (*count)(const fo_leaf *leaf),
                 ptrdiff_t weight, int threads)
 {
     pass it = {.w = w, .range = range, .count = count};
@@ -43,10 +56,9 @@ static void run(fo_work *w, fo_range *const *range, ptrdiff_t (*count)(const fo_
     for (ptrdiff_t i = 0; i < w->n; i++) {
         fo_leaf *leaf = &w->leaves[i];
         leaf->start = it.total;
-        if (fo_is_factored(leaf)) {
-            it.total += count(leaf->state[0].extra);
-            elements += leaf->n;
-        }
+        const ptrdiff_t more = count(leaf);
+        it.total += more;
+        elements += more > 0 ? leaf->n : 0;
     }
     it.chunk = it.total / MOST_CHUNKS + 1;
     fo_parallel(run_chunks, &it, (it.total + it.chunk - 1) / it.chunk,
@@ -55,13 +67,18 @@ static void run(fo_work *w, fo_range *const *range, ptrdiff_t (*count)(const fo_
 
 void fo_find_factors(fo_work *w, const fo_kernels *kernels, int threads)
 {
-    run(w, kernels->sum_factors, fo_parts, 1, threads);
+    run(w, kernels->sum_factors, parts, 1, threads);
     run(w, kernels->fold_factors, matrices, 64, threads);
 }
 
 void fo_keep_factors(fo_work *w, const fo_kernels *kernels, int threads)
 {
     run(w, kernels->keep_factors, matrices, 64, threads);
+}
+
+void fo_update_rows(fo_work *w, const fo_kernels *kernels, int threads)
+{
+    run(w, kernels->update_rows, rows, 1, threads);
 }
 
 size_t fo_scratch(const fo_leaf *leaf)

@@ -87,6 +87,18 @@ typedef struct fo_hyper {
                                        which it divides, is 0 or between 2^-60 and 2^60 */
 } fo_hyper;
 
+/* Of a leaf of rows: its elements are some rows of larger arrays, its parameter and its state; or
+ * all of them. Some have no average, no copy and, unless a row is whole blocks, no format but
+ * FO_F32 and FO_F64. */
+typedef struct fo_rows {
+    ptrdiff_t length;       /* of a row, > 0: the leaf has n / length rows */
+    const int64_t *rows;    /* the number of each in the arrays, none twice; NULL: all of them */
+    const ptrdiff_t *order; /* NULL: the rows of fo_leaf.grad are those of the leaf. Else those of
+                               row j are order[starts[j]] to before order[starts[j + 1]], one at
+                               least; they are added up in this order in the compute type */
+    const ptrdiff_t *starts;
+} fo_rows;
+
 /* One parameter with all arrays that a step reads or writes for it. The arrays of a leaf hold n
  * elements each, but for their fo_map, in the same memory order. No array overlaps another one of
  * any leaf, except that leaves may share gradients, which are only read. If the parameter is
@@ -103,10 +115,11 @@ typedef struct fo_leaf {
     uint64_t key;      /* of the noise, from fo_key; unused if no format is stochastic */
     ptrdiff_t origin;  /* of a shard: index in the whole tensor of its first element, for the noise.
                           If it is a multiple of FO_BLOCK, the bits are those of the whole */
-    ptrdiff_t hyper;   /* index into the hyper list of the call */
-    ptrdiff_t start;   /* scratch of the call: where the leaf begins on the line (split.c) */
-    ptrdiff_t tile;    /* scratch of the call: index of its first tile in fo_run.tiles */
-    double trust;      /* scratch of the call: the trust ratio of a layer-wise rule */
+    const fo_rows *by_rows; /* of a leaf of rows; else NULL */
+    ptrdiff_t hyper;        /* index into the hyper list of the call */
+    ptrdiff_t start;        /* scratch of the call: where the leaf begins on the line (split.c) */
+    ptrdiff_t tile;         /* scratch of the call: index of its first tile in fo_run.tiles */
+    double trust;           /* scratch of the call: the trust ratio of a layer-wise rule */
 } fo_leaf;
 
 /* The statistics of a leaf: the same bits for every thread count and instruction set, since lanes,
@@ -146,7 +159,8 @@ typedef struct fo_disk {
 /* What a call does beside the rule. The caller owns the lists; unused members are 0 or NULL. */
 typedef struct fo_run {
     double clip_value; /* > 0: limits scaled gradients to [-clip_value, clip_value]; 0: no limit */
-    int zero_grads;    /* sets gradients to 0; then no two leaves may share one */
+    int zero_grads;    /* sets gradients to 0, but those of some rows; then no two leaves may
+                          share one */
     int has_grad;      /* set after fo_measure; the gradient sums in `stats` are already filled */
     int has_direction; /* set after fo_direct; the sums in `stats` are used for the trust ratios,
                           and factors in fo_shape.scratch */
@@ -162,6 +176,7 @@ typedef struct fo_run {
 typedef enum fo_kind {
     FO_PLAIN,
     FO_INTERNAL, /* the package's own; no optimizer is made of it */
+    FO_ROWWISE,  /* it may keep a number for each row: then leaves are of rows, some or all */
     FO_LAYERWISE,
     FO_COUNTING,
     FO_FACTORED, /* of matrices it keeps factors, of rows and of columns */
@@ -223,6 +238,26 @@ static inline ptrdiff_t fo_count(const fo_array *array, ptrdiff_t n)
            : array->map == FO_COLUMNS ? shape->matrices * shape->columns
                                       : n;
 }
+
+/* Puts row numbers in order: writes the numbers that occur to `rows`, ascending, where each begins
+ * in `order` to `starts`, with k behind the last, and to `order` the places in `indices` of each,
+ * as they follow one another there. Returns how many rows there are. Each list has room for k,
+ * `starts` for k + 1. All indices are from 0 to below `count`. `scratch` has room for 2 * k. */
+ptrdiff_t fo_sort_rows(const int64_t *indices, ptrdiff_t k, int64_t count, int64_t *rows,
+                       ptrdiff_t *starts, ptrdiff_t *order, int64_t *scratch);
+
+/* What is known of row numbers: the place of the first that is not from 0 to below `count`, or -1;
+ * and whether each is larger than the one before. */
+typedef struct fo_row_look {
+    ptrdiff_t bad;
+    int ascends;
+} fo_row_look;
+
+fo_row_look fo_look_at_rows(const int64_t *indices, ptrdiff_t k, int64_t count);
+
+/* Writes the gradient of leaves of rows, in the compute type, to the leaf's `copy`, an array of n
+ * elements. */
+fo_status fo_sum_rows(fo_leaf *leaves, ptrdiff_t n, int threads);
 
 /* The key of the noise for leaf number `leaf` in a step, from 1. */
 uint64_t fo_key(uint64_t seed, uint64_t leaf, uint64_t step);

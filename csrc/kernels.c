@@ -123,6 +123,7 @@ static const fo_rule FO_CAT(rules, FO_ISA)[] = {FO_RULES(FO_ROW){.name = NULL}};
 
 #define PLAIN_TRUST(rule) NULL
 #define INTERNAL_TRUST(rule) NULL
+#define ROWWISE_TRUST(rule) NULL
 #define SUMMING_TRUST(rule) NULL
 #define MATRIX_TRUST(rule) NULL
 #define LAYERWISE_TRUST(rule) FO_CAT3(rule##_trust, f64, FO_ISA)
@@ -137,6 +138,8 @@ const fo_kernels FO_CAT(fo_kernels, FO_ISA) = {
     .rules = FO_CAT(rules, FO_ISA),
     .trust = FO_CAT(trust, FO_ISA),
     .step = {FO_CAT3(step, f32, FO_ISA), FO_CAT3(step, f64, FO_ISA)},
+    .update_rows = {FO_CAT3(update_rows, f32, FO_ISA), FO_CAT3(update_rows, f64, FO_ISA)},
+    .sum_rows = {FO_CAT3(sum_rows, f32, FO_ISA), FO_CAT3(sum_rows, f64, FO_ISA)},
     .measure = {FO_CAT3(measure, f32, FO_ISA), FO_CAT3(measure, f64, FO_ISA)},
     .direct = {FO_CAT3(direct, f32, FO_ISA), FO_CAT3(direct, f64, FO_ISA)},
     .copy = {FO_CAT3(copy, f32, FO_ISA), FO_CAT3(copy, f64, FO_ISA)},

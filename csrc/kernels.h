@@ -33,10 +33,12 @@ typedef struct fo_kernels {
     const fo_rule *rules;   /* the same in every instruction set */
     fo_trust *const *trust; /* by rule; NULL where it has no trust ratio */
     fo_range *step[FO_COMPUTES];
-    fo_range *measure[FO_COMPUTES]; /* the gradient's sums */
-    fo_range *direct[FO_COMPUTES];  /* a layer-wise rule's direction, and sums */
-    fo_range *copy[FO_COMPUTES];    /* the parameter's rounded copy, and nothing else */
-    fo_range *stream[FO_COMPUTES];  /* the bytes of a step without its arithmetic */
+    fo_range *update_rows[FO_COMPUTES]; /* what a rule keeps of each: ranges are of rows */
+    fo_range *sum_rows[FO_COMPUTES];    /* the gradient of a leaf of rows, to its copy */
+    fo_range *measure[FO_COMPUTES];     /* the gradient's sums */
+    fo_range *direct[FO_COMPUTES];      /* a layer-wise rule's direction, and sums */
+    fo_range *copy[FO_COMPUTES];        /* the parameter's rounded copy, and nothing else */
+    fo_range *stream[FO_COMPUTES];      /* the bytes of a step without its arithmetic */
     /* of a factored rule, factors.inc: ranges are of parts of a leaf, and of its matrices */
     fo_range *sum_factors[FO_COMPUTES], *fold_factors[FO_COMPUTES], *keep_factors[FO_COMPUTES];
 } fo_kernels;

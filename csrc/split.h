@@ -43,6 +43,10 @@ fo_size fo_size_of(ptrdiff_t elements);
 void fo_find_factors(fo_work *work, const fo_kernels *kernels, int threads);
 void fo_keep_factors(fo_work *work, const fo_kernels *kernels, int threads);
 
+/* Updates what a rule keeps of each row, of all leaves that have such state: factors.c. Writes the
+ * leaves' scratch (start). */
+void fo_update_rows(fo_work *work, const fo_kernels *kernels, int threads);
+
 /* Calls work->range for all elements of the chosen leaves, on at most `threads` threads, and
  * returns when all is done. Writes the leaves' scratch (start, tile). Fails only as
  * work->disk says. */

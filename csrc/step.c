@@ -38,6 +38,30 @@ static int has_factors(const fo_leaf *leaf, ptrdiff_t n_states)
            rows->format == columns->format;
 }
 
+/* Whether state is one number for each of a leaf's rows. */
+static int is_by_row(const fo_array *state) { return state->data != NULL && state->map == FO_ROWS; }
+
+/* Whether a leaf of rows is such that its tiles can be gathered, and nothing is written of rows
+ * that it does not have. */
+static int has_rows(const fo_leaf *leaf, const fo_rule *rule)
+{
+    const fo_rows *by = leaf->by_rows;
+    const fo_format native = leaf->param.format == FO_F64 ? FO_F64 : FO_F32;
+    if (by->length <= 0 || leaf->n % by->length != 0 || rule->kind >= FO_LAYERWISE)
+        return 0;
+    int is_native = leaf->param.format == native;
+    for (int k = 0; k < FO_MAX_STATES; k++) {
+        const fo_array *state = &leaf->state[k];
+        const fo_shape *shape = state->extra;
+        if (is_by_row(state) && (k > 0 || rule->kind != FO_ROWWISE || state->format != native ||
+                                 shape == NULL || (leaf->n > 0 && shape->columns != by->length)))
+            return 0;
+        is_native = is_native && (state->data == NULL || state->format == native);
+    }
+    return by->rows == NULL || ((is_native || by->length % FO_BLOCK == 0) &&
+                                leaf->ema.data == NULL && leaf->copy.data == NULL);
+}
+
 /* Whether an array that a step writes beside the parameter may have this format, if it is there. */
 static int is_companion(const fo_array *array, int is_double)
 {
@@ -65,14 +89,16 @@ static int is_valid(const fo_leaf *leaf, const fo_rule *rule, ptrdiff_t n_hypers
             return 0;
     } else {
         for (int k = 0; k < FO_MAX_STATES; k++)
-            if (leaf->state[k].data != NULL && !is_mapped(&leaf->state[k]))
+            if (leaf->state[k].data != NULL && !is_mapped(&leaf->state[k]) &&
+                (leaf->by_rows == NULL || !is_by_row(&leaf->state[k])) && leaf->grad.data != NULL)
                 return 0;
     }
     const fo_array *direction = rule->kind == FO_MATRIX ? &leaf->state[rule->states - 1] : NULL;
     if (direction != NULL && direction->data != NULL &&
         direction->format != (is_double ? FO_F64 : FO_F32))
         return 0;
-    return is_companion(&leaf->ema, is_double) && is_copy(&leaf->copy, is_double) &&
+    return (leaf->by_rows == NULL || has_rows(leaf, rule)) && is_companion(&leaf->ema, is_double) &&
+           is_copy(&leaf->copy, is_double) &&
            (leaf->grad.data == NULL ||
             (is_format(&leaf->grad) && leaf->hyper >= 0 && leaf->hyper < n_hypers));
 }
@@ -158,6 +184,8 @@ static __attribute__((noinline)) fo_status step(int rule, fo_leaf *leaves, ptrdi
         if (kernels->trust[rule] != NULL)
             set_trust(&w, kernels);
     }
+    if (kind == FO_ROWWISE)
+        fo_update_rows(&w, kernels, threads);
     w.range = kernels->step;
     fo_split(&w, FO_WITH_GRAD, threads);
     if (has_failed(disk))
@@ -209,6 +237,16 @@ fo_status fo_measure(fo_leaf *leaves, ptrdiff_t n, const fo_run *how, int thread
     w.range = fo_active_kernels()->measure;
     fo_split(&w, FO_WITH_GRAD, threads);
     fo_fold_tiles(&w, FO_PART_GRAD, threads);
+    return FO_OK;
+}
+
+fo_status fo_sum_rows(fo_leaf *leaves, ptrdiff_t n, int threads)
+{
+    for (ptrdiff_t i = 0; i < n; i++)
+        if (leaves[i].n < 0 || leaves[i].by_rows == NULL || !is_format(&leaves[i].grad))
+            return FO_BAD_ARGUMENT;
+    fo_work w = {.leaves = leaves, .n = n, .range = fo_active_kernels()->sum_rows};
+    fo_split(&w, FO_WITH_GRAD, threads);
     return FO_OK;
 }
 

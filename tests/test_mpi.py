@@ -106,6 +106,9 @@ def test_one_rank_by_the_protocol():
     Sharded(fusedopt.Adam, [p], comm).step([p * 2])
     fusedopt.Adam([q]).step([q * 2])
     assert p.tobytes() == q.tobytes()
+    rows = fusedopt.Rows(np.array([0]), np.ones((1, 4), np.float32))
+    with pytest.raises(TypeError, match=r"^grads\[0\]: Sharded adds arrays .* not Rows"):
+        Sharded(fusedopt.Adam, [p], comm).step([rows])
     with pytest.raises(TypeError, match=r"^comm: expected a communicator .* got str"):
         Sharded(fusedopt.Adam, [p], "world")
 

@@ -8,6 +8,10 @@
  * h[FO_TRUST]. A COUNTING rule is such a one whose direction is 1 or 0: <rule>_trust gets how many
  * elements the leaf has, and of how many the direction is 1.
  *
+ * A ROWWISE rule may keep one number for each row in its first state, of leaves of rows (rows.inc).
+ * Before its loop, <rule>_row gets the mean of the squares of a row's gradient and returns the new
+ * number, which the loop reads and does not write.
+ *
  * A FACTORED rule is a layer-wise one that keeps, of a leaf of matrices, the means of squares of
  * rows and of columns in its first two states (factors.inc), and of any other leaf a third state:
  * its loop gets either the factors of each element, or the third. <rule>_trust also gets the number
@@ -57,6 +61,7 @@
 /* these use some of the above */
 #include "cautious_adam.h"
 #include "cautious_lion.h"
+#include "rowwise_adagrad.h"
 
 #undef FO_RULES
 #define FO_RULES(X) /* name, scalars, state arrays, how many of them are required, kind, sets */   \
@@ -83,4 +88,5 @@
     X(schedulefree, SCHEDULEFREE_SCALARS, 2, 1, PLAIN, FO_NO_SETS)                                 \
     X(cautious_adam, CAUTIOUS_ADAM_SCALARS, 3, 2, COUNTING, FO_NO_SETS)                            \
     X(cautious_lion, CAUTIOUS_LION_SCALARS, 1, 1, COUNTING, FO_NO_SETS)                            \
+    X(rowwise_adagrad, ROWWISE_ADAGRAD_SCALARS, 1, 1, ROWWISE, FO_NO_SETS)                         \
     X(add, ADD_SCALARS, 0, 0, INTERNAL, FO_NO_SETS)

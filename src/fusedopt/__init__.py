@@ -28,6 +28,7 @@ if _isa is not None:
 from fusedopt import _threadpoolctl, formats, functional  # noqa: E402
 from fusedopt._info import info  # noqa: E402
 from fusedopt._options import StepResult, StepStats  # noqa: E402
+from fusedopt._rows import Rows  # noqa: E402
 from fusedopt._threads import get_num_threads, set_num_threads  # noqa: E402
 from fusedopt._version import __version__  # noqa: E402
 from fusedopt.accumulate import GradAccumulator  # noqa: E402
@@ -102,6 +103,7 @@ __all__ = [
     "Prodigy",
     "RAdam",
     "RMSprop",
+    "Rows",
     "Rprop",
     "SignSGD",
     "ScheduleFreeAdamW",

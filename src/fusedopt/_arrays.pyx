@@ -29,13 +29,14 @@ from fusedopt._spans cimport Span, alias
 
 import numpy
 
-from fusedopt import _check, _options, formats as _formats
+from fusedopt import _check, _options, _rows, formats as _formats
 from fusedopt.formats import Stored
 
 cdef object ndarray = numpy.ndarray
 cdef object float32 = numpy.dtype(numpy.float32)
 cdef object float64 = numpy.dtype(numpy.float64)
 cdef object float16 = numpy.dtype(numpy.float16)
+cdef object Rows = _rows.Rows
 cdef object bfloat16 = None  # the dtype of ml_dtypes, once an array of it was seen
 
 cdef list FORMAT_NAMES = list(_formats.FORMATS)  # in the order of the C table
@@ -138,9 +139,12 @@ cdef struct LeafRecord:
     # what the binding knows of a leaf beside fo_leaf
     Py_buffer views[2 * ARRAYS]  # of each place; exported while the record lives
     Py_buffer grad, copy         # exported during a step only
+    Py_buffer values             # so are those of `Rows`, as given
+    fo_rows by_rows              # what the leaf is during such a step
     bint noisy                   # whether a store rounds stochastically: then there is a key
     int64_t step                 # steps that this leaf has taken
     int group
+    ptrdiff_t n                  # elements
     fo_shape *shape              # where state lies otherwise than the parameter, or NULL
 
 
@@ -163,6 +167,7 @@ cdef class ArrayList(LeafList):
     cdef LeafRecord *records
     cdef list plans           # of the groups, during a step
     cdef public object settler  # of a rule that sums: callable(first, second) -> plans, or None
+    cdef list held            # during a step: of leaves of rows, their arrays
     cdef dict directions      # during a step of a matrix rule: by leaf, what it goes along
     cdef fo_stats *kept       # of an accumulator: what was measured of each leaf, or NULL
     cdef readonly object count  # steps of the whole list, a Python int
@@ -171,7 +176,7 @@ cdef class ArrayList(LeafList):
     def __cinit__(self, str rule, tuple state_names):
         self.set_rule(rule, state_names)
         self.names, self.grad_names, self.states = [], [], []
-        self.params, self.stored = [], []
+        self.params, self.stored, self.held = [], [], []
         self.directions = {}
         self.count = 0
 
@@ -246,7 +251,7 @@ cdef class ArrayList(LeafList):
         cdef list states = self.states[i]
         cdef int k
         self.export_stored(i, PARAM, param)
-        self.leaves[i].n = record.views[PARAM].len // record.views[PARAM].itemsize
+        record.n = self.leaves[i].n = record.views[PARAM].len // record.views[PARAM].itemsize
         record.group = group
         if layout is not None:
             record.shape = <fo_shape *>grow(NULL, 1, sizeof(fo_shape))
@@ -390,8 +395,8 @@ cdef class ArrayList(LeafList):
         memset(&how, 0, sizeof(how))
         try:
             self.use_disk(&how)
-            updated = self.take(grads, plans)
             self.plans = plans
+            updated = self.take(grads, plans, threads)
             options = self.prepare(options, &how)
             number = self.count + 1  # an object: no memory may run out behind writes
             if options is None:
@@ -409,6 +414,8 @@ cdef class ArrayList(LeafList):
                 if reduction is not None:
                     reduction.begin()
                 verdict = self.run(options, reduction, &how, threads)
+                if options.zero_grads and self.held:
+                    self.zero_values()
             if source is not None:
                 source.forget()
             if verdict is not None and verdict.skipped:
@@ -431,13 +438,14 @@ cdef class ArrayList(LeafList):
         finally:
             self.let_go()
 
-    def check(self, list grads, options, list copies):
+    def check(self, list grads, list plans, options, list copies):
         """Make all checks of a step on these gradients, and nothing else.
 
         The list must be claimed: see `__enter__`.
         """
         try:
-            self.take(grads, None)
+            self.plans = plans
+            self.take(grads, None, 1)
             self.take_others(grads, options, copies)
         finally:
             self.let_go()
@@ -451,7 +459,7 @@ cdef class ArrayList(LeafList):
             self.records[i].step += grads[i] is not None
         self.make_writes()
 
-    cdef ptrdiff_t take(self, list grads, list plans) except -1:
+    cdef ptrdiff_t take(self, list grads, list plans, int threads) except -1:
         """Point the leaves at their gradients and, if asked, at constants; return how many have."""
         cdef ptrdiff_t i, updated = 0, index = 0
         cdef int group = -1
@@ -465,7 +473,9 @@ cdef class ArrayList(LeafList):
             if grad is None:
                 self.leaves[i].grad.data = NULL
                 continue
-            self.take_gradient(i, grad)
+            self.take_gradient(i, grad, threads)
+            if self.kind == FO_ROWWISE:
+                self.take_all_rows(i)
             updated += 1
             if plans is None:
                 continue
@@ -480,7 +490,7 @@ cdef class ArrayList(LeafList):
                 self.leaves[i].key = noise_key((<tuple>plans[group])[1], i, step + 1)
         return updated
 
-    cdef int take_gradient(self, ptrdiff_t i, object grad) except -1:
+    cdef int take_gradient(self, ptrdiff_t i, object grad, int threads=1) except -1:
         cdef LeafRecord *record = &self.records[i]
         cdef fo_leaf *leaf = &self.leaves[i]
         cdef int format = format_of(grad)
@@ -490,12 +500,94 @@ cdef class ArrayList(LeafList):
                 PyBuffer_Release(&record.grad)
                 format = -1
         if format < 0:
-            grad = _check.gradient(self.grad_names[i], grad, self.params[i])
+            if type(grad) is Rows:
+                grad = self.take_rows(i, grad, threads)
+            else:
+                grad = _check.gradient(self.grad_names[i], grad, self.params[i])
             PyObject_GetBuffer(grad, &record.grad, PyBUF_STRIDES)
             format = checked_format(grad)
         leaf.grad.data = record.grad.buf
         leaf.grad.format = <fo_format>format
         return self.refuse_alias(&self.spans, i, GRAD)
+
+    cdef object take_rows(self, ptrdiff_t i, object given, int threads):
+        """Let a leaf be the rows that have a gradient, if that is all that the step writes of it.
+
+        Return the gradient: values as they were given, or of all rows where the rule steps all.
+        """
+        cdef LeafRecord *record = &self.records[i]
+        cdef fo_leaf *leaf = &self.leaves[i]
+        cdef uintptr_t low
+        cdef str name = self.grad_names[i]
+        ordered = _rows.in_order(name, given, self.params[i])
+        self.held.append(ordered)
+        if ordered.values is given.values:  # else they have been copied
+            PyObject_GetBuffer(given.values, &record.values, PyBUF_STRIDES)
+            low = <uintptr_t>record.values.buf
+            found = alias(&self.spans, low, low + record.values.len)
+            if found >= 0:
+                _check.alias(
+                    f"{name}.values",
+                    self.name(self.spans.of[found].leaf, self.spans.of[found].place))
+        way = _rows.way(
+            name, self.plans[record.group], self.kind < FO_LAYERWISE, leaf.ema.data != NULL)
+        record.by_rows = fo_rows(
+            length=max(record.n // max(len(self.params[i]), 1), 1),
+            rows=<const int64_t *>address(ordered.rows),
+            order=NULL, starts=NULL)
+        if ordered.order is not None:
+            record.by_rows.order = <const ptrdiff_t *>address(ordered.order)
+            record.by_rows.starts = <const ptrdiff_t *>address(ordered.starts)
+        leaf.by_rows = &record.by_rows
+        leaf.n = len(ordered.rows) * (record.n // max(len(self.params[i]), 1))
+        if way == _rows.ALL:
+            return self.all_rows(i, ordered, threads)
+        self.check_blocks(i)
+        return ordered.values
+
+    cdef object all_rows(self, ptrdiff_t i, object ordered, int threads):
+        """The gradient of all rows, of which the leaf is then."""
+        cdef fo_leaf leaf = self.leaves[i]
+        cdef fo_status status
+        dtype = _rows.compute_type(self.params[i])
+        sums = numpy.empty((len(ordered.rows), *self.params[i].shape[1:]), dtype)
+        leaf.grad.data = address(ordered.values)
+        leaf.grad.format = <fo_format>checked_format(ordered.values)
+        leaf.copy.data = address(sums)
+        with nogil:
+            status = sum_rows(&leaf, 1, threads)
+        check(status)
+        self.leaves[i].by_rows, self.leaves[i].n = NULL, self.records[i].n
+        return _rows.dense(ordered.rows, sums, self.params[i])
+
+    cdef int take_all_rows(self, ptrdiff_t i) except -1:
+        """Let a leaf with state of its rows be all of them, unless it is some."""
+        cdef fo_leaf *leaf = &self.leaves[i]
+        if leaf.by_rows == NULL and leaf.state[0].map == FO_ROWS and leaf.state[0].data != NULL:
+            memset(&self.records[i].by_rows, 0, sizeof(fo_rows))
+            self.records[i].by_rows.length = max((<fo_shape *>leaf.state[0].extra).columns, 1)
+            leaf.by_rows = &self.records[i].by_rows
+        return 0
+
+    cdef int check_blocks(self, ptrdiff_t i) except -1:
+        """Let rows be whole blocks, where some array is kept in blocks or with noise."""
+        cdef fo_leaf *leaf = &self.leaves[i]
+        cdef fo_array *array
+        cdef int place
+        for place in range(EMA):
+            array = array_at(leaf, place)
+            if (array.data != NULL and array.format != FO_F32 and array.format != FO_F64
+                    and leaf.by_rows.length % FO_BLOCK):
+                _rows.refuse_blocks(self.grad_names[i], self.name(i, place), leaf.by_rows.length)
+        return 0
+
+    cdef int zero_values(self) except -1:
+        """Set to zero the values of rows, which the step may have read from a copy."""
+        cdef ptrdiff_t i
+        for i in range(self.n):
+            if <void *>self.records[i].values.obj != NULL:
+                memset(self.records[i].values.buf, 0, self.records[i].values.len)
+        return 0
 
     cdef ptrdiff_t constants(self, dict seen, int group, int64_t step, list plans) except -1:
         """Index of the constants of a group after a number of steps.
@@ -547,12 +639,17 @@ cdef class ArrayList(LeafList):
         cdef ptrdiff_t i
         for i in range(self.n):
             if copies is not None and copies[i] is not None:
+                if self.leaves[i].by_rows != NULL and self.leaves[i].by_rows.rows != NULL:
+                    _rows.refuse_copy(self.grad_names[i], self.name(i, COPY))
                 copy = _check.copy_target(self.name(i, COPY), copies[i], self.params[i])
                 self.export_array(i, COPY, copy, &self.records[i].copy)
                 self.leaves[i].copy.data = self.records[i].copy.buf
                 self.leaves[i].copy.format = <fo_format>checked_format(copy)
             if options.zero_grads and grads[i] is not None:
-                _check.zeroed(self.grad_names[i], grads[i], self.params[i])
+                if type(grads[i]) is Rows:
+                    _rows.zeroed(self.grad_names[i], grads[i].values)
+                else:
+                    _check.zeroed(self.grad_names[i], grads[i], self.params[i])
         return self.check_others(options.zero_grads, copies is not None)
 
     cdef void let_go(self) noexcept:
@@ -569,6 +666,12 @@ cdef class ArrayList(LeafList):
             if <void *>self.records[i].copy.obj != NULL:
                 PyBuffer_Release(&self.records[i].copy)
                 self.leaves[i].copy.data = NULL
+        if self.held or self.kind == FO_ROWWISE:
+            for i in range(self.n):
+                if <void *>self.records[i].values.obj != NULL:
+                    PyBuffer_Release(&self.records[i].values)
+                self.leaves[i].n, self.leaves[i].by_rows = self.records[i].n, NULL
+            self.held.clear()
 
     def stream(self, list grads, int how, int threads):
         """Move the bytes of a step without its arithmetic, in one of STREAMS ways."""

@@ -70,6 +70,12 @@ cdef extern from "fusedopt.h" nogil:
         double grad_scale, l2, l1, ema_weight
         double *scalars
 
+    ctypedef struct fo_rows:
+        ptrdiff_t length
+        const int64_t *rows
+        const ptrdiff_t *order
+        const ptrdiff_t *starts
+
     ctypedef struct fo_leaf:
         ptrdiff_t n
         fo_array param, grad
@@ -78,6 +84,7 @@ cdef extern from "fusedopt.h" nogil:
         double grad_scale
         uint64_t key
         ptrdiff_t origin
+        const fo_rows *by_rows
         ptrdiff_t hyper
 
     ctypedef struct fo_stats:
@@ -111,6 +118,7 @@ cdef extern from "fusedopt.h" nogil:
     ctypedef enum fo_kind:
         FO_PLAIN
         FO_INTERNAL
+        FO_ROWWISE
         FO_LAYERWISE
         FO_COUNTING
         FO_FACTORED
@@ -123,6 +131,10 @@ cdef extern from "fusedopt.h" nogil:
         int states, required
         fo_kind kind
 
+    ctypedef struct fo_row_look:
+        ptrdiff_t bad
+        int ascends
+
     const fo_rule *fo_rules()
     fo_status fo_step(int rule, fo_leaf *leaves, ptrdiff_t n, const fo_hyper *hypers,
                       ptrdiff_t n_hypers, const fo_run *run, int threads)
@@ -133,6 +145,10 @@ cdef extern from "fusedopt.h" nogil:
     ptrdiff_t fo_count_tiles(const fo_leaf *leaves, ptrdiff_t n)
     size_t fo_scratch(const fo_leaf *leaf)
     ptrdiff_t fo_count(const fo_array *array, ptrdiff_t n)
+    fo_row_look fo_look_at_rows(const int64_t *indices, ptrdiff_t k, int64_t count)
+    ptrdiff_t fo_sort_rows(const int64_t *indices, ptrdiff_t k, int64_t count, int64_t *rows,
+                           ptrdiff_t *starts, ptrdiff_t *order, int64_t *scratch)
+    fo_status fo_sum_rows(fo_leaf *leaves, ptrdiff_t n, int threads)
     const fo_format_info *fo_formats()
     uint64_t fo_key(uint64_t seed, uint64_t leaf, uint64_t step)
     fo_status fo_zero_state(fo_leaf *leaves, ptrdiff_t n, int threads)

@@ -10,6 +10,7 @@ from fusedopt._c cimport (
 )
 
 cdef int check(fo_status status) except -1
+cdef void *address(array) except? NULL
 cdef void *grow(void *memory, Py_ssize_t count, size_t size) except NULL
 
 # as in fusedopt.h
@@ -22,6 +23,7 @@ cdef fo_status run_measure(fo_leaf *leaves, ptrdiff_t n, const fo_run *run,
 cdef fo_status run_stream(fo_leaf *leaves, ptrdiff_t n, int how, int threads) noexcept nogil
 cdef fo_status zero_state(fo_leaf *leaves, ptrdiff_t n, int threads) noexcept nogil
 cdef int copy_bytes(const fo_disk *disk, void *to, const void *source, size_t bytes) noexcept nogil
+cdef fo_status sum_rows(fo_leaf *leaves, ptrdiff_t n, int threads) noexcept nogil
 cdef size_t scratch_of(const fo_leaf *leaf) noexcept nogil
 cdef fo_stats sum_stats(const fo_stats *stats, ptrdiff_t n) noexcept nogil
 cdef uint64_t noise_key(uint64_t seed, uint64_t leaf, uint64_t step) noexcept nogil

@@ -77,6 +77,10 @@ cdef int copy_bytes(const fo_disk *disk, void *to, const void *source, size_t by
     return fo_copy(disk, to, source, bytes)
 
 
+cdef fo_status sum_rows(fo_leaf *leaves, ptrdiff_t n, int threads) noexcept nogil:
+    return fo_sum_rows(leaves, n, threads)
+
+
 cdef size_t scratch_of(const fo_leaf *leaf) noexcept nogil:
     return fo_scratch(leaf)
 
@@ -143,6 +147,45 @@ def total(table):
     all = fo_total(<fo_stats *>view.buf, view.len // sizeof(fo_stats))
     PyBuffer_Release(&view)
     return all
+
+
+# ------------------------------------------------------------------ rows of a gradient
+
+cdef void *address(array) except? NULL:
+    """Where the elements of an array are, which its caller holds."""
+    cdef Py_buffer view
+    PyObject_GetBuffer(array, &view, PyBUF_STRIDES)
+    cdef void *data = view.buf
+    PyBuffer_Release(&view)
+    return data
+
+
+def look_at_rows(indices, int64_t count):
+    """The place of the first index that is no row of so many, or -1; whether they ascend.
+
+    Indices here and below are int64, without gaps.
+    """
+    cdef fo_row_look look
+    cdef ptrdiff_t k = len(indices)
+    cdef const int64_t *first = <const int64_t *>address(indices)
+    with nogil:
+        look = fo_look_at_rows(first, k, count)
+    return look.bad, bool(look.ascends)
+
+
+def sort_rows(indices, int64_t count):
+    """Rows that ascend, where each begins in the third array, and there its places in `indices`."""
+    cdef ptrdiff_t n, k = len(indices)
+    rows, scratch = numpy.empty(k, numpy.int64), numpy.empty(2 * k, numpy.int64)
+    starts, order = numpy.empty(k + 1, numpy.intp), numpy.empty(k, numpy.intp)
+    cdef const int64_t *given = <const int64_t *>address(indices)
+    cdef int64_t *row = <int64_t *>address(rows)
+    cdef int64_t *free = <int64_t *>address(scratch)
+    cdef ptrdiff_t *start = <ptrdiff_t *>address(starts)
+    cdef ptrdiff_t *place = <ptrdiff_t *>address(order)
+    with nogil:
+        n = fo_sort_rows(given, k, count, row, start, place, free)
+    return rows[:n], starts[:n + 1], order
 
 
 # ------------------------------------------------------------------ layout in memory
@@ -300,7 +343,8 @@ def relieve(array):
 # ------------------------------------------------------------------ tables
 
 # by fo_kind; those from "layerwise" on need fo_direct before a step
-KINDS = ("plain", "internal", "layerwise", "counting", "factored", "summing", "matrix")
+KINDS = (
+    "plain", "internal", "rowwise", "layerwise", "counting", "factored", "summing", "matrix")
 
 
 cdef list table():

@@ -165,9 +165,11 @@ def _check_lists(
                 )
 
 
-def _check_parts(rule: Rule, name: str, param: Any, row: list[Any], layout: Any) -> None:
+def _check_parts(
+    rule: Rule, name: str, param: Any, row: list[Any], layout: Any, options: Options
+) -> None:
     """Let a parameter's states be those of its shape."""
-    _storage.check_order(rule, name, param)
+    _storage.check_order(rule, name, param, options)
     for k, (state, shape) in enumerate(zip(rule.states, layout[1], strict=True)):
         plural = f"{state.plural or state.name + 's'}[{name[7:-1]}]"
         if shape is None and row[k] is not None:
@@ -186,9 +188,9 @@ def listed(
     names = [f"params[{i}]" for i in range(len(params))]
     layouts = [rule.layout(np.shape(param), options) for param in params]
     rows = [list(row) for row in zip(*states, strict=True)] or [[]] * len(params)
-    if rule.has_parts:
+    if rule.needs_row_major(options):
         for name, param, row, layout in zip(names, params, rows, layouts, strict=True):
-            _check_parts(rule, name, param, row, layout)
+            _check_parts(rule, name, param, row, layout, options)
     grad_names = [f"grads[{i}]" for i in range(len(params))]
     work = _arrays.ArrayList(rule.row([options]), rule.state_names)
     threads = _threads.get_num_threads()

@@ -56,7 +56,7 @@ def state_format(is_double: bool, size: int, state: State, options: Mapping[str,
     """Return the format in which a state of a parameter is kept."""
     if is_double:
         return "float64"
-    if state.wide:
+    if state.wide or state.is_by_row(options):
         return "float32"
     if options["state_dtype"] == "bfloat16":
         return "bfloat16-stochastic"
@@ -65,10 +65,11 @@ def state_format(is_double: bool, size: int, state: State, options: Mapping[str,
     return "float32"
 
 
-def check_order(rule: Rule, name: str, param: Any) -> None:
-    """Raise ValueError for a parameter in an order in which a rule with factors does not step."""
+def check_order(rule: Rule, name: str, param: Any, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for a parameter in an order in which a rule that keeps rows cannot step."""
     array = param.data if isinstance(param, Stored) else param
-    if rule.has_parts and isinstance(array, np.ndarray) and not array.flags.c_contiguous:
+    is_array = isinstance(array, np.ndarray)
+    if rule.needs_row_major(options) and is_array and not array.flags.c_contiguous:
         raise ValueError(
             f"{name}: strides {array.strides} are not those of row-major order, in which "
             f"{rule.name} takes matrices; pass numpy.ascontiguousarray(...)"
@@ -126,7 +127,7 @@ def allocate(
                 "parameter; its state is float64"
             )
         rule.check_shape(name, array.shape)
-        check_order(rule, name, array)
+        check_order(rule, name, array, options)
         shapes = [state.shape(array.shape, options) for state in rule.states]
         size = array.size if sizes is None else sizes[i]
         formats = [
@@ -158,7 +159,7 @@ def allocate(
         stored.append(checked)
         states.append([None if form is None else _take(form, arrays) for form in formats])
         for state, made in zip(rule.states, states[-1], strict=False):
-            if isinstance(made, np.ndarray) and (state.part or state.every):
+            if isinstance(made, np.ndarray) and (state.part or state.fixed_by):
                 made[...] = 0  # as C does to all others
         average = states[-1][-1]
         if average is not None:

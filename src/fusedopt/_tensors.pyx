@@ -31,7 +31,7 @@ from fusedopt._spans cimport Span, Spans, alias, overlap
 
 import dataclasses
 
-from fusedopt import _check, _options, formats as _formats
+from fusedopt import _check, _options, _rows, formats as _formats
 
 cdef extern from "Python.h":
     ctypedef PyObject *(*PyCFunction)(PyObject *, PyObject *)
@@ -59,6 +59,9 @@ cdef struct LeafRecord:
     int n_arrays               # arrays that steps write
     void *counter              # the number in the tensor that counts, or NULL if torch shall count
     int counter_format
+    fo_rows by_rows            # of a sparse gradient: length > 0
+    ptrdiff_t n_rows, n_values  # how many there are, and elements that are given for them
+    fo_array values
     PyObject *tensors[PLACES]  # held until the step is over, or NULL
 
 cdef struct Asked:
@@ -279,6 +282,8 @@ cdef class TensorList(LeafList):
     cdef ptrdiff_t number     # of the parameter, in all groups
     cdef Py_ssize_t at        # of the entry of the state that is tried first
     cdef bint zeroes          # whether gradients are set to zero
+    cdef bint has_rows        # whether some gradient is sparse
+    cdef bint needs_rows      # whether each must be
     cdef bint has_others      # whether a parameter, with a gradient or not, is of another type
     cdef list capsules        # what must live until the step is over
     cdef list written         # parameters
@@ -396,7 +401,8 @@ cdef class TensorList(LeafList):
             if not self.done and self.n_asked:
                 memset(self.asked, 0, self.n_asked * sizeof(Asked))
             self.done = False
-            self.rule_counts = owner._rule.counts
+            self.rule_counts, self.needs_rows = owner._rule.counts, owner._needs_rows
+            self.has_rows = False
             self.has_others = False
             self.zeroes = options is not None and options.zero_grads
             reduction = stats = fault = None
@@ -410,10 +416,12 @@ cdef class TensorList(LeafList):
                         self.gather(group, params, plan, counted, state, copies)
                 else:
                     self.choose(groups, chosen, counted, state, copies)
-                if self.kind == FO_FACTORED or self.kind == FO_SUMMING:
+                if self.kind in (FO_ROWWISE, FO_FACTORED, FO_SUMMING):
                     for i in range(self.n):  # records have their place in memory now
                         self.join_shape(i)
                 self.check_memory(copies is not None)
+                if self.has_rows or self.kind == FO_ROWWISE:
+                    self.place_rows()
                 if self.elsewhere:
                     owner._check_elsewhere(self.elsewhere, options is not None)
                 self.use_disk(&how)  # that of new state too
@@ -433,6 +441,8 @@ cdef class TensorList(LeafList):
                 owner._step_elsewhere(self.elsewhere)
             if options is not None:
                 verdict = self.run(options, reduction, &how, threads)
+                if self.zeroes and self.has_rows:
+                    self.zero_values()
                 if verdict.skipped:
                     self.write_back()
                     self.mark(self.touched)
@@ -804,8 +814,13 @@ cdef class TensorList(LeafList):
         if result == NOT_PLAIN and self.leave(record):
             return True
         if result == LACKS or result == NOT_PLAIN:
+            self.take_rows(record)
             self.make_extras(record)
             result = self.take(record)
+        if self.needs_rows and record.by_rows.length == 0 and record.tensors[GRAD] != NULL:
+            self.owner._refuse_dense()
+        if result == NOT_PLAIN and record.by_rows.length > 0:
+            self.owner._refuse_strange(record.group, record.i)
         if result == NOT_PLAIN:
             memset(&self.asked[self.number], 0, sizeof(Asked))
             self.put_stand_ins(record)
@@ -817,6 +832,70 @@ cdef class TensorList(LeafList):
             raise SystemError("fusedopt: a stand-in does not fit; please report")
         self.n_arrays += record.n_arrays
         return False
+
+    cdef int take_rows(self, LeafRecord *record) except -1:
+        """Let a leaf be the rows of its gradient, if that is sparse."""
+        cdef fo_rows *by = &record.by_rows
+        grad = held(record, GRAD)
+        if grad is None or not grad.is_sparse:
+            return 0
+        if record.tensors[EMA] != NULL or record.tensors[COPY] != NULL:
+            self.owner._refuse_all_rows(
+                record.group, record.i, "ema" if record.tensors[EMA] != NULL else "copy_out")
+        ordered = self.owner._rows(record.group, record.i, self.zeroes)
+        self.capsules.append(ordered)
+        record.n_values = ordered.values.numel()
+        record.n_rows = len(ordered.rows)
+        by.length = max(record.n_values // max(len(ordered.values), 1), 1)
+        by.rows = <const int64_t *>address(ordered.rows)
+        if ordered.order is not None:
+            by.order = <const ptrdiff_t *>address(ordered.order)
+            by.starts = <const ptrdiff_t *>address(ordered.starts)
+        hold(record, GRAD, ordered.values)
+        record.row_major = self.has_rows = True
+        return 0
+
+    cdef int place_rows(self) except -1:
+        """Let leaves be rows, of sparse gradients or all, once their memory is known to be apart."""
+        cdef ptrdiff_t i, found
+        cdef int place
+        cdef uintptr_t low
+        cdef LeafRecord *record
+        cdef fo_leaf *leaf
+        cdef fo_array *array
+        for i in range(self.n):
+            record, leaf = &self.records[i], &self.leaves[i]
+            if record.by_rows.length == 0:
+                if (self.has_grad(i) and leaf.state[0].data != NULL
+                        and leaf.state[0].map == FO_ROWS and self.kind == FO_ROWWISE):
+                    record.by_rows.length = max(record.shape.columns, 1)
+                    leaf.by_rows = &record.by_rows  # all of them
+                continue
+            for place in range(EMA):
+                array = array_at(leaf, place)
+                if (array.data != NULL and array.format != FO_F32 and array.format != FO_F64
+                        and record.by_rows.length % FO_BLOCK):
+                    _rows.refuse_blocks(
+                        self.grad_name(i), self.name(i, place), record.by_rows.length)
+            low = <uintptr_t>record.values.data
+            found = alias(
+                &self.spans, low,
+                low + record.n_values * FORMATS[<int>record.values.format].size)
+            if found >= 0:
+                _check.alias(
+                    self.grad_name(i),
+                    self.name(self.spans.of[found].leaf, self.spans.of[found].place))
+            leaf.grad, leaf.by_rows = record.values, &record.by_rows
+            leaf.n = record.n_rows * record.by_rows.length if record.n_values else 0
+        return 0
+
+    cdef void zero_values(self) noexcept:
+        cdef ptrdiff_t i
+        cdef fo_array *values
+        for i in range(self.n):
+            values = &self.records[i].values
+            if self.records[i].n_values:
+                memset(values.data, 0, self.records[i].n_values * FORMATS[<int>values.format].size)
 
     cdef int make_extras(self, LeafRecord *record) except -1:
         """Make what the storage of a leaf needs beside its state and is not there."""
@@ -935,6 +1014,14 @@ cdef class TensorList(LeafList):
                     if not self.point_part(record, place, &t, &param, strange):
                         return NOT_PLAIN
                     continue
+                if place == GRAD and record.by_rows.length > 0:
+                    format = self.format_of(place, &t)
+                    if format < 0 or not is_row_major(&other):
+                        return NOT_PLAIN
+                    record.values = fo_array(
+                        data=<char *>t.data + t.byte_offset, extra=NULL, format=<fo_format>format,
+                        map=FO_EACH)
+                    continue
                 if not same_shape(&other, &param):
                     return NOT_PLAIN
             if not same_order(&other, &param):
@@ -983,7 +1070,14 @@ cdef class TensorList(LeafList):
         cdef Axes axes = axes_of(t)
         cdef int format = dtype_of(t), k
         shape.every, shape.matrices = self.plan.every, 1
-        if param.ndim > 1:
+        if self.kind == FO_ROWWISE:
+            shape.rows, shape.columns = 1, 1
+            for k in range(param.ndim):
+                if k == 0:
+                    shape.rows = param.shape[0]
+                else:
+                    shape.columns *= param.shape[k]
+        elif param.ndim > 1:
             shape.rows, shape.columns = param.shape[param.ndim - 2], param.shape[param.ndim - 1]
             for k in range(param.ndim - 2):
                 shape.matrices *= param.shape[k]
@@ -993,7 +1087,10 @@ cdef class TensorList(LeafList):
                 or axes.ndim != (1 if array.map == FO_EVERY else param.ndim)):
             return False
         for k in range(axes.ndim):
-            if array.map != FO_EVERY and axes.shape[k] != param.shape[k] and (
+            if self.kind == FO_ROWWISE:
+                if axes.shape[k] != (1 if k > 0 else param.shape[0]):
+                    return False
+            elif array.map != FO_EVERY and axes.shape[k] != param.shape[k] and (
                     axes.shape[k] != 1 or k != param.ndim - (1 if array.map == FO_ROWS else 2)):
                 return False
         array.data = <char *>t.data + t.byte_offset

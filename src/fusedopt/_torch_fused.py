@@ -14,9 +14,11 @@ import torch
 from fusedopt import _check, _copies, _options, _tensors, _threads
 from fusedopt import _torch_plain as _plain
 from fusedopt import _torch_ranks as _ranks
+from fusedopt import _torch_rows as _sparse
 from fusedopt._disk import Disk
 from fusedopt._ieee import ieee
 from fusedopt._options import Reduction, StepOptions, StepResult
+from fusedopt._rows import ALL, LAZY, TOUCHED, Ordered
 from fusedopt._storage import MASTERS
 from fusedopt._torch_state import OWN, StateKeeper, copier, residual_dtype
 from fusedopt.optim import adam as _adam
@@ -65,6 +67,7 @@ class Fused(StateKeeper):
     _threads: int | None = None
     _groups: dict[int, _Group]  # by number
     _process_group: Any = None
+    _is_lazy = _needs_rows = False  # of a class for sparse gradients: see `SparseAdam`
     _has_new_options = True  # of a group, for `Rule.row`
     _advanced: Sequence[Options] = ()  # of the groups, in this step
     _own_step: tuple[dict[str, Any], StepOptions | None] = {}, None  # of `defaults`, checked
@@ -555,6 +558,36 @@ class Fused(StateKeeper):
         if getattr(step, "hooked", False):  # by torch, for hooks, which are of the whole step
             step = step.__wrapped__
         step(twin)
+
+    def _rows(self, group: int, i: int, zeroes: bool) -> Ordered:
+        """Return the rows of a sparse gradient; refuse it if the rule does not step rows alone."""
+        name, options = self._name(group, i), self._groups[group].options
+        by_rows = self._rule.by_rows
+        way = "" if by_rows is None else by_rows(options)
+        if way == ALL:
+            raise ValueError(
+                f"{name}.grad: is sparse, and these options step all rows (momentum, or decay of "
+                "the weights); set p.grad = p.grad.to_dense(), or lazy=True where there is that"
+            )
+        if way != TOUCHED and not (way == LAZY and self._is_lazy):
+            raise TypeError(
+                f"{name}.grad: is a sparse tensor, and {type(self).__name__} steps all rows; use "
+                "SparseAdam, or make it dense, e.g. Embedding(sparse=False)"
+            )
+        param = self.param_groups[group]["params"][i]
+        return _sparse.in_order(name, param, param.grad, zeroes)
+
+    def _refuse_all_rows(self, group: int, i: int, option: str) -> NoReturn:
+        raise ValueError(
+            f"{self._name(group, i)}.grad: is sparse, and {option} is of all rows; make it dense, "
+            f"or leave {option} out"
+        )
+
+    def _refuse_strange(self, group: int, i: int) -> NoReturn:
+        raise ValueError(
+            f"{self._name(group, i)}.grad: is sparse, which needs parameter and state to be plain "
+            "tensors; make it dense"
+        )
 
     def _refuse_both(self, group: int, i: int, state: str) -> NoReturn:
         raise ValueError(f"{self._name(group, i)}: {_plain.both(state)}")

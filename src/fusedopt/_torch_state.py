@@ -382,10 +382,11 @@ class StateKeeper:
             self._count(group, i, step)
             own["step"] = step.to(param.device)
         shapes = self._shapes(group, param)
+        options = {**self._rule.defaults, **self.param_groups[group]}
         for state in self._rule.states:
             if _has(saved, state.name):
                 dtype, shape = self._state_dtype(group, param, state), shapes[state.name]
-                if state.every or state.part:
+                if state.every or state.part or state.is_by_row(options):
                     own.update(_plain.part(name, param, state.name, saved, dtype, shape))
                     continue
                 own.update(_plain.stored(name, param, state.name, state.squared, saved, dtype))
@@ -400,7 +401,6 @@ class StateKeeper:
         ours = {"step", "ema", "residual"}
         ours.update(s + end for s in self._rule.state_names for end in _ENDS)
         own.update({key: value for key, value in saved.items() if key not in ours})
-        options = {**self._rule.defaults, **self.param_groups[group]}
         used = [
             name
             for _, name, *_ in self._states(self._rule.uses(options), False)

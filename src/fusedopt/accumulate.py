@@ -99,7 +99,7 @@ class GradAccumulator:
         flat: list[Array | None] = []
         self._read("grads", grads, flat)
         self._work.step(
-            lambda flat: (flat, [(_ADD_PLAN, 0, None)]), flat, _threads.get_num_threads(), how
+            lambda flat: (flat, [(_ADD_PLAN, 0, None, "")]), flat, _threads.get_num_threads(), how
         )
 
     @property

@@ -36,6 +36,7 @@ from fusedopt._check import Array
 from fusedopt._comms import MPI, Held, TorchDistributed, agree, comm_of
 from fusedopt._options import Reduction, StepResult
 from fusedopt._parts import Comm
+from fusedopt._rows import Rows
 from fusedopt.accumulate import GradAccumulator
 from fusedopt.formats import Stored, flat, memory_order
 from fusedopt.optimizer import Optimizer
@@ -268,7 +269,12 @@ class Sharded:
             how = _options.step_options(given)
             whole = inner._flatten(grads, "grads")
             copies = None if copy_out is None else inner._flatten(copy_out, "copy_out")
-            self._whole.check(whole, how, copies)
+            for name, grad in zip(self._whole.grad_names, whole, strict=True):
+                if isinstance(grad, Rows):
+                    raise TypeError(
+                        f"{name}: Sharded adds arrays over ranks; pass an array, not Rows"
+                    )
+            self._whole.check(whole, None, how, copies)
             taken = [
                 None if grad is None else _check.gradient(name, grad, param)
                 for name, grad, param in zip(
@@ -438,7 +444,9 @@ class Sharded:
             If it does not fit, on any rank; nothing has changed.
         """
         with self._whole, self._holding() as held:
-            self._load(lambda: [_shards.whole_source(state_dict, self._named_params())], convert, held)
+            self._load(
+                lambda: [_shards.whole_source(state_dict, self._named_params())], convert, held
+            )
 
     def _named_params(self) -> dict[str, Array]:
         return dict(zip(self._whole.names, self._params, strict=True))
@@ -544,7 +552,6 @@ class Sharded:
         OSError, ValueError
             Naming the file, if it is not there, damaged, or does not fit; nothing has changed.
         """
-
         _check.optional(_check.flag)("params", params)
 
         def read() -> list[_shards.Source]:

@@ -316,7 +316,8 @@ class Optimizer:
         Parameters
         ----------
         grads : array or nesting of arrays, or GradAccumulator
-            Nested as `params` were, float32, float64, float16 or bfloat16 in the parameter's shape.
+            Nested as `params` were, float32, float64, float16 or bfloat16 in the parameter's shape;
+            or `Rows`, if only some rows of a parameter have a gradient and the rule takes that.
             None in the place of a leaf (or of a whole part) leaves it out: neither it nor its state
             or step count changes. With groups, a list with one entry for each. A gradient in
             another memory order than its parameter is copied first. The gradients themselves are

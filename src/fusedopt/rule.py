@@ -18,7 +18,7 @@ from fusedopt import _check
 Options = dict[str, Any]
 Check = Callable[[str, Any], Any]
 Constants = Callable[..., dict[str, float]]  # (step, count=None) -> by name
-Plan = tuple[Constants, int, Callable[[Any], None] | None]  # see `Rule.plan`
+Plan = tuple[Constants, int, Callable[[Any], None] | None, str]  # see `Rule.plan`
 # of each state its fo_map (csrc/fusedopt.h) and its shape or None; the members of fo_shape
 Layout = tuple[tuple[int, ...], tuple[tuple[int, ...] | None, ...], tuple[int, ...]]
 
@@ -75,6 +75,9 @@ class State:
     every : str
         Name of an option with a number k, which cannot change later: if it is above 1, a flat array
         of the parameter's elements 0, k, 2 * k, ..., in the order of memory. Such a state is wide.
+    by_row : str
+        Name of an option which, if it is set, lets the state be one number for each row, along the
+        first axis: all other axes have length 1. It cannot change later. Such a state is wide.
     """
 
     name: str
@@ -86,6 +89,12 @@ class State:
     wide: bool = False
     part: str = ""
     every: str = ""
+    by_row: str = ""
+
+    @property
+    def fixed_by(self) -> str:
+        """The option that its shape depends on, if there is one."""
+        return self.every or self.by_row
 
     def shape(self, shape: tuple[int, ...], options: Mapping[str, Any]) -> tuple[int, ...] | None:
         """Return its shape for a parameter of a shape; None if it is not kept for that."""
@@ -97,7 +106,13 @@ class State:
             return (*shape[:-2], 1, shape[-1])
         if self.every and options[self.every] > 1:
             return (-(-prod(shape) // int(options[self.every])),)
+        if self.is_by_row(options):
+            return (*shape[:1], *(1 for _ in shape[1:]))
         return shape
+
+    def is_by_row(self, options: Mapping[str, Any]) -> bool:
+        """Whether it is one number for each row."""
+        return bool(self.by_row and options.get(self.by_row))
 
     def first(self, options: Mapping[str, Any]) -> float | None:
         """Return the initial value of every element; None if it is the parameter's."""
@@ -255,6 +270,10 @@ class Rule:
         step, and may raise; its bits are not promised.
     demand_shape : callable(where, shape), optional
         Raises ValueError for a parameter of a shape that is not allowed.
+    by_rows : callable(options) -> str, optional
+        How a step goes by a gradient of some rows, `fusedopt.Rows`: `_rows.TOUCHED`, it steps those
+        alone, as the others stay by a gradient of 0, or shall; `_rows.LAZY`, alone too, though a
+        gradient of 0 would move the others; `_rows.ALL`, all. Empty: refused, as without this.
     """
 
     name: str
@@ -274,6 +293,7 @@ class Rule:
     ignored: tuple[Option, ...] = ()
     outside: Callable[[Any, Options], None] | None = None
     demand_shape: Callable[[str, Sequence[int]], None] | None = None
+    by_rows: Callable[[Options], str] | None = None
 
     @cached_property
     def checks(self) -> dict[str, Check]:
@@ -322,11 +342,19 @@ class Rule:
     @cached_property
     def fixed(self) -> tuple[str, ...]:
         """Its options that cannot change once the arrays are made."""
-        return tuple(dict.fromkeys(state.every for state in self.states if state.every))
+        return tuple(dict.fromkeys(state.fixed_by for state in self.states if state.fixed_by))
+
+    def needs_row_major(self, options: Mapping[str, Any]) -> bool:
+        """Whether state of a parameter is of its rows, which must follow one another in memory."""
+        return self.has_parts or any(state.is_by_row(options) for state in self.states)
 
     def layout(self, shape: tuple[int, ...], options: Mapping[str, Any]) -> Layout | None:
         """Return how states of a parameter of a shape lie, where some do not lie as it does."""
-        every = int(options[self.fixed[0]]) if self.fixed else 1
+        if any(state.is_by_row(options) for state in self.states):
+            maps = tuple(2 * state.is_by_row(options) for state in self.states)
+            shapes = tuple(state.shape(shape, options) for state in self.states)
+            return maps, shapes, (1, 1, prod(shape[:1]), prod(shape[1:]))
+        every = next((int(options[state.every]) for state in self.states if state.every), 1)
         if every == 1 and not self.has_parts:
             return None
         parts = {"rows": 2, "columns": 3}
@@ -428,12 +456,14 @@ class Rule:
     def plan(self, options: Options) -> Plan:
         """Return what steps with these options are made of.
 
-        That is their constants, see `at`, the seed of the noise, and what replaces a direction.
+        That is their constants, see `at`, the seed of the noise, what replaces a direction, and how
+        a step goes by rows.
         """
+        rows = "" if self.by_rows is None else self.by_rows(options)
         if self.outside is None:
-            return self.at(options), options["seed"], None
+            return self.at(options), options["seed"], None, rows
         outside = self.outside
-        return self.at(options), options["seed"], lambda direction: outside(direction, options)
+        return self.at(options), options["seed"], lambda direction: outside(direction, options), ""
 
     def at(self, options: Options) -> Constants:
         """Return the constants of steps with these options: the rule's and what all rules have.

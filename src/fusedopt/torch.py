@@ -34,7 +34,9 @@ import fusedopt
 from fusedopt._torch_average import Averaging
 from fusedopt._torch_fused import Fused, plain_base
 from fusedopt._torch_tune import range_test as range_test
+from fusedopt.optim.adam import SPARSE_ADAM
 from fusedopt.optimizer import Optimizer
+from fusedopt.rule import Rule
 
 _DOC = """{first}
 
@@ -152,17 +154,20 @@ others as they were"""
 
 def _torch_class(fast: type[Optimizer]) -> type[Any]:
     """Return the class of an optimizer for torch: its namesake's, with our step."""
-    name = fast.__name__
+    return _class_of(fast.__name__, fast.rule)
+
+
+def _class_of(name: str, rule: Rule) -> type[Any]:
     peer = getattr(torch.optim, name, None)
-    base = peer or plain_base(fast.rule)
-    rows = [row for row in fast.rule.options if row.term != "l1"]  # which is of no torch optimizer
+    base = peer or plain_base(rule)
+    rows = [row for row in rule.options if row.term != "l1"]  # which is of no torch optimizer
     known = inspect.signature(base).parameters
     extras = {row.name: row for row in rows if row.name not in known}
     names = ", ".join(row.name for row in rows if row.name in known)
-    ignored = [row.name for row in fast.rule.ignored]
-    agreement = _WHOLE if fast.rule.needs_whole else ""
+    ignored = [row.name for row in rule.ignored]
+    agreement = _WHOLE if rule.needs_whole else ""
     agreement += _AGREEMENT if peer else ""
-    if numbers := ", ".join(name for name, _ in fast.rule.numbers):
+    if numbers := ", ".join(name for name, _ in rule.numbers):
         agreement += f";\n{numbers} of a parameter is noted in its state when a state dict is made"
     doc = _DOC.format(
         first=f"`{'torch.optim' if peer else 'fusedopt'}.{name}` for CPU tensors, all of them "
@@ -173,22 +178,59 @@ def _torch_class(fast: type[Optimizer]) -> type[Any]:
         function=name.lower(),
         agreement=agreement,
         others=" or, where torch steps them, elsewhere" if peer else "",
-        bits=(_BITS if fast.rule.outside is None else _OUTSIDE).format(
+        bits=(_BITS if rule.outside is None else _OUTSIDE).format(
             function=name.lower(), near=_NEAR if peer else ""
         ),
-        modes=_MODES.rstrip() if fast.rule.average else "",
+        modes=_MODES.rstrip() if rule.average else "",
     )
     body = {
-        "__module__": __name__, "__qualname__": name, "__doc__": doc, "_rule": fast.rule,
+        "__module__": __name__, "__qualname__": name, "__doc__": doc, "_rule": rule,
         "_is_torchs": peer is not None, "_extras": extras,
     }  # fmt: skip
-    ours = (Averaging, Fused) if fast.rule.average else (Fused,)
+    ours = (Averaging, Fused) if rule.average else (Fused,)
     return type(name, (*ours, base), body)
 
 
 _CLASSES = [cls for cls in vars(fusedopt).values() if hasattr(cls, "rule")]
 __all__ = [cls.__name__ for cls in _CLASSES]
 globals().update({cls.__name__: _torch_class(cls) for cls in _CLASSES})
+
+
+class SparseAdam(_class_of("SparseAdam", SPARSE_ADAM)):  # type: ignore[misc]
+    """`torch.optim.SparseAdam` for CPU tensors: Adam on the rows that have a gradient.
+
+    All gradients are sparse, as of ``Embedding(sparse=True)``; indices may come in any order
+    and more than once. A step costs what these rows cost, one call for all tables.
+
+    Parameters
+    ----------
+    params, lr, betas, eps, maximize
+        As for `torch.optim.SparseAdam`.
+    **options
+        As for `Adam`, from `state_dtype` to `threads`, but `ema`. Narrow state needs rows of a
+        multiple of 64 elements; norms and statistics are of the rows that have a gradient.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As torch does, and for `ema`, which would average all rows, in the first step.
+    RuntimeError
+        From `step`, as torch does, for a dense gradient; nothing has been written.
+
+    Notes
+    -----
+    Results are the bits of `fusedopt.reference.Adam` with ``eps_hat=True`` and `fusedopt.Rows`,
+    within a few units in the last place of torch's. State and ``state_dict`` load into either; a
+    step is counted in a tensor, where torch has an int.
+    """
+
+    _is_lazy = _needs_rows = True
+
+    @staticmethod
+    def _refuse_dense() -> None:
+        raise RuntimeError(
+            "SparseAdam does not support dense gradients, please consider Adam instead"
+        )
 
 
 def __getattr__(name: str) -> type[Any]:

@@ -6,6 +6,7 @@ from typing import Any, Unpack
 
 from fusedopt import _check
 from fusedopt._functional import function
+from fusedopt._rows import ALL, TOUCHED
 from fusedopt.optimizer import Optimizer
 from fusedopt.rule import EPS_IN_SQRT, MAXIMIZE, Common, Option, Rule, State
 
@@ -19,13 +20,17 @@ RULE = Rule(
         Option("eps", 1e-10, _check.nonnegative),
         MAXIMIZE,
         EPS_IN_SQRT,
+        Option("rowwise", False, _check.flag),
     ),
-    states=(State("sum", squared=True, init="initial_accumulator_value"),),
+    states=(State("sum", squared=True, init="initial_accumulator_value", by_row="rowwise"),),
     constants=lambda step, o: {
         "step_size": o["lr"] / (1 + (step - 1) * o["lr_decay"]),
         "eps": o["eps"],
         "inside": float(o["eps_in_sqrt"]),
+        "rowwise": float(o.get("rowwise", False)),
     },
+    variant=("rowwise", "rowwise_adagrad"),
+    by_rows=lambda o: ALL if o["weight_decay"] else TOUCHED,
 )
 
 
@@ -53,6 +58,10 @@ class Adagrad(Optimizer):
         Step along the gradient, not against it.
     eps_in_sqrt : bool, default False
         Add `eps` to ``sum``, not to its root, as Keras does.
+    rowwise : bool, default False
+        Keep one number for each row, along the first axis, in the place of one for each element:
+        ``sum = sum + mean(g**2)``, the mean over the row [2]_. It is in float32, or float64 of
+        float64 parameters, whatever `state_dtype` is, and cannot change later.
     **common
         How arrays are stored, a running average of the parameters, threads; see `Optimizer`.
 
@@ -74,6 +83,8 @@ class Adagrad(Optimizer):
     ----------
     .. [1] Duchi, Hazan & Singer, JMLR 12 (2011), with diagonal matrices; as torch.optim.Adagrad
        2.13.
+    .. [2] EXACT_ROWWISE_ADAGRAD of FBGEMM 1.2, and RowWiseAdagrad of TorchRec 1.1: of matrices. In
+       FBGEMM the rate is divided by the root first, which rounds otherwise.
 
     Examples
     --------
@@ -99,13 +110,14 @@ class Adagrad(Optimizer):
         *,
         maximize: bool = False,
         eps_in_sqrt: bool = False,
+        rowwise: bool = False,
         **common: Unpack[Common],
     ) -> None:
         """See the class."""
         super().__init__(
             params, lr=lr, lr_decay=lr_decay, weight_decay=weight_decay,
             initial_accumulator_value=initial_accumulator_value, eps=eps, maximize=maximize,
-            eps_in_sqrt=eps_in_sqrt, **common,
+            eps_in_sqrt=eps_in_sqrt, rowwise=rowwise, **common,
         )  # fmt: skip
 
 

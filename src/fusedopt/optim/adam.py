@@ -7,6 +7,7 @@ from typing import Any, Unpack
 
 from fusedopt import _check
 from fusedopt._functional import function
+from fusedopt._rows import LAZY
 from fusedopt.optimizer import Optimizer
 from fusedopt.rule import CAUTIOUS, L1, MAXIMIZE, Common, Option, Options, Rule, State
 
@@ -62,6 +63,7 @@ ADAM = Rule(
     ),
     states=_STATES,
     constants=_constants,
+    by_rows=lambda o: LAZY,
 )
 ADAMW = Rule(
     name="adam",
@@ -82,6 +84,16 @@ ADAMW = Rule(
         }
     ),
     variant=("cautious", "cautious_adam"),
+    by_rows=lambda o: LAZY,
+)
+
+
+SPARSE_ADAM = Rule(  # torch's, which is Adam's step of some rows: the class is fusedopt.torch's
+    name="adam",
+    options=(*_OPTIONS, MAXIMIZE),
+    states=_STATES[:2],
+    constants=lambda step, o: _constants(step, o | {"bias_correction": True, "eps_hat": True}),
+    by_rows=lambda o: LAZY,
 )
 
 

@@ -6,6 +6,7 @@ from typing import Any, Unpack
 
 from fusedopt import _check
 from fusedopt._functional import function
+from fusedopt._rows import ALL, TOUCHED
 from fusedopt.optimizer import Optimizer
 from fusedopt.rule import L1, MAXIMIZE, Common, Option, Options, Rule, State
 
@@ -13,6 +14,11 @@ from fusedopt.rule import L1, MAXIMIZE, Common, Option, Options, Rule, State
 def _demand(where: str, options: Options) -> None:
     if options["nesterov"] and (options["momentum"] == 0 or options["dampening"] != 0):
         raise ValueError(f"{where}nesterov: needs momentum > 0 and dampening == 0")
+
+
+def _by_rows(options: Options) -> str:
+    moves = options["momentum"] or options["weight_decay"] or options.get("l1")
+    return ALL if moves and not options.get("lazy") else TOUCHED
 
 
 RULE = Rule(
@@ -25,6 +31,7 @@ RULE = Rule(
         Option("nesterov", False, _check.flag),
         L1,
         MAXIMIZE,
+        Option("lazy", False, _check.flag),
     ),
     states=(State("momentum_buffer", needs="momentum"),),
     constants=lambda step, o: {
@@ -36,6 +43,7 @@ RULE = Rule(
     },
     demand=_demand,
     counts=False,
+    by_rows=_by_rows,
 )
 
 
@@ -61,6 +69,10 @@ class SGD(Optimizer):
         L1 penalty, >= 0: ``l1 * sign(param)`` is added to the gradient.
     maximize : bool, default False
         Step along the gradient, not against it.
+    lazy : bool, default False
+        Of a gradient that is `fusedopt.Rows`: leave rows without a gradient as they are, and their
+        momentum. By default momentum, weight decay and L1 are exact: with any of them such a
+        gradient takes as long, and as much memory, as one of all rows.
     **common
         How arrays are stored, a running average of the parameters, threads; see `Optimizer`.
 
@@ -104,12 +116,13 @@ class SGD(Optimizer):
         *,
         l1: float = 0.0,
         maximize: bool = False,
+        lazy: bool = False,
         **common: Unpack[Common],
     ) -> None:
         """See the class."""
         super().__init__(
             params, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
-            nesterov=nesterov, l1=l1, maximize=maximize, **common,
+            nesterov=nesterov, l1=l1, maximize=maximize, lazy=lazy, **common,
         )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from math import prod
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
@@ -15,6 +16,7 @@ from fusedopt._check import Array
 from fusedopt._functional import Step, function, listed, remembered
 from fusedopt._ieee import ieee
 from fusedopt._options import LEAF, PLAIN, Reduction, StepOptions, StepResult, StepStats
+from fusedopt._rows import ALL, Ordered, Rows, compute_type, dense, in_order_plainly
 from fusedopt.formats import BLOCK, Stored, flat
 from fusedopt.optimizer import Optimizer
 from fusedopt.rule import Options, Rule
@@ -57,7 +59,7 @@ def leaf(
     rule: Rule,
     update: Callable[..., None],
     param: Array | Stored,
-    grad: Array,
+    grad: Array | Ordered,
     states: Sequence[Array | Stored | None],
     *,
     number: int,
@@ -74,10 +76,19 @@ def leaf(
     Applies the step options too; returns the step's sums, 0 unless they are asked for.
     """
     hyper = rule.at(options)(step)
-    arrays: list[Array | Stored | None] = [param, *states]
-    for i, array in enumerate(arrays):  # a bare 16-bit array is one with rounding
-        if isinstance(array, np.ndarray) and array.dtype.itemsize == 2:
-            arrays[i] = _check.parameter("array", array)
+    arrays: list[Array | Stored | None] = [_rounded(array) for array in (param, *states)]
+    if isinstance(grad, Ordered):
+        assert ema is copy is None
+        compact = [_gathered(array, grad.rows) for array in arrays]
+        gathered, *its = compact
+        assert gathered is not None
+        result = leaf(
+            rule, update, gathered, grad.values, its, number=number, step=step,
+            options=options, scale=scale, how=how,
+        )  # fmt: skip
+        for slot, pair in enumerate(zip(arrays, compact, strict=True)):
+            _scatter(*pair, grad.rows, formats.key(options["seed"], number, step, slot))
+        return result
     values = [array.decode() if isinstance(array, Stored) else array for array in arrays]
     p, *tensors = values
     assert p is not None
@@ -98,6 +109,49 @@ def leaf(
             assert value is not None
             formats.encode(array, flat(value), formats.key(options["seed"], number, step, slot))
     return (0.0, 0.0, 0.0) if before is None else step_sums(p, p - before)
+
+
+def _rounded(array: Array | Stored | None) -> Array | Stored | None:
+    """Return a bare 16-bit array as one that is rounded stochastically."""
+    if isinstance(array, np.ndarray) and array.dtype.itemsize == 2:
+        return _check.parameter("array", array)
+    return array
+
+
+def in_order(rule: Rule, grad: Any, param: Array, options: Options) -> Any:
+    """Return the rows of a gradient in order, each once; an array where the rule steps all rows."""
+    if not isinstance(grad, Rows):
+        return grad
+    assert rule.by_rows is not None
+    ordered = in_order_plainly("gradient", grad, param)
+    return ordered if rule.by_rows(options) != ALL else dense(*ordered[:2], param)
+
+
+def _size(grad: Array | Ordered | None) -> int:
+    """Return the number of elements of a gradient."""
+    return 0 if grad is None else (grad.values if isinstance(grad, Ordered) else grad).size
+
+
+def _gathered(array: Array | Stored | None, rows: Array) -> Array | None:
+    """Return some rows of an array as numbers to compute with."""
+    if isinstance(array, Stored):
+        array = array.decode()
+    return None if array is None else array[rows]
+
+
+def _scatter(array: Array | Stored | None, values: Any, rows: Array, key: int) -> None:
+    """Write some rows of an array, and nothing else."""
+    if array is None:
+        return
+    if not isinstance(array, Stored):
+        array[rows] = values
+        return
+    whole, twin = array.decode(), _twin(array)
+    assert isinstance(twin, Stored)
+    whole[rows] = values
+    formats.encode(twin, flat(whole), key)
+    for part, written in zip(array.parts(), twin.parts(), strict=True):
+        part.reshape(len(array.data), -1)[rows] = written.reshape(len(array.data), -1)[rows]
 
 
 def _sums(p: Array, direction: Array) -> tuple[float, float]:
@@ -196,6 +250,13 @@ def row_squares(x: Array) -> Array:
     for start in range(0, x.shape[-1], _PART_COLUMNS):
         total = total + in_lanes(x[..., start : start + _PART_COLUMNS].astype(np.float64) ** 2)
     return total
+
+
+def row_means(x: Array, shape: tuple[int, ...]) -> Array:
+    """Return the means of squares over all axes but the first, in `shape`."""
+    length = prod(x.shape[1:])
+    sums = in_lanes(x.reshape(-1, max(length, 1)).astype(np.float64) ** 2) / max(length, 1)
+    return sums.astype(x.dtype).reshape(shape)
 
 
 def column_squares(x: Array) -> Array:
@@ -314,12 +375,13 @@ class Plain(Optimizer):
         reduction: Reduction | None,
         source: ArrayList | None,
     ) -> StepResult:
-        work, (flat_grads, _) = self._work, self._prepare(grads)
+        work, (given, plans) = self._work, self._prepare(grads)
         by_group = [group.options for group in self._groups]
         by_leaf = self._by_leaf(self._advanced if self.rule.remembers else by_group)
-        work.check(flat_grads, how, copies)
+        work.check(given, plans, how, copies)
+        flat_grads = [self._in_order(i, grad, by_leaf[i]) for i, grad in enumerate(given)]
         table = np.zeros(len(work), _core.STATS)
-        sizes = np.array([0 if g is None else g.size for g in flat_grads])
+        sizes = np.array([_size(grad) for grad in flat_grads])
         knows = source is not None and source.knows(flat_grads) and reduction is None
         measured = how.must_measure or knows
         if measured or how.measure == LEAF:
@@ -355,9 +417,10 @@ class Plain(Optimizer):
                 self._copy(i, copy)
                 continue
             table[_STEP][i] = self._step_leaf(i, grad, by_leaf[i], scales[i], how, copy, sums[i])
-        for grad in flat_grads if how.zero_grads else ():
+        for grad in given if how.zero_grads else ():
             if grad is not None:
-                grad[...] = 0
+                values = grad.values if isinstance(grad, Rows) else grad
+                values[...] = 0
         if source is not None:
             source.forget()
         if verdict.skipped:
@@ -384,11 +447,15 @@ class Plain(Optimizer):
         pairs = zip(by_group, self._groups, strict=True)
         return [options for options, group in pairs for _ in group.leaves]
 
-    def _grad_sums(self, number: int, grad: Array) -> GradSums:
+    def _in_order(self, number: int, grad: Any, options: Options) -> Any:
+        return in_order(self.rule, grad, self._work.params[number], options)
+
+    def _grad_sums(self, number: int, grad: Array | Ordered) -> GradSums:
         param = self._work.params[number]
-        compute = np.float64 if param.dtype == np.float64 else np.float32
-        laid = _check.gradient("gradient", grad, param)
-        return grad_sums(laid.astype(compute, copy=False))
+        laid = (
+            grad.values if isinstance(grad, Ordered) else _check.gradient("gradient", grad, param)
+        )
+        return grad_sums(laid.astype(compute_type(param), copy=False))
 
     def _copy(self, number: int, copy: Array | None) -> None:
         if copy is not None:
@@ -398,7 +465,7 @@ class Plain(Optimizer):
     def _step_leaf(
         self,
         number: int,
-        grad: Array,
+        grad: Array | Ordered,
         options: Options,
         scale: float,
         how: StepOptions,
@@ -464,7 +531,12 @@ def reference(fast: type[Optimizer], update: Callable[..., None]) -> tuple[type[
     """
 
     def take(rule: Rule, params: Any, grads: Any, states: Any, step: int, options: Options) -> Any:
-        listed(rule, params, states, step, options).check(list(grads), PLAIN, None)
+        work = listed(rule, params, states, step, options)
+        work.check(list(grads), [rule.plan(options)], PLAIN, None)
+        grads = [
+            in_order(rule, grad, param, options)
+            for grad, param in zip(grads, work.params, strict=True)
+        ]
         rows = list(enumerate(zip(params, grads, *states, strict=True)))
         if rule.share is not None:
             options = rule.share([options])[0]
