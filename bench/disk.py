@@ -101,7 +101,8 @@ def main() -> None:
         "",
         f"`python bench/disk.py {' '.join(sys.argv[1:])}`: Adam in float32, {n:,} elements, "
         f"{size / 2**30:.2f} GiB of state; {platform.machine()}, {platform.system()} "
-        f"{platform.release()}, {threads} threads and one more for the disk, {args.rounds} rounds.",
+        f"{platform.release()}, {threads} threads and one more for the disk, {args.rounds} rounds; "
+        f"a load of {os.getloadavg()[0]:.1f} in the last minute, with other processes.",
         "",
         "| | median | from | to |",
         "|---|---|---|---|",

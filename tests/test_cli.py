@@ -255,7 +255,7 @@ def test_damaged_checkpoints(folder, capsys):
     from fusedopt import _checkpoint
 
     words, arrays, meta = resumable(folder)
-    name = "model/params['dense1']['b']"
+    name = "params['dense1']['b']"
     for changes, altered in [
         ({"epoch": "2"}, {}),
         ({"epoch": 1.0}, {}),

@@ -65,7 +65,7 @@ def test_is_torchs_class(name):
     assert opt.defaults == peer([leaf(*shape)]).defaults
     own = [*cls._extras, *(option.name for option in COMMON)]
     own += [name for name in STEP_OPTIONS if name != "grad_scale"]
-    own += ["process_group", "state_dict_dtype", "threads"]
+    own += ["process_group", "state_dict_dtype", "threads", "state_dir"]
     assert list(inspect.signature(cls).parameters) == [*inspect.signature(peer).parameters, *own]
 
 

@@ -291,9 +291,8 @@ def shown(opt: Any) -> AbstractContextManager[None]:
 
 def save(path: Path, state: Run, opt: Any, data: Data, o: argparse.Namespace) -> None:
     """Write one file with the parameters, the optimizer and the history."""
-    arrays, meta = _checkpoint.pack(opt.state_dict())
-    arrays = {f"optimizer/{name}": array for name, array in arrays.items()}
-    arrays |= {f"model/{name}": array for name, array in _tree.leaves("params", state.params)}
+    leaves = dict(_tree.leaves("params", state.params))
+    arrays, meta = _checkpoint.pack(opt.state_dict(), leaves)
     fixed = {name: getattr(o, name) for name in FIXED}
     _checkpoint.write(path, arrays, {
         "train": fixed, "data": data.digest, "epoch": state.epoch, "epochs": o.epochs,
@@ -307,8 +306,8 @@ def resume(path: Path, state: Run, opt: Any, data: Data, o: argparse.Namespace) 
     try:
         fixed, history = meta["train"], meta["history"]
         epoch, epochs, digest = meta["epoch"], meta["epochs"], meta["data"]
-        saved = {name.partition("/")[2]: a for name, a in arrays.items() if name[:6] == "model/"}
-        inner = {name.partition("/")[2]: a for name, a in arrays.items() if name[:6] == "optimi"}
+        inner = _checkpoint.unpack(arrays, meta["optimizer"])
+        saved = inner.pop("params")
         differing = [
             f"--{n.replace('_', '-')} {fixed[n]}" for n in FIXED if fixed[n] != getattr(o, n)
         ]
@@ -328,7 +327,7 @@ def resume(path: Path, state: Run, opt: Any, data: Data, o: argparse.Namespace) 
             raise ValueError("its history is damaged")
         if type(epoch) is not int or not 0 <= epoch <= epochs:
             raise ValueError(f"its epoch is {epoch!r} of {epochs!r}")
-        opt.load_state_dict(_checkpoint.unpack(inner, meta["optimizer"]))
+        opt.load_state_dict(inner)
     except (KeyError, TypeError, AttributeError, ValueError) as exc:
         raise ValueError(f"{path}: not a checkpoint that this run can continue: {exc}") from exc
     for name, array in saved.items():
