@@ -11,7 +11,7 @@ import pytest
 from cases import DTYPES, assert_same, isa, threads, values
 
 import fusedopt
-from fusedopt import Rows, _core, reference
+from fusedopt import Rows, _core, _disk, reference
 
 RULES = {  # class, options
     "sgd": ("SGD", {}),
