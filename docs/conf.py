@@ -1,7 +1,7 @@
-"""The documentation site: `sphinx-build -W -n docs FOLDER`, with `pip install ".[docs]"` and torch.
+"""The documentation site: `sphinx-build -W docs FOLDER`, with `pip install ".[docs]"`.
 
-Pages are Markdown (MyST). The reference comes from the docstrings of the installed package; pages of
-measurements include the recorded ones in bench/results.
+Pages are Markdown (MyST). The reference comes from the docstrings of the installed package; pages
+of measurements include the recorded ones in bench/results.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 
 autodoc_typehints = "none"  # docstrings say more
-# thinc's page is two lines of its own; torch and keras, whose classes ours derive from, must be there
+# torch and keras must be installed, as classes derive from theirs; thinc's page needs no more
 autodoc_mock_imports = [] if importlib.util.find_spec("thinc") else ["thinc"]
 # names in single backticks that have no page: torch's, and those that a rule inherits
 nitpick_ignore_regex = [("py:obj", ".*")]
