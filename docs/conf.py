@@ -1,4 +1,4 @@
-"""The documentation site: `sphinx-build -W docs FOLDER`, with `pip install ".[docs]"`.
+"""The documentation site: `sphinx-build -W docs FOLDER`, with extra `docs`, torch and Keras.
 
 Pages are Markdown (MyST). The reference comes from the docstrings of the installed package; pages
 of measurements include the recorded ones in bench/results.
@@ -23,6 +23,7 @@ default_role = "autolink"  # `Adam` is a link where there is such a name, else s
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 
+autodoc_default_options = {"no-value": True}
 autodoc_typehints = "none"  # docstrings say more
 # torch and keras must be installed, as classes derive from theirs; thinc's page needs no more
 autodoc_mock_imports = [] if importlib.util.find_spec("thinc") else ["thinc"]

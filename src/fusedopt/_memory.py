@@ -55,9 +55,9 @@ def memory(
     --------
     >>> import fusedopt
     >>> fusedopt.memory([(30000, 64), (64, 256), 256])["total"]["resident"]
-    23237632
+    23239680
     >>> fusedopt.memory([(30000, 64), (64, 256), 256], state_dtype="int8")["total"]["resident"]
-    11681248
+    11681888
     """
     cls = getattr(fusedopt, optimizer, None) if isinstance(optimizer, str) else None
     rule = getattr(cls, "rule", None)

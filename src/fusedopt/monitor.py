@@ -26,6 +26,8 @@ from fusedopt import _check, _checkpoint, _picture, _troubles
 from fusedopt._check import Array
 from fusedopt._options import StepResult, StepStats
 
+__all__ = ["History"]
+
 ROWS = 512  # that are kept: a heat map shows no more, and 1,000 leaves take 28 MB
 SAVED = ("index", "step", "lr", "loss", "losses")  # of a row, beside its table
 COUNTS = ("window", "every", "skips", "_stride", "_taken", "_wait")
