@@ -286,9 +286,10 @@ class History:
     ) -> Any:
         """Draw the run in one figure.
 
-        Loss and learning rate where they are known, gradient norm, update / parameter and zeros of
-        each leaf over the steps: lines for up to 12 leaves, else heat maps of leaves x steps.
-        Skipped steps are marks below the loss.
+        Loss, on a logarithmic axis, and learning rate where they are known, gradient norm, update /
+        parameter and zeros of each leaf over the steps: lines for up to 12 leaves, a colour for
+        each layer and dashes for its bias, else heat maps of leaves x steps. Skipped steps are
+        marks below the loss.
 
         Parameters
         ----------
@@ -297,7 +298,8 @@ class History:
         title : str, optional
             Above it.
         curves : mapping of name to (steps, values), optional
-            What else to draw, a panel for each, as an accuracy.
+            What else to draw, a panel for each, as an accuracy. Curves whose name ends with "loss"
+            are drawn beside the loss of the records.
 
         Returns
         -------
