@@ -21,6 +21,9 @@ from fusedopt.rule import Options, Rule, State
 
 Spec = tuple[tuple[int, ...], Any, tuple[int, ...] | None]  # an array's shape, dtype, strides
 
+# names of the dtypes that steps read; dtype.name imports a module, which fails at exit
+_KINDS = {np.dtype(name): name for name in ("float32", "float64", "float16")}
+
 FIXED = ("state_dtype", "master_bits", "min_8bit_size")  # cannot change once the arrays are made
 
 # the format of a bfloat16 parameter, by its master bits
@@ -168,7 +171,7 @@ def allocate(
     for name, param in zip(names, params, strict=True):
         checked = _check.parameter(name, param)
         array = checked.data if isinstance(checked, Stored) else checked
-        kind = "bfloat16" if is_bfloat16(array.dtype) else array.dtype.name
+        kind = "bfloat16" if is_bfloat16(array.dtype) else _KINDS.get(array.dtype, "float32")
         if isinstance(param, Stored) and kind != "float64":
             kind = "float32"  # it is in a format already
         own, forms = plan(name, array.shape, kind, rule, options)
