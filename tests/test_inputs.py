@@ -214,7 +214,9 @@ def test_bad_options(cls, options, error, message):
 
 
 def test_bad_groups():
-    with pytest.raises(TypeError, match=r"params\[1\]: unknown option 'lrr'; known: lr, betas"):
+    with pytest.raises(
+        TypeError, match=r"params\[1\]: unknown option 'lrr' \(is lr meant\?\); known: lr, betas"
+    ):
         fusedopt.Adam([{"params": ones(2)}, {"params": ones(2), "lrr": 1}])
     with pytest.raises(ValueError, match=r"params\[1\]\.lr: must be >= 0"):
         fusedopt.Adam([{"params": ones(2)}, {"params": ones(2), "lr": -1}])
@@ -501,7 +503,7 @@ BAD_GROUPS = {
     "clear": (lambda opt: opt.param_groups.clear(), ValueError, "param_groups: has 0 entries"),
     "unknown": (
         lambda opt: opt.param_groups[0].update(learning_rate=1), TypeError,
-        r"param_groups\[0\]: unknown option 'learning_rate'; known: lr, ",
+        r"param_groups\[0\]: unknown option 'learning_rate' \(is lr meant\?\); known: lr, ",
     ),
     "missing": (
         lambda opt: opt.param_groups[0].pop("lr"), ValueError, r"param_groups\[0\]: has no 'lr'"),

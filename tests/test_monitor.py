@@ -311,6 +311,29 @@ def test_plot(tmp_path, leaves, records, curves):
         assert legend is None or legend.get_window_extent().x1 <= figure.bbox.x1
 
 
+def test_a_layer_has_one_colour_and_its_bias_is_dashed():
+    from fusedopt._picture import COLOURS, _looks
+
+    names = [f"params['dense{i}'][{leaf!r}]" for i in range(3) for leaf in "Wb"]
+    for looks in (_looks(names), _looks(["0.weight", "0.bias", "2.weight", "2.bias"])):
+        weights, biases = looks[::2], looks[1::2]
+        assert [w[0] for w in weights] == [b[0] for b in biases] == list(COLOURS[: len(weights)])
+        assert {w[1] for w in weights} == {"-"} and "-" not in {b[1] for b in biases}
+    listed = _looks([f"params[{i}]" for i in range(12)])  # no layers to be seen
+    assert len(set(map(str, listed))) == 12
+
+
+def test_losses_share_a_panel(tmp_path):
+    pytest.importorskip("matplotlib")
+    history = History()
+    for step in range(1, 5):
+        history.record(StepResult(step, updated=0), loss=2.0 / step)
+    figure = history.plot(curves={"held-out loss": ([2, 4], [1.5, 1.0])})
+    (ax,) = figure.axes
+    assert ax.get_yscale() == "log" and ax.get_ylabel() == "loss"
+    assert [line.get_label() for line in ax.lines] == ["records", "held-out loss"]
+
+
 def test_scaler_follows_torchs_rules():
     w = np.ones(4, np.float32)
     opt = fusedopt.SGD(w, lr=1.0)

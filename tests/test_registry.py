@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from cases import CASES, EVERY_CLASS, FACTOR_CASES, MATRIX_CASES
 
-from fusedopt import _core, functional, reference
+from fusedopt import _core, _options, functional, reference
 from fusedopt.cli.train import OPTIMIZERS
 
 ROOT = Path(__file__).parent.parent
@@ -112,11 +112,9 @@ def test_reference_class_has_the_same_signature(cls):
     plain = getattr(reference, cls.__name__)
     assert issubclass(plain, cls)
     assert inspect.signature(plain) == inspect.signature(cls)
-    assert list(inspect.signature(cls).parameters)[1:] == [
-        *cls.rule.defaults,
-        "threads",
-        "state_dir",
-    ]
+    steps = [name for name in _options.DEFAULTS if name != "grad_scale"]
+    others = [*cls.rule.defaults, *steps, "threads", "state_dir"]
+    assert list(inspect.signature(cls).parameters)[1:] == others
 
 
 @pytest.mark.parametrize("name", functional.__all__)

@@ -598,7 +598,7 @@ def test_copies_keep_every_option_of_our_own(name, clone):
     }  # fmt: skip
     own = list(inspect.signature(getattr(fo, name)).parameters)
     assert {*options, "process_group", "state_dir"} == set(own[own.index("state_dtype") :])
-    given = getattr(fo, name)([leaf(3)], lr=0.1, **options)
+    given = getattr(fo, name)([leaf(3, dtype=torch.bfloat16)], lr=0.1, **options)
     given.step()
     opt = clone(given)
     assert opt.last_step.step == 1 and opt.last_step.stats.names == given.last_step.stats.names

@@ -27,6 +27,7 @@ if _isa is not None:
 
 from fusedopt import _threadpoolctl, formats, functional  # noqa: E402
 from fusedopt._info import info  # noqa: E402
+from fusedopt._memory import memory  # noqa: E402
 from fusedopt._options import StepResult, StepStats  # noqa: E402
 from fusedopt._rows import Rows  # noqa: E402
 from fusedopt._threads import get_num_threads, set_num_threads  # noqa: E402
@@ -116,6 +117,7 @@ __all__ = [
     "functional",
     "get_num_threads",
     "info",
+    "memory",
     "monitor",
     "reference",
     "schedules",

@@ -8,7 +8,7 @@ data.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
@@ -432,6 +432,55 @@ def count_below(limit: int) -> Any:
         return result
 
     return check
+
+
+def dtype_name(value: Any) -> str:
+    """Return the name of a dtype of NumPy, ml_dtypes or torch, without importing them."""
+    text = str(value)
+    if text.startswith("torch."):
+        return text.removeprefix("torch.")
+    try:
+        return str(np.dtype(value).name)
+    except TypeError:
+        return text
+
+
+def state_dtype(name: str, value: Any) -> str | None:
+    """Return the name of a format of state; takes short names and dtypes."""
+    short = {"bf16": "bfloat16", "fp32": "float32"}
+    given: str | None = None
+    if value is not None:
+        given = value if isinstance(value, str) else dtype_name(value)
+        given = short.get(given, given)
+    if given not in (None, "float32", "bfloat16", "int8"):
+        raise ValueError(
+            f"{name}: expected None or 'float32' or 'bfloat16' or 'int8', or such a dtype, got "
+            f"{value!r}"
+        )
+    return given
+
+
+# what other libraries call options of ours
+_ALIASES = {
+    "beta1": ("betas",), "beta2": ("betas",), "beta_1": ("betas",), "beta_2": ("betas",),
+    "clip": ("max_grad_norm", "clip_value"), "clipnorm": ("max_grad_norm", "per_tensor"),
+    "clipvalue": ("clip_value",), "decay": ("weight_decay",), "dtype": ("state_dtype",),
+    "ema_decay": ("ema",), "epsilon": ("eps",), "global_clipnorm": ("max_grad_norm",),
+    "grad_clip": ("max_grad_norm", "clip_value"), "l2": ("weight_decay",),
+    "learning_rate": ("lr",), "rate": ("lr",), "wd": ("weight_decay",),
+}  # fmt: skip
+
+
+def unknown_options(given: Iterable[str], known: Iterable[str]) -> str:
+    """Return the message about options that are not known, with those that may be meant."""
+    import difflib  # here, as few need it
+
+    known, said = list(known), []
+    for name in given:
+        meant = [alias for alias in _ALIASES.get(name, ()) if alias in known]
+        meant = meant or difflib.get_close_matches(str(name), known, n=1, cutoff=0.7)
+        said.append(f"{name!r}" + (f" (is {' or '.join(meant)} meant?)" if meant else ""))
+    return f"unknown option {', '.join(said)}; known: {', '.join(known)}"
 
 
 def choice(*allowed: Any) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fusedopt import _tree
+from fusedopt import _check, _tree
 from fusedopt.rule import Check, Options, Plan, Rule
 
 _IMMUTABLE = (int, float, bool, str, type(None))
@@ -88,6 +88,6 @@ def _is_constant(value: Any) -> bool:
 
 def refuse_unknown(where: str, given: Mapping[str, Any], checks: Mapping[str, Check]) -> None:
     """Raise TypeError if a group has a key that is not an option."""
-    unknown = [repr(name) for name in given if name not in checks and name != "params"]
+    unknown = [name for name in given if name not in checks and name != "params"]
     if unknown:
-        raise TypeError(f"{where}: unknown option {', '.join(unknown)}; known: {', '.join(checks)}")
+        raise TypeError(f"{where}: {_check.unknown_options(unknown, checks)}")

@@ -1,7 +1,8 @@
 """The picture of a run: one figure, from a History; and that of a sweep over learning rates.
 
-Up to 12 leaves are lines, in Okabe and Ito's colours and two dashes; more are a heat map of leaves
-x steps, in colours that grow lighter: both can be read without seeing hues.
+Up to 12 leaves are lines, in Okabe and Ito's colours, one for each layer, whose bias is dashed;
+more are a heat map of leaves x steps, in colours that grow lighter: both can be read without seeing
+hues.
 """
 
 from __future__ import annotations
@@ -27,9 +28,12 @@ def draw(history: History, path: str | os.PathLike[str] | None, title: str, curv
     loss, lr = history.series("loss"), history.series("lr")
     many = len(history.names) > LINES
     panels: list[tuple[float, Any]] = []  # height, function that draws it
-    if np.isfinite(loss).any():
-        panels.append((2.0, lambda ax: _loss(ax, steps, loss)))
+    losses = {label: curve for label, curve in curves.items() if label.endswith("loss")}
+    if np.isfinite(loss).any() or losses:
+        panels.append((2.0, lambda ax: _loss(ax, steps, loss, losses)))
     for label, (x, y) in curves.items():
+        if label in losses:
+            continue
         panels.append((1.4, lambda ax, x=x, y=y, label=label: _curve(ax, x, y, "o-", label)))
     if np.isfinite(lr).any():
         panels.append((1.4, lambda ax: _curve(ax, steps, lr, "-", "learning rate")))
@@ -86,7 +90,7 @@ def _curve(ax: Any, x: Any, y: Any, form: str, label: str) -> None:
     ax.grid(alpha=0.3)
 
 
-def _loss(ax: Any, steps: Array, loss: Array) -> None:
+def _loss(ax: Any, steps: Array, loss: Array, others: Curves) -> None:
     width = len(loss) // 50
     if width < 2:
         ax.plot(steps, loss, color=COLOURS[0], label="records")
@@ -95,9 +99,13 @@ def _loss(ax: Any, steps: Array, loss: Array) -> None:
         parts = [loss[max(0, i - width // 2) : i + width // 2 + 1] for i in range(len(loss))]
         smooth = [np.median(part) for part in parts]  # NaN stays
         ax.plot(steps, smooth, color=COLOURS[0], label=f"median of {width // 2 * 2 + 1}")
-    known = loss[np.isfinite(loss) & (loss != 0)]
-    log = known.size and 0 < 10 * known.min() < known.max()
-    ax.set(ylabel="training loss", yscale="log" if log else "linear")
+    for i, (label, (x, y)) in enumerate(others.items(), start=1):
+        ax.plot(
+            x, y, "o-", color=COLOURS[-i % len(COLOURS)], linewidth=1.2, markersize=3, label=label
+        )
+    known = loss[np.isfinite(loss)]
+    log = known.size and known.min() > 0
+    ax.set(ylabel="loss" if others else "training loss", yscale="log" if log else "linear")
     ax.grid(alpha=0.3)
     _legend(ax)
 
@@ -124,18 +132,41 @@ def _norms(ax: Any, history: History, steps: Array, many: bool) -> None:
 LABELS = {"update_ratio": "update / parameter", "zero_fraction": "zeros in gradient"}
 
 
+def _looks(names: Sequence[str]) -> list[tuple[str, Any]]:
+    """Return colour and dashes of each leaf: a colour for each layer, whose second leaf is dashed.
+
+    Leaves whose names share all but the last part are a layer; leaves of which more than two do, as
+    in a plain list, have a colour each.
+    """
+    layers: dict[str, list[str]] = {}
+    for name in names:
+        layers.setdefault(max(name.rpartition("[")[0], name.rpartition(".")[0]), []).append(name)
+    groups: list[list[str]] = []
+    for inside in layers.values():
+        groups += [inside] if len(inside) <= 2 else [[name] for name in inside]
+    dashes = ("-", (0, (3, 1.5)), ":")
+    looks = {}
+    for i, group in enumerate(groups):
+        for k, name in enumerate(group):
+            lap = k if len(groups) <= len(COLOURS) else i // len(COLOURS)
+            looks[name] = COLOURS[i % len(COLOURS)], dashes[lap % len(dashes)]
+    return [looks[name] for name in names]
+
+
 def _lines(ax: Any, history: History, steps: Array, column: str) -> None:
     zeros = column == "zero_fraction"
-    for i, (name, values) in enumerate(history.column(column).items()):
+    table = history.column(column)
+    looks = _looks([name.split()[-1].strip("()") for name in table])
+    for (name, values), (colour, dashes) in zip(table.items(), looks, strict=True):
         ax.plot(
-            steps, values if zeros else _positive(values), color=COLOURS[i % len(COLOURS)],
-            linestyle="-" if i < len(COLOURS) else (0, (3, 1.5)), linewidth=1, label=_short(name),
+            steps, values if zeros else _positive(values), color=colour, linestyle=dashes,
+            linewidth=1.2, label=_short(name),
         )  # fmt: skip
     if zeros:
         ax.set(ylabel=LABELS[column], ylim=(-0.03, 1.03))
     elif column == "update_ratio":
-        ax.axhspan(1e-5, 1e-1, color="0.5", alpha=0.1, linewidth=0)
-        ax.axhline(1e-3, color="0.5", linestyle=":")
+        ax.axhspan(1e-5, 1e-1, color="0.5", alpha=0.1, linewidth=0, label="usual range")
+        ax.axhline(1e-3, color="0.5", linestyle=":", label="1e-3")
         ax.set(ylabel=LABELS[column], yscale="log")
         _legend(ax)
     ax.grid(alpha=0.3)

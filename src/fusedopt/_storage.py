@@ -6,7 +6,7 @@ does not know how its arrays are stored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import repeat
 from math import prod
 from typing import Any
@@ -19,6 +19,9 @@ from fusedopt._disk import Disk, Spec, on_disk
 from fusedopt._ieee import ieee
 from fusedopt.formats import FORMATS, Stored, extra_shape, is_bfloat16
 from fusedopt.rule import Options, Rule, State
+
+# names of the dtypes that steps read; dtype.name imports a module, which fails at exit
+_KINDS = {np.dtype(name): name for name in ("float32", "float64", "float16")}
 
 FIXED = ("state_dtype", "master_bits", "min_8bit_size")  # cannot change once the arrays are made
 
@@ -49,6 +52,15 @@ def refuse_change(where: str, old: Mapping[str, Any], new: Mapping[str, Any]) ->
         raise ValueError(
             f"{where}ema: an average is kept from the start or not at all; "
             "set it when the optimizer is made"
+        )
+
+
+def refuse_master(bits: int | None, itemsizes: Iterable[int]) -> None:
+    """Raise ValueError if `master_bits` is given and no parameter has 16 bits."""
+    if bits is not None and all(size > 2 for size in itemsizes):
+        raise ValueError(
+            f"master_bits={bits}: no parameter is bfloat16 or float16, and only those have bits "
+            "beside what they show; leave it out, or see state_dtype"
         )
 
 
@@ -84,12 +96,12 @@ def narrow(array: Any) -> str | None:
     return "bfloat16" if isinstance(array, np.ndarray) and array.itemsize == 2 else None
 
 
-def _param_format(name: str, param: Array, options: Mapping[str, Any]) -> str | None:
-    """Return the format of a 16-bit parameter, or None for any other."""
+def _param_format(name: str, kind: str, options: Mapping[str, Any]) -> str | None:
+    """Return the format of a 16-bit parameter, or None for any other; `kind` is its dtype."""
     bits = options["master_bits"]
-    if is_bfloat16(param.dtype):
+    if kind == "bfloat16":
         return MASTERS[bits]
-    if param.dtype == np.float16:
+    if kind == "float16":
         if bits not in (None, 16):
             raise ValueError(
                 f"{name}: master_bits={bits} needs bfloat16, which is the upper half of a float32; "
@@ -97,6 +109,56 @@ def _param_format(name: str, param: Array, options: Mapping[str, Any]) -> str | 
             )
         return "float16-stochastic"
     return None
+
+
+def plan(
+    name: str,
+    shape: tuple[int, ...],
+    kind: str,
+    rule: Rule,
+    options: Options,
+    size: int | None = None,
+) -> tuple[str | None, list[tuple[str, tuple[int, ...]] | None]]:
+    """Return how a parameter of a shape and dtype, and its state, would be kept.
+
+    That is the format of a 16-bit parameter, and the format and shape of each state that is kept,
+    of which the average is the last. `size` is, of a part of an array, the number of elements of
+    the whole one.
+
+    Raises
+    ------
+    ValueError
+        Naming the parameter, if the rule or the options do not go with it.
+    """
+    own = _param_format(name, kind, options)
+    if kind == "float64" and options["state_dtype"] not in (None, "float32"):
+        raise ValueError(
+            f"{name}: state_dtype={options['state_dtype']!r} does not go with a float64 "
+            "parameter; its state is float64"
+        )
+    rule.check_shape(name, shape)
+    size, is_double = prod(shape) if size is None else size, kind == "float64"
+    forms: list[tuple[str, tuple[int, ...]] | None] = []
+    for use, state in zip(rule.uses(options), rule.states, strict=True):
+        inner = state.shape(shape, options)
+        forms.append((state_format(is_double, size, state, options), inner)
+                     if use and inner is not None else None)  # fmt: skip
+    has_average = options["ema"] is not None
+    return own, [*forms, (kind if is_double else "float32", shape) if has_average else None]
+
+
+def nbytes(form: str, shape: tuple[int, ...]) -> int:
+    """Return the bytes of an array of a format."""
+    dtype = FORMATS[form][0]
+    return prod(shape) * (2 if dtype is None else np.dtype(dtype).itemsize) + extra_bytes(
+        form, shape
+    )
+
+
+def extra_bytes(form: str, shape: tuple[int, ...]) -> int:
+    """Return the bytes of `Stored.extra` of an array of a format."""
+    extra = FORMATS[form][1]
+    return 0 if extra is None else prod(extra_shape(form, shape)) * np.dtype(extra).itemsize
 
 
 def allocate(
@@ -120,36 +182,22 @@ def allocate(
     for i, (name, param) in enumerate(zip(names, params, strict=True)):
         checked = _check.parameter(name, param)
         array = checked.data if isinstance(checked, Stored) else checked
-        own = None if isinstance(param, Stored) else _param_format(name, array, options)
-        if array.dtype == np.float64 and options["state_dtype"] not in (None, "float32"):
-            raise ValueError(
-                f"{name}: state_dtype={options['state_dtype']!r} does not go with a float64 "
-                "parameter; its state is float64"
-            )
-        rule.check_shape(name, array.shape)
+        kind = "bfloat16" if is_bfloat16(array.dtype) else _KINDS.get(array.dtype, "float32")
+        if isinstance(param, Stored) and kind != "float64":
+            kind = "float32"  # it is in a format already
+        size = None if sizes is None else sizes[i]
+        own, forms = plan(name, array.shape, kind, rule, options, size)
         check_order(rule, name, array, options)
-        shapes = [state.shape(array.shape, options) for state in rule.states]
-        size = array.size if sizes is None else sizes[i]
-        formats = [
-            state_format(array.dtype == np.float64, size, state, options)
-            if use and shape is not None
-            else None
-            for use, state, shape in zip(rule.uses(options), rule.states, shapes, strict=True)
-        ]
-        plans.append((checked, own, formats))
+        plans.append((checked, own, [None if form is None else form[0] for form in forms]))
         if own is not None and FORMATS[own][1] is not None:
             specs.append((array.shape, FORMATS[own][1], _strides(array, FORMATS[own][1])))
-        if options["ema"] is not None:
-            formats.append("float64" if array.dtype == np.float64 else "float32")
-        else:
-            formats.append(None)
-        for form, shape in zip(formats, [*shapes, array.shape], strict=True):
-            if form is not None and shape is not None:
-                specs += _specs(form, array, shape)
+        for form in forms:
+            if form is not None:
+                specs += _specs(form[0], array, form[1])
     arrays = iter(make_arrays(specs, disk))
     stored: list[Array | Stored] = []
     states: list[list[Array | Stored | None]] = []
-    for checked, own, formats in plans:
+    for checked, own, kept in plans:
         if own is not None:
             assert isinstance(checked, Stored)
             extra = None if FORMATS[own][1] is None else next(arrays)
@@ -157,7 +205,7 @@ def allocate(
                 extra[...] = 0
             checked = Stored(own, checked.data, extra)
         stored.append(checked)
-        states.append([None if form is None else _take(form, arrays) for form in formats])
+        states.append([None if form is None else _take(form, arrays) for form in kept])
         for state, made in zip(rule.states, states[-1], strict=False):
             if isinstance(made, np.ndarray) and (state.part or state.fixed_by):
                 made[...] = 0  # as C does to all others

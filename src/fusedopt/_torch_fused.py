@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NoReturn
 
 import torch
 
-from fusedopt import _check, _copies, _options, _tensors, _threads
+from fusedopt import _check, _copies, _options, _storage, _tensors, _threads
 from fusedopt import _torch_plain as _plain
 from fusedopt import _torch_ranks as _ranks
 from fusedopt import _torch_rows as _sparse
@@ -19,7 +19,6 @@ from fusedopt._disk import Disk
 from fusedopt._ieee import ieee
 from fusedopt._options import Reduction, StepOptions, StepResult
 from fusedopt._rows import ALL, LAZY, TOUCHED, Ordered
-from fusedopt._storage import MASTERS
 from fusedopt._torch_state import OWN, StateKeeper, copier, residual_dtype
 from fusedopt.optim import adam as _adam
 from fusedopt.rule import CAUTIOUS, L1, MAXIMIZE, Constants, Option, Options, Rule
@@ -76,7 +75,7 @@ class Fused(StateKeeper):
         self,
         params: Any,
         *args: Any,
-        state_dtype: str | None = None,
+        state_dtype: Any = None,
         master_bits: int | None = None,
         min_8bit_size: int = 4096,
         seed: int = 0,
@@ -124,7 +123,13 @@ class Fused(StateKeeper):
             for name, value in self._own_options(own).items()
             if value != self._own[name].default
         }
+        fused = next(cls for cls in type(self).__mro__ if "_rule" in vars(cls))
+        taken = [*inspect.signature(fused).parameters]
+        if unknown := [name for name in options if name not in taken]:
+            raise TypeError(f"{type(self).__name__}: {_check.unknown_options(unknown, taken)}")
         super().__init__(params, *args, **options)  # type: ignore[call-arg]
+        bits = self._own_given.get("master_bits")
+        _storage.refuse_master(bits, (param.dtype.itemsize for param in self._all_params()))
         self.defaults.update(self._own_given)
         # in defaults, which torch copies and pickles; of no group, as a norm is of all
         self.defaults.update({k: v for k, v in given.items() if v != _options.DEFAULTS[k]})
@@ -318,11 +323,9 @@ class Fused(StateKeeper):
     def _checked_step(self, given: Mapping[str, Any]) -> StepOptions:
         scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         own = {name: self.defaults[name] for name in _OF_NO_GROUP if name in self.defaults}
-        if unknown := given.keys() - _options.DEFAULTS:
-            raise TypeError(
-                f"step: unknown option {', '.join(sorted(unknown))}; "
-                f"known: {', '.join(_options.DEFAULTS)}, copy_out"
-            )
+        if unknown := sorted(given.keys() - _options.DEFAULTS):
+            known = [*_options.DEFAULTS, "copy_out"]
+            raise TypeError(f"step: {_check.unknown_options(unknown, known)}")
         options = {**_options.DEFAULTS, **own, **given}
         if scale is not None:
             options["grad_scale"] = _options.CHECKS["grad_scale"](
@@ -482,7 +485,7 @@ class Fused(StateKeeper):
             _tensors.GroupPlan(
                 states,
                 squares,
-                MASTERS[options.get("master_bits")],
+                _storage.MASTERS[options.get("master_bits")],
                 options.get("seed", 0),
                 maps,
                 rest if self._rule.has_parts else None,

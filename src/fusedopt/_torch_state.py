@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from fusedopt import _copies, _core, _storage
+from fusedopt import _check, _copies, _core, _storage
 from fusedopt import _torch_plain as _plain
 from fusedopt import _torch_ranks as _ranks
 from fusedopt._disk import Disk, on_disk
@@ -72,6 +72,7 @@ class StateKeeper:
     def _state_dtype(self, group: int, param: Any, state: State) -> Any:
         """Return the dtype in which a state of a parameter is kept; float32 unless asked."""
         options = {**self._rule.defaults, **self.param_groups[group]}
+        options["state_dtype"] = _check.state_dtype("state_dtype", options["state_dtype"])
         is_double = param.dtype == torch.float64
         return _DTYPES[_storage.state_format(is_double, param.numel(), state, options)]
 

@@ -38,13 +38,17 @@ from numpy.typing import NDArray
 
 from fusedopt._ieee import ieee
 
+__all__ = [
+    "BLOCK", "FORMATS", "Stored", "decode", "encode", "extra_shape", "is_bfloat16", "key", "noise",
+]  # fmt: skip
+
 Array = NDArray[Any]
 
 BLOCK = 64
+"""Elements that are coded together."""
 PIECE = 1024 * BLOCK  # elements encoded at a time, so that a large array needs little extra memory
 INFINITE, QUIET_NAN = np.uint32(0x7F800000), np.uint32(0x7FC00000)
 
-# name -> dtype of the data (None: bfloat16), dtype of the extra, elements per entry of the extra
 FORMATS: dict[str, tuple[Any, Any, int]] = {
     "float32": (np.float32, None, 1),
     "float64": (np.float64, None, 1),
@@ -57,6 +61,7 @@ FORMATS: dict[str, tuple[Any, Any, int]] = {
     "int8": (np.uint8, np.uint8, BLOCK),
     "uint8": (np.uint8, np.uint8, BLOCK),
 }
+"""By name: dtype of the data (None: bfloat16), dtype of the extra, elements per entry of that."""
 
 
 def is_bfloat16(dtype: np.dtype[Any]) -> bool:

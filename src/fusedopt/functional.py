@@ -1,4 +1,7 @@
-"""The steps as functions on lists of arrays that the caller keeps."""
+"""The steps as functions on lists of arrays that the caller keeps.
+
+Each call checks its arguments, which a class does once: for small arrays the classes are faster.
+"""
 
 from fusedopt.optim.adadelta import adadelta
 from fusedopt.optim.adafactor import adafactor

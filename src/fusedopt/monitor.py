@@ -26,6 +26,8 @@ from fusedopt import _check, _checkpoint, _picture, _troubles
 from fusedopt._check import Array
 from fusedopt._options import StepResult, StepStats
 
+__all__ = ["History"]
+
 ROWS = 512  # that are kept: a heat map shows no more, and 1,000 leaves take 28 MB
 SAVED = ("index", "step", "lr", "loss", "losses")  # of a row, beside its table
 COUNTS = ("window", "every", "skips", "_stride", "_taken", "_wait")
@@ -284,9 +286,10 @@ class History:
     ) -> Any:
         """Draw the run in one figure.
 
-        Loss and learning rate where they are known, gradient norm, update / parameter and zeros of
-        each leaf over the steps: lines for up to 12 leaves, else heat maps of leaves x steps.
-        Skipped steps are marks below the loss.
+        Loss, on a logarithmic axis, and learning rate where they are known, gradient norm, update /
+        parameter and zeros of each leaf over the steps: lines for up to 12 leaves, a colour for
+        each layer and dashes for its bias, else heat maps of leaves x steps. Skipped steps are
+        marks below the loss.
 
         Parameters
         ----------
@@ -295,7 +298,8 @@ class History:
         title : str, optional
             Above it.
         curves : mapping of name to (steps, values), optional
-            What else to draw, a panel for each, as an accuracy.
+            What else to draw, a panel for each, as an accuracy. Curves whose name ends with "loss"
+            are drawn beside the loss of the records.
 
         Returns
         -------

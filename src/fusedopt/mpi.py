@@ -266,7 +266,7 @@ class Sharded:
             if accumulator is not None:
                 grads = accumulator._sums()
             _refuse_unknown(given)
-            how = _options.step_options(given)
+            how = _options.step_options((inner._own_step or {}) | given)
             whole = inner._flatten(grads, "grads")
             copies = None if copy_out is None else inner._flatten(copy_out, "copy_out")
             for name, grad in zip(self._whole.grad_names, whole, strict=True):
@@ -620,7 +620,5 @@ def _kinds(names: Sequence[str], arrays: Sequence[Array | None]) -> str:
 def _refuse_unknown(given: Mapping[str, Any]) -> None:
     unknown = [name for name in given if name not in _options.CHECKS]
     if unknown:
-        raise TypeError(
-            f"step: unknown option {', '.join(unknown)}; known: {', '.join(_options.CHECKS)}, "
-            "copy_out"
-        )
+        known = [*_options.CHECKS, "copy_out"]
+        raise TypeError(f"step: {_check.unknown_options(unknown, known)}")

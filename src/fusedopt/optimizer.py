@@ -35,7 +35,24 @@ from fusedopt.accumulate import GradAccumulator
 from fusedopt.formats import Stored
 from fusedopt.rule import Common, Options, Rule
 
-_ONE, _TWO, _PROPAGATE = 1.0, 2.0, "propagate"  # defaults of a step, which it knows by identity
+
+class _Default:
+    """An option that `step` was not given: it is the constructor's, or else the value shown."""
+
+    def __init__(self, shown: object) -> None:
+        self._shown = shown
+
+    def __repr__(self) -> str:
+        return repr(self._shown)
+
+
+_ONE: Any = _Default(1.0)
+_TWO: Any = _Default(2.0)
+_NONE: Any = _Default(None)
+_NO: Any = _Default(False)
+_PROPAGATE: Any = _Default("propagate")
+# what the constructor takes
+_OF_ALL_STEPS = tuple(name for name in _options.DEFAULTS if name != "grad_scale")
 
 
 @cache
@@ -54,15 +71,16 @@ class Optimizer:
     ----------
     params : array, nesting of arrays, or list of groups
         float32, float64, float16 or bfloat16 (of ml_dtypes), or `fusedopt.formats.Stored`.
-    state_dtype : None, "float32", "bfloat16" or "int8", default None
+    state_dtype : None, "float32", "bfloat16" ("bf16") or "int8", default None
         How moments are kept between steps: in float32 (float64 for float64 parameters), in 2 bytes
         or in 1 + 1 / 64 bytes for each element; see `fusedopt.formats` for what that costs in
-        precision. A rule whose state would lose by it what the rule needs refuses the format, for
-        arrays of any size; its documentation says why.
+        precision. Such a dtype of NumPy, ml_dtypes or torch means the same. A rule whose state
+        would lose by it what the rule needs refuses the format, for arrays of any size; its
+        documentation says why.
     master_bits : None, 16, 24 or 32, default None
         Length of the number of which a bfloat16 parameter shows the upper half; the rest is kept as
         state. 32, the default, loses nothing; what 24 or 16 cut off is rounded stochastically in
-        each step. A float16 parameter has 16.
+        each step. A float16 parameter has 16. An error if no parameter has 16 bits.
     min_8bit_size : int, default 4096
         Parameters with fewer elements keep float32 state where `state_dtype` is ``"int8"``.
     seed : int, default 0
@@ -75,6 +93,8 @@ class Optimizer:
     ema_warmup : bool, default False
         Let the decay of step t be no more than ``(1 + t) / (10 + t)``, so that the first parameters
         are soon forgotten.
+    max_grad_norm, norm_type, per_tensor, clip_value, nonfinite, stats, zero_grads : optional
+        Defaults of `step`, which takes them too, for one step. No part of a group or a checkpoint.
     threads : int, optional
         Most threads for this optimizer's steps, from 1 to 256; by default `get_num_threads` of each
         moment. No part of a checkpoint.
@@ -95,10 +115,11 @@ class Optimizer:
         """Show the options that all have by name where the signature is asked for."""
         if "rule" in vars(cls):
             shown = inspect.signature(cls.__init__)
+            defaults = _options.DEFAULTS | cls.rule.defaults
             own = [p for p in shown.parameters.values() if p.kind is not p.VAR_KEYWORD][1:]
             common = [
                 inspect.Parameter(
-                    name, inspect.Parameter.KEYWORD_ONLY, default=cls.rule.defaults.get(name),
+                    name, inspect.Parameter.KEYWORD_ONLY, default=defaults.get(name),
                     annotation=kind,
                 )
                 for name, kind in _common_types().items()
@@ -117,7 +138,13 @@ class Optimizer:
         if not hasattr(self, "rule"):
             raise TypeError("Optimizer is the base class; make an Adam, AdamW, SGD, ...")
         self._threads = None if threads is None else _threads.check("threads", threads)
-        _groups.refuse_unknown(type(self).__name__, options, self.rule.defaults)
+        given = {name: options.pop(name) for name in _OF_ALL_STEPS if name in options}
+        self._own_step = given or None  # defaults of `step`
+        if given:
+            _options.step_options(given)
+        if unknown := [name for name in options if name not in self.rule.defaults]:
+            known = [*self.rule.defaults, *_OF_ALL_STEPS, "threads", "state_dir"]
+            raise TypeError(f"{type(self).__name__}: {_check.unknown_options(unknown, known)}")
         self.defaults: Options = self.rule.check(self.rule.defaults | options)
         self.param_groups: list[Options] = []
         self._work = _arrays.ArrayList(self.rule.name, self.rule.state_names)
@@ -134,6 +161,8 @@ class Optimizer:
             self.add_param_group(group)
         if not len(self._work):
             raise ValueError("params: no arrays in it; there is nothing to optimize")
+        bits = self.defaults["master_bits"]
+        _storage.refuse_master(bits, (param.itemsize for param in self._work.params))
 
     # -------------------------------------------------------------- groups and state
 
@@ -296,13 +325,13 @@ class Optimizer:
         grads: Any,
         *,
         grad_scale: float = _ONE,
-        max_grad_norm: float | None = None,
+        max_grad_norm: float | None = _NONE,
         norm_type: float = _TWO,
-        per_tensor: bool = False,
-        clip_value: float | None = None,
+        per_tensor: bool = _NO,
+        clip_value: float | None = _NONE,
         nonfinite: str = _PROPAGATE,
-        stats: bool = False,
-        zero_grads: bool = False,
+        stats: bool = _NO,
+        zero_grads: bool = _NO,
         copy_out: Any = None,
         reduce: Callable[[Array], object] | None = None,
     ) -> StepResult:
@@ -372,16 +401,20 @@ class Optimizer:
         """
         accumulator = grads._work if isinstance(grads, GradAccumulator) else None
         if (
-            max_grad_norm is None and clip_value is None and copy_out is None and reduce is None
-            and grad_scale is _ONE and norm_type is _TWO and nonfinite is _PROPAGATE
-            and per_tensor is stats is zero_grads is False and accumulator is None
+            (max_grad_norm is _NONE or max_grad_norm is None) and clip_value is _NONE
+            and copy_out is None and reduce is None and grad_scale is _ONE and norm_type is _TWO
+            and nonfinite is _PROPAGATE and per_tensor is _NO and (stats is _NO or stats is False)
+            and zero_grads is _NO and accumulator is None and self._own_step is None
         ):  # fmt: skip
             return self._take_step(grads)
-        given = {
+        given: dict[str, Any] = {
             "grad_scale": grad_scale, "max_grad_norm": max_grad_norm, "norm_type": norm_type,
             "per_tensor": per_tensor, "clip_value": clip_value, "nonfinite": nonfinite,
             "stats": stats, "zero_grads": zero_grads if accumulator is None else True,
         }  # fmt: skip
+        given = {name: value for name, value in given.items() if not isinstance(value, _Default)}
+        if self._own_step is not None:
+            given = self._own_step | given
         how = _options.step_options(given, knows_norm=accumulator is not None and reduce is None)
         reduction = None
         if reduce is not None:

@@ -195,7 +195,7 @@ NARROW = ("bfloat16", "int8")  # narrow values of `state_dtype`
 
 # what every optimizer has; documented at `fusedopt.Optimizer`
 COMMON = (
-    Option("state_dtype", None, _check.choice(None, "float32", *NARROW)),
+    Option("state_dtype", None, _check.state_dtype),
     Option("master_bits", None, _check.choice(None, 16, 24, 32)),
     Option("min_8bit_size", 4096, _check.count),
     Option("seed", 0, _check.count),
@@ -205,14 +205,24 @@ COMMON = (
 
 
 class Common(TypedDict, total=False):
-    """The types of `COMMON`, and of `threads` and `state_dir`, which belong to no group."""
+    """The types of `COMMON`, and of what belongs to no group: defaults of steps, and where and how.
 
-    state_dtype: str | None
+    Those are `threads` and `state_dir`.
+    """
+
+    state_dtype: Any
     master_bits: int | None
     min_8bit_size: int
     seed: int
     ema: float | None
     ema_warmup: bool
+    max_grad_norm: float | None
+    norm_type: float
+    per_tensor: bool
+    clip_value: float | None
+    nonfinite: str
+    stats: bool
+    zero_grads: bool
     threads: int | None
     state_dir: str | os.PathLike[str] | None
 

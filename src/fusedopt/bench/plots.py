@@ -1,4 +1,7 @@
-"""A recording in pictures: time per element against size, bars of models, scaling over threads."""
+"""A recording in pictures: time per element against size, and ratios on models.
+
+The contenders of `COLOURS` are named; all others are grey, and in the tables.
+"""
 
 from __future__ import annotations
 
@@ -53,20 +56,25 @@ def _height(recording: Recording, picture: str) -> float:
     """Return the inches that a picture takes; 0 without data for it."""
     if picture == "sizes":
         states = _curves(recording)
-        return 6.5 * len(states) if any(len(n) > 1 for n, _ in states[0][1].values()) else 0
-    if picture == "models":
-        bars = [len(stats.summarize(e)) for e in _models(recording)]
-        return math.ceil(len(bars) / 2) * (1.0 + 0.22 * max(bars)) if bars else 0
-    return 5.0 if len(_scaling(recording)) else 0
+        return 4.2 * len(states) if any(len(n) > 1 for n, _ in states[0][1].values()) else 0
+    models = len(_models(recording))
+    return 1.6 + 0.55 * models if models else 0
+
+
+def _others(recording: Recording) -> str:
+    """Return what the grey marks are, or an empty string if there are none."""
+    count = len(recording.titles.keys() - COLOURS.keys() - {AGAIN})
+    return f"grey: {count} others, which the tables name" if count else ""
 
 
 def _styles(recording: Recording) -> dict[str, dict[str, Any]]:
-    """Return how each contender's line looks: a colour for those that matter most, else grey."""
+    """Return how each contender looks: a colour for those that matter most, else grey."""
     styles = {}
     for i, name in enumerate(recording.titles):
+        known = name in COLOURS
         styles[name] = {
-            "color": COLOURS.get(name, "0.72"), "marker": "os^Dv"[i % 5], "markersize": 3.5,
-            "linewidth": 1.6 if name in COLOURS else 0.9, "zorder": 2 + (name in COLOURS),
+            "color": COLOURS.get(name, "0.8"), "marker": "os^Dv"[i % 5] if known else "",
+            "markersize": 4, "linewidth": 1.8 if known else 0.8, "zorder": 2 + known,
         }  # fmt: skip
     for name, look in ((OURS, "-"), (LIMIT, "--")):
         if name in styles:
@@ -92,7 +100,7 @@ def _label_ends(axes: Any, ends: Sequence[tuple[float, float, str, Any]]) -> Non
         places = [min(max(p, low + gap / 2), high - gap / 2) for p in places]
     for (x, y, name, colour), place in zip(ends, places, strict=True):
         axes.annotate(
-            name, (x, y), (1.06, math.exp(place)), fontsize=8, va="center",
+            name, (x, y), (1.04, math.exp(place)), fontsize=8, va="center",
             textcoords=axes.get_yaxis_transform(), color="0.15",
             annotation_clip=False,
             arrowprops={
@@ -124,11 +132,19 @@ def _draw_sizes(recording: Recording, part: Any) -> None:
                 continue
             y = np.array(t) / np.array(n) * 1e9
             ax.plot(n, y, **styles[name])
-            ends.append((n[-1], float(y[-1]), recording.titles[name], styles[name]["color"]))
+            if name in COLOURS:
+                ends.append((n[-1], float(y[-1]), recording.titles[name], styles[name]["color"]))
         _label_ends(ax, ends)
-        ax.set(ylabel="ns per parameter and step", title=state)
+        ax.set(ylabel="ns per parameter (logarithmic)", title=TITLES.get(state, state))
         ax.grid(alpha=0.3, which="major")
-    axes[-1].set_xlabel("parameters in one array")
+    axes[0].text(0.99, 0.95, _others(recording), transform=axes[0].transAxes, ha="right",
+                 va="top", fontsize=8, color="0.4")  # fmt: skip
+    axes[-1].set_xlabel("parameters in one array (logarithmic)")
+
+
+TITLES = {
+    "warm": "warm: steps are repeated", "cold": "cold: the caches hold other data before a step",
+}  # fmt: skip
 
 
 def _models(recording: Recording) -> list[Entry]:
@@ -143,78 +159,37 @@ def _models(recording: Recording) -> list[Entry]:
 
 
 def _draw_models(recording: Recording, part: Any) -> None:
-    """Draw for each model a bar for each contender: its time over fusedopt's."""
+    """Draw a row for each model, and in it a mark for each contender: its time over fusedopt's."""
     entries, styles = _models(recording), _styles(recording)
-    axes = part.subplots(math.ceil(len(entries) / 2), 2, squeeze=False).ravel()
-    for ax in axes[len(entries) :]:
-        ax.set_axis_off()
-    most = max(sum(s.name != AGAIN for s in stats.summarize(entry)) for entry in entries)
-    for ax, entry in zip(axes, entries, strict=False):
-        found = [s for s in stats.summarize(entry) if s.name != AGAIN][::-1]
-        names = [recording.titles.get(s.name, s.name) for s in found]
-        ratios = [s.ratio for s in found]
-        ax.barh(names, ratios, color=[styles[s.name]["color"] for s in found], height=0.7)
-        ax.errorbar(
-            ratios, range(len(found)), fmt="none", ecolor="0.25", elinewidth=0.8,
-            xerr=[[s.ratio - s.low for s in found], [s.high - s.ratio for s in found]],
-        )  # fmt: skip
-        for i, s in enumerate(found):
-            ax.text(s.high * 1.06, i, f"{report.ratio_text(s.ratio)}", va="center", fontsize=7)
-        ours = next(s for s in found if s.name == OURS)
-        ax.set(xscale="log", xlim=(min(ratios) / 1.5, max(s.high for s in found) * 2.2))
-        ax.set_ylim(len(found) - most - 0.6, len(found) - 0.4)  # bars of one thickness
-        ax.axvline(1, color="0.4", linewidth=0.8, zorder=0)
-        ax.set_title(
-            f"{entry.title}: {entry.tensors} arrays, {entry.elements / 1e6:.3g}M\n"
-            f"{entry.cache}; fusedopt {report.time_text(ours.seconds)}", fontsize=9,
-        )  # fmt: skip
-        ax.tick_params(axis="y", labelsize=8)
-        ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-        ax.xaxis.set_minor_formatter(lambda x, _: "")
-        ax.grid(alpha=0.3, axis="x")
-    part.supxlabel("time of a step over fusedopt's (1: as fast; to the right: slower)", fontsize=9)
-
-
-def _scaling(recording: Recording) -> dict[tuple[str, str], list[Entry]]:
-    """Return entries by case and state of the caches, if measured on several thread counts."""
-    by: dict[tuple[str, str], list[Entry]] = {}
-    for entry in recording.usual:
-        if entry.rounds:
-            by.setdefault((entry.case, entry.cache), []).append(entry)
-    return {k: v for k, v in by.items() if len({e.threads for e in v}) > 1}
-
-
-def _draw_scaling(recording: Recording, part: Any) -> None:
-    """Draw steps per second over one thread's of fusedopt against the number of threads."""
-    cases, styles = _scaling(recording), _styles(recording)
-    axes = part.subplots(1, len(cases), squeeze=False)[0]
-    for ax, entries in zip(axes, cases.values(), strict=True):
-        points: dict[str, dict[int, float]] = {}
-        for entry in entries:
-            for s in stats.summarize(entry):
-                points.setdefault(s.name, {})[entry.threads] = s.seconds
-        one = points[OURS][min(points[OURS])]
-        ends = []
-        ax.set(xscale="log", yscale="log")
-        for name, by_threads in points.items():
-            if name != AGAIN and len(by_threads) > 1:
-                threads = sorted(by_threads)
-                speed = [one / by_threads[k] for k in threads]
-                ax.plot(threads, speed, **styles[name])
-                end = (threads[-1], speed[-1])
-                ends.append((*end, recording.titles[name], styles[name]["color"]))
-        counts = sorted({e.threads for e in entries})
-        _label_ends(ax, ends)
-        ax.set_xticks(counts, [str(k) for k in counts])
-        ax.minorticks_off()
-        ax.yaxis.set_major_formatter(lambda x, _: f"{x:g}")
-        ax.set(xlabel="threads", title=f"{entries[0].title}, {entries[0].cache}")
-        ax.grid(alpha=0.3)
-    axes[0].set_ylabel("speed, fusedopt on one thread is 1")
+    ax, names = part.subplots(), []
+    for row, entry in enumerate(entries):
+        found = {s.name: s for s in stats.summarize(entry) if s.name != AGAIN}
+        for name, s in found.items():
+            look = styles[name]
+            if name not in COLOURS:
+                ax.plot(s.ratio, row, "|", color="0.7", markersize=9, zorder=1)
+                continue
+            ax.plot([s.low, s.high], [row, row], color=look["color"], linewidth=1, zorder=2)
+            ax.plot(s.ratio, row, color=look["color"], marker=look["marker"], markersize=8,
+                    linestyle="", zorder=3, label=recording.titles[name])  # fmt: skip
+        names.append(
+            f"{entry.title}: {entry.tensors} arrays, {entry.elements / 1e6:.3g}M\n{entry.cache}; "
+            f"fusedopt {report.time_text(found[OURS].seconds)}"
+        )
+    ax.set(xscale="log", ylim=(len(entries) - 0.5, -0.5))
+    ax.set_yticks(range(len(entries)), names, fontsize=8)
+    ax.axvline(1, color="0.4", linewidth=0.8, zorder=0)
+    ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    ax.xaxis.set_minor_formatter(lambda x, _: "")
+    ax.grid(alpha=0.3, axis="x")
+    handles, labels = ax.get_legend_handles_labels()
+    shown = dict(zip(labels, handles, strict=True))
+    ax.legend(shown.values(), shown, loc="lower center", bbox_to_anchor=(0.4, 1), ncols=4,
+              fontsize=8, frameon=False, title=_others(recording), title_fontsize=8)  # fmt: skip
+    ax.set_xlabel("time of a step over fusedopt's (logarithmic; 1: as fast, to the right: slower)")
 
 
 PANELS: dict[str, Callable[[Recording, Any], None]] = {
     "sizes": _draw_sizes,
     "models": _draw_models,
-    "scaling": _draw_scaling,
 }

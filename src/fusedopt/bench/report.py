@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from fusedopt.bench import stats
-from fusedopt.bench.contenders import LIMIT, OURS
+from fusedopt.bench.contenders import AGAIN, LIMIT, OURS
 from fusedopt.bench.recording import Entry, Memory, Recording
 
 Table = list[list[str]]  # the first row is the head
-PICTURES = ("sizes", "models", "scaling")
+PICTURES = ("sizes", "models")
 OF_RULES = (
     "for each parameter, bytes kept as state and moved by a step; fusedopt's time as a part of "
     "others' times."
@@ -202,6 +202,29 @@ def sizes(
     return curves
 
 
+def scaling_table(recording: Recording) -> Table:
+    """Return the speed of each contender on each number of threads, of cases measured on several.
+
+    A case and state of the caches have a column for each number of threads.
+    """
+    by: dict[tuple[str, str], list[Entry]] = {}
+    for entry in recording.usual:
+        if entry.rounds:
+            by.setdefault((entry.title, entry.cache), []).append(entry)
+    head, rows = [""], {name: [title] for name, title in recording.titles.items()}
+    for (title, cache), entries in by.items():
+        if len({entry.threads for entry in entries}) == 1:
+            continue
+        entries = sorted(entries, key=lambda entry: entry.threads)
+        times = [{s.name: s.seconds for s in stats.summarize(entry)} for entry in entries]
+        for entry, seconds in zip(entries, times, strict=True):
+            head.append(f"{title}, {cache}: {entry.threads} thread{'s' * (entry.threads > 1)}")
+            for name, row in rows.items():
+                known = name in seconds and all(name in other for other in times)
+                row.append(f"{times[0][OURS] / seconds[name]:.2f}" if known else "")
+    return [head, *(row for name, row in rows.items() if any(row[1:]) and name != AGAIN)]
+
+
 def cost_table(recording: Recording) -> Table:
     """Return the fit of time to size for each contender that has enough sizes."""
     large = ["large: ns / element", "large: elements >"]
@@ -299,9 +322,13 @@ def page(recording: Recording, pictures: Sequence[str]) -> str:
         lines += [f"* {line}" for line in grouped(recording.absent, titles)]
     lines += ["", "## Where fusedopt does not win", "", "Times over fusedopt's, in float32:", ""]
     lines += [f"* {line}" for line in not_won(recording)] or ["Nowhere in this recording."]
-    names = {"sizes": "Time by size", "models": "Models", "scaling": "Scaling over threads"}
+    names = {"sizes": "Time by size", "models": "Models"}
     for picture in pictures:
         lines += ["", f"## {names[picture]}", "", f"![{names[picture]}]({picture}.png)"]
+    scaling = scaling_table(recording)
+    if len(scaling) > 1:
+        lines += ["", "## Scaling over threads", "", "Speed; fusedopt on the fewest threads is 1."]
+        lines += ["", *markdown(scaling)]
     rules = rule_table(recording)
     if len(rules) > 1:
         lines += ["", "## Optimizers", "", f"{OF_RULES[0].upper()}{OF_RULES[1:]}", ""]

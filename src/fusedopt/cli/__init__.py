@@ -1,4 +1,4 @@
-"""The command line: ``python -m fusedopt train | bench | info``. One module for each command."""
+"""The command line: ``python -m fusedopt train | bench | memory | info``, a module for each."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 import fusedopt
-from fusedopt.cli import bench, info, train
+from fusedopt.cli import bench, info, memory, train
 
 # each has a first docstring line, add_arguments, and prepare, which checks all that can be checked
 # beforehand and returns the function that does the work
 COMMANDS = {
     "train": train,
     "bench": bench,
+    "memory": memory,
     "info": info,
 }
 FAILED, BAD_INPUT, INTERRUPTED, UNREAD = 1, 2, 130, 141  # 128 + SIGINT, 128 + SIGPIPE

@@ -158,7 +158,9 @@ class Run:
     params: model.Params
     epoch: int = 0
     history: dict[str, list[float]] = field(
-        default_factory=lambda: {k: [] for k in ("loss", "lr", "accuracy", "epoch_step")}
+        default_factory=lambda: {
+            k: [] for k in ("loss", "lr", "held_out_loss", "accuracy", "epoch_step")
+        }
     )
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("forward+backward", "optimizer", "reference"), 0.0)
@@ -378,7 +380,8 @@ def run(state: Run, opt: Any, data: Data, o: argparse.Namespace, tqdm: Any, said
             train_epoch(state, opt, twin, data, o, bar, monitor)
             state.epoch += 1
             with shown(opt):
-                _, predicted = model.evaluate(state.params, data.x_test, data.y_test)
+                held_out, predicted = model.evaluate(state.params, data.x_test, data.y_test)
+            state.history["held_out_loss"].append(float(held_out))
             state.history["accuracy"].append(float(np.mean(predicted == data.y_test)))
             state.history["epoch_step"].append(len(state.history["loss"]))
             if o.save is not None:
@@ -390,9 +393,15 @@ def run(state: Run, opt: Any, data: Data, o: argparse.Namespace, tqdm: Any, said
         return
     title = " and ".join(name for name in (choice.cls, choice.rest) if name)
     title += f", {o.schedule} schedule, batches of {o.batch_size}"
-    accuracy = {"held-out accuracy": (state.history["epoch_step"], state.history["accuracy"])}
+    if last := len(data.x_train) % o.batch_size:
+        title += f", the last of an epoch of {last}"
+    ends = state.history["epoch_step"]
+    curves = {
+        "held-out loss": (ends, state.history["held_out_loss"]),
+        "held-out accuracy": (ends, state.history["accuracy"]),
+    }
     if o.monitor is not None and monitor.names:  # resuming a finished run takes no step
         report.layers(monitor)
     for path in {o.plot, o.monitor if monitor.names else None} - {None, Path()}:
-        monitor.plot(path, title=title, curves=accuracy)
+        monitor.plot(path, title=title, curves=curves)
         print(f"plot: {path}")
