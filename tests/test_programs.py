@@ -37,7 +37,7 @@ def assert_near(ours, theirs, dtype, bound=None):
 @pytest.mark.parametrize("kind", ["FedAdam", "FedYogi", "FedAdagrad"])
 @either
 def test_flower(kind, dtype):
-    """The library's strategy gets one client's weights; in FedAdam NumPy 2 makes its own float64."""
+    """The library's strategy gets one client's weights; NumPy 2 makes FedAdam's float64."""
     pytest.importorskip("flwr", reason="compares with it: pip install flwr==1.42.0")
     from flwr.common import Code, FitRes, Status, ndarrays_to_parameters
     from flwr.server import strategy
