@@ -256,7 +256,7 @@ def losses(spacy, pipe, optimizer):
 
 
 @pytest.mark.parametrize("pipe", ["textcat", "tagger"])
-@pytest.mark.parametrize("betas, bound", [((0.9, 0.999), 1e-5), ((0.875, 1 - 2**-10), 2e-7)])
+@pytest.mark.parametrize("betas, bound", [((0.9, 0.999), 1e-5), ((0.875, 1 - 2**-10), 1e-6)])
 def test_spacy(pipe, betas, bound):
     """A config names the optimizer; the losses are those of thinc's."""
     spacy = pytest.importorskip("spacy", reason="compares with it: pip install spacy==3.8.18")
