@@ -1,10 +1,15 @@
 """The blocks of docs/programs.md give the numbers of the programs that they are for.
 
-Those of a library that installs quickly are compared with it, and the others with a transcription.
+They are compared with the library's own code, where it is installed. Evolution strategies have a
+transcription, because their program is no package; PaCMAP has one too, because it takes long to
+install and computes in float32 only.
 """
 
+import importlib.util
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,50 +28,70 @@ def block(title):
     return names
 
 
-def assert_near(ours, theirs, dtype):
+def assert_near(ours, theirs, dtype, bound=None):
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == dtype
-        assert np.abs(a - b).max() <= BOUND[dtype] * max(1, np.abs(b).max())
-
-
-def flower(kind, weights, m, v, delta, server_round, eta, beta_1, beta_2, tau):
-    """Flower 1.42, `aggregate_fit` of the strategies, transcribed; m and v change in place."""
-    for i, (w, y) in enumerate(zip(weights, delta, strict=True)):
-        m[i] = np.multiply(beta_1, m[i]) + (1 - beta_1) * y
-        if kind == "FedAdam":
-            v[i] = beta_2 * v[i] + (1 - beta_2) * np.multiply(y, y)
-        elif kind == "FedYogi":
-            v[i] = v[i] - (1.0 - beta_2) * np.multiply(y, y) * np.sign(v[i] - np.multiply(y, y))
-        else:
-            v[i] = v[i] + np.multiply(y, y)
-        rate = eta
-        if kind == "FedAdam":
-            rate *= np.sqrt(1 - np.power(beta_2, server_round + 1.0))
-            rate /= 1 - np.power(beta_1, server_round + 1.0)
-        weights[i] = (w + rate * m[i] / (np.sqrt(v[i]) + tau)).astype(w.dtype)
+        assert np.abs(a - b).max() <= (bound or BOUND[dtype]) * max(1, np.abs(b).max())
 
 
 @pytest.mark.parametrize("kind", ["FedAdam", "FedYogi", "FedAdagrad"])
 @either
 def test_flower(kind, dtype):
+    """The library's strategy gets one client's weights; NumPy 2 makes FedAdam's float64."""
+    pytest.importorskip("flwr", reason="compares with it: pip install flwr==1.42.0")
+    from flwr.common import Code, FitRes, Status, ndarrays_to_parameters
+    from flwr.server import strategy
+
     names = block("Flower")
     rng = np.random.default_rng(0)
     ours = [rng.standard_normal(shape).astype(dtype) for shape in [(3, 17), (5,)]]
-    theirs = [w.copy() for w in ours]
-    m, v = ([np.zeros_like(w) for w in ours] for _ in range(2))
-    betas, eta, tau = (0.9, 0.99), 0.1, 1e-3
+    betas, eta, tau = (0.0 if kind == "FedAdagrad" else 0.9, 0.99), 0.1, 1e-3
+    decay = {} if kind == "FedAdagrad" else {"beta_1": betas[0], "beta_2": betas[1]}
+    server = getattr(strategy, kind)(
+        initial_parameters=ndarrays_to_parameters(ours), eta=eta, tau=tau, **decay
+    )
     opt = names["make"](kind, ours, *betas, tau)
     for t in range(1, STEPS + 1):
         server_round = t + (t > 10)  # a round in which all clients fail changes nothing
-        delta = [rng.standard_normal(w.shape).astype(dtype) for w in ours]
+        trained = [w + rng.standard_normal(w.shape).astype(dtype) for w in ours]
+        delta = [x - y for x, y in zip(trained, ours, strict=True)]
         if kind == "FedAdam":
             names["fedadam"](opt, delta, server_round, eta, *betas)
         elif kind == "FedYogi":
             names["fedyogi"](opt, delta, t, eta, *betas, tau)
         else:
             names["fedadagrad"](opt, delta, t, eta, betas[0], tau)
-        flower(kind, theirs, m, v, delta, server_round, eta, *betas, tau)
-    assert_near(ours, theirs, dtype)
+        result = FitRes(Status(Code.OK, ""), ndarrays_to_parameters(trained), 1, {})
+        server.aggregate_fit(server_round, [(None, result)], [])
+    assert_near(ours, [w.astype(dtype) for w in server.current_weights], dtype)
+
+
+@pytest.mark.parametrize("kind", ["Adagrad", "Adam", "Yogi"])
+@pytest.mark.parametrize("initial", [0.0, 0.1])
+@either
+def test_openfl(kind, initial, dtype):
+    openfl = pytest.importorskip(
+        "openfl.utilities.optimizers.numpy",
+        reason="compares with it: pip install openfl==1.9, of which its optimizers need dynaconf",
+    )
+    names = block("OpenFL")
+    rng = np.random.default_rng(0)
+    start = {"conv.weight": (3, 17), "conv.bias": (5,), "scale": ()}
+    start = {name: rng.standard_normal(shape).astype(dtype) for name, shape in start.items()}
+    ours, theirs = ({name: np.array(p) for name, p in start.items()} for _ in range(2))
+    options = {"learning_rate": 0.05, "initial_accumulator_value": initial}
+    pair = (
+        names[f"Fused{kind}"](params=ours, **options),
+        getattr(openfl, f"NumPy{kind}")(params=theirs, **options),
+    )
+    for step in range(STEPS):
+        some = list(start)[step % 3 :]
+        grads = {name: np.array(rng.standard_normal(start[name].shape), dtype) for name in some}
+        for opt in pair:
+            opt.step({name: g.copy() for name, g in grads.items()})
+    assert_near(ours.values(), theirs.values(), dtype)
+    with pytest.raises((KeyError, ValueError), match="unknown"):
+        pair[0].step({"unknown": np.zeros(3, dtype)})
 
 
 @either
@@ -108,6 +133,37 @@ def test_pacmap(dtype):
         v += (1 - beta2) * (grad[:-1] ** 2 - v)
         theirs -= lr_t * m / (np.sqrt(v) + 1e-7)
     assert_near([ours], [theirs], dtype)
+
+
+PACMAP = """
+import sys
+import numpy as np
+from pacmap.pacmap import update_embedding_adam
+begin, grads = np.load(sys.argv[1]).values()
+m, v = np.zeros_like(begin), np.zeros_like(begin)
+for itr, grad in enumerate(grads):
+    update_embedding_adam(begin, grad, m, v, 0.9, 0.999, 1.0, itr)
+np.save(sys.argv[2], begin)
+"""
+
+
+def test_pacmap_itself(tmp_path):
+    """A process of its own: Numba's threads would slow down other tests of this one."""
+    names = block("PaCMAP")
+    rng = np.random.default_rng(0)
+    ours = rng.standard_normal((40, 2)).astype("f4")
+    grads = rng.standard_normal((STEPS, 41, 2)).astype("f4")
+    np.savez(tmp_path / "in.npz", ours, grads)
+    if importlib.util.find_spec("pacmap") is None:
+        pytest.skip("compares with it: pip install pacmap==0.9.1")
+    subprocess.run(
+        [sys.executable, "-c", PACMAP, tmp_path / "in.npz", tmp_path / "out.npy"], check=True
+    )
+    opt = names["make"](ours, 1.0)
+    for grad in grads:
+        names["update"](opt, grad)
+    theirs = np.load(tmp_path / "out.npy")
+    assert_near([ours], [theirs], np.float32, bound=1e-5)  # PaCMAP has powers of betas in float32
 
 
 def test_autograd():
@@ -173,3 +229,41 @@ def test_thinc():
         assert np.abs(a - b).max() <= 2e-5 * np.abs(b).max()
     assert_near(*(o.mom1.values() for o in (ours, theirs)), np.float32)
     assert ours.averages.keys() == theirs.averages.keys()
+
+
+TEXTS = {
+    "good film": 1, "bad film": 0, "a great day": 1, "an awful day": 0,
+    "great film": 1, "awful film": 0, "good day": 1, "bad day": 0,
+}  # fmt: skip
+
+
+def losses(spacy, pipe, optimizer):
+    """Return the losses of a blank pipeline trained by its config's optimizer."""
+    from spacy.training import Example
+
+    spacy.util.fix_random_seed(0)
+    nlp = spacy.blank("en", config={"training": {"optimizer": optimizer}})
+    nlp.add_pipe(pipe)
+    tags = {2: ["JJ", "NN"], 3: ["DT", "JJ", "NN"]}
+    examples = []
+    for text, good in TEXTS.items():
+        cats = {"good": float(good), "bad": 1.0 - good}
+        known = {"cats": cats} if pipe == "textcat" else {"tags": tags[len(text.split())]}
+        examples.append(Example.from_dict(nlp.make_doc(text), known))
+    sgd = nlp.initialize(lambda: examples)
+    assert ("fusedopt" in optimizer["@optimizers"]) == ("fusedopt" in type(sgd).__module__)
+    return np.array([nlp.update(examples, sgd=sgd, losses={})[pipe] for _ in range(STEPS)])
+
+
+@pytest.mark.parametrize("pipe", ["textcat", "tagger"])
+@pytest.mark.parametrize("betas, bound", [((0.9, 0.999), 1e-5), ((0.875, 1 - 2**-10), 1e-6)])
+def test_spacy(pipe, betas, bound):
+    """A config names the optimizer; the losses are those of thinc's."""
+    spacy = pytest.importorskip("spacy", reason="compares with it: pip install spacy==3.8.18")
+    config = re.search(r"```ini\n(.*?)```", PAGE, re.S)[1]
+    options = spacy.util.load_config_from_str("[training]\n" + config)["training"]["optimizer"]
+    options = options | {"beta1": betas[0], "beta2": betas[1]}
+    ours = losses(spacy, pipe, options)
+    theirs = losses(spacy, pipe, options | {"@optimizers": "Adam.v1"})
+    assert np.abs(ours - theirs).max() <= bound * theirs[0]
+    assert theirs[-1] < 1e-3 * theirs[0]

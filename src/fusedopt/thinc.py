@@ -1,8 +1,9 @@
 """Adam for thinc and spaCy, which a config names "fusedopt.Adam.v1".
 
-It has the arguments of thinc's "Adam.v1", and all but the update is thinc's: schedules, clipping,
-weight decay, averages. thinc calls the optimizer for each parameter, so a step is many calls. The
-update is thinc's own where weights are not float32 NumPy arrays, as on a GPU.
+It has the arguments of thinc's "Adam.v1", and all but the update is thinc's: schedules, bias
+correction, clipping, weight decay, averages. thinc calls the optimizer for each parameter, so a
+step is many calls. The update is thinc's own where weights are not float32 NumPy arrays, as on a
+GPU.
 """
 
 from __future__ import annotations
@@ -14,10 +15,32 @@ import numpy as np
 
 try:
     from thinc import optimizers, registry
+    from thinc.backends import NumpyOps
 except ModuleNotFoundError as exc:
-    raise ModuleNotFoundError(f"fusedopt.thinc needs thinc 9: pip install thinc ({exc})") from exc
+    raise ModuleNotFoundError(f"fusedopt.thinc needs thinc 8.3: pip install thinc ({exc})") from exc
 
 from fusedopt.functional import adam
+
+
+class _Ops(NumpyOps):
+    """thinc's operations on NumPy arrays, with the update of `fusedopt.functional.adam`.
+
+    `thinc.optimizers.Optimizer` reads its options, which are numbers in thinc 8 and schedules in
+    thinc 9, and calls this one function with their values.
+    """
+
+    def adam(
+        self, weights: Any, gradient: Any, mom1: Any, mom2: Any, beta1: float, beta2: float,
+        eps: float, learn_rate: float,
+    ) -> Any:  # fmt: skip
+        adam(
+            [weights], [gradient], [mom1], [mom2], step=1, lr=learn_rate, betas=(beta1, beta2),
+            eps=eps, bias_correction=False,  # learn_rate has it
+        )  # fmt: skip
+        return weights, gradient, mom1, mom2
+
+
+_OPS = _Ops()
 
 
 class Optimizer(optimizers.Optimizer):
@@ -25,27 +48,10 @@ class Optimizer(optimizers.Optimizer):
 
     __slots__ = ()
 
-    def _adam(
-        self, ops: Any, weights: Any, gradient: Any, lr_scale: float, key: Any, nr_upd: int
-    ) -> Any:
-        if type(weights) is not np.ndarray or weights.dtype != np.float32:
-            return super()._adam(ops, weights, gradient, lr_scale, key, nr_upd)
-        for moments in (self.mom1, self.mom2):
-            if key not in moments:
-                moments[key] = ops.alloc1f(weights.size)
-        args = self._schedule_args(key)
-        adam(
-            [weights],
-            [gradient],
-            [self.mom1[key].reshape(weights.shape)],
-            [self.mom2[key].reshape(weights.shape)],
-            step=nr_upd,
-            lr=self.learn_rate(self.step, **args) * lr_scale,
-            betas=(self.b1(self.step, **args), self.b2(self.step, **args)),
-            eps=self.eps(self.step, **args),
-            eps_hat=True,
-        )
-        return weights, gradient
+    def _adam(self, ops: Any, weights: Any, *args: Any) -> Any:
+        if type(weights) is np.ndarray and weights.dtype == np.float32:
+            ops = _OPS
+        return super()._adam(ops, weights, *args)
 
 
 @registry.optimizers("fusedopt.Adam.v1")
