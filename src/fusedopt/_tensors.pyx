@@ -853,7 +853,7 @@ cdef class TensorList(LeafList):
         return 0
 
     cdef int place_rows(self) except -1:
-        """Let leaves be rows, of sparse gradients or all, once their memory is known to be apart."""
+        """Let leaves be rows, of sparse gradients or all, once memory is known to be apart."""
         cdef ptrdiff_t i, found
         cdef int place
         cdef uintptr_t low
