@@ -303,6 +303,11 @@ FACTOR_CASES = [  # of rules whose state has other shapes: the rows of test_fact
     _prodigy("prodigy-sample-all", slice_p=3, d0=1e-3, use_bias_correction=True, lr=0.5),
 ]  # fmt: skip
 
+ROW_CASES = [  # of rules that may keep a number for each row: rows of test_rows.py
+    _adagrad("rowwise", first=0.1, rowwise=True),
+    _adagrad("rowwise-decay", rowwise=True, weight_decay=0.1, eps_in_sqrt=True),
+]
+
 MATRIX_CASES = [  # of rules that step matrices alone: the rows of test_muon.py
     Case("muon", name, "muon", "Muon", ("momentum_buffer",), options)
     for name, options in {

@@ -5,13 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
-from cases import CASES, EVERY_CLASS, FACTOR_CASES, MATRIX_CASES
+from cases import CASES, EVERY_CLASS, FACTOR_CASES, MATRIX_CASES, ROW_CASES
 
 from fusedopt import _core, _options, functional, reference
 from fusedopt.cli.train import OPTIMIZERS
 
 ROOT = Path(__file__).parent.parent
-EVERY_CASE = [*CASES, *FACTOR_CASES, *MATRIX_CASES]
+EVERY_CASE = [*CASES, *FACTOR_CASES, *MATRIX_CASES, *ROW_CASES]
 VARIANTS = {c.rule.variant[1]: c.rule for c in EVERY_CLASS if c.rule.variant is not None}
 TABLE = {row[0]: row for row in _core.rules()}
 RULES = {name: row for name, row in TABLE.items() if name not in VARIANTS}
@@ -100,7 +100,8 @@ def test_class_fits_the_table(cls):
         assert TABLE[variant][2:] == (states, required)
         scalars = {*scalars, *TABLE[variant][1]}
         assert (ROOT / f"csrc/rules/{variant}.h").exists()
-        assert any(case.cls == cls.__name__ and case.options.get(option) for case in CASES)
+        cases = [*CASES, *ROW_CASES]
+        assert any(case.cls == cls.__name__ and case.options.get(option) for case in cases)
     options = rule.advanced(rule.begun(rule.defaults))
     hyper = rule.at(options if rule.share is None else rule.share([options])[0])(1)
     assert set(hyper) == {*scalars, "grad_scale", "l2", "l1", "ema_weight"}

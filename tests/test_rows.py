@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import DTYPES, assert_same, isa, threads, values
+from cases import DTYPES, ROW_CASES, assert_same, isa, threads, values
 
 import fusedopt
 from fusedopt import Rows, _core, _disk, reference
@@ -20,8 +20,7 @@ RULES = {  # class, options
     "sgd-lazy": ("SGD", {"momentum": 0.9, "weight_decay": 0.1, "l1": 0.01, "lazy": True}),
     "adagrad": ("Adagrad", {"initial_accumulator_value": 0.5, "lr_decay": 0.1}),
     "adagrad-decay": ("Adagrad", {"weight_decay": 0.1, "maximize": True}),
-    "rowwise": ("Adagrad", {"rowwise": True, "initial_accumulator_value": 0.1}),
-    "rowwise-decay": ("Adagrad", {"rowwise": True, "weight_decay": 0.1, "eps_in_sqrt": True}),
+    **{case.name: (case.cls, case.options | case.class_options) for case in ROW_CASES},
     "adam": ("Adam", {"weight_decay": 0.1, "l1": 0.01, "eps_hat": True}),
     "adamw": ("AdamW", {"amsgrad": True, "maximize": True}),
 }

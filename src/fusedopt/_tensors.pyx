@@ -362,7 +362,8 @@ cdef class TensorList(LeafList):
             Asked, where needed, to ``_is_elsewhere``, ``_check_elsewhere``, ``_step_elsewhere``,
             ``_make_state``, ``_make_extras``, ``_stand_in``, ``_copy``, ``_count``,
             ``_refuse_both``, ``_shared``, ``_origin``, ``_constants``, ``_name``, ``_reduction``,
-            ``_new_direction`` and ``_replace``: see `fusedopt.torch`.
+            ``_new_direction`` and ``_replace``: see `fusedopt.torch`. Of sparse gradients to
+            ``_rows``, ``_refuse_dense``, ``_refuse_strange`` and ``_refuse_all_rows``.
         groups : list of (list, GroupPlan)
             The parameters of each group, and what a step must know of it; with `chosen`, the
             owner's ``param_groups``.
@@ -856,7 +857,7 @@ cdef class TensorList(LeafList):
         return 0
 
     cdef int place_rows(self) except -1:
-        """Let leaves be rows, of sparse gradients or all, once their memory is known to be apart."""
+        """Let leaves be rows, of sparse gradients or all, once memory is known to be apart."""
         cdef ptrdiff_t i, found
         cdef int place
         cdef uintptr_t low

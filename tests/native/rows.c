@@ -62,7 +62,8 @@ static int agrees(source *s, int rule, int is_double, int threads)
         indices[i] = choose(s, count);
     const ptrdiff_t n = fo_sort_rows(indices, k, count, rows, starts, order, scratch);
     const fo_row_look look = fo_look_at_rows(rows, n, count);
-    int same = look.bad < 0 && look.ascends && fo_look_at_rows(rows, n, n).bad < n;
+    int same = look.bad < 0 && look.ascends;
+    same = same && (n == 0 || fo_look_at_rows(rows, n, rows[n - 1]).bad == n - 1);
 
     void *given = make(k * length, size), *grad = make(n * length, size);
     fill(s, given, k * length, is_double);
@@ -101,7 +102,8 @@ static int agrees(source *s, int rule, int is_double, int threads)
     }
     ours.grad = (fo_array){.data = given, .format = format};
     theirs.grad = (fo_array){.data = grad, .format = format};
-    fo_stats stats[2] = {{0}, {0}};
+    fo_stats stats[2];
+    memset(stats, 0, sizeof stats);
     for (int i = 0; i < 2; i++) {
         fo_leaf *leaf = i == 0 ? &ours : &theirs;
         fo_run run = {.measure = FO_MEASURE_LEAF, .stats = &stats[i]};
