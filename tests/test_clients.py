@@ -29,7 +29,11 @@ def run(client, folder, world=1):
             [sys.executable, "-W", "ignore", SCRIPT, folder, client],
             env=os.environ
             | ({"RANK": str(k), "LOCAL_RANK": str(k), **several} if world > 1 else {})
-            | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""},
+            | {
+                "HF_HUB_OFFLINE": "1",
+                "TOKENIZERS_PARALLELISM": "false",
+                "CUDA_VISIBLE_DEVICES": "",
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

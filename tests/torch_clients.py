@@ -143,9 +143,7 @@ def trl():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="w0", eos_token="w2")
 
     # with a fingerprint of its own: some versions of datasets and of pyarrow do not find one
-    data = datasets.Dataset(
-        datasets.table.InMemoryTable.from_pylist(lines()), fingerprint="lines"
-    )
+    data = datasets.Dataset(datasets.table.InMemoryTable.from_pylist(lines()), fingerprint="lines")
 
     def make(model, folder, cls):
         args = arguments(
@@ -404,11 +402,15 @@ class NoTorchvision(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return None
 
     def create_module(self, spec):
+        class Name(type):
+            def __getattr__(cls, name):  # a member of what is an enumeration there
+                return name
+
         class Empty(types.ModuleType):
             def __getattr__(self, name):
                 if name.startswith("__"):
                     raise AttributeError(name)
-                return type(name, (), {"__init__": lambda self, *args, **options: None})
+                return Name(name, (), {"__init__": lambda self, *args, **options: None})
 
         return Empty(spec.name)
 
@@ -421,12 +423,11 @@ def timm():
     sys.meta_path.insert(0, NoTorchvision())
     import timm.optim
     import timm.scheduler
+    from timm.optim import _optim_factory as factory
 
     def run(module, **options):
         model = net()
-        timm.optim.default_registry.register(
-            timm.optim.OptimInfo("ours", module.AdamW, has_betas=True)
-        )
+        factory.default_registry.register(factory.OptimInfo("ours", module.AdamW, has_betas=True))
         opt = timm.optim.create_optimizer_v2(model, "ours", lr=0.01, weight_decay=0.1, **options)
         assert [group["weight_decay"] for group in opt.param_groups] == [0.0, 0.1]
         schedule = timm.scheduler.CosineLRScheduler(opt, t_initial=8, warmup_t=2)
@@ -526,7 +527,9 @@ def verl():
                     model.set_requires_gradient_sync(part == 1)
                     rows = batch(2 * number + part, rank, world)
                     (model(rows).square().mean() / 2).backward()
-                norm = fsdp_utils.fsdp2_clip_grad_norm_(model.parameters(), max_norm=config.clip_grad)
+                norm = fsdp_utils.fsdp2_clip_grad_norm_(
+                    model.parameters(), max_norm=config.clip_grad
+                )
                 norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
                 assert torch.isfinite(norm)
                 opt.step()
