@@ -3,12 +3,12 @@
     python bench/offload.py [--gb 4] [--rounds 15] [--markdown FILE]
     python bench/offload.py --fsdp 1.0 [--steps 8] [--markdown FILE]
 
-The first compares the formats of fusedopt.torch with torch.optim.AdamW(fused=True), DeepSpeedCPUAdam
-and bitsandbytes' 8-bit AdamW, where they are installed: the time of a step and the bytes of host
-memory that each keeps for a parameter, on 1, 2, 4, ... threads. The tensors are those of a model
-with 7B parameters in number and proportion, smaller so that all contenders fit into `--gb` at the
-same time. They take turns; ratios are medians over the rounds, and rounds in which other processes
-kept CPUs busy are repeated.
+The first compares the formats of fusedopt.torch with torch.optim.AdamW(fused=True),
+DeepSpeedCPUAdam and bitsandbytes' 8-bit AdamW, where they are installed: the time of a step and the
+bytes of host memory that each keeps for a parameter, on 1, 2, 4, ... threads. The tensors are those
+of a model with 7B parameters in number and proportion, smaller so that all contenders fit into
+`--gb` at the same time. They take turns; ratios are medians over the rounds, and rounds in which
+other processes kept CPUs busy are repeated.
 
 The second trains a decoder of so many billion parameters under FSDP2 with CPUOffloadPolicy, on one
 GPU (on the CPU without one, to try it): the time of a whole step, how long the GPU waits for the
@@ -207,8 +207,8 @@ def steps(gb: float, rounds: int) -> list[str]:
         "",
         f"The tensors of Llama 2 7B at width {width}. Bytes are of host memory for a parameter: of",
         "weights and state, and with the gradient. A ratio is of times in the same round; median",
-        f"and quartiles of {rounds} rounds. Other processes let {calm} of {len(times[most])} rounds",
-        "have the CPUs; those count, unless they are fewer than three.",
+        f"and quartiles. Of {len(times[most])} rounds {calm} were calm: other processes used less",
+        "than a quarter of a CPU. Those count, and all where fewer than three were.",
         "",
         *table(
             ["", "bytes kept", "with gradient", "ms", "ns a parameter", f"ratio to {BASE}"], rows

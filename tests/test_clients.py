@@ -1,6 +1,6 @@
 """Trainers that others wrote, with our optimizers in the place of torch's: tests/torch_clients.py.
 
-docs/integrations.md has the versions. Few of them are installed beside the tests; the others skip.
+docs/integrations.md has the versions. Those that are not installed are skipped.
 """
 
 import importlib.util
@@ -21,25 +21,23 @@ def run(client, folder, world=1):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    several = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
-    several |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", SCRIPT, folder, client],
-            env=os.environ
-            | ({"RANK": str(k), "LOCAL_RANK": str(k), **several} if world > 1 else {})
-            | {
-                "HF_HUB_OFFLINE": "1",
-                "TOKENIZERS_PARALLELISM": "false",
-                "CUDA_VISIBLE_DEVICES": "",
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+    several = {
+        "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+    }  # fmt: skip
+    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+    processes = []
+    for rank in range(world):
+        own = several | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-W", "ignore", SCRIPT, folder, client],
+                env=os.environ | quiet | own,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
         )
-        for k in range(world)
-    ]
     try:
         texts = [process.communicate(timeout=300)[0] for process in processes]
     finally:

@@ -12,13 +12,11 @@ import contextlib
 import copy
 import importlib.abc
 import importlib.machinery
-import os
 import random
 import sys
 import types
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import fusedopt.torch as fo
@@ -30,7 +28,6 @@ NARROW = {"state_dtype": "int8", "min_8bit_size": 0}
 
 def seed(number=0):
     random.seed(number)
-    np.random.seed(number)
     torch.manual_seed(number)
 
 
@@ -249,8 +246,8 @@ def lightning():
             data = torch.utils.data.DataLoader([x for n in range(8) for x in batch(n)], 4)
             trainer = pl.Trainer(
                 max_epochs=2, accelerator="cpu", devices=1, gradient_clip_val=0.5,
-                accumulate_grad_batches=2, callbacks=[Save()], logger=False, enable_checkpointing=False,
-                enable_progress_bar=False, enable_model_summary=False,
+                accumulate_grad_batches=2, callbacks=[Save()], logger=False,
+                enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
                 default_root_dir=FOLDER,
             )  # fmt: skip
             trainer.fit(task, data, **resume)
@@ -496,7 +493,7 @@ def accelerate_fsdp():
 
 
 def verl():
-    """Its builder of optimizers and its clip, on FSDP2 with CPUOffloadPolicy, as its engine does."""
+    """Its builder of optimizers and its clip, with FSDP2 and CPUOffloadPolicy as in its engine."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
