@@ -201,6 +201,11 @@ def steps(gb: float, rounds: int) -> list[str]:
         )  # fmt: skip
         cells = [median(r[name] for r in of(times[number], name)) for number in threads]
         scaling.append([name, *(f"{1e3 * t:.1f} ({cells[0] / t:.2f})" for t in cells)])
+    busy = [
+        f"The machine was busy (load average {os.getloadavg()[0]:.0f}): what takes long on several",
+        "threads is OpenMP, which waits for late ones. One thread, below, compares the formats.",
+        "",
+    ]
     missing = ["Absent: " + "; ".join(absent) + ".", ""] if absent else []
     return [
         f"## A step of {n / 1e6:.0f}M parameters in {len(shapes(width))} tensors, {most} threads",
@@ -214,6 +219,7 @@ def steps(gb: float, rounds: int) -> list[str]:
             ["", "bytes kept", "with gradient", "ms", "ns a parameter", f"ratio to {BASE}"], rows
         ),
         *missing,
+        *(busy if calm < 3 else []),
         "## Threads: ms (times as fast as on one)",
         "",
         *table(["", *map(str, threads)], scaling),
