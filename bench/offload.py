@@ -202,8 +202,8 @@ def steps(gb: float, rounds: int) -> list[str]:
         cells = [median(r[name] for r in of(times[number], name)) for number in threads]
         scaling.append([name, *(f"{1e3 * t:.1f} ({cells[0] / t:.2f})" for t in cells)])
     busy = [
-        f"The machine was busy (load average {os.getloadavg()[0]:.0f}): what takes long on several",
-        "threads is OpenMP, which waits for late ones. One thread, below, compares the formats.",
+        f"Other processes had the CPUs too (load average {os.getloadavg()[0]:.0f}), and several",
+        "threads wait for the latest. One thread, below, is the better comparison.",
         "",
     ]
     missing = ["Absent: " + "; ".join(absent) + ".", ""] if absent else []
