@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 from test_interrupts import interrupted_at
-from torch_cases import fo, leaf, numbers, torch
+from torch_cases import fo, leaf, model, numbers, torch, train
 
 import fusedopt
 from fusedopt.formats import Stored
@@ -548,3 +548,25 @@ def test_a_checkpoint_of_torchs_asgd_that_has_no_step():
     assert opt.param_groups[0]["last_lr"] == 0.1
     opt.step()
     assert torch.isfinite(q).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_that_a_loader_has_cast(dtype):
+    """As torch's own load_state_dict does, where an optimizer around ours calls it."""
+    nets = [model(), model()]
+    opts = [fo.AdamW(net.parameters(), state_dtype="int8", min_8bit_size=0) for net in nets]
+    for net, opt in zip(nets, opts, strict=True):
+        train(net, opt, range(2))
+    for own in opts[0].state.values():
+        for key in [key for key in own if key.endswith(("_codes", "_blocks"))]:
+            own[key] = own[key].to(dtype)
+    for net, opt in zip(nets, opts, strict=True):
+        train(net, opt, range(2, 4))
+    for a, b in zip(*(net.parameters() for net in nets), strict=True):
+        assert torch.equal(a, b)
+    own = next(iter(opts[0].state.values()))
+    assert own["exp_avg_codes"].dtype == own["exp_avg_blocks"].dtype == torch.uint8
+    for wrong in (0.5, 256.0, -1.0, float("nan")):  # no codes
+        own["exp_avg_codes"] = torch.full(own["exp_avg_codes"].shape, wrong, dtype=dtype)
+        with pytest.raises(TypeError, match="exp_avg_codes: is of dtype"):
+            train(nets[0], opts[0], [4])

@@ -43,6 +43,10 @@ def test_engines(tmp_path):
     ranks(2, tmp_path, "ddp", "ddp_buckets", "zero", "norms_of_parts")
 
 
+def test_memory_of_one_rank(tmp_path):
+    ranks(2, tmp_path, "memory")
+
+
 @since("2.6")  # on CPUs
 def test_fully_sharded(tmp_path):
     ranks(2, tmp_path, "fsdp", "averages", "modes", "norms_of_shards", "trust_ratios", "placements")

@@ -12,6 +12,7 @@ import inspect
 import itertools
 import math
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable
@@ -244,6 +245,48 @@ def norms_of_parts():
         return model, norms
 
     whole_norm(run)
+
+
+def memory():
+    """Where one rank alone has no memory for a step, or for a product, no rank takes it."""
+
+    def fails(*args):
+        raise MemoryError("none here")
+
+    def no_room():  # real, but for what torch.distributed needs
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (8 << 20), resource.RLIM_INFINITY))
+
+    small = torch.nn.Parameter(torch.ones(9))
+    small.grad = torch.ones(9)
+    fo.AdamW([small], process_group=dist.group.WORLD, stats=True).step()  # starts all threads
+    for name, broken, shape in (
+        ("AdamW", None, (1 << 22,)),
+        ("Muon", "_new_direction", (5, 4)),
+        ("Muon", "_replace", (5, 4)),
+    ):
+        p = torch.nn.Parameter(torch.ones(shape))
+        p.grad = torch.full(shape, 0.5)
+        cls = getattr(fo, name)
+        opt = cls([p], lr=0.1, process_group=dist.group.WORLD, stats=True)
+        if RANK == 1:
+            if broken is None:
+                no_room()
+            else:
+                setattr(opt, broken, fails)
+        try:
+            opt.step()
+            raise AssertionError("no error")
+        except (MemoryError, RuntimeError) as exc:
+            others = "another rank cannot take this step"
+            assert (others in str(exc)) == (RANK != 1), exc
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+        assert torch.equal(p, torch.ones(shape)) and not opt.state
+        if broken is not None and RANK == 1:
+            delattr(opt, broken)
+        opt.step()
+        assert opt.last_step.step == 1 and not torch.equal(p, torch.ones(shape))
 
 
 def decisions():

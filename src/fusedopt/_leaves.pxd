@@ -110,6 +110,7 @@ cdef class LeafList:
     cdef object prepare(self, options, fo_run *how)
     cdef int make_scratch(self) except -1
     cdef bint direct(self, reduction, fo_run *how, int threads) except -1
+    cdef bint direct_on_all(self, reduction, fo_run *how, int threads) except -1
     cdef Verdict judge(self, options, reduction, fo_run *how, int threads)
     cdef void zero_gradients(self) noexcept
     cdef int make_writes(self) except -1

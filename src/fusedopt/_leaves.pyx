@@ -249,7 +249,7 @@ cdef class LeafList:
         verdict = self.judge(options, reduction, how, threads)
         if not verdict.skipped and (
                 self.kind > FO_FACTORED or (self.kind >= FO_LAYERWISE and reduction is not None)):
-            if not self.direct(reduction, how, threads):
+            if not self.direct_on_all(reduction, how, threads):
                 verdict = decide(True, verdict.grad_norm, verdict.clip_factor)
         if verdict.skipped:
             if how.zero_grads:
@@ -263,9 +263,17 @@ cdef class LeafList:
         return verdict
 
     cdef object prepare(self, options, fo_run *how):
-        """Get the memory in which a step measures; return its options, None if it needs none."""
+        """Get the memory that a step needs; return its options, None if it measures nothing.
+
+        All that grows with the arrays is got here, before ranks agree that each can take the step.
+        """
+        cdef ptrdiff_t i, slot = len(self.state_names)
         if self.kind == FO_FACTORED:
             self.make_scratch()
+        if self.kind == FO_MATRIX:
+            for i in range(self.n):
+                if self.leaves[i].grad.data != NULL:
+                    self.add_direction(i, &self.leaves[i].state[slot])
         if options is None and self.kind > FO_FACTORED:
             options = _options.PLAIN
         if options is not None or self.kind >= FO_LAYERWISE:
@@ -290,6 +298,19 @@ cdef class LeafList:
                 size += scratch_of(&self.leaves[i])
         return 0
 
+    cdef bint direct_on_all(self, reduction, fo_run *how, int threads) except -1:
+        """Do so; ranks agree again on what torch's or NumPy's products may raise, as for memory."""
+        cdef bint goes_on = True
+        if reduction is None or self.kind != FO_MATRIX:
+            return self.direct(reduction, how, threads)
+        fault = None
+        try:
+            goes_on = self.direct(reduction, how, threads)
+        except Exception as exc:
+            fault = exc
+        reduction.agree(self.count_rows(), fault, False)
+        return goes_on
+
     cdef bint direct(self, reduction, fo_run *how, int threads) except -1:
         """Find the directions of a rule; have them replaced, or summed over ranks.
 
@@ -297,12 +318,8 @@ cdef class LeafList:
         change nothing.
         """
         cdef fo_status status
-        cdef ptrdiff_t i, slot = len(self.state_names)
+        cdef ptrdiff_t i
         cdef bint goes_on = True
-        if self.kind == FO_MATRIX:
-            for i in range(self.n):
-                if self.leaves[i].grad.data != NULL:
-                    self.add_direction(i, &self.leaves[i].state[slot])
         with nogil:
             status = run_direct(
                 self.rule, self.leaves, self.n, self.hypers.of, self.hypers.n, how, threads)

@@ -505,6 +505,9 @@ class Fused(StateKeeper):
     ) -> tuple[list[Any], list[Any], list[tuple[Any, Any, str]]]:
         """Return what C can work on for [parameter, gradient, copy, *state]: see `stand_ins`."""
         name = self._name(group, i)
+        for k, state in enumerate(names, 3):
+            if state.endswith(_plain.CODES):
+                self._restore(tensors, extras, k, state)
         if self._rule.needs_whole and _ranks.sharded_dims(tensors[0]):
             raise ValueError(
                 f"{name}: is a shard, and {type(self).__name__} computes with whole matrices; use "
@@ -519,6 +522,14 @@ class Fused(StateKeeper):
             if shape not in (None, tuple(tensors[0].shape))
         }
         return _plain.stand_ins(where, tensors, extras, residual, zeroes, shapes)
+
+    def _restore(self, tensors: list[Any], extras: list[Any], k: int, codes: str) -> None:
+        """Put 8-bit state back into its dtype, where a loader has cast it."""
+        blocks = codes.removesuffix(_plain.CODES) + _plain.BLOCKS
+        for values, at, key in ((tensors, k, codes), (extras, k, blocks)):
+            made = _plain.restored(values[at])
+            if made is not values[at]:
+                values[at] = self.state[tensors[0]][key] = made
 
     _origin = staticmethod(_ranks.origin)
 

@@ -266,6 +266,18 @@ def has_memory(tensor: Any) -> bool:
         return False
 
 
+def restored(codes: Any) -> Any:
+    """Return 8-bit codes as uint8 where a loader has cast them, as that of a torch optimizer does.
+
+    Megatron's HybridDeviceOptimizer loads the state of ours in that way. Any float dtype holds
+    codes exactly; what holds anything else is returned as it is.
+    """
+    if not is_plain(type(codes)) or not codes.is_floating_point() or codes.device.type != "cpu":
+        return codes
+    made = codes.nan_to_num(nan=256.0).clamp(0, 255).to(torch.uint8)
+    return made if torch.equal(made.to(codes.dtype), codes) else codes
+
+
 def repeats(tensor: Any) -> bool:
     """Whether elements may share memory, as after expand()."""
     found: bool = _core.repeats(tuple(tensor.shape), tensor.stride())
