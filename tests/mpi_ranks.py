@@ -432,7 +432,7 @@ def faults():
     raises(TypeError, "grads['b']", lambda: sharded.step(wrong(b="text")), [last])
     raises(ValueError, "no 'b'", lambda: sharded.step({"w": p["w"]} if RANK == last else wrong()),
            [last])  # fmt: skip
-    raises(TypeError, "unknown option .lr.", lambda: sharded.step(wrong(), lr=1))
+    raises(TypeError, "unknown option 'lr'", lambda: sharded.step(wrong(), lr=1))
     for kind in (MemoryError, KeyboardInterrupt, SystemExit):
         bomb[:] = [fail(kind("bomb"))]
         raises(kind, "bomb", lambda: sharded.step(wrong()), [last])

@@ -127,7 +127,7 @@ def test_state_of_torch_is_converted(state_dtype):
     [
         ({"exp_avg_blocks": None}, ValueError, "exp_avg_codes: 8-bit codes need .*exp_avg_blocks"),
         ({"exp_avg_blocks": torch.zeros(4, dtype=torch.uint8)}, ValueError, "exp_avg_blocks"),
-        ({"exp_avg_blocks": torch.zeros(5)}, TypeError, "exp_avg_blocks: is of dtype"),
+        ({"exp_avg_blocks": torch.full((5,), 0.5)}, TypeError, "exp_avg_blocks: is of dtype"),
         (
             {"exp_avg_codes": None, "exp_avg": torch.zeros(300, dtype=torch.float64)},
             TypeError,
@@ -141,7 +141,7 @@ def test_state_of_torch_is_converted(state_dtype):
         ({"exp_avg": torch.zeros(300)}, ValueError, "has exp_avg and exp_avg_codes, of which one"),
         ({"exp_avg_sq": torch.zeros(300)}, ValueError, "has exp_avg_sq and exp_avg_sq_codes"),
         ({"step": None}, TypeError, "step: expected a tensor"),
-        ({"exp_avg_codes": torch.zeros(300)}, TypeError, "exp_avg_codes: is of dtype"),
+        ({"exp_avg_codes": torch.full((300,), 0.5)}, TypeError, "exp_avg_codes: is of dtype"),
         ({"exp_avg_codes": torch.zeros(299, dtype=torch.uint8)}, ValueError, "does not fit"),
         ({"exp_avg_codes": None}, ValueError, "its state has no exp_avg"),
         ({"exp_avg_codes": None, "exp_avg": None}, ValueError, "its state has no exp_avg,"),

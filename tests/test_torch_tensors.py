@@ -563,7 +563,7 @@ def test_random_views_of_one_buffer(dtype):
                 break
         else:
             apart = int(marks.max()) == 1
-            opt = fo.SGD(views, lr=1.0, master_bits=16)
+            opt = fo.SGD(views, lr=1.0, master_bits=16 if dtype.itemsize == 2 else None)
             if apart:
                 opt.step()
                 assert torch.equal(base, -marks.to(dtype))

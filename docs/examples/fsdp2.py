@@ -1,5 +1,6 @@
 """FSDP2 on two CPU processes: each keeps and steps half of every parameter."""
 
+import os
 import tempfile
 
 import torch
@@ -34,6 +35,7 @@ def train(rank, file):
         print(f"rank 0 keeps {mine} of {sum(p.numel() for p in model.parameters())} parameters")
         print(f"both ranks know the same norm; loss {loss.item():.3f}", flush=True)
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may abort while Python ends (pytorch#179291)
 
 
 if __name__ == "__main__":

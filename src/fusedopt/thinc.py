@@ -21,6 +21,8 @@ except ModuleNotFoundError as exc:
 
 from fusedopt.functional import adam
 
+__all__ = ["Adam"]
+
 
 class _Ops(NumpyOps):
     """thinc's operations on NumPy arrays, with the update of `fusedopt.functional.adam`.
