@@ -425,6 +425,14 @@ def test_tables_without_elements(shape):
     assert opt.state["params['a']"]["step"] == 1
 
 
+@pytest.mark.parametrize("shape", [(0, 64), (4, 0)])
+def test_narrow_tables_without_elements(shape):
+    """A step writes nothing, and is no reason to refuse a table."""
+    table = np.zeros(shape, np.float16)
+    opt = fusedopt.Adam(table, state_dtype="int8", min_8bit_size=1)
+    assert opt.step(Rows(np.empty(0, int), np.empty((0, shape[1]), np.float32))).updated == 1
+
+
 ONES = np.ones((2, 3), np.float32)
 BAD = {  # what is given, and the error
     "a negative row": (Rows(np.array([1, -1]), ONES), ValueError, r"indices\[1\]: .* row -1"),

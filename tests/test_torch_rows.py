@@ -321,6 +321,20 @@ def test_values_in_memory_that_a_step_writes(zero, index):
         assert (params[1] != 1).all() and (given == 1).all()
 
 
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])
+def test_narrow_state_of_no_rows(state_dtype):
+    """A batch that touched none, as of an empty bag: a step that changes nothing else."""
+    param = torch.nn.Parameter(torch.ones(6, 64))
+    opt = fo.SparseAdam([param], state_dtype=state_dtype, min_8bit_size=1)
+    for count in (0, 1, 0):
+        index = torch.full((1, count), 2)
+        param.grad = torch.sparse_coo_tensor(index, torch.ones(count, 64), (6, 64))
+        before = param.detach().clone()
+        opt.step()
+        assert (before != param).any(dim=1).sum() == count
+    assert float(opt.state[param]["step"]) == 3
+
+
 def test_indices_that_change_once_checked(monkeypatch):
     """As by another thread: the step takes those that were checked."""
     param = torch.nn.Parameter(torch.ones(6, 3))

@@ -526,14 +526,14 @@ cdef class ArrayList(LeafList):
         way = _rows.way(
             name, self.plans[record.group], self.kind < FO_LAYERWISE, leaf.ema.data != NULL)
         record.by_rows = fo_rows(
-            length=max(record.n // max(len(self.params[i]), 1), 1),
+            length=_rows.row_length(self.params[i].shape),
             rows=<const int64_t *>address(ordered.rows),
             order=NULL, starts=NULL)
         if ordered.order is not None:
             record.by_rows.order = <const ptrdiff_t *>address(ordered.order)
             record.by_rows.starts = <const ptrdiff_t *>address(ordered.starts)
         leaf.by_rows = &record.by_rows
-        leaf.n = len(ordered.rows) * (record.n // max(len(self.params[i]), 1))
+        leaf.n = len(ordered.rows) * record.by_rows.length if record.n else 0
         if way == _rows.ALL:
             return self.all_rows(i, ordered, threads)
         self.check_blocks(i)

@@ -6,6 +6,8 @@ belongs to one row is added up; rows that ascend are taken as they are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -79,6 +81,11 @@ class Ordered(NamedTuple):
     values: Array
     order: Array | None = None
     starts: Array | None = None
+
+
+def row_length(shape: Sequence[int]) -> int:
+    """Return how many elements a row has; whole blocks of them if none, which suits all formats."""
+    return prod(shape[1:]) or _core.BLOCK
 
 
 def dense(rows: Array, values: Array, param: Array) -> Array:

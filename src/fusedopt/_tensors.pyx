@@ -847,7 +847,7 @@ cdef class TensorList(LeafList):
         self.capsules.append(ordered)
         record.n_values = ordered.values.numel()
         record.n_rows = len(ordered.rows)
-        by.length = max(record.n_values // max(len(ordered.values), 1), 1)
+        by.length = _rows.row_length(ordered.values.shape)
         by.rows = <const int64_t *>address(ordered.rows)
         if ordered.order is not None:
             by.order = <const ptrdiff_t *>address(ordered.order)
