@@ -379,6 +379,42 @@ def test_values_that_ascend_are_not_copied():
     assert ordered.values is given
 
 
+@pytest.mark.parametrize("momentum", [0, 0.9])
+def test_values_in_a_memory_map(momentum, tmp_path):
+    mapped = np.memmap(tmp_path / "table", np.float32, "w+", shape=(6, 3))
+    table, given = np.ones((4, 3), np.float32), mapped[4:]
+    given[...] = 1
+    fusedopt.SGD(table, momentum=momentum).step(Rows(np.array([0, 2]), given), zero_grads=True)
+    assert (table[[0, 2]] != 1).all() and not mapped.any()
+    opt = fusedopt.SGD(mapped[:4], momentum=momentum)
+    with pytest.raises(ValueError, match=r"grads\.values: shares memory with params"):
+        opt.step(Rows(np.array([0, 2]), mapped[2:4]))
+
+
+@pytest.mark.parametrize("index", [[0, 1, 2], [2, 0, 1], [1, 1, 1]], ids=str)
+@pytest.mark.parametrize("momentum", [0, 0.9])
+def test_values_in_memory_that_a_step_writes(momentum, index):
+    """All of them, also where they are more than rows, or a dense gradient is made of them."""
+    given = np.ones((3, 3), np.float32)
+    params = {"emb": np.ones((4, 3), np.float32), "b": np.ones((1, 3), np.float32)}
+    opt = fusedopt.SGD(params, momentum=momentum)
+    grads = {"emb": Rows(np.array(index), given), "b": np.ones((1, 3), np.float32)}
+    for zero in (False, True):
+        with pytest.raises(ValueError, match=r"grads\['emb'\].* share"):
+            opt.step(grads, copy_out={"emb": None, "b": given[2:]}, zero_grads=zero)
+    with pytest.raises(ValueError, match=r"grads\['emb'\].* share"):
+        opt.step({**grads, "b": given[2:]}, zero_grads=True)
+    assert (params["emb"] == 1).all() and (params["b"] == 1).all() and (given == 1).all()
+    opt.step({**grads, "b": given[2:]})
+    assert (params["b"] != 1).all()
+
+
+@pytest.mark.parametrize("given", [Rows(3, 4), Rows(None, None), Rows([1], [[2.0]])])
+def test_repr_of_anything(given):
+    """As an error report shows it, before a step has checked it."""
+    assert repr(given).startswith("<Rows of 1: values of shape (")
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (4, 0), (0,)])
 def test_tables_without_elements(shape):
     table = np.zeros(shape, np.float32)
@@ -387,6 +423,14 @@ def test_tables_without_elements(shape):
     grad = Rows(index, np.zeros((len(index), *shape[1:]), np.float32))
     assert opt.step({"a": grad, "b": np.ones(2, np.float32)}, stats=True).updated == 2
     assert opt.state["params['a']"]["step"] == 1
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (4, 0)])
+def test_narrow_tables_without_elements(shape):
+    """A step writes nothing, and is no reason to refuse a table."""
+    table = np.zeros(shape, np.float16)
+    opt = fusedopt.Adam(table, state_dtype="int8", min_8bit_size=1)
+    assert opt.step(Rows(np.empty(0, int), np.empty((0, shape[1]), np.float32))).updated == 1
 
 
 ONES = np.ones((2, 3), np.float32)
@@ -401,6 +445,11 @@ BAD = {  # what is given, and the error
     "float": (Rows(np.array([0.0, 1.0]), ONES), TypeError, "indices: .* integers, got float64"),
     "bool": (Rows(np.array([True, False]), ONES), TypeError, "indices: .* integers, got bool"),
     "list": (Rows([0, 1], ONES), TypeError, "indices: .* integers, got list"),
+    "masked": (
+        Rows(np.ma.array([0, 1], mask=[True, False]), ONES),
+        TypeError,
+        "indices: .* integers, got MaskedArray",
+    ),
     "axes": (Rows(np.array([[0], [1]]), ONES), ValueError, r"indices: .* shape \(2, 1\)"),
     "length": (Rows(np.array([0]), ONES), ValueError, r"values: shape \(2, 3\); .* \(1, 3\)"),
     "width": (Rows(np.array([0, 1]), ONES[:, :2]), ValueError, r"values: shape \(2, 2\)"),
@@ -466,7 +515,7 @@ def test_what_else_is_refused():
     with pytest.raises(ValueError, match="without axes"):
         fusedopt.SGD(np.ones((), np.float32)).step(Rows(np.array([0]), np.ones(1, np.float32)))
     accumulator = fusedopt.GradAccumulator({"emb": table})
-    with pytest.raises(ValueError, match=r"grads\['emb'\]: .* takes no Rows"):
+    with pytest.raises(ValueError, match=r"grads\['emb'\]: a GradAccumulator takes no Rows"):
         accumulator.add({"emb": grad})
     assert (table == 1).all() and opt.state["params['emb']"]["step"] == 0
     opt.step({"emb": grad})

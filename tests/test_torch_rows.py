@@ -11,6 +11,7 @@ import numpy as np  # noqa: E402
 
 import fusedopt  # noqa: E402
 import fusedopt.torch as fo  # noqa: E402 (needs torch)
+from fusedopt import _core  # noqa: E402
 
 # torch itself warns once that it does not check
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly:UserWarning")
@@ -205,7 +206,7 @@ def test_state_dicts_go_both_ways():
         peer.load_state_dict(copy.deepcopy(source.state_dict()))
         train(ours, mine, "repeated", 3)
         train(peer, theirs, "repeated", 3)
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)  # torch counts in float32
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
     assert isinstance(pickle.loads(pickle.dumps(opt)), fo.SparseAdam)
 
 
@@ -270,6 +271,9 @@ def bad(case):
         values = param.detach()[2:4]
         param.grad = torch.sparse_coo_tensor([[1, 0]], values, (6, 3))
         return fo.SGD([param]), ValueError, "shares memory with"
+    if case == "axes":
+        param.grad = torch.sparse_coo_tensor([[0, 1], [2, 2]], torch.ones(2), (6, 3))
+        return fo.Adagrad([param], rowwise=True), ValueError, "is sparse along 2 axes"
     assert case == "order"
     param.data = torch.ones(3, 6).T
     return fo.SGD([param]), ValueError, "do not follow one another in memory"
@@ -278,7 +282,7 @@ def bad(case):
 @pytest.mark.parametrize(
     "case",
     ["dense", "momentum", "decay", "adam", "rule", "ema", "blocks", "index", "negative", "alias",
-     "order"],
+     "axes", "order"],
 )  # fmt: skip
 def test_errors_change_nothing(case):
     opt, kind, message = bad(case)
@@ -295,6 +299,71 @@ def test_errors_change_nothing(case):
     if case != "dense":
         with pytest.raises(kind, match=r"param_groups\[0\]\['params'\]\[0\]"):
             opt.step()
+
+
+@pytest.mark.parametrize("index", [[0, 1, 2], [2, 0, 1], [1, 1, 1]], ids=str)
+@pytest.mark.parametrize("zero", [False, True])
+def test_values_in_memory_that_a_step_writes(zero, index):
+    given = torch.ones(3, 3)
+    params = [torch.nn.Parameter(torch.ones(6, 3)), torch.nn.Parameter(torch.ones(1, 3))]
+    params[0].grad = torch.sparse_coo_tensor([index], given, (6, 3))
+    params[1].grad = torch.ones(1, 3)
+    opt = fo.SGD(params, zero_grads=zero)
+    with pytest.raises(ValueError, match=r"\[0\]\.grad: shares memory with copy_out of"):
+        opt.step(copy_out=[None, given[2:]])
+    params[1].grad = given[2:]
+    if zero:
+        with pytest.raises(ValueError, match=r"\[0\]\.grad: shares memory with .*\[1\]\.grad"):
+            opt.step()
+        assert all((tensor == 1).all() for tensor in (given, *params))
+    else:
+        opt.step()
+        assert (params[1] != 1).all() and (given == 1).all()
+
+
+def test_torch_counts_on_in_double():
+    """A count in a float32 tensor would make torch round the bias corrections to that."""
+    params = [torch.nn.Parameter(torch.zeros(6, 3, dtype=torch.float64)) for _ in range(2)]
+    grad = torch.sparse_coo_tensor([[1, 4]], torch.ones(2, 3, dtype=torch.float64), (6, 3))
+    ours, theirs = fo.SparseAdam(params[:1]), torch.optim.SparseAdam(params[1:])
+    params[0].grad = params[1].grad = grad
+    ours.step()
+    params[1].data.copy_(params[0].data)
+    theirs.load_state_dict(copy.deepcopy(ours.state_dict()))
+    ours.step()
+    theirs.step()
+    torch.testing.assert_close(*params, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "int8"])
+def test_narrow_state_of_no_rows(state_dtype):
+    """A batch that touched none, as of an empty bag: a step that changes nothing else."""
+    param = torch.nn.Parameter(torch.ones(6, 64))
+    opt = fo.SparseAdam([param], state_dtype=state_dtype, min_8bit_size=1)
+    for count in (0, 1, 0):
+        index = torch.full((1, count), 2)
+        param.grad = torch.sparse_coo_tensor(index, torch.ones(count, 64), (6, 64))
+        before = param.detach().clone()
+        opt.step()
+        assert (before != param).any(dim=1).sum() == count
+    assert float(opt.state[param]["step"]) == 3
+
+
+def test_indices_that_change_once_checked(monkeypatch):
+    """As by another thread: the step takes those that were checked."""
+    param = torch.nn.Parameter(torch.ones(6, 3))
+    param.grad = torch.sparse_coo_tensor([[4, 1]], torch.ones(2, 3), (6, 3))
+    indices = param.grad._indices()
+    look = _core.look_at_rows
+
+    def look_and_change(rows, count):
+        found = look(rows, count)
+        indices[...] = 1 << 40
+        return found
+
+    monkeypatch.setattr(_core, "look_at_rows", look_and_change)
+    fo.SGD([param], lr=1.0).step()
+    assert (param[[1, 4]] == 0).all() and (param[[0, 2, 3, 5]] == 1).all()
 
 
 def test_sgd_with_momentum_is_lazy_on_request():

@@ -25,7 +25,7 @@ from fusedopt._layout cimport Axes, axes_of_buffer, is_dense, same_order, same_s
 from fusedopt._leaves cimport (
     ARRAYS, COPY, EMA, FORMATS, GRAD, PARAM, LeafList, Verdict, array_at, locate, step_result,
 )
-from fusedopt._spans cimport Span, alias
+from fusedopt._spans cimport Span, Spans, alias
 
 import numpy
 
@@ -517,33 +517,33 @@ cdef class ArrayList(LeafList):
         """
         cdef LeafRecord *record = &self.records[i]
         cdef fo_leaf *leaf = &self.leaves[i]
-        cdef uintptr_t low
         cdef str name = self.grad_names[i]
         ordered = _rows.in_order(name, given, self.params[i])
         self.held.append(ordered)
         if ordered.values is given.values:  # else they have been copied
             PyObject_GetBuffer(given.values, &record.values, PyBUF_STRIDES)
-            low = <uintptr_t>record.values.buf
-            found = alias(&self.spans, low, low + record.values.len)
-            if found >= 0:
-                _check.alias(
-                    f"{name}.values",
-                    self.name(self.spans.of[found].leaf, self.spans.of[found].place))
+            self.refuse_values(i, &self.spans)
         way = _rows.way(
             name, self.plans[record.group], self.kind < FO_LAYERWISE, leaf.ema.data != NULL)
         record.by_rows = fo_rows(
-            length=max(record.n // max(len(self.params[i]), 1), 1),
+            length=_rows.row_length(self.params[i].shape),
             rows=<const int64_t *>address(ordered.rows),
             order=NULL, starts=NULL)
         if ordered.order is not None:
             record.by_rows.order = <const ptrdiff_t *>address(ordered.order)
             record.by_rows.starts = <const ptrdiff_t *>address(ordered.starts)
         leaf.by_rows = &record.by_rows
-        leaf.n = len(ordered.rows) * (record.n // max(len(self.params[i]), 1))
+        leaf.n = len(ordered.rows) * record.by_rows.length if record.n else 0
         if way == _rows.ALL:
             return self.all_rows(i, ordered, threads)
         self.check_blocks(i)
         return ordered.values
+
+    cdef int refuse_values(self, ptrdiff_t i, Spans *spans) except -1:
+        """Let the values of rows, as given, have no byte in common with what the step writes."""
+        cdef uintptr_t low = <uintptr_t>self.records[i].values.buf
+        return self.refuse_bytes(
+            f"{self.grad_names[i]}.values", low, low + self.records[i].values.len, spans)
 
     cdef object all_rows(self, ptrdiff_t i, object ordered, int threads):
         """The gradient of all rows, of which the leaf is then."""
@@ -650,7 +650,13 @@ cdef class ArrayList(LeafList):
                     _rows.zeroed(self.grad_names[i], grads[i].values)
                 else:
                     _check.zeroed(self.grad_names[i], grads[i], self.params[i])
-        return self.check_others(options.zero_grads, copies is not None)
+        self.check_others(options.zero_grads, copies is not None)
+        for i in range(self.n):
+            # of a leaf that is stepped whole; else its gradient is these, and among the others
+            if <void *>self.records[i].values.obj != NULL and (
+                    self.leaves[i].by_rows == NULL or self.leaves[i].by_rows.rows == NULL):
+                self.refuse_values(i, &self.others)
+        return 0
 
     cdef void let_go(self) noexcept:
         """Release what a step alone has exported, or made."""

@@ -42,8 +42,11 @@ cdef inline bint locate(fo_leaf *leaf, ptrdiff_t i, int place, Span *span) noexc
     """Describe the memory of one of a leaf's arrays, leaf i; False if there is none."""
     cdef fo_array *array = array_at(leaf, place)
     cdef const fo_format_info *about = &FORMATS[<int>array.format]
+    cdef ptrdiff_t n = leaf.n
     if array.data == NULL:
         return False
+    if place == GRAD and leaf.by_rows != NULL and leaf.by_rows.starts != NULL:
+        n = leaf.by_rows.starts[n // leaf.by_rows.length] * leaf.by_rows.length  # of repeated rows
     span.leaf, span.place = i, place
     if place >= ARRAYS and place < GRAD:
         span.low = <uintptr_t>array.extra
@@ -51,7 +54,7 @@ cdef inline bint locate(fo_leaf *leaf, ptrdiff_t i, int place, Span *span) noexc
             (leaf.n + ((<ptrdiff_t>1 << about.shift) - 1)) >> about.shift) * about.extra
     else:
         span.low = <uintptr_t>array.data
-        span.high = span.low + fo_count(array, leaf.n) * about.size
+        span.high = span.low + fo_count(array, n) * about.size
     return span.low < span.high
 
 
@@ -100,6 +103,7 @@ cdef class LeafList:
 
     cdef int refuse_overlap(self, Spans *spans) except -1
     cdef int refuse_alias(self, Spans *spans, ptrdiff_t i, int place) except -1
+    cdef int refuse_bytes(self, str name, uintptr_t low, uintptr_t high, Spans *spans) except -1
     cdef int check_others(self, bint zero_grads, bint copies) except -1
 
     cdef fo_disk *find_regions(self) except NULL

@@ -164,19 +164,22 @@ cdef class LeafList:
     cdef int refuse_alias(self, Spans *spans, ptrdiff_t i, int place) except -1:
         """Let an array have no byte in common with some that the step writes."""
         cdef Span own
-        cdef ptrdiff_t found
         if locate(&self.leaves[i], i, place, &own):
-            found = alias(spans, own.low, own.high)
-            if found >= 0:
-                _check.alias(
-                    self.name(i, place), self.name(spans.of[found].leaf, spans.of[found].place))
+            self.refuse_bytes(self.name(i, place), own.low, own.high, spans)
+        return 0
+
+    cdef int refuse_bytes(self, str name, uintptr_t low, uintptr_t high, Spans *spans) except -1:
+        """The same of bytes [low, high)."""
+        cdef ptrdiff_t found = alias(spans, low, high)
+        if found >= 0:
+            _check.alias(name, self.name(spans.of[found].leaf, spans.of[found].place))
         return 0
 
     cdef int check_others(self, bint zero_grads, bint copies) except -1:
         """Let what this step alone writes, copies and zeroed gradients, share no memory."""
         cdef ptrdiff_t i
         cdef int place
-        self.others.n = 0
+        self.others.n = self.others.gap = 0
         if not zero_grads and not copies:
             return 0
         if self.others.capacity < 2 * self.n:

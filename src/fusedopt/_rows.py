@@ -6,6 +6,8 @@ belongs to one row is added up; rows that ascend are taken as they are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -59,7 +61,7 @@ class Rows:
 
     def __repr__(self) -> str:
         """Say how many there are."""
-        return f"<Rows of {len(self.indices)}: values of shape {np.shape(self.values)}>"
+        return f"<Rows of {np.size(self.indices)}: values of shape {np.shape(self.values)}>"
 
 
 class Ordered(NamedTuple):
@@ -79,6 +81,11 @@ class Ordered(NamedTuple):
     values: Array
     order: Array | None = None
     starts: Array | None = None
+
+
+def row_length(shape: Sequence[int]) -> int:
+    """Return how many elements a row has; whole blocks of them if none, which suits all formats."""
+    return prod(shape[1:]) or _core.BLOCK
 
 
 def dense(rows: Array, values: Array, param: Array) -> Array:
@@ -104,8 +111,9 @@ def _checked(name: str, given: Rows, param: Array) -> tuple[Array, Array]:
             f"{param.strides}); pass an array, or make the parameter with numpy.ascontiguousarray"
         )
     indices = given.indices
-    if not isinstance(indices, np.ndarray) or indices.dtype.kind not in "iu":
-        kind = indices.dtype if isinstance(indices, np.ndarray) else type(indices).__name__
+    is_plain = type(indices) in (np.ndarray, np.memmap)  # not masked, which the copy would ignore
+    if not is_plain or indices.dtype.kind not in "iu":
+        kind = indices.dtype if is_plain else type(indices).__name__
         raise TypeError(f"{name}.indices: expected an array of integers, got {kind}")
     if indices.ndim != 1:
         raise ValueError(f"{name}.indices: expected one axis, got shape {indices.shape}")
@@ -117,7 +125,7 @@ def _checked(name: str, given: Rows, param: Array) -> tuple[Array, Array]:
             f"{param.shape} it is {shape}"
         )
     # a copy, which nobody changes while a step writes to the rows
-    return indices.astype(np.int64), np.ascontiguousarray(values)
+    return indices.astype(np.int64), values if values.flags.c_contiguous else values.copy("C")
 
 
 def _refuse_index(name: str, place: int, index: int, param: Array) -> NoReturn:

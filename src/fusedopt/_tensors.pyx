@@ -847,7 +847,7 @@ cdef class TensorList(LeafList):
         self.capsules.append(ordered)
         record.n_values = ordered.values.numel()
         record.n_rows = len(ordered.rows)
-        by.length = max(record.n_values // max(len(ordered.values), 1), 1)
+        by.length = _rows.row_length(ordered.values.shape)
         by.rows = <const int64_t *>address(ordered.rows)
         if ordered.order is not None:
             by.order = <const ptrdiff_t *>address(ordered.order)
@@ -858,9 +858,9 @@ cdef class TensorList(LeafList):
 
     cdef int place_rows(self) except -1:
         """Let leaves be rows, of sparse gradients or all, once memory is known to be apart."""
-        cdef ptrdiff_t i, found
+        cdef ptrdiff_t i
         cdef int place
-        cdef uintptr_t low
+        cdef uintptr_t low, high
         cdef LeafRecord *record
         cdef fo_leaf *leaf
         cdef fo_array *array
@@ -879,13 +879,9 @@ cdef class TensorList(LeafList):
                     _rows.refuse_blocks(
                         self.grad_name(i), self.name(i, place), record.by_rows.length)
             low = <uintptr_t>record.values.data
-            found = alias(
-                &self.spans, low,
-                low + record.n_values * FORMATS[<int>record.values.format].size)
-            if found >= 0:
-                _check.alias(
-                    self.grad_name(i),
-                    self.name(self.spans.of[found].leaf, self.spans.of[found].place))
+            high = low + record.n_values * FORMATS[<int>record.values.format].size
+            self.refuse_bytes(self.grad_name(i), low, high, &self.spans)
+            self.refuse_bytes(self.grad_name(i), low, high, &self.others)
             leaf.grad, leaf.by_rows = record.values, &record.by_rows
             leaf.n = record.n_rows * record.by_rows.length if record.n_values else 0
         return 0

@@ -589,6 +589,12 @@ class Fused(StateKeeper):
                 "SparseAdam, or make it dense, e.g. Embedding(sparse=False)"
             )
         param = self.param_groups[group]["params"][i]
+        axes = param.grad.sparse_dim()
+        if self._rule.needs_row_major(options) and axes != min(1, param.dim()):
+            raise ValueError(
+                f"{name}.grad: is sparse along {axes} axes, and the state is one number for each "
+                "row along the first; set p.grad = p.grad.to_dense().to_sparse(1)"
+            )
         return _sparse.in_order(name, param, param.grad, zeroes)
 
     def _refuse_all_rows(self, group: int, i: int, option: str) -> NoReturn:

@@ -32,9 +32,9 @@ def in_order(name: str, param: Any, grad: Any, zeroes: bool) -> Ordered:
     given = grad.detach()
     indices, values = given._indices(), _plain.local(where, given._values())
     sizes = param.shape[: given.sparse_dim()]
-    rows = np.zeros(indices.shape[1], np.int64)  # a copy, which nobody changes during a step
+    rows = np.zeros(indices.shape[1], np.int64)
     for axis, size in enumerate(sizes):
-        own = indices[axis].contiguous().numpy()
+        own = indices[axis].numpy().astype(np.int64)  # a copy, which nobody changes once checked
         bad, _ = _core.look_at_rows(own, size)
         if bad >= 0:
             raise ValueError(

@@ -8,6 +8,7 @@ import numpy as np
 
 from fusedopt import _arrays, _check, _core, _options, _threads, _tree
 from fusedopt._check import Array
+from fusedopt._rows import Rows
 from fusedopt.formats import Stored
 from fusedopt.rule import Rule
 
@@ -60,11 +61,11 @@ class GradAccumulator:
         specs = [_spec(array) for array in arrays]
         self._buffers: list[Array] = _core.allocate(specs)
         names = [name for name, _ in named]
-        grads = ["grads" + name.removeprefix("params") for name in names]
+        self._grad_names = ["grads" + name.removeprefix("params") for name in names]
         self._work = _arrays.ArrayList(_ADD.name, _ADD.state_names)
         none: list[Any] = [None] * len(names)
         self._work.add(
-            names, grads, self._buffers, [[]] * len(names), none, 0, False,
+            names, self._grad_names, self._buffers, [[]] * len(names), none, 0, False,
             _threads.get_num_threads(),
         )  # fmt: skip
         self._work.keep_sums()
@@ -98,6 +99,12 @@ class GradAccumulator:
         how = _options.StepOptions(grad_scale=_check.number("scale", scale), measure=_options.PARAM)
         flat: list[Array | None] = []
         self._read("grads", grads, flat)
+        for name, grad in zip(self._grad_names, flat, strict=True):
+            if isinstance(grad, Rows):
+                raise ValueError(
+                    f"{name}: a GradAccumulator takes no Rows; pass an array, or hand the rows of "
+                    "several batches over as one"
+                )
         self._work.step(
             lambda flat: (flat, [(_ADD_PLAN, 0, None, "")]), flat, _threads.get_num_threads(), how
         )

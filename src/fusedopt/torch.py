@@ -220,11 +220,18 @@ class SparseAdam(_class_of("SparseAdam", SPARSE_ADAM)):  # type: ignore[misc]
     Notes
     -----
     Results are the bits of `fusedopt.reference.Adam` with ``eps_hat=True`` and `fusedopt.Rows`,
-    within a few units in the last place of torch's. State and ``state_dict`` load into either; a
-    step is counted in a tensor, where torch has an int.
+    within a few units in the last place of torch's. A ``state_dict`` loads into either; `state`
+    counts steps in a tensor, where torch has an int.
     """
 
     _is_lazy = _needs_rows = True
+
+    def _shown(self, own: Any) -> Any:
+        """Return the state of a parameter: steps as an int, by which torch computes in double."""
+        shown = super()._shown(own)
+        if isinstance(shown, dict) and isinstance(shown.get("step"), torch.Tensor):
+            shown["step"] = int(shown["step"])
+        return shown
 
     @staticmethod
     def _refuse_dense() -> None:
