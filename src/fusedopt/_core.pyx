@@ -13,7 +13,6 @@ from cpython.buffer cimport (
     PyBUF_STRIDES, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer,
 )
 from cpython.bytes cimport PyBytes_FromStringAndSize
-from cpython.exc cimport PyErr_SetFromErrno
 
 from fusedopt._c cimport *
 from fusedopt cimport _layout
@@ -298,14 +297,13 @@ cdef class Mapped:
     cdef object __weakref__
 
     def __cinit__(self, file, int64_t offset, Py_ssize_t size, bint is_read_only):
-        cdef void *start
+        cdef int error
         self.file = file
         self.region.offset, self.region.bytes = offset, size
         self.region.file, self.region.is_read_only = file.fileno(), is_read_only
-        start = fo_map_file(self.region.file, offset, size, is_read_only)
-        if start == NULL:
-            PyErr_SetFromErrno(OSError)
-        self.region.start = <char *>start
+        error = fo_map_file(&self.region)
+        if error != 0:
+            raise OSError(error, os.strerror(error))
 
     def row(self):
         """Address, bytes, offset, descriptor, whether it is read only: an fo_region."""

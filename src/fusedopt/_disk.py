@@ -97,6 +97,7 @@ class Disk:
         return arrays
 
     def _reserve(self, size: int) -> _core.Mapped:
+        self.refuse_child()
         number = self._file.fileno()
         try:
             _fill(number, self._end, size)
