@@ -107,6 +107,21 @@ def evaluate():
         "steps = opt.state['params[0]']['step']; assert all((p == -steps).all() for p in params)",
         "evaluate()",
     ),
+    "signals held back": (
+        """
+from fusedopt._comms import Held
+signal.signal(signal.SIGTERM, lambda *_: None)
+def hold():
+    with Held(True):
+        pass
+def handlers():
+    return [signal.getsignal(number) for number in signal.valid_signals()]
+before = handlers()
+""",
+        "hold()",
+        "assert handlers() == before",
+        "",
+    ),
     "accumulate": (
         """
 params = [np.zeros(5000, np.float32) for _ in range(20)]
