@@ -432,7 +432,7 @@ def faults():
     raises(TypeError, "grads['b']", lambda: sharded.step(wrong(b="text")), [last])
     raises(ValueError, "no 'b'", lambda: sharded.step({"w": p["w"]} if RANK == last else wrong()),
            [last])  # fmt: skip
-    raises(TypeError, "unknown option .lr.", lambda: sharded.step(wrong(), lr=1))
+    raises(TypeError, "unknown option 'lr'", lambda: sharded.step(wrong(), lr=1))
     for kind in (MemoryError, KeyboardInterrupt, SystemExit):
         bomb[:] = [fail(kind("bomb"))]
         raises(kind, "bomb", lambda: sharded.step(wrong()), [last])
@@ -479,6 +479,23 @@ def faults():
     raises(ValueError, "wire_dtype: expected",
            lambda: Sharded(fusedopt.Adam, arrays(0), COMM, wire_dtype="int8"))  # fmt: skip
     raises(TypeError, "unknown option", lambda: Sharded(fusedopt.Adam, arrays(0), COMM, x=1))
+    path = FOLDER / "faults.npz"
+    other = path.with_suffix(".txt" if RANK == last else ".npz")
+    raises(ValueError, "must end in", lambda: sharded.save(other), [last])
+    flag = "yes" if RANK == last else True
+    raises(TypeError, "params: expected True", lambda: sharded.save(path, params=flag), [last])
+    sharded.save(path, params=True)
+    raises(TypeError, "params: expected True", lambda: sharded.load(path, params=flag), [last])
+    raises(ValueError, "state dict: expected", lambda: sharded.load_state_dict(
+        [] if RANK == last else plain.state_dict()), [last])  # fmt: skip
+    if WORLD > 1:
+        flag = RANK == last
+        raises(ValueError, "by_rank: ranks 0 and", lambda: sharded.save(path, by_rank=flag))
+        raises(ValueError, "params: ranks 0 and",
+               lambda: sharded.load(path, params=None if flag else False))  # fmt: skip
+        raises(ValueError, "step of the state: ranks 0 and", lambda: sharded.load_state_dict(
+            plain.state_dict() | {"step": RANK}))  # fmt: skip
+    same_as_before()
     a = np.zeros(600, np.float32)
     raises(ValueError, "share memory", lambda: Sharded(fusedopt.Adam, [a, a[300:]], COMM))
 
