@@ -242,6 +242,8 @@ void fo_unmap_file(const fo_region *region)
 #endif
 }
 
+void fo_close_file(int file) { (void)close(file); }
+
 /* Whole pages of a region: those that bytes at an address touch. */
 typedef struct pages {
     char *start;
@@ -343,6 +345,8 @@ int fo_map_file(fo_region *region)
 }
 
 void fo_unmap_file(const fo_region *region) { (void)region; }
+
+void fo_close_file(int file) { (void)file; }
 
 int fo_relieve(const fo_disk *disk, void *data, size_t bytes)
 {

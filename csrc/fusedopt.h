@@ -284,6 +284,7 @@ void fo_release(void *memory);
  * it is not read-only, back to the disk: in the same process alone, not in the child of a fork. */
 int fo_map_file(fo_region *region);
 void fo_unmap_file(const fo_region *region);
+void fo_close_file(int file);
 
 /* Writes the pages of an array and drops them from memory, if it is in one of the regions. Returns
  * 0, or an errno. */

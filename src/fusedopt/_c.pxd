@@ -158,6 +158,7 @@ cdef extern from "fusedopt.h" nogil:
     void fo_release(void *memory)
     int fo_map_file(fo_region *region)
     void fo_unmap_file(const fo_region *region)
+    void fo_close_file(int file)
     int fo_relieve(const fo_disk *disk, void *data, size_t bytes)
     int fo_copy(const fo_disk *disk, void *to, const void *source, size_t bytes)
     const char *const *fo_isas()
