@@ -220,22 +220,29 @@ void fo_pass_disk(fo_work *w, fo_choice which, int writes, int threads)
 
 /* ------------------------------------------------------------------ for bindings */
 
-void *fo_map_file(int file, int64_t offset, size_t bytes, int is_read_only)
+int fo_map_file(fo_region *region)
 {
-    void *start = mmap(NULL, bytes, is_read_only ? PROT_READ : PROT_READ | PROT_WRITE, MAP_SHARED,
-                       file, (off_t)offset);
-    return start == MAP_FAILED ? NULL : start;
+    const int access = region->is_read_only ? PROT_READ : PROT_READ | PROT_WRITE;
+    void *start =
+        mmap(NULL, region->bytes, access, MAP_SHARED, region->file, (off_t)region->offset);
+    if (start == MAP_FAILED)
+        return errno;
+    region->start = start;
+    region->process = getpid();
+    return 0;
 }
 
 void fo_unmap_file(const fo_region *region)
 {
     (void)munmap(region->start, region->bytes);
 #if defined(FALLOC_FL_PUNCH_HOLE) && defined(FALLOC_FL_KEEP_SIZE)
-    if (!region->is_read_only)
+    if (!region->is_read_only && region->process == getpid()) /* not in the child of a fork */
         (void)fallocate(region->file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
                         (off_t)region->offset, (off_t)region->bytes);
 #endif
 }
+
+void fo_close_file(int file) { (void)close(file); }
 
 /* Whole pages of a region: those that bytes at an address touch. */
 typedef struct pages {
@@ -331,14 +338,15 @@ void fo_pass_disk(fo_work *w, fo_choice which, int writes, int threads)
     w->disk->error = ENOSYS;
 }
 
-void *fo_map_file(int file, int64_t offset, size_t bytes, int is_read_only)
+int fo_map_file(fo_region *region)
 {
-    (void)file, (void)offset, (void)bytes, (void)is_read_only;
-    errno = ENOSYS;
-    return NULL;
+    (void)region;
+    return ENOSYS;
 }
 
 void fo_unmap_file(const fo_region *region) { (void)region; }
+
+void fo_close_file(int file) { (void)file; }
 
 int fo_relieve(const fo_disk *disk, void *data, size_t bytes)
 {

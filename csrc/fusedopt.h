@@ -144,6 +144,7 @@ typedef struct fo_region {
     int64_t offset; /* in the file, of `start`; a multiple of the page size */
     int file;       /* its descriptor */
     int is_read_only;
+    int64_t process; /* that has mapped it, whose file it is */
 } fo_region;
 
 /* Where leaves have arrays on disk, of which a pass then has no more than FO_WINDOW bytes in
@@ -278,10 +279,12 @@ fo_status fo_stream(fo_leaf *leaves, ptrdiff_t n, int how, int threads);
 void *fo_allocate(size_t bytes);
 void fo_release(void *memory);
 
-/* Maps a file for an fo_region; NULL with errno if the system refuses. fo_unmap_file undoes it, and
- * gives the room in the file, if it is not read-only, back to the disk. */
-void *fo_map_file(int file, int64_t offset, size_t bytes, int is_read_only);
+/* Maps a region, of which all but `start` and `process` is given: those are set. Returns 0, or the
+ * error number if the system refuses. fo_unmap_file undoes it, and gives the room in the file, if
+ * it is not read-only, back to the disk: in the same process alone, not in the child of a fork. */
+int fo_map_file(fo_region *region);
 void fo_unmap_file(const fo_region *region);
+void fo_close_file(int file);
 
 /* Writes the pages of an array and drops them from memory, if it is in one of the regions. Returns
  * 0, or an errno. */

@@ -479,6 +479,23 @@ def faults():
     raises(ValueError, "wire_dtype: expected",
            lambda: Sharded(fusedopt.Adam, arrays(0), COMM, wire_dtype="int8"))  # fmt: skip
     raises(TypeError, "unknown option", lambda: Sharded(fusedopt.Adam, arrays(0), COMM, x=1))
+    path = FOLDER / "faults.npz"
+    other = path.with_suffix(".txt" if RANK == last else ".npz")
+    raises(ValueError, "must end in", lambda: sharded.save(other), [last])
+    flag = "yes" if RANK == last else True
+    raises(TypeError, "params: expected True", lambda: sharded.save(path, params=flag), [last])
+    sharded.save(path, params=True)
+    raises(TypeError, "params: expected True", lambda: sharded.load(path, params=flag), [last])
+    raises(ValueError, "state dict: expected", lambda: sharded.load_state_dict(
+        [] if RANK == last else plain.state_dict()), [last])  # fmt: skip
+    if WORLD > 1:
+        flag = RANK == last
+        raises(ValueError, "by_rank: ranks 0 and", lambda: sharded.save(path, by_rank=flag))
+        raises(ValueError, "params: ranks 0 and",
+               lambda: sharded.load(path, params=None if flag else False))  # fmt: skip
+        raises(ValueError, "step of the state: ranks 0 and", lambda: sharded.load_state_dict(
+            plain.state_dict() | {"step": RANK}))  # fmt: skip
+    same_as_before()
     a = np.zeros(600, np.float32)
     raises(ValueError, "share memory", lambda: Sharded(fusedopt.Adam, [a, a[300:]], COMM))
 
@@ -515,3 +532,5 @@ if __name__ == "__main__":
         globals()[scenario]()
         sys.stdout.write(f"rank {RANK}: {scenario}: passed\n")  # one write: ranks share the pipe
         sys.stdout.flush()
+    if "RANK" in os.environ:
+        os._exit(0)  # threads of gloo, which is not ours, may abort an interpreter that ends

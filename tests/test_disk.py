@@ -1,6 +1,7 @@
 """State on disk: the bits are those of state in memory, and nothing is lost."""
 
 import errno
+import gc
 import os
 import re
 import signal
@@ -291,6 +292,19 @@ def test_without_posix_fallocate(monkeypatch, tmp_path, small):
     same(opt, disk, params, others)
 
 
+def test_a_file_system_where_files_have_names(tmp_path, small, monkeypatch):
+    monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    params = start()
+    fusedopt.Adam(params, state_dir=tmp_path).step(gradients(params, 0))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
+def test_a_folder_that_takes_no_files():
+    with pytest.raises(OSError, match="'/proc/self'$"):
+        fusedopt.Adam(start(), state_dir="/proc/self")
+
+
 def test_a_full_disk(tmp_path, small, monkeypatch):
     """The error names the folder, and comes before anything is there."""
     params = start()
@@ -394,6 +408,8 @@ def test_the_child_of_a_fork(tmp_path, small):
             opt.step(gradients(params, 1))
         except RuntimeError as exc:
             status = "of which this one is a fork" not in str(exc)
+        del opt  # which leaves the parent's file as it is
+        gc.collect()
         os._exit(status)
     assert os.waitpid(child, 0)[1] == 0
     for k, a in parts(opt).items():

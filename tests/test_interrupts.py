@@ -107,6 +107,39 @@ def evaluate():
         "steps = opt.state['params[0]']['step']; assert all((p == -steps).all() for p in params)",
         "evaluate()",
     ),
+    "state on disk": (
+        """
+import gc
+def next_descriptor():
+    gc.collect()
+    os.close(number := os.dup(0))
+    return number
+folder = tempfile.TemporaryDirectory()
+p, g = np.zeros(300_000, np.float32), np.ones(300_000, np.float32)
+def train():
+    fusedopt.SGD([p], lr=1.0, momentum=0.9, state_dir=folder.name).step([g])
+train()
+before = next_descriptor()
+""",
+        "train()",
+        "pass",
+        "assert next_descriptor() <= before, (next_descriptor(), before)",
+    ),
+    "signals held back": (
+        """
+from fusedopt._comms import Held
+signal.signal(signal.SIGTERM, lambda *_: None)
+def hold():
+    with Held(True):
+        pass
+def handlers():
+    return [signal.getsignal(number) for number in signal.valid_signals()]
+before = handlers()
+""",
+        "hold()",
+        "assert handlers() == before",
+        "",
+    ),
     "accumulate": (
         """
 params = [np.zeros(5000, np.float32) for _ in range(20)]

@@ -369,6 +369,8 @@ def test_bad_callbacks():
     opt = fusedopt.SGD(params)
     with pytest.raises(TypeError, match="loss_and_grads: expected a callable"):
         tune.range_test(opt, 3)
+    with pytest.raises(TypeError, match="opt: expected an optimizer of fusedopt, got dict"):
+        tune.range_test({}, loss_and_grads)
     with pytest.raises(TypeError, match="loss: expected a number or an array of one element"):
         tune.range_test(opt, lambda: ("x", params))
     with pytest.raises(ValueError, match=r"grads\['W'\]"):

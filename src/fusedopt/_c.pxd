@@ -101,6 +101,7 @@ cdef extern from "fusedopt.h" nogil:
         size_t bytes
         int64_t offset
         int file, is_read_only
+        int64_t process
 
     ctypedef struct fo_disk:
         const fo_region *regions
@@ -155,8 +156,9 @@ cdef extern from "fusedopt.h" nogil:
     fo_status fo_stream(fo_leaf *leaves, ptrdiff_t n, int how, int threads)
     void *fo_allocate(size_t bytes)
     void fo_release(void *memory)
-    void *fo_map_file(int file, int64_t offset, size_t bytes, int is_read_only)
+    int fo_map_file(fo_region *region)
     void fo_unmap_file(const fo_region *region)
+    void fo_close_file(int file)
     int fo_relieve(const fo_disk *disk, void *data, size_t bytes)
     int fo_copy(const fo_disk *disk, void *to, const void *source, size_t bytes)
     const char *const *fo_isas()

@@ -113,18 +113,30 @@ class Held:
     def __enter__(self) -> Held:
         """Put a note in the place of each handler."""
         if self._wanted:
-            for number in signal.valid_signals():
-                handler = signal.getsignal(number)
-                if callable(handler):
-                    self._handlers[number] = handler
+            handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+            self._handlers = {number: its for number, its in handlers.items() if callable(its)}
+            try:
+                for number in self._handlers:
                     signal.signal(number, self._note)
+            except BaseException:  # of a handler that was still in its place
+                self._put_back()
+                raise
         return self
 
     def __exit__(self, *about: object) -> None:
         """Put the handlers back, and call those of the signals that have come."""
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self.check()
+        try:
+            self._put_back()
+        finally:
+            self.check()
+
+    def _put_back(self) -> None:
+        try:
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+        except BaseException:  # of a handler that is back already: the others must come back too
+            self._put_back()
+            raise
 
     def _note(self, number: int, frame: Any) -> None:
         self._come.append((number, frame))

@@ -13,7 +13,6 @@ from cpython.buffer cimport (
     PyBUF_STRIDES, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer,
 )
 from cpython.bytes cimport PyBytes_FromStringAndSize
-from cpython.exc cimport PyErr_SetFromErrno
 
 from fusedopt._c cimport *
 from fusedopt cimport _layout
@@ -281,12 +280,41 @@ def allocate(specs):
     return arrays
 
 
+cdef class File:
+    """An open file, closed with the last array on it.
+
+    It is opened and closed in C: Python code could leave it open, as a signal's exception may come
+    between any two instructions, and is lost in a destructor.
+
+    Parameters
+    ----------
+    path, flags
+        As for os.open.
+    name : str
+        For messages.
+    """
+    cdef int number
+    cdef readonly str name
+
+    def __cinit__(self, path, int flags, str name):
+        self.number = -1
+        self.name = name
+        self.number = os.open(path, flags, 0o600)
+
+    def fileno(self):
+        return self.number
+
+    def __dealloc__(self):
+        if self.number >= 0:
+            fo_close_file(self.number)
+
+
 cdef class Mapped:
     """Bytes of a file as a buffer, unmapped with the last array on them.
 
     Parameters
     ----------
-    file : object with fileno()
+    file : File
         Kept open as long.
     offset, size : int
         Multiples of the page size, but for the size of what is read only.
@@ -294,18 +322,17 @@ cdef class Mapped:
         If not, the room in the file is given back to the disk behind the last array.
     """
     cdef fo_region region
-    cdef object file
+    cdef File file
     cdef object __weakref__
 
-    def __cinit__(self, file, int64_t offset, Py_ssize_t size, bint is_read_only):
-        cdef void *start
+    def __cinit__(self, File file not None, int64_t offset, Py_ssize_t size, bint is_read_only):
+        cdef int error
         self.file = file
         self.region.offset, self.region.bytes = offset, size
-        self.region.file, self.region.is_read_only = file.fileno(), is_read_only
-        start = fo_map_file(self.region.file, offset, size, is_read_only)
-        if start == NULL:
-            PyErr_SetFromErrno(OSError)
-        self.region.start = <char *>start
+        self.region.file, self.region.is_read_only = file.number, is_read_only
+        error = fo_map_file(&self.region)
+        if error != 0:
+            raise OSError(error, os.strerror(error))
 
     def row(self):
         """Address, bytes, offset, descriptor, whether it is read only: an fo_region."""
@@ -337,7 +364,7 @@ def relieve(array):
         error = fo_relieve(&disk, view.buf, view.len)
     PyBuffer_Release(&view)
     if error != 0:
-        raise OSError(error, os.strerror(error), getattr((<Mapped>base).file, "name", None))
+        raise OSError(error, os.strerror(error), (<Mapped>base).file.name)
 
 
 # ------------------------------------------------------------------ tables

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from math import prod
@@ -38,19 +37,6 @@ def on_disk(spec: Spec) -> bool:
     return strides is not None and prod(shape) * np.dtype(dtype).itemsize >= LEAST
 
 
-class _File:
-    """A file that is closed with the last array on it."""
-
-    def __init__(self, number: int, name: str) -> None:
-        self._number, self.name = number, name
-
-    def fileno(self) -> int:
-        return self._number
-
-    def __del__(self) -> None:
-        os.close(self._number)
-
-
 class Disk:
     """The file of an optimizer's state.
 
@@ -68,8 +54,7 @@ class Disk:
             raise NotImplementedError("state_dir: needs Linux or another Unix; leave it out here")
         self.folder = os.path.abspath(os.fspath(folder))
         os.makedirs(self.folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=self.folder, buffering=0) as file:
-            self._file = _File(os.dup(file.fileno()), self.folder)
+        self._file = _open(self.folder)
         _make_direct(self._file.fileno())
         self._end, self._pid = 0, os.getpid()
         self._mapped: WeakSet[_core.Mapped] = WeakSet()
@@ -97,6 +82,7 @@ class Disk:
         return arrays
 
     def _reserve(self, size: int) -> _core.Mapped:
+        self.refuse_child()
         number = self._file.fileno()
         try:
             _fill(number, self._end, size)
@@ -113,7 +99,7 @@ class Disk:
 
     def map_file(self, path: str | os.PathLike[str]) -> Array:
         """Return the bytes of a file, read from it as they are used."""
-        file = _File(os.open(path, os.O_RDONLY | os.O_CLOEXEC), os.fspath(path))
+        file = _core.File(path, os.O_RDONLY, os.fspath(path))
         size = os.fstat(file.fileno()).st_size
         if size == 0:
             return np.zeros(0, np.uint8)
@@ -150,6 +136,24 @@ class Disk:
         error = OSError(code, os.strerror(code), self.folder)
         self.lost = error if has_written else self.lost
         return error
+
+
+def _open(folder: str) -> _core.File:
+    """Open a new file without a name."""
+    flags = os.O_RDWR | os.O_EXCL
+    if hasattr(os, "O_TMPFILE"):
+        with suppress(OSError):  # a file system without it; other errors come again below
+            return _core.File(folder, flags | os.O_TMPFILE, folder)
+    name = os.path.join(folder, f".{os.urandom(8).hex()}.tmp")
+    try:
+        try:
+            return _core.File(name, flags | os.O_CREAT, folder)
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(name)
+    except OSError as exc:
+        code = exc.errno or errno.EIO
+        raise OSError(code, os.strerror(code), folder) from exc
 
 
 def _make_direct(file: int) -> None:

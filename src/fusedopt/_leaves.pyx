@@ -207,7 +207,7 @@ cdef class LeafList:
         for start, size, offset, file, is_read_only in rows:
             self.regions[i] = fo_region(
                 start=<char *><uintptr_t>start, bytes=size, offset=offset, file=file,
-                is_read_only=is_read_only)
+                is_read_only=is_read_only, process=0)
             i += 1
         self.on_disk = fo_disk(regions=self.regions, n=i, error=0, has_written=0)
         return &self.on_disk

@@ -105,14 +105,18 @@ def _shape(
 def whole_source(state_dict: Mapping[str, Any], params: Mapping[str, Array]) -> Source:
     """Return a state dict of the plain class as a source; what does not fit is left as it is."""
     state: dict[str, Any] = {}
-    for name, arrays in dict(state_dict["state"]).items():
+    try:
+        others, known = dict(state_dict), dict(state_dict["state"])
+    except (KeyError, TypeError, ValueError) as exc:
+        raise ValueError("state dict: expected 'step', 'state' and 'param_groups'") from exc
+    for name, arrays in known.items():
         param = params.get(name)
         if param is None or not isinstance(arrays, Mapping):
             state[name] = arrays
             continue
         state[name] = {key: _laid(value, param) for key, value in arrays.items()}
     ranges = {name: range(param.size) for name, param in params.items()}
-    return {**state_dict, "state": state}, ranges
+    return others | {"state": state}, ranges
 
 
 def _laid(value: Any, param: Array) -> Any:

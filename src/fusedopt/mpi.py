@@ -100,7 +100,10 @@ class Sharded:
     ) -> None:
         """Cut the parameters, and make the optimizer of this rank's parts."""
         self._comm = comm_of(comm)
-        self._together(lambda: self._make(cls, params, wire_dtype, options), self._described)
+        with self._holding() as held:
+            self._together(
+                lambda: self._make(cls, params, wire_dtype, options), self._described, held
+            )
 
     def _make(self, cls: Any, params: Any, wire_dtype: Any, options: Options) -> None:
         if not (isinstance(cls, type) and issubclass(cls, Optimizer) and hasattr(cls, "rule")):
@@ -459,26 +462,31 @@ class Sharded:
         path: str | os.PathLike[str] = "",
         params: bool | None = False,
     ) -> None:
-        inner = self._inner
+        inner, step = self._inner, 0
 
         def fit() -> tuple[Any, ...]:
+            nonlocal step
+            _check.optional(_check.flag)("params", params)
             sources = read()
             try:
                 given = _shards.part_of(sources, inner.rule, inner.state, self.parts, self._is_cut)
                 own = given.pop("params", None)
                 if params and own is None:
                     raise ValueError("has no parameters; it was saved without params=True")
-                pairs, *rest = inner._fit_state_dict(given, convert)
+                pairs, step, *rest = inner._fit_state_dict(given, convert)
                 if own is not None and params is not False:
                     pairs += _fitting.fit_params(self._whole.names, self._params, own)
-                return pairs, *rest
+                return pairs, step, *rest
             except (TypeError, ValueError) as exc:
                 if not path:
                     raise
                 raise ValueError(f"{os.fspath(path)}: {exc}") from exc
 
+        def said() -> dict[str, str]:
+            return {"params": repr(params), "step of the state": str(step)}
+
         with inner._work:
-            inner._work.restore(*self._together(fit, held=held))
+            inner._work.restore(*self._together(fit, said, held))
 
     def save(
         self, path: str | os.PathLike[str], *, params: bool = False, by_rank: bool = False
@@ -502,11 +510,16 @@ class Sharded:
         OSError, ValueError
             On the rank that cannot write; a RuntimeError with its message on the others.
         """
-        _check.flag("params", params)
-        if params and by_rank:
-            raise ValueError("params=True: not with by_rank=True; save the parameters once")
-        with self._whole, self._holding() as held:
+
+        def check() -> None:
+            _check.flag("params", params)
+            _check.flag("by_rank", by_rank)
+            if params and by_rank:
+                raise ValueError("params=True: not with by_rank=True; save the parameters once")
             _checkpoint.known(path)
+
+        with self._whole, self._holding() as held:
+            self._together(check, lambda: {"by_rank": repr(by_rank)}, held)
             rank, size = self._comm.rank, self._comm.size
             if by_rank:
 
@@ -552,10 +565,9 @@ class Sharded:
         OSError, ValueError
             Naming the file, if it is not there, damaged, or does not fit; nothing has changed.
         """
-        _check.optional(_check.flag)("params", params)
 
         def read() -> list[_shards.Source]:
-            if by_rank:
+            if _check.flag("by_rank", by_rank):
                 return _shards.read_by_rank(Path(path), self.parts, self._named_params())
             return _shards.read(Path(path), self._named_params())
 

@@ -133,6 +133,8 @@ def range_test(
     sweep = Sweep(start, stop, steps, kind, smoothing, divergence, rule)
     if not callable(loss_and_grads):
         raise TypeError(f"loss_and_grads: expected a callable, got {type(loss_and_grads).__name__}")
+    if not hasattr(opt, "_rehearsal"):
+        raise TypeError(f"opt: expected an optimizer of fusedopt, got {type(opt).__name__}")
     undo = keep_generators(rng)
     if "copy_out" in step:
         more, begin = opt._rehearsal(step["copy_out"])

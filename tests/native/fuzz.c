@@ -209,10 +209,8 @@ static void open_file(void)
 {
     char name[] = "/tmp/fuzz-XXXXXX";
     file = (fo_region){.bytes = FILE_SIZE, .file = mkstemp(name)};
-    if (file.file < 0 || unlink(name) != 0 || ftruncate(file.file, FILE_SIZE) != 0)
-        abort();
-    file.start = fo_map_file(file.file, 0, FILE_SIZE, 0);
-    if (file.start == NULL)
+    if (file.file < 0 || unlink(name) != 0 || ftruncate(file.file, FILE_SIZE) != 0 ||
+        fo_map_file(&file) != 0)
         abort();
 }
 
