@@ -153,6 +153,18 @@ def test_ranks_agree_on_what_to_skip(case, value, module):
         on_ranks(module, case, {"nonfinite": "raise"}, grads)
 
 
+@pytest.mark.parametrize("module", [fusedopt, reference], ids=["fast", "reference"])
+def test_what_is_not_finite_is_of_the_whole_leaf(module):
+    def grads(seed):
+        found = arrays(seed)
+        found[0][...] = np.nan
+        return found
+
+    size = arrays(0)[0].size
+    with pytest.raises(FloatingPointError, match=rf"^grads\[0\]: {size} of {size} "):
+        on_ranks(module, RULES[0], {"nonfinite": "raise"}, grads)
+
+
 def test_leaves_without_a_gradient_on_one_rank():
     def work(rank, reduce):
         params = part(arrays(0), rank)

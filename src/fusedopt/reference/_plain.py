@@ -391,11 +391,10 @@ class Plain(Optimizer):
             if measured and reduction is not None:
                 reduction.gradients(table, sizes)
         present = [grad is not None for grad in flat_grads]
-        verdict, scales = (
-            _judge(how, table, work.grad_names, sizes.tolist(), present)
-            if measured
-            else (_GO_ON, None)
-        )
+        verdict, scales = _GO_ON, None
+        if measured:
+            whole = sizes if reduction is None else reduction.sizes
+            verdict, scales = _judge(how, table, work.grad_names, whole.tolist(), present)
         scales = scales or [how.grad_scale] * len(work)
         sums: list[Sums | None] = [None] * len(work)
         if self._kind == "summing" and not verdict.skipped:
