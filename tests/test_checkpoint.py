@@ -148,8 +148,11 @@ def test_foreign_npz(tmp_path):
         make().load(path)
     with open(path, "wb") as file:
         np.save(file, np.ones(3))
-    with pytest.raises(ValueError, match="not a checkpoint of fusedopt.*a single array, not an ar"):
-        make().load(path)
+    array = path.read_bytes()
+    for content in (array, array[:1], b"x", b""):  # NumPy would advise to unpickle some of these
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="not a checkpoint of fusedopt.*no archive of arrays"):
+            make().load(path)
     np.savez(path, fusedopt=np.array([{"a": 1}], object))  # would need unpickling
     with pytest.raises(ValueError, match="not a checkpoint of fusedopt"):
         make().load(path)

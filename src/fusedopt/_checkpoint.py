@@ -283,10 +283,10 @@ def read(path: StrPath, disk: Disk | None = None) -> tuple[dict[str, Array], dic
 
 def _read_npz(path: Path, _: Any) -> tuple[dict[str, Array], str]:
     with open(path, "rb") as raw:
-        loaded = np.load(raw, allow_pickle=False)
-        if not isinstance(loaded, np.lib.npyio.NpzFile):
-            raise ValueError("a single array, not an archive")
-        return _read_archive(raw, loaded)
+        if not zipfile.is_zipfile(raw):
+            raise ValueError("no archive of arrays")
+        raw.seek(0)
+        return _read_archive(raw, np.load(raw, allow_pickle=False))
 
 
 def _read_archive(raw: IO[bytes], loaded: Any) -> tuple[dict[str, Array], str]:
