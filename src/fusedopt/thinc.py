@@ -57,7 +57,7 @@ class Optimizer(optimizers.Optimizer):
 
 
 @registry.optimizers("fusedopt.Adam.v1")
-@wraps(optimizers.Adam)
+@wraps(optimizers.Adam, assigned=())  # its signature, but our documentation
 def Adam(learn_rate: Any = optimizers.ADAM_DEFAULTS["learn_rate"], **options: Any) -> Optimizer:
-    """Return an optimizer with the arguments of thinc's "Adam.v1"."""
+    """Return an optimizer with the arguments of thinc's "Adam.v1", and all of its defaults."""
     return Optimizer(learn_rate, **options)
