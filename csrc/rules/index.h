@@ -67,8 +67,8 @@
 #define FO_RULES(X) /* name, scalars, state arrays, how many of them are required, kind, sets */   \
     X(adam, ADAM_SCALARS, 3, 2, PLAIN, FO_SETS)                                                    \
     X(sgd, SGD_SCALARS, 1, 0, PLAIN, FO_SETS)                                                      \
-    X(lamb, LAMB_SCALARS, 2, 2, LAYERWISE, FO_SETS)                                                \
-    X(lars, LARS_SCALARS, 1, 1, LAYERWISE, FO_SETS)                                                \
+    X(lamb, LAMB_SCALARS, 2, 2, LAYERWISE, FO_NO_SETS)                                             \
+    X(lars, LARS_SCALARS, 1, 1, LAYERWISE, FO_NO_SETS)                                             \
     X(lion, LION_SCALARS, 1, 1, PLAIN, FO_SETS)                                                    \
     X(rmsprop, RMSPROP_SCALARS, 3, 1, PLAIN, FO_SETS)                                              \
     X(rprop, RPROP_SCALARS, 2, 2, PLAIN, FO_NO_SETS)                                               \
