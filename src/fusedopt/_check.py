@@ -8,7 +8,7 @@ data.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
@@ -471,16 +471,19 @@ _ALIASES = {
 }  # fmt: skip
 
 
-def unknown_options(given: Iterable[str], known: Iterable[str]) -> str:
-    """Return the message about options that are not known, with those that may be meant."""
+def refuse_unknown(where: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Raise TypeError for options that are not known, with those that may be meant."""
+    unknown = [name for name in given if name not in known]
+    if not unknown:
+        return
     import difflib  # here, as few need it
 
-    known, said = list(known), []
-    for name in given:
+    said = []
+    for name in unknown:
         meant = [alias for alias in _ALIASES.get(name, ()) if alias in known]
         meant = meant or difflib.get_close_matches(str(name), known, n=1, cutoff=0.7)
         said.append(f"{name!r}" + (f" (is {' or '.join(meant)} meant?)" if meant else ""))
-    return f"unknown option {', '.join(said)}; known: {', '.join(known)}"
+    raise TypeError(f"{where}: unknown option {', '.join(said)}; known: {', '.join(known)}")
 
 
 def choice(*allowed: Any) -> Any:

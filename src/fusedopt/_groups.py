@@ -88,6 +88,4 @@ def _is_constant(value: Any) -> bool:
 
 def refuse_unknown(where: str, given: Mapping[str, Any], checks: Mapping[str, Check]) -> None:
     """Raise TypeError if a group has a key that is not an option."""
-    unknown = [name for name in given if name not in checks and name != "params"]
-    if unknown:
-        raise TypeError(f"{where}: {_check.unknown_options(unknown, checks)}")
+    _check.refuse_unknown(where, (name for name in given if name != "params"), checks)

@@ -64,8 +64,7 @@ def memory(
     if rule is None:
         known = [name for name in fusedopt.__all__ if hasattr(getattr(fusedopt, name), "rule")]
         raise ValueError(f"optimizer: expected one of {', '.join(known)}, got {optimizer!r}")
-    if unknown := [name for name in options if name not in rule.defaults]:
-        raise TypeError(f"{optimizer}: {_check.unknown_options(unknown, rule.defaults)}")
+    _check.refuse_unknown(optimizer, options, rule.defaults)
     checked = rule.check(rule.defaults | options)
     leaves = list(_leaves(params, _kind("dtype", dtype)))
     if not leaves:

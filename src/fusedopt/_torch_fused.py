@@ -6,6 +6,7 @@ import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from numbers import Real
 from typing import Any, ClassVar, NoReturn
 
@@ -124,9 +125,7 @@ class Fused(StateKeeper):
             if value != self._own[name].default
         }
         fused = next(cls for cls in type(self).__mro__ if "_rule" in vars(cls))
-        taken = [*inspect.signature(fused).parameters]
-        if unknown := [name for name in options if name not in taken]:
-            raise TypeError(f"{type(self).__name__}: {_check.unknown_options(unknown, taken)}")
+        _check.refuse_unknown(type(self).__name__, options, _taken(fused))
         super().__init__(params, *args, **options)  # type: ignore[call-arg]
         bits = self._own_given.get("master_bits")
         _storage.refuse_master(bits, (param.dtype.itemsize for param in self._all_params()))
@@ -323,9 +322,7 @@ class Fused(StateKeeper):
     def _checked_step(self, given: Mapping[str, Any]) -> StepOptions:
         scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         own = {name: self.defaults[name] for name in _OF_NO_GROUP if name in self.defaults}
-        if unknown := sorted(given.keys() - _options.DEFAULTS):
-            known = [*_options.DEFAULTS, "copy_out"]
-            raise TypeError(f"step: {_check.unknown_options(unknown, known)}")
+        _check.refuse_unknown("step", sorted(given), [*_options.DEFAULTS, "copy_out"])
         options = {**_options.DEFAULTS, **own, **given}
         if scale is not None:
             options["grad_scale"] = _options.CHECKS["grad_scale"](
@@ -691,6 +688,12 @@ def _number(where: str, value: Any) -> float:
 def _numbers(where: str, value: Any, count: int) -> tuple[float, ...]:
     _check.several(where, value, count)
     return tuple(_number(f"{where}[{i}]", x) for i, x in enumerate(value))
+
+
+@cache
+def _taken(cls: type[Fused]) -> tuple[str, ...]:
+    """Return the names of all arguments of a class; some optimizers are made for each tensor."""
+    return tuple(inspect.signature(cls).parameters)
 
 
 def _new_list(rule: Rule, disk: Disk | None) -> _tensors.TensorList:

@@ -268,7 +268,7 @@ class Sharded:
             accumulator = grads if isinstance(grads, GradAccumulator) else None
             if accumulator is not None:
                 grads = accumulator._sums()
-            _refuse_unknown(given)
+            _check.refuse_unknown("step", given, [*_options.CHECKS, "copy_out"])
             how = _options.step_options((inner._own_step or {}) | given)
             whole = inner._flatten(grads, "grads")
             copies = None if copy_out is None else inner._flatten(copy_out, "copy_out")
@@ -627,10 +627,3 @@ def _kinds(names: Sequence[str], arrays: Sequence[Array | None]) -> str:
         f"{name} {None if array is None else array.dtype}"
         for name, array in zip(names, arrays, strict=True)
     )
-
-
-def _refuse_unknown(given: Mapping[str, Any]) -> None:
-    unknown = [name for name in given if name not in _options.CHECKS]
-    if unknown:
-        known = [*_options.CHECKS, "copy_out"]
-        raise TypeError(f"step: {_check.unknown_options(unknown, known)}")

@@ -142,9 +142,8 @@ class Optimizer:
         self._own_step = given or None  # defaults of `step`
         if given:
             _options.step_options(given)
-        if unknown := [name for name in options if name not in self.rule.defaults]:
-            known = [*self.rule.defaults, *_OF_ALL_STEPS, "threads", "state_dir"]
-            raise TypeError(f"{type(self).__name__}: {_check.unknown_options(unknown, known)}")
+        known = [*self.rule.defaults, *_OF_ALL_STEPS, "threads", "state_dir"]
+        _check.refuse_unknown(type(self).__name__, options, known)
         self.defaults: Options = self.rule.check(self.rule.defaults | options)
         self.param_groups: list[Options] = []
         self._work = _arrays.ArrayList(self.rule.name, self.rule.state_names)
