@@ -298,6 +298,11 @@ def _read_archive(raw: IO[bytes], loaded: Any) -> tuple[dict[str, Array], str]:
         arrays = {name: file[name] for name in file.files}
     if not all(isinstance(a, np.ndarray) for a in arrays.values()):  # NumPy returns others as bytes
         raise ValueError("a member is not an array")
+    return _without_meta(arrays)
+
+
+def _without_meta(arrays: dict[str, Array]) -> tuple[dict[str, Array], str]:
+    """Return the arrays of an archive, and its metadata, which is one of them."""
     if _META not in arrays:
         raise ValueError("it has no metadata of fusedopt")
     return arrays, str(arrays.pop(_META)[()])
@@ -322,9 +327,7 @@ def _map_npz(path: Path, disk: Disk) -> tuple[dict[str, Array], str]:
             if body.size != member.file_size or _crc(body) != member.CRC:
                 raise ValueError(f"{member.filename}: its sum is wrong")
             arrays[member.filename.removesuffix(".npy")] = _map_npy(body)
-    if _META not in arrays:
-        raise ValueError("it has no metadata of fusedopt")
-    return arrays, str(arrays.pop(_META)[()])
+    return _without_meta(arrays)
 
 
 def _crc(data: Array) -> int:

@@ -140,10 +140,18 @@ def in_order(name: str, given: Rows, param: Array) -> Ordered:
     bad, ascends = _core.look_at_rows(indices, len(param))
     if bad >= 0:
         _refuse_index(name, bad, given.indices[bad], param)
+    return ordered(indices, values, len(param), ascends)
+
+
+def ordered(rows: Array, values: Any, count: int, ascends: bool) -> Ordered:
+    """Return rows of `count` in order, which they are in already if each is above the one before.
+
+    `values`, an array or a tensor, stay as they are.
+    """
     if ascends:
-        return Ordered(indices, values)
-    rows, starts, order = _core.sort_rows(indices, len(param))
-    return Ordered(rows, values, order, starts)
+        return Ordered(rows, values)
+    unique, starts, order = _core.sort_rows(rows, count)
+    return Ordered(unique, values, order, starts)
 
 
 def in_order_plainly(name: str, given: Rows, param: Array) -> Ordered:

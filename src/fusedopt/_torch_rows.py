@@ -8,7 +8,7 @@ import numpy as np
 
 from fusedopt import _core
 from fusedopt import _torch_plain as _plain
-from fusedopt._rows import Ordered
+from fusedopt._rows import Ordered, ordered
 
 
 def in_order(name: str, param: Any, grad: Any, zeroes: bool) -> Ordered:
@@ -46,7 +46,4 @@ def in_order(name: str, param: Any, grad: Any, zeroes: bool) -> Ordered:
         raise ValueError(f"{where}: its values have gaps, and zero_grads writes to them; drop it")
     values = values.resolve_neg().contiguous()
     count = int(np.prod(sizes, dtype=np.int64))
-    if _core.look_at_rows(rows, count)[1]:
-        return Ordered(rows, values)
-    unique, starts, order = _core.sort_rows(rows, count)
-    return Ordered(unique, values, order, starts)
+    return ordered(rows, values, count, _core.look_at_rows(rows, count)[1])

@@ -48,12 +48,13 @@ def prepare(options: argparse.Namespace) -> Callable[[], None]:
 
 
 def _shapes(text: str) -> list[tuple[int, ...]]:
-    cases = {name: own_case(name) for name in text.replace(" ", "").split(",")}
-    for name, case in cases.items():
+    shapes: list[tuple[int, ...]] = []
+    for name in text.replace(" ", "").split(","):
+        case = own_case(name)
         if case is None:
             raise ValueError(f"shapes: {name!r} is no shape; expected one as 64x256")
-    names = text.replace(" ", "").split(",")
-    return [case.shapes[0] for name in names if (case := cases[name]) is not None]
+        shapes += case.shapes
+    return shapes
 
 
 def _model(text: str) -> Any:
