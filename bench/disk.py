@@ -44,7 +44,7 @@ def stream(file: int, size: int, threads: int) -> float:
             assert os.preadv(file, [part], at) == len(part) == os.pwrite(file, part, at)
 
     started = time.perf_counter()
-    workers = [threading.Thread(target=work) for _ in range(threads + 1)]
+    workers = [threading.Thread(target=work) for _ in range(threads + 2)]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -101,7 +101,7 @@ def main() -> None:
         "",
         f"`python bench/disk.py {' '.join(sys.argv[1:])}`: Adam in float32, {n:,} elements, "
         f"{size / 2**30:.2f} GiB of state; {platform.machine()}, {platform.system()} "
-        f"{platform.release()}, {threads} threads and one more for the disk, {args.rounds} rounds; "
+        f"{platform.release()}, {threads} threads and two more for the disk, {args.rounds} rounds; "
         f"a load of {os.getloadavg()[0]:.1f} in the last minute, with other processes.",
         "",
         "| | median | from | to |",

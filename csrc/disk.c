@@ -2,7 +2,7 @@
  *
  * Each thread claims pieces of leaves one after the other. Of a piece it reads what is on disk into
  * a buffer, works on that in the place of the arrays, and writes it back: while one thread
- * computes, others wait for the disk. So there is one thread more than asked for, and what is in
+ * computes, others wait for the disk. So there are two threads more than asked for, and what is in
  * memory is the buffers alone, at most FO_WINDOW bytes, if the files are opened for direct access.
  * What the disk refuses is an error number, where a touch of a mapped page would end the process.
  *
@@ -187,7 +187,7 @@ void fo_pass_disk(fo_work *w, fo_choice which, int writes, int threads)
     }
     const size_t grains =
         FO_WINDOW / room; /* that fit; more than one, as a leaf's arrays are few */
-    ptrdiff_t workers = threads > 1 ? threads + 1 : 2;
+    ptrdiff_t workers = threads + 2;
     if ((size_t)workers > grains)
         workers = (ptrdiff_t)grains;
     ptrdiff_t longest = (ptrdiff_t)grains / workers;
