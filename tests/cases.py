@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -348,6 +348,11 @@ STEP_OPTIONS = [
 
 def values(n: int, dtype: Any, seed: int, hostile: bool = True) -> np.ndarray:
     """n numbers of mixed sizes; if hostile, with infinities, NaN, zeros and subnormals."""
+    return _values(n, dtype, seed, hostile).copy()
+
+
+@lru_cache(maxsize=64)
+def _values(n: int, dtype: Any, seed: int, hostile: bool) -> np.ndarray:
     rng = np.random.default_rng(seed)
     x = (rng.standard_normal(n) * 10.0 ** rng.integers(-12, 5, n)).astype(dtype)
     if hostile:

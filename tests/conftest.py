@@ -10,14 +10,15 @@ Steps use threads that are asleep or late too, so that threads are tested on any
 A shell starts background jobs with SIGINT ignored, and children inherit that, so the tests that
 interrupt themselves or a child would wait for ever. With a handler here, children have the default.
 
-`--every N` runs a fixed sample, one test in N: rules, formats and options are crossed in thousands,
-and where all is slow, or all ran before on another Python, some of each do.
+`-m "not slow"` leaves out what takes long: tests that are marked with the reason, and of a table of
+more than QUICK rows all but a fixed sample. Rules, formats and options are crossed in thousands.
 """
 
 import os
 import signal
 import sys
 import zlib
+from collections import defaultdict
 
 import pytest
 
@@ -26,16 +27,21 @@ from fusedopt import _core
 os.environ.setdefault("KERAS_BACKEND", "torch")  # Keras reads it as it is imported
 
 
-def pytest_addoption(parser):
-    parser.addoption("--every", type=int, default=1, metavar="N", help="run one test in N")
+QUICK = 12
 
 
-def pytest_collection_modifyitems(config, items):
-    every, kept, left = config.getoption("every"), [], []
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items):
+    tables = defaultdict(list)
     for item in items:
-        (left if zlib.crc32(item.nodeid.encode()) % every else kept).append(item)
-    config.hook.pytest_deselected(items=left)
-    items[:] = kept
+        tables[item.nodeid.partition("[")[0]].append(item)
+        for mark in item.iter_markers("slow"):
+            if not (mark.args and isinstance(mark.args[0], str)):
+                raise pytest.UsageError(f"{item.nodeid}: `slow` without a reason")
+    for rows in tables.values():
+        rows.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
+        for item in rows[QUICK:]:
+            item.add_marker(pytest.mark.slow(f"one of {len(rows)} rows; {QUICK} are quick enough"))
 
 
 def pytest_sessionstart():

@@ -71,6 +71,7 @@ def test_disturbed_rounds_do_not_count():
     assert stats.disturbance(entry) == pytest.approx(0.075)
 
 
+@pytest.mark.slow("runs the benchmark")
 def test_shapes_of_ones_own():
     """An array of a shape, beside the named cases; 400x250 remains the name of many."""
     bytes_of = {}
@@ -128,6 +129,7 @@ def test_comparison_names_what_became_slower(tmp_path):
     assert done.returncode == 0 and f"{then} holds no case" in done.stdout
 
 
+@pytest.mark.slow("runs the benchmark")
 def test_several_optimizers_beside_a_busy_process(tmp_path):
     """A row for each, whose busy process is not what disturbs a round."""
     path = tmp_path / "x.json"
@@ -143,6 +145,7 @@ def test_several_optimizers_beside_a_busy_process(tmp_path):
     assert [entry["busy"] for entry in entries] == [1, 1]
 
 
+@pytest.mark.slow("runs the benchmark")
 def test_run_writes_what_it_measured(tmp_path):
     """Missing libraries are listed, and narrow formats move the right number of bytes."""
     (tmp_path / "numba.py").write_text("raise ModuleNotFoundError('No module named numba')")
@@ -166,6 +169,7 @@ def test_run_writes_what_it_measured(tmp_path):
     assert again.returncode == 0 and again.stdout in done.stdout
 
 
+@pytest.mark.slow("runs the benchmark")
 def test_developers_contenders_run_by_the_same_command(tmp_path):
     """A worker finds their classes, and reports here that their libraries are missing."""
     for name in ("torch", "tensorflow"):
@@ -178,6 +182,7 @@ def test_developers_contenders_run_by_the_same_command(tmp_path):
     assert "TensorFlow, raw operation: ModuleNotFoundError: no tensorflow" in done.stdout
 
 
+@pytest.mark.slow("runs the benchmark")
 def test_interrupted_run_keeps_what_it_measured(tmp_path):
     path = tmp_path / "x.json"
     options = ("--case", "1k,1M", "--cache", "warm", "--contender", "numpy", "--seconds", "60")
@@ -235,6 +240,7 @@ def test_streams_change_nothing(options):
             opt._work.stream(list(grads), how, 1)
 
 
+@pytest.mark.slow("runs the benchmark")
 def test_memory_is_measured(tmp_path):
     path = tmp_path / "x.json"
     done = run("--memory", "--case", "1M", "--contender", "numpy,reference", "--json", path)
@@ -246,6 +252,7 @@ def test_memory_is_measured(tmp_path):
     assert 4 * 10**6 <= found["reference"]["temporary"] < 40 * 10**6
 
 
+@pytest.mark.slow("runs the benchmark")
 def test_report_is_complete(tmp_path):
     folder = tmp_path / "report"
     folder.mkdir()

@@ -1,6 +1,7 @@
 """Every step gives the bytes of the reference."""
 
 import hashlib
+import itertools
 import os
 import pickle
 import subprocess
@@ -45,13 +46,18 @@ def test_sizes(case, dtype, name):
             compare(case, lambda n=n: arrays(case, n, dtype))
 
 
-@pytest.mark.parametrize("count", range(1, 9))
-@pytest.mark.parametrize("name", _core.available_isas())
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_threads(case, name, count):
-    """Large enough to be split, with a ragged end, on 1 to 8 threads."""
-    with isa(name), threads(count):
-        compare(case, lambda: arrays(case, 300 * TILE + 77, np.float32))
+def test_threads(case):
+    """Large enough to be split, with a ragged end: each ISA on 1 to 8 threads."""
+    begin = arrays(case, 300 * TILE + 77, np.float32)
+    theirs = [a.copy() for a in begin]
+    run_functional(case, case.reference, theirs, case.options)
+    for name, count in itertools.product(_core.available_isas(), range(1, 9)):
+        ours = [a.copy() for a in begin]
+        with isa(name), threads(count):
+            run_functional(case, case.fast, ours, case.options)
+        where = f"on {count} threads of {name}"
+        assert_same(ours, theirs, [f"{a} {where}" for a in ("param", "grad", *case.states)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: d.__name__)

@@ -1,5 +1,6 @@
-"""The command line in its own processes: bad input gives one line and status 2, before any work."""
+"""The command line: bad input gives one line and status 2, before any work."""
 
+import io
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ import sys
 import sysconfig
 import tempfile
 import zipfile
+from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
 import pytest
@@ -26,8 +28,15 @@ posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX shells, pipes
 
 
 def run(*arguments):
-    command = [*COMMAND, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    """Run a command in this process: the import takes longer than most commands."""
+    words = list(map(str, arguments))
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            status = cli.main(words)
+        except SystemExit as exc:
+            status = exc.code
+    return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
 
 
 def data(path, **changes):
@@ -340,6 +349,7 @@ STREAMS = {
 }
 
 
+@pytest.mark.slow("starts interpreters")
 @posix
 @pytest.mark.parametrize("kind", STREAMS)
 def test_closed_and_full_streams(folder, kind):
@@ -352,6 +362,7 @@ def test_closed_and_full_streams(folder, kind):
     assert re.fullmatch(pattern, done.stdout + done.stderr), (done.stdout, done.stderr)
 
 
+@pytest.mark.slow("starts interpreters")
 @posix
 @pytest.mark.parametrize("unbuffered", [False, True])
 @pytest.mark.parametrize("words", ["info", "--version", "train --help", TRAIN])

@@ -98,9 +98,10 @@ def fits(cls, dtype, options):
     [(cls, form) for cls in EVERY_CLASS for form, row in FORMATS.items() if fits(cls, *row)],
     ids=lambda x: getattr(x, "__name__", x),
 )
-def test_bits(tmp_path, small, cls, form):
+def test_bits(tmp_path, small, one_blas_thread, cls, form):
     """Each rule in each format: some steps, with all that a step can do around the rule."""
     dtype, options = FORMATS[form]
+    options = options | {"ns_steps": 1} if "ns_steps" in cls.rule.defaults else options
     params, others = start(dtype), start(dtype)
     if cls.rule.has_parts:  # takes matrices in row-major order alone
         params["columns"], others["columns"] = (
@@ -441,6 +442,7 @@ def test_a_killed_process_leaves_nothing(tmp_path):
     assert np.array_equal(p[0], twin[0])
 
 
+@pytest.mark.slow("writes hundreds of megabytes")
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
 @pytest.mark.skipif(not hasattr(resource, "RLIMIT_DATA"), reason="needs a limit of memory")
 @pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="another library replaces malloc")

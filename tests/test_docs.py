@@ -90,6 +90,7 @@ def test_most_pages_have_code():
     assert len(PAGES) >= 9 and ROOT / "README.md" in PAGES
 
 
+@pytest.mark.slow("runs whole programs")
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example_prints_what_the_site_shows(path, tmp_path):
     """All but the numbers, which differ a little from machine to machine."""

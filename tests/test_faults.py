@@ -24,6 +24,7 @@ left_open = pytest.mark.filterwarnings(
 )
 
 
+@pytest.mark.slow("repeats calls until each allocation has failed")
 @linux
 @pytest.mark.skipif(shutil.which("cc") is None, reason="compiles a library to preload")
 @pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="another library replaces malloc")
@@ -77,6 +78,7 @@ def test_a_full_disk(suffix, tmp_path):
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
+@pytest.mark.slow("kills a process again and again")
 @unix
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -40,6 +40,7 @@ def run(code, **kwargs):
     return done
 
 
+@pytest.mark.slow("interrupts an import many times")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="interrupts by a timer")
 @pytest.mark.parametrize("first", ["", "import numpy", "import dataclasses, numpy"])
 def test_interrupted(first):

@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -51,11 +52,16 @@ def in_mode(name):
     assert after == MODES[name]
 
 
-def some(n, dtype, seed):
-    """Numbers of all sizes, many of them subnormal or with a subnormal square."""
+@lru_cache(maxsize=100)
+def numbers(n, dtype, seed):
     rng = np.random.default_rng(seed)
     x = rng.standard_normal(n) * 10.0 ** rng.choice([-42, -38, -30, -20, -6, 0], n)
     return x.astype(dtype)
+
+
+def some(n, dtype, seed):
+    """Numbers of all sizes, many of them subnormal or with a subnormal square."""
+    return numbers(n, dtype, seed).copy()
 
 
 def rate(step):
@@ -97,10 +103,11 @@ ROWS = [
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize(("case", "dtype", "storage"), ROWS, ids=str)
 def test_classes(case, dtype, storage, count):
+    """In two of the modes; other storages of a case have the others."""
     sizes = [BIG if count > 1 else 5000, 700, 3]
     right = trained(case, nullcontext, fusedopt, dtype, storage, sizes)
     with threads(count):
-        for name in MODES:
+        for name in list(MODES)[STORAGE.index((dtype, storage)) % 2 :: 2]:
             ours = trained(case, lambda name=name: in_mode(name), fusedopt, dtype, storage, sizes)
             assert ours == right, name
 

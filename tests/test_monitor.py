@@ -13,6 +13,7 @@ from fusedopt.monitor import ROWS, History
 TABLE = runpy.run_path(str(Path(__file__).parent.parent / "bench" / "monitor.py"))
 
 
+@pytest.mark.slow("trains networks")
 def test_precision_and_recall():
     """Of 40 trainings, healthy and sick; bench/results/monitor.md has other seeds."""
     precision, recall, _ = TABLE["figures"](range(1))
@@ -278,9 +279,11 @@ def test_infinite_loss_is_reported(loss):
     assert history.troubles() == ["infinite or NaN loss in step 3, and in 1 more"]
 
 
+@pytest.mark.slow("draws figures")
 @pytest.mark.parametrize("leaves", [2, 12, 13, 1000])
-@pytest.mark.parametrize("records", [1, 60])
-@pytest.mark.parametrize("curves", [{}, {"accuracy": ([1, 60], [0.5, 0.75])}])
+@pytest.mark.parametrize(
+    ("records", "curves"), [(1, {}), (60, {"accuracy": ([1, 60], [0.5, 0.75])})]
+)
 def test_plot(tmp_path, leaves, records, curves):
     """A panel for each of loss, curves, rate, norm, ratio and zeros; labels do not overlap."""
     pytest.importorskip("matplotlib")

@@ -66,11 +66,13 @@ def mpi(world, folder, *scenarios):
     finish([start(command, ENV)], world, scenarios)
 
 
+@pytest.mark.slow("starts MPI's processes")
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_ranks(world, tmp_path):
     mpi(world, tmp_path, *SCENARIOS)
 
 
+@pytest.mark.slow("starts MPI's processes")
 def test_checkpoints_on_other_numbers_of_ranks(tmp_path):
     mpi(2, tmp_path, "save", "load")
     mpi(4, tmp_path, "load")

@@ -84,6 +84,7 @@ def test_the_childs_optimizer_continues_the_parents():
         assert (p == -1).all()
 
 
+@pytest.mark.slow("forks many times")
 @needs_fork
 @quiet_fork
 def test_fork_while_others_step():

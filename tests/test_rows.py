@@ -214,6 +214,7 @@ def test_guide_runs():
     exec(compile("\n".join(blocks), page.name, "exec"), {})
 
 
+@pytest.mark.slow("trains a network")
 def test_example_trains_alike_by_rows():
     """bench/embeddings.py: the same losses, to the bit, by rows and by dense gradients."""
     path = Path(__file__).parent.parent / "bench" / "embeddings.py"

@@ -1,6 +1,7 @@
 """Step options: the bits of the reference, and the results of separate operations in NumPy."""
 
 import threading
+from functools import lru_cache
 
 import ml_dtypes
 import numpy as np
@@ -43,6 +44,14 @@ def contents(opt):
     return tree_bytes([opt.param_groups, opt.state, opt.state_dict()["step"]])
 
 
+@lru_cache(maxsize=64)
+def draw(seed, *shapes):
+    rng = np.random.default_rng(seed)
+    return [
+        np.asarray(rng.standard_normal(shape) * 10.0 ** rng.integers(-3, 2)) for shape in shapes
+    ]
+
+
 def run(module, case, options, storage, shapes, dtype=np.float32, grad_dtype=None, copies=None,
         steps=3, hostile=False):  # fmt: skip
     """The results of three steps with these options."""
@@ -57,12 +66,10 @@ def run(module, case, options, storage, shapes, dtype=np.float32, grad_dtype=Non
     out = copies and [np.zeros_like(p, copies) for p in params]
     results, left = [], []
     for step in range(steps):
-        rng = np.random.default_rng(step)
         grads = []
-        for i, p in enumerate(params):
-            g = (rng.standard_normal(p.shape) * 10.0 ** rng.integers(-3, 2)).astype(
-                grad_dtype or dtype)  # fmt: skip
-            g = np.asarray(g)
+        drawn = draw(step, *[p.shape for p in params])
+        for i, (p, g) in enumerate(zip(params, drawn, strict=True)):
+            g = g.astype(grad_dtype or dtype)
             if hostile and g.size:
                 g = values(g.size, np.float32, 100 + i).reshape(p.shape).astype(g.dtype)
             grads.append(None if i % 7 == 1 + step else np.copy(g, order="K" if i < 9 else "F"))

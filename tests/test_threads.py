@@ -276,6 +276,7 @@ finally:
 """
 
 
+@pytest.mark.slow("waits beside busy processes")
 def test_beside_busy_processes():
     """Steps are right whether threads come late or not, and info tells of it."""
     done = subprocess.run([sys.executable, "-c", BUSY], capture_output=True, text=True, timeout=120)

@@ -32,6 +32,7 @@ def weights(out):
     return re.search(r"weights sha256 (\w{64})", out)[1]
 
 
+@pytest.mark.slow("trains networks")
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_defaults_reach_96_percent(capsys, seed):
     out = run(capsys, "--seed", seed)
@@ -44,6 +45,7 @@ def test_defaults_reach_96_percent(capsys, seed):
 LEAST = {"adamw": 96, "lamb": 96, "lars": 96, "sgd": 96, "gd": 90}  # per cent; 95 for others
 
 
+@pytest.mark.slow("trains networks")
 @pytest.mark.parametrize(
     ("options", "least"),
     [
@@ -65,6 +67,7 @@ def test_choices_learn(capsys, options, least):
     assert "the same bits" in out and "\nnothing looks wrong\n" in out
 
 
+@pytest.mark.slow("trains networks")
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lion", "muon", "schedulefreeadamw", "gd"])
 def test_automatic_rate_learns(capsys, tmp_path, optimizer):
     options = ["--optimizer", optimizer, "--lr", "auto", "--no-reference"]
@@ -92,6 +95,7 @@ def test_automatic_rate_without_a_suggestion(capsys, tmp_path):
     assert out.startswith("rate: 0.002, the default: the loss")
 
 
+@pytest.mark.slow("trains networks")
 def test_same_weights_for_any_threads_and_isa():
     """Bit for bit, each in its own process."""
     found = set()
@@ -104,6 +108,7 @@ def test_same_weights_for_any_threads_and_isa():
     assert len(found) == 1
 
 
+@pytest.mark.slow("trains networks")
 @pytest.mark.parametrize("suffix", ["npz", "safetensors"])
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])  # muon: two optimizers in one file
 def test_interrupted_and_resumed_is_uninterrupted(capsys, tmp_path, monkeypatch, suffix, optimizer):
@@ -128,6 +133,7 @@ def test_interrupted_and_resumed_is_uninterrupted(capsys, tmp_path, monkeypatch,
     assert "the same bits" in resumed
 
 
+@pytest.mark.slow("trains networks")
 def test_longer_run_from_a_checkpoint(capsys, tmp_path):
     path = tmp_path / "run.npz"
     options = ["--schedule", "step", "--optimizer", "sgd"]
@@ -179,6 +185,7 @@ def test_classes_that_are_numbers(tmp_path):
     assert np.unique(data.x_train[data.y_train == 0]).size == 1
 
 
+@pytest.mark.slow("trains networks")
 def test_plot(capsys, tmp_path):
     """Of a resumed run too, which may have nothing left to do."""
     pytest.importorskip("matplotlib", reason="draws by matplotlib: extra `demo`")
@@ -265,6 +272,7 @@ def test_info(capsys):
         assert re.search(rf"^{label} +{re.escape(text)}$", out, re.M)
 
 
+@pytest.mark.slow("trains networks")
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
 def test_monitor(capsys, tmp_path, optimizer):
     """Monitoring changes no bit, prints its findings of every layer, and draws them."""

@@ -200,6 +200,7 @@ def test_gradients_that_a_step_refuses_end_the_sweep():
     assert found.diverged and len(found.losses) == 1
 
 
+@pytest.mark.slow("interrupts a sweep at every line")
 @pytest.mark.parametrize("cls", [fusedopt.Adam, fusedopt.ScheduleFreeAdamW, fusedopt.Prodigy])
 def test_interrupted_at_every_line(cls):
     """Ctrl-C at each line of Python code: all is back, and the next test gives the answer."""
@@ -432,6 +433,7 @@ def test_probe_says_why_there_is_no_rate():
     assert (w == 1).all()
 
 
+@pytest.mark.slow("interrupts a sweep at every line")
 def test_probe_interrupted_at_every_line():
     params, rng, loss_and_grads = problem(size=2)
     opt = fusedopt.AdamW(params)
