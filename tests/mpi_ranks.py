@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from cases import CASES, FACTOR_CASES, MATRIX_CASES, STEP_OPTIONS, canonical, takes
+from test_disk import swapped
 
 import fusedopt
 from fusedopt import _disk, _parts
@@ -370,7 +371,7 @@ def load():
     assert repr(other.state_dict()) == before
 
 
-def raises(kind, text, call, ranks=None):
+def raises(kind, text, call, ranks=None, outcome="nothing has changed"):
     """The call raises `kind` on some ranks (by default all), and its message on the others."""
     expected = kind if ranks is None or RANK in ranks else RuntimeError
     try:
@@ -378,7 +379,7 @@ def raises(kind, text, call, ranks=None):
     except BaseException as exc:
         assert type(exc) is expected and text in str(exc), (kind, repr(exc))
         if expected is not kind:
-            assert str(exc).startswith("rank ") and "nothing has changed" in str(exc), exc
+            assert str(exc).startswith("rank ") and outcome in str(exc), exc
     else:
         raise AssertionError(f"{kind} was not raised")
 
@@ -498,6 +499,40 @@ def faults():
     same_as_before()
     a = np.zeros(600, np.float32)
     raises(ValueError, "share memory", lambda: Sharded(fusedopt.Adam, [a, a[300:]], COMM))
+
+
+def disks():
+    """What a disk refuses within a step raises on all, before any rank has stepped or behind."""
+    _disk.LEAST = 1  # bytes, of arrays on disk
+    for cls in (fusedopt.Adam, fusedopt.LAMB):  # LAMB reads all before it writes
+        broken_disk(cls, FOLDER / f"{cls.__name__}.npz")
+
+
+def broken_disk(cls, path):
+    last = WORLD - 1
+    p, q = arrays(0), arrays(0)
+    sharded, plain = Sharded(cls, p, COMM, state_dir=FOLDER), cls(q)
+    each, average = grads_of_ranks(0)
+    sharded.step(each[RANK])
+    plain.step(average)
+    sharded.save(path, params=True)
+    reads_nothing = (lambda _: ("/dev/null", os.O_RDONLY)), cls is fusedopt.LAMB or WORLD == 1
+    writes_nothing = (lambda number: (f"/proc/self/fd/{number}", os.O_RDONLY)), False
+    for flags, is_before in (reads_nothing, writes_nothing):
+        undo = swapped(sharded._inner, flags) if RANK == last else int
+        after = "nothing has changed" if is_before else "load a checkpoint of both"
+        raises(OSError, str(FOLDER), lambda: sharded.step(each[RANK]), [last], after)
+        undo()
+        if not is_before:
+            refused = "a step was cut off by an error"
+            raises(RuntimeError, refused, lambda: sharded.step(each[RANK]))
+            raises(RuntimeError, refused, lambda: sharded.save(path))
+            sharded.load(path)
+    for step in (1, 2):
+        its, average = grads_of_ranks(step)
+        sharded.step(its[RANK])
+        plain.step(average)
+    same(p, q, WORLD <= 2 and cls is fusedopt.Adam, cls.__name__)
 
 
 def parts():

@@ -26,7 +26,8 @@ ENV = {
     "OMP_NUM_THREADS": "1",
 }
 SCENARIOS = (
-    "rules", "step_options", "storage", "mixed", "around", "averages", "faults", "parts", "buckets",
+    "rules", "step_options", "storage", "mixed", "around", "averages", "faults", "disks", "parts",
+    "buckets",
 )  # fmt: skip
 
 

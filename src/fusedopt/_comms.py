@@ -151,7 +151,12 @@ class Held:
                 self.check()
 
 
-def agree(comm: Comm, fault: BaseException | None, said: Mapping[str, str] | None = None) -> None:
+def agree(
+    comm: Comm,
+    fault: BaseException | None,
+    said: Mapping[str, str] | None = None,
+    outcome: str = "nothing has changed",
+) -> None:
     """Raise on all ranks if one has a `fault`, or says something else than the others.
 
     Raises
@@ -169,7 +174,7 @@ def agree(comm: Comm, fault: BaseException | None, said: Mapping[str, str] | Non
         raise fault
     for rank, (text, _) in enumerate(every):
         if text is not None:
-            raise RuntimeError(f"rank {rank} has failed, and nothing has changed: {text}")
+            raise RuntimeError(f"rank {rank} has failed, and {outcome}: {text}")
     for rank, (_, its) in enumerate(every):
         for name, value in (every[0][1] or {}).items():
             if its[name] != value:

@@ -58,7 +58,7 @@ class Disk:
         _make_direct(self._file.fileno())
         self._end, self._pid = 0, os.getpid()
         self._mapped: WeakSet[_core.Mapped] = WeakSet()
-        self.lost: OSError | None = None  # what a step failed by that had written
+        self.lost: BaseException | None = None  # what a step failed by that had written
 
     def allocate(self, specs: Sequence[Spec]) -> list[Array]:
         """Return arrays, all zero, each on pages of its own.

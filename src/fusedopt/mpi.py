@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from math import lcm
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -59,7 +60,9 @@ class Sharded:
 
     A call that raises on one rank before data travels (a gradient of the wrong shape, no memory, a
     signal's exception) raises on all of them, on the others a RuntimeError with its message, and
-    has changed nothing. Behind that, exceptions of signals wait until the call has ended.
+    has changed nothing. Behind that, exceptions of signals wait until the call has ended, and an
+    error of a disk that has state raises on all ranks too: if parts were stepped, none takes another
+    step until a checkpoint of parameters and state is loaded.
 
     Parameters
     ----------
@@ -151,6 +154,7 @@ class Sharded:
             "wire_dtype": self._wire,
             "params": "\n".join(about),
             "options": self._group_options(),
+            "state_dir": "none" if self._inner._disk is None else "a folder",
         }
 
     def _group_options(self) -> str:
@@ -254,15 +258,23 @@ class Sharded:
         inner, mover, size = self._inner, self._mover, self._comm.size
         sources: list[Array | None] = []
         sums: list[Array | None] = []
-        is_begun = False
+        has_begun, is_alone = False, True  # whether the others do not know of an exception
 
         def begin() -> None:
-            nonlocal is_begun
+            nonlocal has_begun, is_alone
             held.check()
-            is_begun = True  # what comes now raises on all ranks, or on none
+            has_begun, is_alone = True, False
             agree(self._comm, None, self._said(sources, how, copies))
             flats = [None if total is None else flat(total) for total in sums]
             mover.add(sources, flats, self._wire)
+            is_alone = inner._disk is not None  # which alone can fail from now on
+
+        def add(array: Array, most: bool = False) -> None:
+            nonlocal is_alone
+            is_alone = False
+            self._agree_on_disk(None, False)
+            _parts.add_over_ranks(self._comm, array, most=most)
+            is_alone = inner._disk is not None
 
         try:
             accumulator = grads if isinstance(grads, GradAccumulator) else None
@@ -291,7 +303,7 @@ class Sharded:
                 pieces = [
                     None if copy is None else self._part(i, copy) for i, copy in enumerate(copies)
                 ]
-            reduction = None if size == 1 else _Sums(self._comm, begin)
+            reduction = None if size == 1 else _Sums(begin, add, partial(add, most=True))
             scaled = replace(how, grad_scale=how.grad_scale / size, zero_grads=False)
             bare = inner._bare and len(inner._groups) == 1
             nothing: Any = None if bare else [None] * len(inner._groups)
@@ -304,10 +316,14 @@ class Sharded:
                 reduction,
             )
         except BaseException as exc:
-            if size > 1 and not is_begun:
-                agree(self._comm, exc)
+            if size > 1 and is_alone:
+                if has_begun:
+                    self._agree_on_disk(exc, False)
+                else:
+                    agree(self._comm, exc)
             raise
         if size > 1:
+            self._agree_on_disk(None, True)
             if not result.skipped:
                 mover.gather(
                     [
@@ -328,6 +344,24 @@ class Sharded:
                 if grad is not None:
                     grad.fill(0)
         return result
+
+    def _agree_on_disk(self, fault: BaseException | None, has_stepped: bool) -> None:
+        """Raise on all ranks if the disk of one has failed, before sums over ranks and at the end.
+
+        If a rank has stepped its part, none takes another step until a checkpoint is loaded, as
+        after a failure of its own disk.
+        """
+        disk = self._inner._disk
+        if disk is None:
+            return
+        is_cut_off = any(self._comm.gather(has_stepped or disk.lost is not None))
+        outcome = "parameters and state are of two steps; load a checkpoint of both"
+        try:
+            agree(self._comm, fault, outcome=outcome if is_cut_off else "nothing has changed")
+        except BaseException as exc:
+            if is_cut_off:
+                disk.lost = disk.lost or exc
+            raise
 
     def _own_sums(self, grads: Sequence[Array | None]) -> list[Array | None]:
         """Return where this rank's part of the gradients' sums goes, None without a gradient."""
@@ -509,6 +543,8 @@ class Sharded:
         ------
         OSError, ValueError
             On the rank that cannot write; a RuntimeError with its message on the others.
+        RuntimeError
+            If a step was cut off by an error of a disk that has state.
         """
 
         def check() -> None:
@@ -517,6 +553,8 @@ class Sharded:
             if params and by_rank:
                 raise ValueError("params=True: not with by_rank=True; save the parameters once")
             _checkpoint.known(path)
+            if self._inner._disk is not None:
+                self._inner._disk.refuse_lost()
 
         with self._whole, self._holding() as held:
             self._together(check, lambda: {"by_rank": repr(by_rank)}, held)
@@ -578,11 +616,13 @@ class Sharded:
 class _Sums(Reduction):
     """Sums over the ranks of a communicator, and what comes before them in a step."""
 
-    def __init__(self, comm: Comm, begin: Callable[[], None]) -> None:
-        super().__init__(
-            lambda array: _parts.add_over_ranks(comm, array),
-            lambda array: _parts.add_over_ranks(comm, array, most=True),
-        )
+    def __init__(
+        self,
+        begin: Callable[[], None],
+        add: Callable[[Array], object],
+        most: Callable[[Array], object],
+    ) -> None:
+        super().__init__(add, most)
         self._begin = begin
 
     def begin(self) -> None:
