@@ -19,7 +19,7 @@ import torch
 
 import fusedopt
 from fusedopt.bench import machine
-from fusedopt.bench.cases import CASES, Problem
+from fusedopt.bench.cases import CASES, Problem, own_case
 
 DECAY = 0.999
 # step: read p g m v, write p m v; clip: read g, read and write g; unscale: read g twice (once for
@@ -106,7 +106,10 @@ def ratio(ours: Callable[[], None], theirs: Callable[[], None], rounds: int, eac
 
 
 def rows(case: str, rounds: int, threads: int) -> list[tuple[str, str, str, str]]:
-    problem = Problem(CASES[case], "adam", "float32", threads)
+    known = CASES.get(case) or own_case(case)
+    if known is None:
+        raise SystemExit(f"{case}: expected one of {', '.join(CASES)}, or a shape such as 256x256")
+    problem = Problem(known, "adam", "float32", threads)
     each = 1 if problem.held > 1 << 27 else 5
     theirs, ours, averaged = Torch(problem), Ours(problem), Ours(problem, ema=DECAY)
     pairs = {

@@ -76,6 +76,7 @@ enum { FO_PIECE = 128, FO_AHEAD = 768, FO_LINE = 64 };
 #define FO_SQRT sqrtf
 #define FO_FMA fmaf
 #define FO_BITS uint32_t
+#define FO_SIGNED int32_t
 #define FO_INFINITE 0x7f800000u
 #define FO_EPSILON FLT_EPSILON
 #include "tile.inc"
@@ -92,6 +93,7 @@ enum { FO_PIECE = 128, FO_AHEAD = 768, FO_LINE = 64 };
 #undef FO_SQRT
 #undef FO_FMA
 #undef FO_BITS
+#undef FO_SIGNED
 #undef FO_INFINITE
 #undef FO_EPSILON
 
@@ -108,6 +110,7 @@ enum { FO_PIECE = 128, FO_AHEAD = 768, FO_LINE = 64 };
 #define FO_SQRT sqrt
 #define FO_FMA fma
 #define FO_BITS uint64_t
+#define FO_SIGNED int64_t
 #define FO_INFINITE 0x7ff0000000000000u
 #define FO_EPSILON DBL_EPSILON
 #include "tile.inc"

@@ -17,7 +17,7 @@ from fusedopt._functional import Step, function, listed, remembered
 from fusedopt._ieee import ieee
 from fusedopt._options import LEAF, PLAIN, Reduction, StepOptions, StepResult, StepStats
 from fusedopt._rows import ALL, Ordered, Rows, compute_type, dense, in_order_plainly
-from fusedopt.formats import BLOCK, Stored, flat
+from fusedopt.formats import Stored, flat
 from fusedopt.optimizer import Optimizer
 from fusedopt.rule import Options, Rule
 
@@ -279,16 +279,15 @@ def squares(x: Array) -> float:
 
 @as_in_c
 def step_squares(x: Array) -> float:
-    """Return the same, added up in the dtype of `x` within a lane of a block if in range."""
-    blocks = _rows(x, _TILE).reshape(-1, BLOCK)
-    narrow = _in_lanes(blocks**2)
+    """Return the same, added up in the dtype of `x` within a lane of a tile if in range."""
+    tiles = _rows(x, _TILE)
+    narrow = _in_lanes(tiles**2)
     lanes = narrow.astype(np.float64)
     if x.dtype == np.float32:
         in_range = (narrow >= 2.0**-100) & (narrow <= 2.0**120)
         again = ~in_range.all(axis=1)
-        lanes[again] = _in_lanes(blocks[again].astype(np.float64) ** 2)
-    tiles = _in_lanes(lanes.reshape(-1, _TILE // BLOCK * _LANES))
-    return float(_fold(_in_lanes(_fold(tiles))))
+        lanes[again] = _in_lanes(tiles[again].astype(np.float64) ** 2)
+    return float(_fold(_in_lanes(_fold(lanes))))
 
 
 def grad_sums(g: Array) -> GradSums:
