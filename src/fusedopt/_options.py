@@ -15,7 +15,7 @@ import numpy as np
 
 from fusedopt import _check, _core
 from fusedopt._check import Array
-from fusedopt._ieee import ieee
+from fusedopt._core import Ieee
 
 # what is known of a gradient: sum of squares, largest magnitude, zeros, infinite or NaN
 GradSums = tuple[float, float, int, int]
@@ -239,6 +239,17 @@ def _largest(values: Array, nans: Array, most: Callable[[Array], object] | None)
     return np.where(nans > 0, np.nan, largest)
 
 
+_COLUMNS: dict[str, Callable[[Array, Array, float], Array]] = {
+    "grad_norm": lambda table, sizes, grad_scale: abs(grad_scale) * np.sqrt(table["grad"]),
+    "param_norm": lambda table, *_: np.sqrt(table["param"]),
+    "update_norm": lambda table, *_: np.sqrt(table["update"]),
+    "update_ratio": lambda table, *_: np.sqrt(table["update"]) / np.sqrt(table["param"]),
+    "max_update": lambda table, *_: table["largest_update"].copy(),
+    "zero_fraction": lambda table, sizes, _: table["zeros"] / np.maximum(sizes, 1),
+    "nonfinite": lambda table, *_: table["nonfinite"].copy(),
+}
+
+
 class StepStats:
     """What a step measured of every leaf, in arrays with one entry for each, in order.
 
@@ -260,23 +271,28 @@ class StepStats:
         Number of the gradient's elements that are infinite or NaN.
     """
 
-    __slots__ = ("grad_norm", "max_update", "names", "nonfinite", "param_norm",
-                 "update_norm", "update_ratio", "zero_fraction")  # fmt: skip
-    COLUMNS = ("grad_norm", "param_norm", "update_norm", "update_ratio", "max_update",
-               "zero_fraction", "nonfinite")  # fmt: skip
+    COLUMNS = tuple(_COLUMNS)
+    grad_norm: Array
+    param_norm: Array
+    update_norm: Array
+    update_ratio: Array
+    max_update: Array
+    zero_fraction: Array
+    nonfinite: Array
 
-    @ieee
     def __init__(self, names: Sequence[str], sizes: Array, table: Array, grad_scale: float) -> None:
-        """Compute the columns from a table of `_core.STATS`, a row for each name."""
+        """Keep a table of `_core.STATS`, a row for each name."""
         self.names = tuple(names)
-        with np.errstate(all="ignore"):
-            self.grad_norm = abs(grad_scale) * np.sqrt(table["grad"])
-            self.param_norm = np.sqrt(table["param"])
-            self.update_norm = np.sqrt(table["update"])
-            self.update_ratio = self.update_norm / self.param_norm
-        self.max_update = table["largest_update"].copy()
-        self.zero_fraction = table["zeros"] / np.maximum(sizes, 1)
-        self.nonfinite = table["nonfinite"].copy()
+        self._measured = table, sizes, grad_scale
+
+    def __getattr__(self, name: str) -> Array:
+        """Compute a column when it is first read, as many steps record none."""
+        if name not in _COLUMNS:
+            raise AttributeError(f"StepStats has no {name!r}; it has names, {', '.join(_COLUMNS)}")
+        with Ieee(), np.errstate(all="ignore"):
+            column = _COLUMNS[name](*self._measured)
+        self.__dict__[name] = column
+        return column
 
     def __getitem__(self, name: str) -> dict[str, float]:
         """Return what was measured of one leaf."""

@@ -60,9 +60,9 @@ class Sharded:
 
     A call that raises on one rank before data travels (a gradient of the wrong shape, no memory, a
     signal's exception) raises on all of them, on the others a RuntimeError with its message, and
-    has changed nothing. Behind that, exceptions of signals wait until the call has ended, and an
-    error of a disk that has state raises on all ranks too: if parts were stepped, none takes another
-    step until a checkpoint of parameters and state is loaded.
+    has changed nothing. Behind that, exceptions of signals wait until the call has ended. An error
+    of a disk that has state raises on all ranks too: if parts were stepped, none takes another step
+    until a checkpoint of parameters and state is loaded.
 
     Parameters
     ----------
