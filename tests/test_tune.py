@@ -264,7 +264,7 @@ def test_undone():
     assert _copies.undone([("a", made.append, 1), ("b", made.append, 2)], lambda: 3) == 3
     with pytest.raises(KeyboardInterrupt):
         _copies.undone([("a", interrupted, 3), ("b", made.append, 4)], lambda: 5)
-    with pytest.raises(RuntimeError, match="b: cannot take back what it was before: no"):
+    with pytest.raises(RuntimeError, match="b: cannot be restored: no"):
         _copies.undone([("b", broken), ("c", made.append, 6)], lambda: 1 / 0)
     assert made == [1, 2, 3, 3, 4, "broken", "broken", "broken", 6]
 

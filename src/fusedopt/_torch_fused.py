@@ -52,10 +52,10 @@ class _Group:
 
 
 class Fused(StateKeeper):
-    """The step, to stand before a class of `torch.optim` among the bases.
+    """The step: a base class before a class of `torch.optim`.
 
-    `_tensors.TensorList` walks over groups, parameters and state in C, and asks the methods below
-    for what is not there yet, or not plain.
+    `_tensors.TensorList` walks over groups, parameters and state in C, and calls the methods below
+    for what does not exist yet, or is not plain.
     """
 
     _rule: ClassVar[Rule]
@@ -198,8 +198,8 @@ class Fused(StateKeeper):
             If another thread is inside `step` of the same optimizer, or within `swap_ema`; nothing
             has been written. Where ranks take part in a norm, in statistics or in what to skip: if
             another rank cannot step, which has raised one of the above; alike. From
-            torch.distributed, where another rank is gone: nothing has been written, unless it is
-            `stats` alone that is summed, which it is behind the step.
+            torch.distributed, where another rank is gone: nothing has been written, unless only
+            `stats` are summed, which is done after the step.
         """
         _copies.refuse_within_swap(self)
         loss = None

@@ -2,10 +2,10 @@
 
 Each rank has all parameters and its own gradients. A step adds the gradients over ranks, so that
 each rank gets the sum for its part; steps that part; and copies the parts to all ranks. An
-optimizer of the plain class, `Sharded._inner`, steps the parts: its leaves are views of them.
+optimizer of the unsharded class, `Sharded._inner`, steps the parts: its leaves are views of them.
 
-No rank may raise alone behind the point where others wait for it. What can fail comes first, then
-the ranks agree that it has not, then data travels. Signals are held back meanwhile.
+No rank may raise alone after the point where others wait for it. What can fail comes first, then
+the ranks agree that nothing has failed, then data travels. Signals are deferred meanwhile.
 """
 
 from __future__ import annotations
@@ -52,27 +52,27 @@ class Sharded:
 
     All ranks make it of equal parameters and options, and call its methods together, in the same
     order. Each has ``1 / ranks`` of the state. The parameters after a step are those of an
-    optimizer of the plain class that steps with the mean of the gradients: to the bit on 1 and on 2
-    ranks, and within the rounding of the sum on more; what depends on a norm over a leaf that is
+    optimizer of the class itself that steps with the mean of the gradients: to the bit on 1 and on
+    2 ranks, and within the rounding of the sum on more; what depends on a norm over a leaf that is
     cut (a clip, a trust ratio) is within the rounding of that. Sums are taken in the order of the
     ranks, so that all runs on as many ranks give the same bits.
 
     A call that raises on one rank before data travels (a gradient of the wrong shape, no memory, a
     signal's exception) raises on all of them, on the others a RuntimeError with its message, and
-    has changed nothing. Behind that, exceptions of signals wait until the call has ended.
+    has changed nothing. After that, exceptions of signals wait until the call has ended.
 
     Parameters
     ----------
     cls : class
-        One of the package's optimizers, as `fusedopt.AdamW`. With a rule that needs whole matrices
-        each leaf is on one rank.
+        One of the package's optimizers, such as `fusedopt.AdamW`. With a rule that needs whole
+        matrices each leaf is on one rank.
     params : array, nesting of arrays, or list of groups
         As for the class, equal on all ranks; no `Stored`.
     comm : mpi4py.MPI.Intracomm, ProcessGroup, or `Comm`
         The ranks.
     wire_dtype : None or "bfloat16", default None
-        In which dtype gradients travel: that which they have; or rounded to bfloat16, those of this
-        rank too, before they are added in float32.
+        In which dtype gradients travel: None for their own; or rounded to bfloat16, also those of
+        this rank, before they are added in float32.
     **options
         As for the class.
 
@@ -194,7 +194,7 @@ class Sharded:
 
     @property
     def param_groups(self) -> list[Options]:
-        """The groups, as those of the plain class; changes must be made on all ranks."""
+        """The groups, as those of the class itself; changes must be made on all ranks."""
         return self._inner.param_groups
 
     @property
@@ -259,7 +259,7 @@ class Sharded:
         def begin() -> None:
             nonlocal is_begun
             held.check()
-            is_begun = True  # what comes now raises on all ranks, or on none
+            is_begun = True  # from here on all ranks raise, or none
             agree(self._comm, None, self._said(sources, how, copies))
             flats = [None if total is None else flat(total) for total in sums]
             mover.add(sources, flats, self._wire)
@@ -412,9 +412,9 @@ class Sharded:
     # -------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the whole state on each rank, as the plain class does, in copies.
+        """Return the whole state on each rank, as the class itself does, in copies.
 
-        The plain class loads it, and `load_state_dict` loads one of the plain class.
+        The class itself can load it, and `load_state_dict` loads a state dict of the class.
         """
         with self._whole, self._holding() as held:
             return self._collected(None, held)
@@ -496,8 +496,8 @@ class Sharded:
         Parameters
         ----------
         path : path
-            Ends in ``.npz`` or ``.safetensors``. Rank 0 collects the state and writes the file, as
-            the plain class does, which loads it.
+            Ends in ``.npz`` or ``.safetensors``. Rank 0 collects the state and writes the file as
+            the class itself does, which can load it.
         params : bool, default False
             Write the parameters too; not with `by_rank`, as all ranks have the same.
         by_rank : bool, default False
@@ -550,7 +550,7 @@ class Sharded:
         convert: bool = False,
         by_rank: bool = False,
     ) -> None:
-        """Read what `save` wrote on any number of ranks, or the plain class.
+        """Read what `save` wrote on any number of ranks, or a file of the class itself.
 
         Parameters
         ----------
@@ -606,10 +606,10 @@ def _grad_name(name: str, has_groups: bool) -> str:
 
 
 def _units(rule: Rule, options: Options, groups: Sequence[Mapping[str, Any]]) -> int:
-    """Return of what leaves are cut at multiples; 0 if they are not cut.
+    """Return the number at whose multiples leaves are cut; 0 if they are not cut.
 
-    That is a tile, so that blocks, noise and sums are as in the whole leaf, and of samples a whole
-    number.
+    It is a multiple of a tile, so that blocks, noise and sums are as in the whole leaf, and of the
+    distance of samples.
     """
     if rule.needs_whole:
         return 0

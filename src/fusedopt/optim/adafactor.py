@@ -80,7 +80,7 @@ class Adafactor(Optimizer):
         Step along the gradient, not against it.
     **common
         How parameters are stored, a running average of them, threads; see `Optimizer`. Narrow
-        values of `state_dtype` are refused: there is next to nothing to be saved.
+        values of `state_dtype` are refused: they would save next to nothing.
 
     Raises
     ------
