@@ -236,12 +236,13 @@ def test_interrupted_at_any_moment():
     try:
         for i in range(150):
             try:
-                signal.setitimer(signal.ITIMER_REAL, 1e-5 + longest * (i * 0.618 % 1))
-                tune.range_test(opt, loss_and_grads, **SHORT, rng=rng)
-            except InterruptedError:
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, 1e-5 + longest * (i * 0.618 % 1))
+                    tune.range_test(opt, loss_and_grads, **SHORT, rng=rng)
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            except InterruptedError:  # also one that came right before the timer was stopped
                 came += 1
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
             assert image(opt, params, rng) == before
     finally:
         signal.signal(signal.SIGALRM, handler)
