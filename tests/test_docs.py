@@ -25,8 +25,8 @@ MODULES = [
 EXTRAS = ("torch", "keras", "thinc")  # in the names of modules that need them
 PUBLIC = ["fusedopt"] + [
     f"fusedopt.{name}" for name in (
-        "formats", "functional", "keras", "monitor", "reference", "schedules", "thinc", "torch",
-        "tune",
+        "formats", "functional", "keras", "monitor", "mpi", "reference", "schedules", "thinc",
+        "torch", "tune",
     )
 ]  # fmt: skip
 BLOCK = re.compile(r"```python\n(.*?)```", re.S)
@@ -145,6 +145,19 @@ def test_links_lead_somewhere():
         text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
         for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)[^)]*\)", text):
             assert (page.parent / target).exists(), f"{page.relative_to(ROOT)}: {target}"
+
+
+def test_changelog_has_its_form():
+    """A heading for each version, newest first, and under it known sections that are not empty."""
+    text = (ROOT / "CHANGELOG.md").read_text()
+    versions = re.findall(r"^## \[(.+?)\]", text, re.M)
+    assert versions[0] == "Unreleased"
+    numbers = [tuple(map(int, version.split("."))) for version in versions[1:]]
+    assert numbers == sorted(set(numbers), reverse=True)
+    sections = re.findall(r"^### (.+)\n\n(.?)", text, re.M)
+    known = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security", "Numerics"}
+    assert {name for name, _ in sections} <= known
+    assert len(sections) == text.count("\n### ") and all(first == "-" for _, first in sections)
 
 
 def test_hooks_have_the_versions_of_the_lint_stage():
