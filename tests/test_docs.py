@@ -97,11 +97,14 @@ def test_example_prints_what_the_site_shows(path, tmp_path):
     if missing is not None:
         pytest.skip(f"needs {missing}")
     one = dict.fromkeys(("MKL_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    can_draw = importlib.util.find_spec("matplotlib") is not None
+    pictures = ["drawn.svg"] if path.with_suffix(".svg").exists() and can_draw else []
     run = subprocess.run(  # on one thread: on a busy machine others would only wait
-        [sys.executable, str(path)], cwd=tmp_path, capture_output=True, text=True, timeout=280,
-        env=os.environ | one,
+        [sys.executable, str(path), *pictures], cwd=tmp_path, capture_output=True, text=True,
+        timeout=280, env=os.environ | one,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
+    assert all("<svg" in (tmp_path / picture).read_text() for picture in pictures)
     shown = path.with_suffix(".txt").read_text()
     assert NUMBER.sub("#", run.stdout) == NUMBER.sub("#", shown)
 
@@ -110,6 +113,8 @@ def test_examples_are_on_the_site():
     page = (ROOT / "docs/examples/index.md").read_text()
     for path in EXAMPLES:
         assert f"}} {path.name}\n" in page and f"}} {path.stem}.txt\n" in page, path.name
+    pictures = [path.name for path in ROOT.glob("docs/examples/*.svg")]
+    assert len(pictures) >= 2 and all(f"]({name})" in page for name in pictures)
 
 
 def test_readme_is_short():
