@@ -84,7 +84,7 @@ class Adagrad(Optimizer):
     .. [1] Duchi, Hazan & Singer, JMLR 12 (2011), with diagonal matrices; as torch.optim.Adagrad
        2.13.
     .. [2] EXACT_ROWWISE_ADAGRAD of FBGEMM 1.2, and RowWiseAdagrad of TorchRec 1.1: of matrices.
-    FBGEMM divides the rate by the root first, which rounds differently.
+       FBGEMM divides the rate by the root first, which rounds differently.
 
     Examples
     --------
