@@ -130,7 +130,7 @@ def _param(array: Array, dtype: str, order: list[int] | None) -> Array:
 
         array = array.view(ml_dtypes.bfloat16)
     if array.dtype.name != dtype:
-        raise ValueError(f"{array.dtype.name} in the place of {dtype}")
+        raise ValueError(f"{array.dtype.name} where {dtype} is expected")
     return array if order is None else array.transpose(np.argsort(order))
 
 

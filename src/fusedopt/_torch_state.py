@@ -435,18 +435,18 @@ class StateKeeper:
     def swap_ema(self) -> _copies.Swap:
         """Put the averages in the place of the parameters for a ``with`` block.
 
-        The parameters, which are back when it ends, however it ends, are kept in a copy meanwhile.
-        What is written to them within is lost. Weights that FSDP2 gathered, and casts that
-        autocast keeps, are dropped when it begins and ends.
+        A copy of the parameters is kept meanwhile; they are restored when the block ends, however
+        it ends. Values written to them in the block are lost. Weights that FSDP2 gathered, and
+        casts that autocast keeps, are dropped when it begins and ends.
 
         Raises
         ------
         ValueError
             If no group has `ema`, or no step was taken.
         RuntimeError
-            Within: by `step`, `load_state_dict`, `add_param_group` and another `swap_ema`, which
-            need the parameters. At the end: naming a parameter whose shape was changed; the others
-            are back.
+            In the block, from `step`, `load_state_dict`, `add_param_group` and another `swap_ema`,
+            which need the parameters. At its end, naming a parameter whose shape was changed; the
+            others are restored.
         """
         return _copies.Swap(copier, self)
 
@@ -471,7 +471,7 @@ class StateKeeper:
         return params, averages, [param.detach().clone() for param in params], names
 
     def _forget_weights(self) -> None:
-        """Drop copies of the parameters that engines have made to compute with."""
+        """Drop copies of the parameters that engines have made for computations."""
         torch.clear_autocast_cache()
         for module in _plain.gathered(self.state):
             module.reshard()

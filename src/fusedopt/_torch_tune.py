@@ -55,7 +55,7 @@ def range_test(
     model : torch.nn.Module, optional
         With a closure: that whose buffers, as those of a batch norm, it changes.
     loss, loader : callable(output, target), iterable of (input, target)
-        In the place of a closure, with `model`: the loss is ``loss(model(input), target)``. The
+        Instead of a closure, with `model`: the loss is ``loss(model(input), target)``. The
         loader is started again where it ends.
     start, stop, steps, kind, smoothing, divergence, rule
         As for `fusedopt.tune.range_test`.

@@ -248,7 +248,7 @@ class History:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> History:
-        """Return the history that `save` wrote; it goes on where that one ended.
+        """Return the history that `save` wrote; new records continue it.
 
         Raises
         ------

@@ -57,7 +57,7 @@ _OF_ALL_STEPS = tuple(name for name in _options.DEFAULTS if name != "grad_scale"
 
 @cache
 def _common_types() -> dict[str, Any]:
-    """Return the types of `Common`, whose evaluation is much of what a class takes to import."""
+    """Return the types of `Common`, once: evaluating them takes much of a class's import time."""
     return get_type_hints(Common)
 
 
@@ -756,8 +756,8 @@ class Optimizer:
             stays one. What an earlier save of the same path left when it was killed is removed. A
             callable `lr` is not stored.
         params : bool, default False
-            Write the parameters too, under their leaf names: both are of the same step then,
-            whatever happens between two files. bfloat16 is stored as its bits in uint16.
+            Write the parameters too, under their leaf names: then both are of the same step, which
+            two files cannot promise. bfloat16 is stored as its bits in uint16.
 
         Raises
         ------

@@ -1,7 +1,7 @@
 r"""Find a learning rate: by a sweep over rates, or by the distance that Prodigy estimates.
 
 Both take real steps with your data, and undo them: parameters, state, step counts, options and
-generators are the same bits afterwards, whatever happens.
+generators have the same bits afterwards, whatever happens.
 
 >>> import numpy as np, fusedopt
 >>> w, rng = np.zeros(20, np.float32), np.random.default_rng(0)
@@ -176,8 +176,8 @@ def probe(
     seeds : int or sequence of int, default 3
         Number of runs, or the seeds that `rng` gets before each.
     rng : numpy.random.Generator, optional
-        What the callback draws from; afterwards as it was. Without it a run goes on with the
-        batches where the one before has ended.
+        The generator that the callback draws from; restored at the end. Without it each run
+        continues with the batches where the previous run ended.
     **step
         Options of each step, such as `max_grad_norm`.
 

@@ -59,7 +59,7 @@ class Adagrad(Optimizer):
     eps_in_sqrt : bool, default False
         Add `eps` to ``sum``, not to its root, as Keras does.
     rowwise : bool, default False
-        Keep one number for each row, along the first axis, in the place of one for each element:
+        Keep one number for each row, along the first axis, instead of one for each element:
         ``sum = sum + mean(g**2)``, the mean over the row [2]_. It is in float32, or float64 of
         float64 parameters, whatever `state_dtype` is, and cannot change later.
     **common
