@@ -1,6 +1,6 @@
 /* fusedopt: optimizer steps over many arrays, in place, in one pass over memory.
  *
- * The whole interface of the C library, which knows nothing of Python. A step is a list of leaves
+ * The whole interface of the C library, which is independent of Python. A step is a list of leaves
  * (one leaf = one parameter, its gradient and its state) and a list of sets of constants, to which
  * the leaves refer by index. The caller owns every array and every list. A step does not allocate,
  * print or abort, so it cannot fail after its first write, unless state is on a disk that fails. */
@@ -100,10 +100,10 @@ typedef struct fo_rows {
 } fo_rows;
 
 /* One parameter with all arrays that a step reads or writes for it. The arrays of a leaf hold n
- * elements each, but for their fo_map, in the same memory order. No array overlaps another one of
- * any leaf, except that leaves may share gradients, which are only read. If the parameter is
- * FO_F64, its state is too and the arithmetic is in double; else states have any format but FO_F64
- * and the arithmetic is in float. */
+ * elements each (unless their fo_map says otherwise) in the same memory order. No array overlaps
+ * another one of any leaf, except that leaves may share gradients, which are only read. If the
+ * parameter is FO_F64, its state is too and the arithmetic is in double; else states have any
+ * format but FO_F64 and the arithmetic is in float. */
 typedef struct fo_leaf {
     ptrdiff_t n;
     fo_array param;

@@ -136,7 +136,7 @@ def find_none(values, grads):
 
 
 cdef struct LeafRecord:
-    # what the binding knows of a leaf beside fo_leaf
+    # data of the binding for a leaf, beside fo_leaf
     Py_buffer views[2 * ARRAYS]  # of each place; exported while the record lives
     Py_buffer grad, copy         # exported during a step only
     Py_buffer values             # so are those of `Rows`, as given

@@ -100,7 +100,7 @@ def comm_of(comm: Any) -> Comm:
     )
 
 
-class Held:
+class DeferredSignals:
     """Defers the handlers of signals to the end of a block, and with them what they raise."""
 
     def __init__(self, wanted: bool) -> None:
@@ -110,7 +110,7 @@ class Held:
         self._handlers: dict[int, Any] = {}
         self._come: list[tuple[int, Any]] = []
 
-    def __enter__(self) -> Held:
+    def __enter__(self) -> DeferredSignals:
         """Replace each handler by one that only notes the signal."""
         if self._wanted:
             handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}

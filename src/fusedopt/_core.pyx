@@ -318,7 +318,7 @@ cdef class Mapped:
     file : File
         Kept open as long.
     offset, size : int
-        Multiples of the page size, but for the size of what is read only.
+        Multiples of the page size, except the size if it is read only.
     is_read_only : bool
         If not, the space in the file is released with the last array.
     """

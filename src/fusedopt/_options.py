@@ -36,7 +36,7 @@ class StepOptions:
     nonfinite: str = "propagate"
     measure: int = NOTHING
     zero_grads: bool = False
-    skip: bool | None = None  # nobody looked
+    skip: bool | None = None  # None: not tested
 
     @property
     def must_measure(self) -> bool:
@@ -248,8 +248,8 @@ class StepStats:
         Names of the leaves that had a gradient. ``stats[name]`` is a dict of what follows for one.
     grad_norm, param_norm, update_norm : array of float64
         2-norms: of the gradient (times ``grad_scale``, before any clip), of the parameter after the
-        step, and of what the step added to it. Squares are float64 at the most: elements of float64
-        leaves below 1e-154 count as 0, and from 1e154 on as infinite.
+        step, and of what the step added to it. Squares are float64: elements of float64 leaves
+        below 1e-154 count as 0, and from 1e154 on as infinite.
     update_ratio : array of float64
         ``update_norm / param_norm``; around 1e-3 in a healthy run.
     max_update : array of float64
@@ -316,8 +316,7 @@ class StepResult(NamedTuple):
         Whether nothing was changed: gradients were not finite, or gave the rule nothing to
         estimate from.
     grad_norm : float or None
-        Norm of all gradients, times ``grad_scale`` and before the clip; None if nobody asked for
-        anything that needs it.
+        Norm of all gradients, times ``grad_scale`` and before the clip; None if no option needs it.
     clip_factor : float
         What the clip by the norm multiplied gradients by; of a clip for each tensor, the least.
     stats : StepStats or None

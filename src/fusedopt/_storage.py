@@ -174,7 +174,7 @@ def allocate(
     `sizes` are, of parts of arrays, the numbers of elements of the whole ones.
 
     The states of a leaf are followed by its average, or None. All arrays lie in one block of
-    memory, leaf by leaf, but for those that belong on `disk`; only averages and residual bits are
+    memory, leaf by leaf, except those that belong on `disk`; only averages and residual bits are
     initialised, or, with `disk`, all.
     """
     specs: list[Spec] = []

@@ -47,7 +47,7 @@ cdef enum:
     PLACES = COPY + 2
 
 cdef struct LeafRecord:
-    # what the binding knows of a leaf beside fo_leaf
+    # data of the binding for a leaf, beside fo_leaf
     ptrdiff_t group, i         # its place in the optimizer
     ptrdiff_t number           # of its parameter, in all groups
     bint noisy                 # whether a store rounds stochastically: then there is a key
@@ -57,7 +57,7 @@ cdef struct LeafRecord:
     bint is_matrix             # whether it has two or more axes; of a rule with factors
     fo_shape shape             # of mapped state
     int n_arrays               # arrays that steps write
-    void *counter              # the number in the tensor that counts, or NULL if torch shall count
+    void *counter              # the number in the tensor that counts, or NULL if torch counts
     int counter_format
     fo_rows by_rows            # of a sparse gradient: length > 0
     ptrdiff_t n_rows, n_values  # how many there are, and elements that are given for them
@@ -373,7 +373,7 @@ cdef class TensorList(LeafList):
             The optimizer's state; of a new leaf it is added when the step has succeeded.
         threads : int
         options : StepOptions, optional
-            What the step shall do around the rule.
+            What the step does around the rule.
         copies : dict of int -> tensor, optional
             By the number of a parameter, a tensor that gets a rounded copy of it; with `options`.
         chosen : list of tensor, optional
@@ -605,7 +605,7 @@ cdef class TensorList(LeafList):
         return 0
 
     cdef int choose(self, list groups, chosen, bint counted, state, dict copies) except -1:
-        """Do so for some parameters, of which each is in some group."""
+        """Do so for some parameters, each of which is in a group."""
         cdef ptrdiff_t n, g, i
         cdef list places = []
         if type(chosen) is not list and type(chosen) is not tuple:

@@ -135,7 +135,7 @@ class Fused(StateKeeper):
         self._replace_state()
 
     def _replace_state(self) -> None:
-        """Make state that a constructor of torch's has made in formats of ours."""
+        """Convert state that torch's constructor has made to our formats."""
         if self.state:
             self._groups = {}
             for i, group in enumerate(self.param_groups):

@@ -33,7 +33,8 @@ def stored(
     Raises
     ------
     TypeError, ValueError
-        If its shape does not fit, or if codes are none or lack their blocks, or are not alone.
+        If its shape does not fit, if codes are of another dtype or lack their blocks, or if it is
+        given twice.
     """
     coded = saved.get(name) is None
     if not coded and saved.get(name + CODES) is not None:
@@ -72,7 +73,7 @@ def stored(
 
 
 def as_stored(tensor: Any, blocks: Any, is_square: bool) -> Any:
-    """Return an array on the memory of a tensor of ours; `Stored` where its format is narrow."""
+    """Return an array on the memory of a state tensor; `Stored` if its format is narrow."""
     tensor = local("state", tensor, (*DTYPES, torch.uint8))
     if tensor.dtype == torch.uint8:
         blocks = local("blocks", blocks, (torch.uint8,)).reshape(-1).numpy()
@@ -89,7 +90,7 @@ def part(
 ) -> dict[str, Any]:
     """Return a saved state array that may have another shape than its parameter.
 
-    The library that made the rule known may keep it flat, or a number that stands for all.
+    The library that made the rule known may keep it flat, or as one number for all elements.
 
     Raises
     ------
@@ -161,9 +162,9 @@ def count_blocks(param: Any) -> int:
 def new_codes(param: Any) -> tuple[Any, Any]:
     """Return 8-bit state of a parameter, all zero: codes, in row-major order, and their blocks.
 
-    Blocks have the shape of the parameter, but for the axes within a block: so they lie on ranks as
-    a DTensor does, if its shards are whole blocks. Those of another shard are a plain tensor, which
-    belongs to that shard alone.
+    Blocks have the shape of the parameter, except along the axes within a block, so that they are
+    spread over ranks as the DTensor is, if its shards are whole blocks. Those of another shard are
+    a plain tensor, which belongs to that shard alone.
     """
     like = torch.contiguous_format
     codes = torch.zeros_like(param, dtype=torch.uint8, memory_format=like, requires_grad=False)

@@ -197,7 +197,7 @@ class StateKeeper:
         has_residual: bool,
         has_count: bool,
     ) -> dict[str, Any]:
-        """Return what 16-bit parameters, and state rounded by chance, need and do not have.
+        """Return what 16-bit parameters, and stochastically rounded state, need and do not have.
 
         That is the bits that a bfloat16 parameter does not show, and the number of the step, which
         keys the noise.

@@ -33,7 +33,7 @@ from fusedopt import (
     _tree,
 )  # fmt: skip
 from fusedopt._check import Array
-from fusedopt._comms import MPI, Held, TorchDistributed, agree, comm_of
+from fusedopt._comms import MPI, DeferredSignals, TorchDistributed, agree, comm_of
 from fusedopt._options import Reduction, StepResult
 from fusedopt._parts import Comm
 from fusedopt._rows import Rows
@@ -100,9 +100,9 @@ class Sharded:
     ) -> None:
         """Cut the parameters, and make the optimizer of this rank's parts."""
         self._comm = comm_of(comm)
-        with self._holding() as held:
+        with self._deferring() as signals:
             self._together(
-                lambda: self._make(cls, params, wire_dtype, options), self._described, held
+                lambda: self._make(cls, params, wire_dtype, options), self._described, signals
             )
 
     def _make(self, cls: Any, params: Any, wire_dtype: Any, options: Options) -> None:
@@ -171,7 +171,7 @@ class Sharded:
         self,
         prepare: Callable[[], T],
         said: Callable[[], Mapping[str, str]] | None = None,
-        held: Held | None = None,
+        signals: DeferredSignals | None = None,
     ) -> T:
         """Return what `prepare` returns; raise on all ranks if it raises on one."""
         fault: BaseException | None = None
@@ -180,15 +180,15 @@ class Sharded:
         try:
             value = prepare()
             about = None if said is None else said()
-            if held is not None:
-                held.check()
+            if signals is not None:
+                signals.check()
         except BaseException as exc:
             fault = exc
         agree(self._comm, fault, about)
         return value  # type: ignore[no-any-return]
 
-    def _holding(self) -> Held:
-        return Held(self._comm.size > 1)
+    def _deferring(self) -> DeferredSignals:
+        return DeferredSignals(self._comm.size > 1)
 
     # -------------------------------------------------------------- what there is
 
@@ -232,7 +232,7 @@ class Sharded:
         Parameters
         ----------
         grads, copy_out, **options
-            As for `Optimizer.step`, but for `reduce`. The same leaves must have a gradient, of the
+            As for `Optimizer.step`, except `reduce`. The same leaves must have a gradient, of the
             same dtype, on all ranks, and the options must be equal.
 
         Returns
@@ -247,10 +247,12 @@ class Sharded:
         RuntimeError
             With the message of another rank that cannot take the step.
         """
-        with self._whole, self._holding() as held:
-            return self._step(grads, copy_out, options, held)
+        with self._whole, self._deferring() as signals:
+            return self._step(grads, copy_out, options, signals)
 
-    def _step(self, grads: Any, copy_out: Any, given: Options, held: Held) -> StepResult:
+    def _step(
+        self, grads: Any, copy_out: Any, given: Options, signals: DeferredSignals
+    ) -> StepResult:
         inner, mover, size = self._inner, self._mover, self._comm.size
         sources: list[Array | None] = []
         sums: list[Array | None] = []
@@ -258,7 +260,7 @@ class Sharded:
 
         def begin() -> None:
             nonlocal is_begun
-            held.check()
+            signals.check()
             is_begun = True  # from here on all ranks raise, or none
             agree(self._comm, None, self._said(sources, how, copies))
             flats = [None if total is None else flat(total) for total in sums]
@@ -364,17 +366,17 @@ class Sharded:
 
     def ema_params(self) -> dict[str, Array]:
         """Return the averages of the parameters by leaf name, as copies; see `Optimizer`."""
-        with self._whole, self._holding() as held:
-            parts = self._together(self._inner.ema_params, held=held)
+        with self._whole, self._deferring() as signals:
+            parts = self._together(self._inner.ema_params, signals=signals)
             by_leaf = [parts.get(name) for name in self._whole.names]
-            return self._named(self._gathered(by_leaf, held))
+            return self._named(self._gathered(by_leaf, signals))
 
     def swap_ema(self) -> AbstractContextManager[None]:
         """Put the averages in the place of the parameters for a block; see `Optimizer`."""
 
         def show() -> list[Array | None]:
-            with self._holding() as held:
-                return self._gathered(self._together(self._averages, held=held), held)
+            with self._deferring() as signals:
+                return self._gathered(self._together(self._averages, signals=signals), signals)
 
         return _arrays.Swap(self._whole, show)
 
@@ -386,18 +388,20 @@ class Sharded:
 
     def master_params(self) -> dict[str, Array]:
         """Return the parameters as steps compute with them, as copies; see `Optimizer`."""
-        with self._whole, self._holding() as held:
-            parts = self._together(self._inner.master_params, held=held)
-            return self._named(self._gathered(list(parts.values()), held))
+        with self._whole, self._deferring() as signals:
+            parts = self._together(self._inner.master_params, signals=signals)
+            return self._named(self._gathered(list(parts.values()), signals))
 
-    def _gathered(self, parts: Sequence[Array | None], held: Held) -> list[Array | None]:
+    def _gathered(
+        self, parts: Sequence[Array | None], signals: DeferredSignals
+    ) -> list[Array | None]:
         """Return the whole arrays of which each rank has parts, None where it has None."""
         wholes = self._together(
             lambda: [
                 None if part is None else np.empty_like(param, part.dtype, subok=False)
                 for part, param in zip(parts, self._params, strict=True)
             ],
-            held=held,
+            signals=signals,
         )
         self._mover.gather(
             [None if part is None else flat(part) for part in parts],
@@ -416,10 +420,10 @@ class Sharded:
 
         The class itself can load it, and `load_state_dict` loads a state dict of the class.
         """
-        with self._whole, self._holding() as held:
-            return self._collected(None, held)
+        with self._whole, self._deferring() as signals:
+            return self._collected(None, signals)
 
-    def _collected(self, root: int | None, held: Held) -> dict[str, Any]:
+    def _collected(self, root: int | None, signals: DeferredSignals) -> dict[str, Any]:
         """Return the state dict with the whole state on `root`, or on all ranks."""
 
         def allocate() -> tuple[dict[str, Any], _shards.Collection]:
@@ -434,7 +438,7 @@ class Sharded:
                 has_wholes,
             )
 
-        found, parts = self._together(allocate, held=held)
+        found, parts = self._together(allocate, signals=signals)
         self._mover.gather(parts.parts, parts.wholes, parts.cuts, root)
         return found | {"state": parts.state}
 
@@ -446,9 +450,9 @@ class Sharded:
         TypeError, ValueError
             If it does not fit, on any rank; nothing has changed.
         """
-        with self._whole, self._holding() as held:
+        with self._whole, self._deferring() as signals:
             self._load(
-                lambda: [_shards.whole_source(state_dict, self._named_params())], convert, held
+                lambda: [_shards.whole_source(state_dict, self._named_params())], convert, signals
             )
 
     def _named_params(self) -> dict[str, Array]:
@@ -458,7 +462,7 @@ class Sharded:
         self,
         read: Callable[[], list[_shards.Source]],
         convert: bool,
-        held: Held,
+        signals: DeferredSignals,
         path: str | os.PathLike[str] = "",
         params: bool | None = False,
     ) -> None:
@@ -486,7 +490,7 @@ class Sharded:
             return {"params": repr(params), "step of the state": str(step)}
 
         with inner._work:
-            inner._work.restore(*self._together(fit, said, held))
+            inner._work.restore(*self._together(fit, said, signals))
 
     def save(
         self, path: str | os.PathLike[str], *, params: bool = False, by_rank: bool = False
@@ -518,8 +522,8 @@ class Sharded:
                 raise ValueError("params=True: not with by_rank=True; save the parameters once")
             _checkpoint.known(path)
 
-        with self._whole, self._holding() as held:
-            self._together(check, lambda: {"by_rank": repr(by_rank)}, held)
+        with self._whole, self._deferring() as signals:
+            self._together(check, lambda: {"by_rank": repr(by_rank)}, signals)
             rank, size = self._comm.rank, self._comm.size
             if by_rank:
 
@@ -533,14 +537,14 @@ class Sharded:
                     _checkpoint.write(target, arrays, meta | {"parts": about})
 
             else:
-                whole = self._collected(0, held)
+                whole = self._collected(0, signals)
 
                 def write() -> None:
                     if rank == 0:
                         own = self._named_params() if params else None
                         _checkpoint.write(path, *_checkpoint.pack(whole, own))
 
-            self._together(write, held=held)
+            self._together(write, signals=signals)
 
     def load(
         self,
@@ -571,8 +575,8 @@ class Sharded:
                 return _shards.read_by_rank(Path(path), self.parts, self._named_params())
             return _shards.read(Path(path), self._named_params())
 
-        with self._whole, self._holding() as held:
-            self._load(read, convert, held, path, params)
+        with self._whole, self._deferring() as signals:
+            self._load(read, convert, signals, path, params)
 
 
 class _Sums(Reduction):

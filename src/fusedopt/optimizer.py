@@ -64,8 +64,7 @@ def _common_types() -> dict[str, Any]:
 class Optimizer:
     """Base of the optimizers; see `Adam`, `AdamW`, `SGD`.
 
-    A subclass says what its rule is called, which state and options it has, and how to compute the
-    constants of a step.
+    A subclass has its rule, a `Rule`: the options, the state, and the constants of a step.
 
     Parameters
     ----------
@@ -377,12 +376,13 @@ class Optimizer:
             not the parameter in its own format. None: no copy of that leaf.
         reduce : callable(array), optional
             Sums a float64 array over ranks, in place, as ``comm.Allreduce(MPI.IN_PLACE, array)``
-            does. For leaves of which each rank steps a part, all in the same order: the norms that
-            a step needs or returns (the clip's, trust ratios, statistics) are then those of the
-            whole leaves, and ranks agree on what to skip. Called before the first write and, with
-            `stats`, again after the last: what it raises then comes from a step that has been taken
-            and counted. It is not called where the step needs no such sum. A maximum is not a sum:
-            `norm_type` inf is refused, and ``max_update`` remains this rank's.
+            does. For leaves that are cut into parts, one for each rank, in the same order on all
+            ranks: the norms that a step needs or returns (the clip's, trust ratios, statistics) are
+            then those of the whole leaves, and ranks agree on what to skip. Called before the first
+            write and, with `stats`, again after the last: what it raises then comes from a step
+            that has been taken and counted. It is not called where the step needs no such sum. A
+            maximum is not a sum: `norm_type` inf is refused, and ``max_update`` remains this
+            rank's.
 
         Returns
         -------

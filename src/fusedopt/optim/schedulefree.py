@@ -85,7 +85,7 @@ _WEIGHTS = (
     Option("r", 0.0, _check.number),
     Option("weight_lr_power", 2.0, _check.number),
 )
-# a step of z adds to it as to a parameter, which narrow formats round away or make noisy
+# a step is added to z as to a parameter: narrow formats would lose it or add noise
 _Z = State("z", init="param", refuses=("bfloat16", "int8"))
 _MEMORY = (
     Scalar("k", 0, _check.steps),
