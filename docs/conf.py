@@ -14,7 +14,7 @@ os.environ.setdefault("KERAS_BACKEND", "torch")  # Keras reads it when it is imp
 
 import fusedopt  # noqa: E402
 
-# torch and keras must be installed, as classes derive from theirs; of thinc its names will do
+# torch and keras must be installed, as classes derive from theirs; a stub of thinc will do
 if importlib.util.find_spec("thinc") is None:
     optimizers = SimpleNamespace(
         Optimizer=object, Adam=lambda learn_rate: None, ADAM_DEFAULTS={"learn_rate": 1e-3}
