@@ -125,7 +125,7 @@ def saved_tensor(where: str, value: Any, param: Any, known: tuple[Any, ...]) -> 
 
 def both(name: str) -> str:
     """Return the message for state that is given twice."""
-    return f"its state has {name} and {name}{CODES}, of which one can be true; delete the other"
+    return f"its state has {name} and {name}{CODES}, of which one can be right; delete the other"
 
 
 def same_shape(where: str, tensor: Any, param: Any) -> None:

@@ -2,7 +2,7 @@
 
 Each rank has all parameters and its own gradients. A step adds the gradients over ranks, so that
 each rank gets the sum for its part; steps that part; and copies the parts to all ranks. An
-optimizer of the unsharded class, `Sharded._inner`, steps the parts: its leaves are views of them.
+optimizer of the class itself, `Sharded._inner`, steps the parts: its leaves are views of them.
 
 No rank may raise alone after the point where others wait for it. What can fail comes first, then
 the ranks agree that nothing has failed, then data travels. Signals are deferred meanwhile.
