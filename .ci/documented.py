@@ -1,13 +1,15 @@
 """Checks that a built site has an entry for each public name: `documented.py FOLDER`."""
 
 import importlib
+import importlib.util
 import sys
 import zlib
 from pathlib import Path
 
 MODULES = (
     "fusedopt", "fusedopt.formats", "fusedopt.functional", "fusedopt.keras", "fusedopt.monitor",
-    "fusedopt.reference", "fusedopt.schedules", "fusedopt.torch", "fusedopt.tune",
+    "fusedopt.mpi", "fusedopt.reference", "fusedopt.schedules", "fusedopt.torch", "fusedopt.tune",
+    *(["fusedopt.thinc"] if importlib.util.find_spec("thinc") else []),
 )  # fmt: skip
 
 

@@ -47,7 +47,7 @@ class TensorFlow(Contender):
             [tf.Variable(tf.zeros_like(p), trainable=False) for p in params]
             for _ in range(1 if problem.optimizer == "sgd" else 2)
         ]
-        self.call = tf.function(self.sgd if problem.optimizer == "sgd" else self.adam)
+        self.call = tf.function({"adam": self.adam, "sgd": self.sgd}[problem.optimizer])
 
     def load(self, grads: list[np.ndarray]) -> None:
         for held, g in zip(self.grads, grads, strict=True):

@@ -12,8 +12,8 @@
 #include "codec/block8.h"
 #include "codec/f16.h"
 
-/* Decodes one block; `data` and `extra` are where it begins in the array. In loops that know the
- * format it is a constant, and one case is left. */
+/* Decodes one block; `data` and `extra` are where it begins in the array. In loops that are
+ * compiled for one format it is a constant, and one case remains. */
 FO_INLINE void decode(fo_format format, const void *data, const void *extra, block *to)
 {
     switch (format) {

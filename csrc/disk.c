@@ -4,7 +4,7 @@
  * a buffer, works on that in the place of the arrays, and writes it back: while one thread
  * computes, others wait for the disk. So there are two threads more than asked for, and what is in
  * memory is the buffers alone, at most FO_WINDOW bytes, if the files are opened for direct access.
- * What the disk refuses is an error number, where a touch of a mapped page would end the process.
+ * A fault of the disk is an error number here; an access to a mapped page would end the process.
  *
  * The arrays are mapped too, for bindings: between passes they are ordinary memory. Systems keep
  * both views of a file equal as long as they are not used at the same time. */
@@ -27,9 +27,9 @@
 #endif
 
 enum {
-    ALIGNED = 4096,             /* bytes: what direct access needs of places and lengths */
-    GRAIN = ALIGNED * FO_BLOCK, /* elements, of which every part of an array has such a length */
-    LONGEST = 4,                /* a piece has at most so many */
+    ALIGNED = 4096,             /* bytes: addresses and lengths of direct access are multiples */
+    GRAIN = ALIGNED * FO_BLOCK, /* elements: of so many every part of an array has such a length */
+    LONGEST = 4,                /* grains of a piece, at most */
     PLACES = FO_MAX_STATES + 2, /* arrays of a leaf that may be on disk */
     PIECE = 16 << 20,           /* bytes of a copy */
 };
@@ -72,7 +72,7 @@ typedef struct pass {
     ptrdiff_t pieces, length; /* how many, and elements of each */
     int writes;
     char *buffers;
-    size_t room; /* bytes of a thread's */
+    size_t capacity; /* bytes of a thread's */
     atomic_ptrdiff_t next;
     atomic_int error, has_written;
 } pass;
@@ -137,7 +137,7 @@ static void work(void *context, ptrdiff_t first, ptrdiff_t last)
 {
     pass *p = context;
     const fo_work *w = p->w;
-    char *buffer = p->buffers + (size_t)first * p->room;
+    char *buffer = p->buffers + (size_t)first * p->capacity;
     int error = 0;
     (void)last;
     while (error == 0 && atomic_load(&p->error) == 0) {
@@ -164,36 +164,36 @@ static void work(void *context, ptrdiff_t first, ptrdiff_t last)
 /* Bytes of a buffer for so many elements of a leaf. */
 static size_t room_for(const fo_disk *disk, fo_leaf *leaf, ptrdiff_t elements)
 {
-    size_t room = 0;
+    size_t capacity = 0;
     for (int place = 0; place < PLACES && !has_some_rows(leaf); place++) {
         const fo_array *array = array_of(leaf, place);
         if (array->data == NULL || array->map != FO_EACH)
             continue;
         if (file_of(disk, array->data) != NULL)
-            room += aligned((size_t)fo_data_bytes(array, elements));
+            capacity += aligned((size_t)fo_data_bytes(array, elements));
         if (file_of(disk, array->extra) != NULL)
-            room += aligned((size_t)fo_extra_bytes(array, elements));
+            capacity += aligned((size_t)fo_extra_bytes(array, elements));
     }
-    return room;
+    return capacity;
 }
 
 void fo_pass_disk(fo_work *w, fo_choice which, int writes, int threads)
 {
     pass p = {.w = w, .writes = writes};
-    size_t room = ALIGNED; /* for a grain of any leaf */
+    size_t capacity = ALIGNED; /* for a grain of any leaf */
     for (ptrdiff_t i = 0; i < w->n; i++) {
         const size_t its = room_for(w->disk, &w->leaves[i], GRAIN);
-        room = its > room ? its : room;
+        capacity = its > capacity ? its : capacity;
     }
     const size_t grains =
-        FO_WINDOW / room; /* that fit; more than one, as a leaf's arrays are few */
+        FO_WINDOW / capacity; /* that fit; more than one, as a leaf's arrays are few */
     ptrdiff_t workers = threads + 2;
     if ((size_t)workers > grains)
         workers = (ptrdiff_t)grains;
     ptrdiff_t longest = (ptrdiff_t)grains / workers;
     longest = longest < LONGEST ? longest : LONGEST;
     p.length = longest * GRAIN;
-    p.room = (size_t)longest * room;
+    p.capacity = (size_t)longest * capacity;
     for (ptrdiff_t i = 0; i < w->n; i++) {
         fo_leaf *leaf = &w->leaves[i];
         leaf->start = p.pieces;
@@ -203,7 +203,7 @@ void fo_pass_disk(fo_work *w, fo_choice which, int writes, int threads)
     workers = workers < p.pieces ? workers : p.pieces;
     if (workers == 0)
         return;
-    void *const memory = fo_allocate((size_t)workers * p.room + ALIGNED);
+    void *const memory = fo_allocate((size_t)workers * p.capacity + ALIGNED);
     if (memory == NULL) {
         w->disk->error = ENOMEM;
         return;
@@ -259,7 +259,8 @@ static pages pages_of(const fo_region *of, const void *data, size_t bytes)
     return (pages){(char *)low, (high - low + page - 1) / page * page};
 }
 
-/* Maps pages, so that one that cannot be had is an error number and no signal. */
+/* Loads mapped pages, so that one that cannot be read is an error number here and not a signal
+ * later. */
 static int populate(const fo_region *of, pages p)
 {
 #ifdef MADV_POPULATE_WRITE
@@ -280,7 +281,7 @@ int fo_relieve(const fo_disk *disk, void *data, size_t bytes)
     const fo_region *of = region_of(disk, data);
     if (of == NULL || bytes == 0)
         return 0;
-    /* what lies before too, as the last call may have left a part of a page, which is large */
+    /* the bytes before too: the last call may have left a part of a page, which is large */
     const size_t before = (size_t)((char *)data - of->start);
     const size_t reach = before < PIECE ? before : PIECE;
     const pages p = pages_of(of, (char *)data - reach, reach + bytes);

@@ -1,6 +1,6 @@
-/* The passes over parts of leaves that are no tiles: of a factored rule, parts of matrices are
- * summed, and matrices finished, by one parallel loop each; of a row-wise one rows are. No bit
- * depends on which thread takes which. */
+/* The passes over parts of leaves that are not tiles. For a factored rule one parallel loop sums
+ * parts of matrices, and another finishes the matrices; for a row-wise rule a loop updates rows. No
+ * bit depends on which thread takes which part. */
 #include "factors.h"
 #include "split.h"
 #include "threads.h"
@@ -47,7 +47,7 @@ static void run_chunks(void *context, ptrdiff_t first, ptrdiff_t last)
     }
 }
 
-/* `weight`: of how many elements of a leaf a pass works on one. */
+/* The pass works on one in `weight` elements of a leaf. */
 static void run(fo_work *w, fo_range *const *range, ptrdiff_t (*count)(const fo_leaf *leaf),
                 ptrdiff_t weight, int threads)
 {

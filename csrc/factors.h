@@ -11,7 +11,7 @@ enum { FO_PART_ROWS = 128, FO_PART_COLUMNS = 2048 };
 enum { FO_ROWS_AT_ONCE = 4 };
 
 typedef struct fo_factors {
-    ptrdiff_t high, wide;           /* parts of a matrix, one below and one beside the other */
+    ptrdiff_t high, wide;           /* parts of a matrix: how many in a column, and in a row */
     double *row_sums, *column_sums; /* of squares: by row and part beside, where there are several;
                                        by part below and column, alike */
     /* in the compute type */

@@ -22,8 +22,8 @@ static const fo_format_info fo_format_table[FO_FORMATS] = {
     [FO_U8] = {"uint8", 1, 1, BLOCK_SHIFT, 1},
 };
 
-/* What codecs compute with, in another file than they are in: a compiler that sees such a number
- * builds it in registers in each turn of a loop, which takes more operations than a load. */
+/* Constants of the codecs, defined in another file: a compiler that sees their values builds them
+ * in registers in each turn of a loop, which takes more operations than a load. */
 typedef struct fo_codec_constants {
     uint32_t base[256];                /* by an 8-bit block's byte: its base, as two words of
                                           floats' upper halves */

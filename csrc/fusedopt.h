@@ -1,6 +1,6 @@
 /* fusedopt: optimizer steps over many arrays, in place, in one pass over memory.
  *
- * The whole interface of the C library, which knows nothing of Python. A step is a list of leaves
+ * The whole interface of the C library, which is independent of Python. A step is a list of leaves
  * (one leaf = one parameter, its gradient and its state) and a list of sets of constants, to which
  * the leaves refer by index. The caller owns every array and every list. A step does not allocate,
  * print or abort, so it cannot fail after its first write, unless state is on a disk that fails. */
@@ -21,7 +21,7 @@ enum {
 typedef enum fo_status {
     FO_OK = 0,
     FO_BAD_ARGUMENT, /* unknown rule, format, hyper index or a missing state; nothing was written */
-    FO_DISK_FAILED,  /* see fo_disk.error: the leaves are as far as the call came */
+    FO_DISK_FAILED,  /* see fo_disk.error: some leaves may have been stepped */
 } fo_status;
 
 /* How the elements of an array are stored. FO_F64 computes in double, all others in float.
@@ -54,7 +54,7 @@ typedef struct fo_format_info {
 /* The table of formats, FO_FORMATS rows by fo_format. Constant. */
 const fo_format_info *fo_formats(void);
 
-/* Which of the leaf's elements an array has a number for. All but state has FO_EACH. */
+/* Which of the leaf's elements an array has a number for. Arrays other than state have FO_EACH. */
 typedef enum fo_map {
     FO_EACH,
     FO_EVERY,  /* elements 0, every, 2 * every, ... */
@@ -62,7 +62,7 @@ typedef enum fo_map {
     FO_COLUMNS /* one for each column of each matrix */
 } fo_map;
 
-/* What such maps need to know of a leaf, whose elements are in row-major order then. */
+/* What these maps depend on. The elements of such a leaf are in row-major order. */
 typedef struct fo_shape {
     ptrdiff_t every;                   /* of FO_EVERY: > 0 */
     ptrdiff_t matrices, rows, columns; /* of FO_ROWS and FO_COLUMNS: a leaf of matrices of rows */
@@ -100,10 +100,10 @@ typedef struct fo_rows {
 } fo_rows;
 
 /* One parameter with all arrays that a step reads or writes for it. The arrays of a leaf hold n
- * elements each, but for their fo_map, in the same memory order. No array overlaps another one of
- * any leaf, except that leaves may share gradients, which are only read. If the parameter is
- * FO_F64, its state is too and the arithmetic is in double; else states have any format but FO_F64
- * and the arithmetic is in float. */
+ * elements each (unless their fo_map says otherwise) in the same memory order. No array overlaps
+ * another one of any leaf, except that leaves may share gradients, which are only read. If the
+ * parameter is FO_F64, its state is too and the arithmetic is in double; else states have any
+ * format but FO_F64 and the arithmetic is in float. */
 typedef struct fo_leaf {
     ptrdiff_t n;
     fo_array param;
@@ -133,7 +133,7 @@ typedef struct fo_stats {
 
 typedef enum fo_measures {
     FO_MEASURE_NOTHING,
-    FO_MEASURE_LEAF,  /* all of fo_stats; without those of the gradient if fo_run.has_grad */
+    FO_MEASURE_LEAF,  /* all of fo_stats, but not those of the gradient if fo_run.has_grad */
     FO_MEASURE_PARAM, /* the gradient's sums, but of the parameter after the step */
 } fo_measures;
 
@@ -153,8 +153,8 @@ enum { FO_WINDOW = 256 << 20 };
 typedef struct fo_disk {
     const fo_region *regions; /* in the order of their addresses */
     ptrdiff_t n;
-    int error;       /* written by calls, 0 before: errno of what first failed */
-    int has_written; /* written by calls, 0 before: whether the leaves are as they were if not */
+    int error;       /* written by calls, 0 before: errno of the first failure */
+    int has_written; /* written by calls, 0 before: if not set, no leaf has changed */
 } fo_disk;
 
 /* What a call does beside the rule. The caller owns the lists; unused members are 0 or NULL. */
@@ -175,14 +175,14 @@ typedef struct fo_run {
 /* Kinds of rules: see rules/index.h. Those from FO_LAYERWISE on need fo_direct before the step, of
  * which fo_run must have tiles and stats. */
 typedef enum fo_kind {
-    FO_PLAIN,
-    FO_INTERNAL, /* the package's own; no optimizer is made of it */
+    FO_ELEMENTWISE,
+    FO_INTERNAL, /* used by the package itself; no optimizer has it */
     FO_ROWWISE,  /* it may keep a number for each row: then leaves are of rows, some or all */
     FO_LAYERWISE,
     FO_COUNTING,
     FO_FACTORED, /* of matrices it keeps factors, of rows and of columns */
-    FO_SUMMING, /* its constants depend on sums over all leaves: the caller makes them in between */
-    FO_MATRIX   /* its last state array holds the direction during a step */
+    FO_SUMMING,  /* its constants follow from sums over all leaves; the caller computes them */
+    FO_MATRIX    /* its last state array holds the direction during a step */
 } fo_kind;
 
 /* A rule of the table, as a binding needs it. */
@@ -240,15 +240,15 @@ static inline ptrdiff_t fo_count(const fo_array *array, ptrdiff_t n)
                                       : n;
 }
 
-/* Puts row numbers in order: writes the numbers that occur to `rows`, ascending, where each begins
- * in `order` to `starts`, with k behind the last, and to `order` the places in `indices` of each,
- * as they follow one another there. Returns how many rows there are. Each list has room for k,
- * `starts` for k + 1. All indices are from 0 to below `count`. `scratch` has room for 2 * k. */
+/* Puts row numbers in order. Writes to `rows` the numbers that occur, ascending; to `order` the
+ * places of each number in `indices`, as they follow one another there; and to `starts` where the
+ * places of each number begin in `order`, and last k. Returns the number of rows. Each list holds k
+ * numbers, `starts` k + 1, `scratch` 2 * k. All indices are from 0 to below `count`. */
 ptrdiff_t fo_sort_rows(const int64_t *indices, ptrdiff_t k, int64_t count, int64_t *rows,
                        ptrdiff_t *starts, ptrdiff_t *order, int64_t *scratch);
 
-/* What is known of row numbers: the place of the first that is not from 0 to below `count`, or -1;
- * and whether each is larger than the one before. */
+/* Checks row numbers: finds the place of the first that is not from 0 to below `count`, or -1; and
+ * whether each is larger than the one before. */
 typedef struct fo_row_look {
     ptrdiff_t bad;
     int ascends;
@@ -263,8 +263,8 @@ fo_status fo_sum_rows(fo_leaf *leaves, ptrdiff_t n, int threads);
 /* The key of the noise for leaf number `leaf` in a step, from 1. */
 uint64_t fo_key(uint64_t seed, uint64_t leaf, uint64_t step);
 
-/* Fills the state arrays of n leaves with zeros, but for those with another map than FO_EACH, which
- * are small, split over threads as fo_step splits them: on first touch each page lands near the
+/* Fills the state arrays of n leaves with zeros, except those with a map other than FO_EACH, which
+ * are small. The work is split over threads as in fo_step: on first touch each page lands near the
  * thread that will use it. */
 fo_status fo_zero_state(fo_leaf *leaves, ptrdiff_t n, int threads);
 
@@ -279,9 +279,10 @@ fo_status fo_stream(fo_leaf *leaves, ptrdiff_t n, int how, int threads);
 void *fo_allocate(size_t bytes);
 void fo_release(void *memory);
 
-/* Maps a region, of which all but `start` and `process` is given: those are set. Returns 0, or the
- * error number if the system refuses. fo_unmap_file undoes it, and gives the room in the file, if
- * it is not read-only, back to the disk: in the same process alone, not in the child of a fork. */
+/* Maps a region, whose other members are given, and sets its `start` and `process`. Returns 0, or
+ * the error number if the system refuses. fo_unmap_file undoes it and, unless the region is
+ * read-only, releases the space in the file; call it in the same process, not in the child of a
+ * fork. */
 int fo_map_file(fo_region *region);
 void fo_unmap_file(const fo_region *region);
 void fo_close_file(int file);
@@ -290,8 +291,9 @@ void fo_close_file(int file);
  * 0, or an errno. */
 int fo_relieve(const fo_disk *disk, void *data, size_t bytes);
 
-/* memmove of bytes either of which may be in the regions, in pieces that are relieved. Returns 0,
- * or the errno of the first piece that failed; the others are copied. */
+/* memmove of bytes; source and target may be in the regions. Works in pieces, and writes and drops
+ * each as fo_relieve does. Returns 0, or the errno of the first piece that failed; the others are
+ * copied. */
 int fo_copy(const fo_disk *disk, void *to, const void *from, size_t bytes);
 
 /* Instruction sets: the names of those that this CPU and system can run, best first, ended by NULL;

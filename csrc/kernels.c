@@ -49,8 +49,8 @@
 #define FO_TRUST FO_MAX_SCALARS
 
 /* Prefetch, where a list is larger than caches: tiles are stepped in pieces of FO_PIECE elements,
- * and lines of FO_LINE bytes are asked for FO_AHEAD elements early. CONTRIBUTING has the
- * measurement. */
+ * and lines of FO_LINE bytes are asked for FO_AHEAD elements early. The measurement is in
+ * docs/decisions.md. */
 enum { FO_PIECE = 128, FO_AHEAD = 768, FO_LINE = 64 };
 
 #include "codec.h"
@@ -124,7 +124,7 @@ FO_RULES(FO_NAMES)
     {#rule, FO_CAT3(rule, names, FO_ISA), states, required, FO_##KIND},
 static const fo_rule FO_CAT(rules, FO_ISA)[] = {FO_RULES(FO_ROW){.name = NULL}};
 
-#define PLAIN_TRUST(rule) NULL
+#define ELEMENTWISE_TRUST(rule) NULL
 #define INTERNAL_TRUST(rule) NULL
 #define ROWWISE_TRUST(rule) NULL
 #define SUMMING_TRUST(rule) NULL

@@ -33,7 +33,7 @@ typedef struct fo_kernels {
     const fo_rule *rules;   /* the same in every instruction set */
     fo_trust *const *trust; /* by rule; NULL where it has no trust ratio */
     fo_range *step[FO_COMPUTES];
-    fo_range *update_rows[FO_COMPUTES]; /* what a rule keeps of each: ranges are of rows */
+    fo_range *update_rows[FO_COMPUTES]; /* the number of each row; ranges are of rows */
     fo_range *sum_rows[FO_COMPUTES];    /* the gradient of a leaf of rows, to its copy */
     fo_range *measure[FO_COMPUTES];     /* the gradient's sums */
     fo_range *direct[FO_COMPUTES];      /* a layer-wise rule's direction, and sums */

@@ -1,7 +1,7 @@
 /* The backend on OpenMP.
  *
- * After a fork, libgomp in the child waits for ever for the threads of its team, which exist in the
- * parent alone. So the child of a fork runs serially. */
+ * After a fork, libgomp in the child waits without end for the threads of its team, which exist in
+ * the parent alone. So the child of a fork runs serially. */
 #include "fusedopt.h"
 #include "threads.h"
 

@@ -9,8 +9,8 @@
  * A job is opened and entered by one word, the gate, without a lock. A worker that ends a job
  * looks at the gate for a while before it sleeps, because to wake it takes longer than a small
  * step. It does so only as long as jobs follow one another that fast: a wait in vain halves the
- * next one, so an idle or slow process spends no time on it. A worker never looks on while it
- * keeps the caller from its CPU; it goes to another one, if it may.
+ * next one, so an idle or slow process spends no time on it. A worker that occupies the caller's
+ * CPU does not look; it moves to another CPU, if it may.
  *
  * If a job is running already, a second caller does its own work alone. In the child of a fork the
  * pool starts empty. */

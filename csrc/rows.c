@@ -57,7 +57,7 @@ ptrdiff_t fo_sort_rows(const int64_t *indices, ptrdiff_t k, int64_t count, int64
         memcpy(order, places, (size_t)k * sizeof *order);
     ptrdiff_t n = 0;
     for (ptrdiff_t i = 0; i < k; i++) {
-        const int64_t row = keys[i]; /* keys may be `rows`, of which no place behind i is written */
+        const int64_t row = keys[i]; /* keys may be `rows`: no place after i is written */
         if (n == 0 || row != rows[n - 1]) {
             starts[n] = i;
             rows[n++] = row;

@@ -161,7 +161,7 @@ static void set_trust(const fo_work *w, const fo_kernels *kernels)
 
 static int has_failed(const fo_disk *disk) { return disk != NULL && disk->error != 0; }
 
-/* Not inlined: no arithmetic may leave the mode that its caller entered. */
+/* Not inlined, so that compilers move no arithmetic out of the mode that the caller entered. */
 static __attribute__((noinline)) fo_status step(int rule, fo_leaf *leaves, ptrdiff_t n,
                                                 const fo_hyper *hypers, ptrdiff_t n_hypers,
                                                 const fo_run *how, int threads)
@@ -198,7 +198,7 @@ static __attribute__((noinline)) fo_status step(int rule, fo_leaf *leaves, ptrdi
                       threads);
     if (kind == FO_FACTORED)
         fo_keep_factors(&w, kernels, threads);
-    if (copies_alone) { /* last, as it lays out the list anew */
+    if (copies_alone) { /* last, because it writes the leaves' start and tile anew */
         w.range = kernels->copy;
         w.disk = NULL; /* it has no use for state */
         fo_split(&w, FO_COPY_ALONE, threads);

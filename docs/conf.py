@@ -7,10 +7,22 @@ of measurements include the recorded ones in bench/results.
 import importlib.util
 import os
 import re
+import sys
+from types import SimpleNamespace
 
 os.environ.setdefault("KERAS_BACKEND", "torch")  # Keras reads it when it is imported
 
 import fusedopt  # noqa: E402
+
+# torch and keras must be installed, as classes derive from theirs; a stub of thinc will do
+if importlib.util.find_spec("thinc") is None:
+    optimizers = SimpleNamespace(
+        Optimizer=object, Adam=lambda learn_rate: None, ADAM_DEFAULTS={"learn_rate": 1e-3}
+    )
+    registry = SimpleNamespace(optimizers=lambda name: lambda function: function)
+    sys.modules["thinc"] = SimpleNamespace(optimizers=optimizers, registry=registry)
+    sys.modules["thinc.backends"] = SimpleNamespace(NumpyOps=object)
+    import fusedopt.thinc
 
 project = "fusedopt"
 copyright = "the fusedopt authors; MIT license"
@@ -25,8 +37,6 @@ myst_heading_anchors = 3
 
 autodoc_default_options = {"no-value": True}
 autodoc_typehints = "none"  # docstrings say more
-# torch and keras must be installed, as classes derive from theirs; thinc's page needs no more
-autodoc_mock_imports = [] if importlib.util.find_spec("thinc") else ["thinc"]
 # names in single backticks that have no page: torch's, and those that a rule inherits
 nitpick_ignore_regex = [("py:obj", ".*")]
 autosummary_generate = False

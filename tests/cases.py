@@ -20,7 +20,7 @@ EVERY_CLASS = [cls for cls in vars(fusedopt).values() if getattr(cls, "rule", No
 CLASSES = [cls for cls in EVERY_CLASS if cls.rule.demand_shape is None and not cls.rule.has_parts]
 RULES = {cls.__name__: cls.rule for cls in EVERY_CLASS}
 # rules that need sums over each leaf, or over all, before a step
-LAYERWISE = {name for name, row in _core.RULES.items() if row[3] not in ("plain", "internal")}
+LAYERWISE = {name for name, row in _core.RULES.items() if row[3] not in ("elementwise", "internal")}
 DTYPES = (np.float32, np.float64)
 
 

@@ -315,7 +315,7 @@ def test_a_full_disk(tmp_path, small, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match=r"no room for [\d,]+ bytes of state.*" + tmp_path.name):
+    with pytest.raises(OSError, match=r"no space for [\d,]+ bytes of state.*" + tmp_path.name):
         opt.add_param_group({"params": [params["large"]]})
     assert len(opt.param_groups) == 1
     opt.step([[np.ones((3, 5), np.float32)]])

@@ -25,8 +25,8 @@ MODULES = [
 EXTRAS = ("torch", "keras", "thinc")  # in the names of modules that need them
 PUBLIC = ["fusedopt"] + [
     f"fusedopt.{name}" for name in (
-        "formats", "functional", "keras", "monitor", "reference", "schedules", "thinc", "torch",
-        "tune",
+        "formats", "functional", "keras", "monitor", "mpi", "reference", "schedules", "thinc",
+        "torch", "tune",
     )
 ]  # fmt: skip
 BLOCK = re.compile(r"```python\n(.*?)```", re.S)
@@ -98,11 +98,14 @@ def test_example_prints_what_the_site_shows(path, tmp_path):
     if missing is not None:
         pytest.skip(f"needs {missing}")
     one = dict.fromkeys(("MKL_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    can_draw = importlib.util.find_spec("matplotlib") is not None
+    pictures = ["drawn.svg"] if path.with_suffix(".svg").exists() and can_draw else []
     run = subprocess.run(  # on one thread: on a busy machine others would only wait
-        [sys.executable, str(path)], cwd=tmp_path, capture_output=True, text=True, timeout=280,
-        env=os.environ | one,
+        [sys.executable, str(path), *pictures], cwd=tmp_path, capture_output=True, text=True,
+        timeout=280, env=os.environ | one,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
+    assert all("<svg" in (tmp_path / picture).read_text() for picture in pictures)
     shown = path.with_suffix(".txt").read_text()
     assert NUMBER.sub("#", run.stdout) == NUMBER.sub("#", shown)
 
@@ -111,6 +114,8 @@ def test_examples_are_on_the_site():
     page = (ROOT / "docs/examples/index.md").read_text()
     for path in EXAMPLES:
         assert f"}} {path.name}\n" in page and f"}} {path.stem}.txt\n" in page, path.name
+    pictures = [path.name for path in ROOT.glob("docs/examples/*.svg")]
+    assert len(pictures) >= 2 and all(f"]({name})" in page for name in pictures)
 
 
 def test_readme_is_short():
@@ -146,6 +151,19 @@ def test_links_lead_somewhere():
         text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
         for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)[^)]*\)", text):
             assert (page.parent / target).exists(), f"{page.relative_to(ROOT)}: {target}"
+
+
+def test_changelog_has_its_form():
+    """A heading for each version, newest first, and under it known sections that are not empty."""
+    text = (ROOT / "CHANGELOG.md").read_text()
+    versions = re.findall(r"^## \[(.+?)\]", text, re.M)
+    assert versions[0] == "Unreleased"
+    numbers = [tuple(map(int, version.split("."))) for version in versions[1:]]
+    assert numbers == sorted(set(numbers), reverse=True)
+    sections = re.findall(r"^### (.+)\n\n(.?)", text, re.M)
+    known = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security", "Numerics"}
+    assert {name for name, _ in sections} <= known
+    assert len(sections) == text.count("\n### ") and all(first == "-" for _, first in sections)
 
 
 def test_hooks_have_the_versions_of_the_lint_stage():

@@ -127,10 +127,10 @@ before = next_descriptor()
     ),
     "signals held back": (
         """
-from fusedopt._comms import Held
+from fusedopt._comms import DeferredSignals
 signal.signal(signal.SIGTERM, lambda *_: None)
 def hold():
-    with Held(True):
+    with DeferredSignals(True):
         pass
 def handlers():
     return [signal.getsignal(number) for number in signal.valid_signals()]

@@ -573,7 +573,7 @@ WRONG = [
     ({"max_grad_norm": 1.0, "norm_type": 1}, ValueError, "norm_type: expected 2 or inf"),
     ({"norm_type": 3}, ValueError, "norm_type: expected 2 or inf"),
     ({"norm_type": np.inf}, ValueError, "norm_type: no norm is asked for; give max_grad_norm"),
-    ({"per_tensor": True}, ValueError, "per_tensor: is about the clip; give max_grad_norm"),
+    ({"per_tensor": True}, ValueError, "per_tensor: applies to the clip; give max_grad_norm"),
     ({"max_grad_norm": np.nan}, ValueError, "max_grad_norm: must be finite"),
     ({"max_grad_norm": -np.inf}, ValueError, "max_grad_norm: must be finite"),
     ({"max_grad_norm": 1.0, "per_tensor": 1}, TypeError, "per_tensor"),

@@ -164,7 +164,7 @@ def test_a_disk_that_does_not_write(tmp_path):
 
 
 def test_a_full_disk(tmp_path, monkeypatch):
-    """The first step makes the state; it has changed nothing where there is no room."""
+    """The first step makes the state; it has changed nothing where there is no space."""
     params = start()
     before = [p.detach().clone() for p in params]
     opt = fo.AdamW(params, state_dir=tmp_path)
@@ -173,7 +173,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match=r"no room for [\d,]+ bytes of state"):
+    with pytest.raises(OSError, match=r"no space for [\d,]+ bytes of state"):
         step(params, opt, 0)
     assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True)) and not opt.state
 

@@ -20,7 +20,7 @@ typedef union number {
 #define QUIET_NAN 0x7fc00000u
 
 /* Random numbers of 32 bits for a block of a leaf: a multiplicative hash of a counter (after
- * Wellons' lowbias32, 2018, over a Weyl sequence). With one multiplication less it fails the tests
+ * Wellons' lowbias32, 2018, over a Weyl sequence). With one multiplication fewer it fails the tests
  * of correlation in tests/test_formats.py. All arrays of the leaf share the numbers; an array takes
  * number j times the factor of its slot. Of the product, element j of the block takes the lowest
  * bits, as many as its format needs, and element j + HALF the highest. */

@@ -13,7 +13,7 @@
  *
  * The codes of finite elements need the upper 16 bits of a float alone, once the noise is added, so
  * that vectors handle them as words. A block with an element that is not finite, or with a sign in
- * U8, is left to a plain loop, which takes any block.
+ * U8, takes a general loop, which handles any block.
  *
  * Arrays hold whole blocks and do not overlap. Included by codec.h. */
 #ifndef FUSEDOPT_CODEC_BLOCK8_H
@@ -24,8 +24,8 @@
 #define STEP 0x100000u /* one code, in bits of the float: 20 of them are dropped */
 
 /* `about` is the byte of the block. is_signed is a constant where this is inlined: S8 or U8. */
-FO_INLINE void decode_8bit_plain(const uint8_t *restrict from, uint32_t about, int is_signed,
-                                 block *restrict to)
+FO_INLINE void decode_8bit_any(const uint8_t *restrict from, uint32_t about, int is_signed,
+                               block *restrict to)
 {
     const uint32_t base = (about & 0xfe) << 23, codes = is_signed ? 0x7f : 0xff;
     FO_SIMD
@@ -56,12 +56,12 @@ FO_INLINE uint32_t code_8bit(uint32_t bits, uint32_t random, uint32_t first, int
 }
 
 /* Returns the byte of the block. */
-FO_INLINE uint8_t encode_8bit_plain(const block *restrict from, const noise *restrict random,
-                                    int slot, int is_signed, uint8_t *restrict to)
+FO_INLINE uint8_t encode_8bit_any(const block *restrict from, const noise *restrict random,
+                                  int slot, int is_signed, uint8_t *restrict to)
 {
-    uint32_t largest = largest_of(from), is_odd = 0;
-    if (largest >= INFINITE) { /* take the largest of the finite ones */
-        is_odd = 1;
+    uint32_t largest = largest_of(from), has_nonfinite = 0;
+    if (largest >= INFINITE) { /* the largest of the finite elements */
+        has_nonfinite = 1;
         largest = 0;
         for (int j = 0; j < FO_BLOCK; j++)
             if (is_finite(from->u[j]) && absolute(from->u[j]) > largest)
@@ -74,11 +74,11 @@ FO_INLINE uint8_t encode_8bit_plain(const block *restrict from, const noise *res
         to[j] = (uint8_t)code_8bit(from->u[j], r & (STEP - 1), first, is_signed);
         to[j + HALF] = (uint8_t)code_8bit(from->u[j + HALF], r >> 12, first, is_signed);
     }
-    if (is_odd)
+    if (has_nonfinite)
         for (int j = 0; j < FO_BLOCK; j++)
             if (!is_finite(from->u[j]))
                 to[j] = is_signed ? 0x7f : 0xff;
-    return (uint8_t)(base | is_odd);
+    return (uint8_t)(base | has_nonfinite);
 }
 
 #if defined(FO_VECTORS)
@@ -86,13 +86,13 @@ FO_INLINE uint8_t encode_8bit_plain(const block *restrict from, const noise *res
 static FO_APART void FO_CAT(decode_8bit_any, FO_ISA)(const uint8_t *from, uint32_t about,
                                                      int is_signed, block *to)
 {
-    decode_8bit_plain(from, about, is_signed, to);
+    decode_8bit_any(from, about, is_signed, to);
 }
 
 static FO_APART uint8_t FO_CAT(encode_8bit_any, FO_ISA)(const block *from, const noise *random,
                                                         int slot, int is_signed, uint8_t *to)
 {
-    return encode_8bit_plain(from, random, slot, is_signed, to);
+    return encode_8bit_any(from, random, slot, is_signed, to);
 }
 
 FO_INLINE void decode_8bit(const uint8_t *restrict from, uint32_t about, int is_signed,
@@ -162,8 +162,8 @@ FO_INLINE uint8_t encode_8bit(const block *restrict from, const noise *restrict 
 }
 
 #else
-#define decode_8bit decode_8bit_plain
-#define encode_8bit encode_8bit_plain
+#define decode_8bit decode_8bit_any
+#define encode_8bit encode_8bit_any
 #endif
 
 #endif

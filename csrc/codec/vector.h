@@ -1,8 +1,8 @@
-/* A block of FO_BLOCK elements as FO_VECTORS registers of dwords, for what compilers do not find in
- * plain loops: narrowing, widening, saturation. Where FO_VECTORS is not defined, codecs are plain
- * loops.
+/* A block of FO_BLOCK elements as FO_VECTORS registers of dwords, for operations that compilers do
+ * not generate from loops: narrowing, widening, saturation. Where FO_VECTORS is not defined, codecs
+ * are loops alone.
  *
- * V(add_epi32) is the intrinsic of that name for the register, of those that all x86 has; a
+ * V(add_epi32) is the intrinsic of that name for the register, one that every width of x86 has; a
  * `vector` also has & | ^, and loads and stores as an element of an array. Shuffles work in lanes
  * of 128 bits, so that bytes or words are permuted once before they are unpacked, or after they are
  * packed. What differs between instruction sets is one function for each of them here. */
@@ -153,7 +153,7 @@ FO_INLINE int any_nan(const float *from)
 
 /* Of those above: `larger` compares dwords without sign; `halved` is the larger ones of a
  * register's parts of 128 bits; add_where(x, test, y) adds to the words of x those of y where
- * `test`, which has no signs, is not 0; `any_nan` is asked for a block. */
+ * `test`, which has no signs, is not 0; `any_nan` tests a block. */
 
 #if defined(FO_VECTORS)
 #define DWORDS (FO_BLOCK / FO_VECTORS) /* of a register */

@@ -1,4 +1,4 @@
-/* Adamax over one tile: Adam with the largest of the decaying gradients in the place of the root.
+/* Adamax over one tile: Adam with the largest of the decaying gradients instead of the root.
  * Kingma & Ba, ICLR 2015, Algorithm 2, in torch's form: epsilon is added to the new gradient.
  *
  * Included once per compute type (REAL, FO_RULE, FO_ABS), so it has no guard.

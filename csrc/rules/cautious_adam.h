@@ -1,10 +1,10 @@
-/* Cautious AdamW over one tile, also with AMSGrad: an element whose mean and gradient have not the
- * same sign stays, but for its decay, and the others move the further, the fewer they are.
- * Liang et al., 2024 (arXiv 2411.16085), Algorithm 2, in timm's form (1.0.31): the share of those
- * that move counts as at least 1e-3. Signs are compared, where timm looks at the product, which may
- * underflow. One list may have leaves that are not cautious: these step as by adam.h.
+/* Cautious AdamW over one tile, also with AMSGrad: an element whose mean and gradient differ in
+ * sign is decayed and not moved; the fewer the others are, the further they move. Liang et al.,
+ * 2024 (arXiv 2411.16085), Algorithm 2, in timm's form (1.0.31): the share of those that move
+ * counts as at least 1e-3. Signs are compared, where timm looks at the product, which may
+ * underflow. Leaves of one list that are not cautious are stepped as by adam.h.
  *
- * Included once per compute type (REAL, FO_RULE, FO_SQRT), behind adam.h, so it has no guard.
+ * Included once per compute type (REAL, FO_RULE, FO_SQRT), after adam.h, so it has no guard.
  * Contract: one rounding per operator, in the order written; reference/adam.py repeats that order.
  * The arrays do not overlap and hold n <= FO_TILE elements; state[2] is NULL without AMSGrad. */
 #undef CAUTIOUS_ADAM_SCALARS

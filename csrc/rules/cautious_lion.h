@@ -1,8 +1,8 @@
-/* Cautious Lion over one tile: an element for which the direction and the gradient have not the
- * same sign stays, but for its decay, and the others move the further, the fewer they are.
- * Liang et al., 2024 (arXiv 2411.16085); see cautious_adam.h, whose functions it uses.
+/* Cautious Lion over one tile: an element whose direction and gradient differ in sign is decayed
+ * and not moved; the fewer the others are, the further they move. Liang et al., 2024 (arXiv
+ * 2411.16085); see cautious_adam.h, whose functions it uses.
  *
- * Included once per compute type (REAL, FO_RULE), behind lion.h and cautious_adam.h, so it has no
+ * Included once per compute type (REAL, FO_RULE), after lion.h and cautious_adam.h, so it has no
  * guard.
  * Contract: one rounding per operator, in the order written; reference/lion.py repeats that order.
  * The arrays do not overlap and hold n <= FO_TILE elements. */

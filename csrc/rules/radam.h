@@ -1,5 +1,5 @@
 /* RAdam over one tile: Adam whose rate of a step is rectified, and which steps along the mean of
- * the gradients alone as long as the mean of squares is of too few.
+ * the gradients alone as long as the mean of squares is of too few gradients.
  * Liu et al., ICLR 2020, Algorithm 2, in torch's form: epsilon is added to the uncorrected root.
  *
  * Included once per compute type (REAL, FO_RULE, FO_SQRT), so it has no guard.

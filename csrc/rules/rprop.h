@@ -1,6 +1,6 @@
 /* Rprop over one tile: each element moves by a step size of its own, against the gradient's sign.
  * Riedmiller & Braun, ICNN 1993, in torch's form: where the sign has changed the step size shrinks,
- * and the element stays where it is, as if its gradient were 0.
+ * and the element does not move, as if its gradient were 0.
  *
  * Included once per compute type (REAL, FO_RULE), so it has no guard.
  * Contract: one rounding per operator, in the order written; reference/rprop.py repeats it.

@@ -1,4 +1,9 @@
-"""A network of three layers on handwritten digits, in NumPy with gradients by hand."""
+"""A network of three layers on handwritten digits, in NumPy with gradients by hand.
+
+`numpy_mlp.py FILE` draws the run into a picture.
+"""
+
+import sys
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -41,14 +46,19 @@ def loss_and_grads(x, y):
     return loss, grads[::-1]
 
 
-opt = fusedopt.AdamW(layers, lr=schedules.cosine(3e-3, steps=470), weight_decay=0.01)
+rate = schedules.cosine(3e-3, steps=470)
+opt = fusedopt.AdamW(layers, lr=rate, weight_decay=0.01)
+history = fusedopt.monitor.History(every=5)
 for _epoch in range(10):
     order = rng.permutation(1500)
     for i in range(0, 1500, 32):
         batch = order[i : i + 32]
         loss, grads = loss_and_grads(x[train][batch], y[train][batch])
-        opt.step(grads)
+        result = opt.step(grads, stats=history.due)
+        history.record(result, loss=float(loss), lr=rate(result.step))
 
+if sys.argv[1:]:
+    history.plot(sys.argv[1])
 right = forward(x[held])[1].argmax(axis=1) == y[held]
 print(f"{opt.state_dict()['step']} steps, accuracy on held-out digits {right.mean():.2f}")
 assert right.mean() > 0.85

@@ -1,4 +1,4 @@
-"""State in 8 bits: 6.03 bytes for each parameter in the place of 12."""
+"""State in 8 bits: 6.03 bytes for each parameter instead of 12."""
 
 import numpy as np
 

@@ -67,11 +67,11 @@ _LATER = (
     "reference",
     "schedules",
     "tune",
-)  # imported when they are asked for: a step needs none
+)  # imported at their first use: a step needs none of them
 
 
 def __getattr__(name: str) -> _Any:
-    """Import one of these modules, which then is an attribute."""
+    """Import one of these modules, which becomes an attribute."""
     if name not in _LATER:
         raise AttributeError(f"module 'fusedopt' has no attribute {name!r}")
     return _importlib.import_module(f"fusedopt.{name}")

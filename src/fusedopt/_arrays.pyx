@@ -2,10 +2,10 @@
 # cython: freethreading_compatible=True, autotestdict=False
 """The border for arrays: how they become the leaves of a step.
 
-What is usual (a plain array of the right dtype and layout) is checked here, in C, without a
-Python call; what is not is handed to `_check`, which explains the fault or returns an array that
-will do. So every check of input is written once, in `_check`, and this file holds only its fast
-side.
+Usual input (an ordinary array of the right dtype and layout) is checked here, in C, without a
+Python call; all other input goes to `_check`, which explains the fault or returns an array that a
+step can use. So every check of input is written once, in `_check`; this file has its fast path
+alone.
 """
 cimport cython
 from libc.stdint cimport int64_t, uintptr_t
@@ -108,7 +108,7 @@ cdef bint has_same_values(object container, object before) except -1:
 
 
 def are_settled(param_groups, list groups):
-    """Whether nothing of an optimizer's groups, `_groups.Group`, need be looked at for a step."""
+    """Whether the groups of an optimizer, `_groups.Group`, are as in the last step."""
     cdef Py_ssize_t i
     if type(param_groups) is not list or len(<list>param_groups) != len(groups):
         return False
@@ -136,7 +136,7 @@ def find_none(values, grads):
 
 
 cdef struct LeafRecord:
-    # what the binding knows of a leaf beside fo_leaf
+    # data of the binding for a leaf, beside fo_leaf
     Py_buffer views[2 * ARRAYS]  # of each place; exported while the record lives
     Py_buffer grad, copy         # exported during a step only
     Py_buffer values             # so are those of `Rows`, as given
@@ -211,8 +211,9 @@ cdef class ArrayList(LeafList):
             bint zero, int threads, begin=None, origins=None):
         """Add leaves, all or none: check and export every array, then zero the state if asked.
 
-        `layouts` are those of `Rule.layout`. `begin`, called without arguments behind that, writes
-        what state begins as otherwise. `origins` say, of parts of arrays, where each part begins.
+        `layouts` are those of `Rule.layout`. `begin` is called without arguments afterwards and
+        writes all other initial values of state. `origins` say, of parts of arrays, where each part
+        begins.
         """
         cdef ptrdiff_t i, old = self.n, total = old + len(names)
         self.leaves = <fo_leaf *>grow(self.leaves, total, sizeof(fo_leaf))
@@ -347,14 +348,14 @@ cdef class ArrayList(LeafList):
         ----------
         prepare : callable(grads) -> (list of array or None, list of tuple)
             A gradient for each leaf, None leaves it out; and of each group `Rule.plan`. May set
-            `writes`, which are made with the last of the step's, behind all that can fail.
+            `writes`, which are made together with the step's last writes, after all that can fail.
         grads
             What `prepare` gets.
         threads : int
         options : StepOptions, optional
-            What the step shall do around the rule.
+            What the step does around the rule.
         copies : list of array or None, optional
-            What gets a rounded copy of each parameter; with `options`.
+            Arrays that get a rounded copy of each parameter; with `options`.
         reduction : Reduction, optional
             With `options`.
         source : ArrayList, optional
@@ -398,7 +399,7 @@ cdef class ArrayList(LeafList):
             self.plans = plans
             updated = self.take(grads, plans, threads)
             options = self.prepare(options, &how)
-            number = self.count + 1  # an object: no memory may run out behind writes
+            number = self.count + 1  # an object: made before the writes, as memory may run out
             if options is None:
                 with nogil:
                     status = run_step(
@@ -511,7 +512,7 @@ cdef class ArrayList(LeafList):
         return self.refuse_alias(&self.spans, i, GRAD)
 
     cdef object take_rows(self, ptrdiff_t i, object given, int threads):
-        """Let a leaf be the rows that have a gradient, if that is all that the step writes of it.
+        """Make a leaf of the rows that have a gradient, if the step writes no others.
 
         Return the gradient: values as they were given, or of all rows where the rule steps all.
         """
@@ -540,13 +541,13 @@ cdef class ArrayList(LeafList):
         return ordered.values
 
     cdef int refuse_values(self, ptrdiff_t i, Spans *spans) except -1:
-        """Let the values of rows, as given, have no byte in common with what the step writes."""
+        """Refuse values of rows that share a byte with what the step writes."""
         cdef uintptr_t low = <uintptr_t>self.records[i].values.buf
         return self.refuse_bytes(
             f"{self.grad_names[i]}.values", low, low + self.records[i].values.len, spans)
 
     cdef object all_rows(self, ptrdiff_t i, object ordered, int threads):
-        """The gradient of all rows, of which the leaf is then."""
+        """Return the gradient of all rows; the leaf is then of all rows too."""
         cdef fo_leaf leaf = self.leaves[i]
         cdef fo_status status
         dtype = _rows.compute_type(self.params[i])
@@ -561,7 +562,7 @@ cdef class ArrayList(LeafList):
         return _rows.dense(ordered.rows, sums, self.params[i])
 
     cdef int take_all_rows(self, ptrdiff_t i) except -1:
-        """Let a leaf with state of its rows be all of them, unless it is some."""
+        """Make a leaf whose state is one number a row a leaf of all rows, unless it is of some."""
         cdef fo_leaf *leaf = &self.leaves[i]
         if leaf.by_rows == NULL and leaf.state[0].map == FO_ROWS and leaf.state[0].data != NULL:
             memset(&self.records[i].by_rows, 0, sizeof(fo_rows))
@@ -570,7 +571,7 @@ cdef class ArrayList(LeafList):
         return 0
 
     cdef int check_blocks(self, ptrdiff_t i) except -1:
-        """Let rows be whole blocks, where some array is kept in blocks or with noise."""
+        """Refuse rows that are not whole blocks, where an array is kept in blocks or with noise."""
         cdef fo_leaf *leaf = &self.leaves[i]
         cdef fo_array *array
         cdef int place
@@ -693,11 +694,11 @@ cdef class ArrayList(LeafList):
             self.let_go()
 
     def keep_sums(self):
-        """Be the list of an accumulator: keep what is measured of each leaf from step to step."""
+        """Make this the list of an accumulator, which keeps the measured sums from step to step."""
         self.kept = <fo_stats *>grow(self.kept, self.n, sizeof(fo_stats))
 
     def drop_sums(self):
-        """Keep it no more, since others may write to the leaves."""
+        """Stop keeping sums, since others may write to the leaves."""
         self.claim()
         free(self.kept)
         self.kept = NULL
@@ -759,7 +760,7 @@ cdef class ArrayList(LeafList):
         count, steps
             See `set_steps`.
         groups, options : list of dict
-            Each of the first, checked to be dicts, is updated by its neighbour in the second.
+            Each dict of the first list is updated by that in the same place of the second.
         Raises
         ------
         OSError
@@ -828,7 +829,7 @@ cdef class Swap:
     ----------
     leaves : ArrayList
     show : callable() -> list of array or None
-        What each parameter shall show, in its layout and dtype; None leaves it as it is.
+        Values that each parameter shows, in its layout and dtype; None leaves it as it is.
     """
     cdef ArrayList leaves
     cdef object show

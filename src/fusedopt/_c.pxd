@@ -117,7 +117,7 @@ cdef extern from "fusedopt.h" nogil:
         fo_disk *disk
 
     ctypedef enum fo_kind:
-        FO_PLAIN
+        FO_ELEMENTWISE
         FO_INTERNAL
         FO_ROWWISE
         FO_LAYERWISE

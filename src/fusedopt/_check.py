@@ -460,7 +460,7 @@ def state_dtype(name: str, value: Any) -> str | None:
     return given
 
 
-# what other libraries call options of ours
+# names of our options in other libraries
 _ALIASES = {
     "beta1": ("betas",), "beta2": ("betas",), "beta_1": ("betas",), "beta_2": ("betas",),
     "clip": ("max_grad_norm", "clip_value"), "clipnorm": ("max_grad_norm", "per_tensor"),

@@ -40,7 +40,7 @@ except ModuleNotFoundError:  # Windows
 
 _META = "fusedopt"  # the key of the metadata; no array has it
 _EXTRA = ":extra"  # ends the key of `Stored.extra`, the second array of a narrow format
-_VERSION = 1  # of the layout and of what codes mean; how steps round is no part of it
+_VERSION = 1  # of the layout and the meaning of codes, not of the rounding in steps
 _SUFFIXES = (".npz", ".safetensors")
 _TEMPORARY = ".tmp"  # ends the name of a file that is being written
 _PIECE = 1 << 24  # bytes written, or checked, at a time
@@ -130,7 +130,7 @@ def _param(array: Array, dtype: str, order: list[int] | None) -> Array:
 
         array = array.view(ml_dtypes.bfloat16)
     if array.dtype.name != dtype:
-        raise ValueError(f"{array.dtype.name} in the place of {dtype}")
+        raise ValueError(f"{array.dtype.name} where {dtype} is expected")
     return array if order is None else array.transpose(np.argsort(order))
 
 

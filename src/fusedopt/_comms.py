@@ -1,7 +1,7 @@
-"""Ranks: how to talk to them, and how none waits for one that has raised.
+"""Communication between ranks, such that no rank waits for one that has raised.
 
-`MPI` and `TorchDistributed` are the two libraries as `Comm` has them. Either is imported only here,
-by who uses it.
+`MPI` and `TorchDistributed` are the two libraries as `Comm` has them. Each is imported only where
+it is used.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class TorchDistributed:
     Parameters
     ----------
     group : ProcessGroup, optional
-        Of a backend for the CPU, as gloo; by default that of all ranks.
+        Of a backend for the CPU, such as gloo; by default that of all ranks.
     """
 
     def __init__(self, group: Any = None) -> None:
@@ -100,18 +100,18 @@ def comm_of(comm: Any) -> Comm:
     )
 
 
-class Held:
-    """Holds back the handlers of signals for a block: what they raise comes at its end."""
+class DeferredSignals:
+    """Defers the handlers of signals to the end of a block, and with them what they raise."""
 
     def __init__(self, wanted: bool) -> None:
-        """Prepare a block; unless `wanted`, it holds back nothing."""
+        """Prepare a block; unless `wanted`, it defers nothing."""
         is_main = threading.current_thread() is threading.main_thread()
         self._wanted = wanted and is_main  # only there Python calls handlers
         self._handlers: dict[int, Any] = {}
         self._come: list[tuple[int, Any]] = []
 
-    def __enter__(self) -> Held:
-        """Put a note in the place of each handler."""
+    def __enter__(self) -> DeferredSignals:
+        """Replace each handler by one that only notes the signal."""
         if self._wanted:
             handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
             self._handlers = {number: its for number, its in handlers.items() if callable(its)}
@@ -134,7 +134,7 @@ class Held:
         try:
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
-        except BaseException:  # of a handler that is back already: the others must come back too
+        except BaseException:  # of a handler that is restored: the others must be too
             self._put_back()
             raise
 
@@ -142,7 +142,7 @@ class Held:
         self._come.append((number, frame))
 
     def check(self) -> None:
-        """Call the handlers of the signals that have come, all of them though one raises."""
+        """Call the handlers of the signals that have come, all of them even if one raises."""
         if self._come:
             number, frame = self._come.pop(0)
             try:
@@ -157,7 +157,7 @@ def agree(
     said: Mapping[str, str] | None = None,
     outcome: str = "nothing has changed",
 ) -> None:
-    """Raise on all ranks if one has a `fault`, or says something else than the others.
+    """Raise on all ranks if one has a `fault`, or if their texts differ.
 
     Raises
     ------
@@ -166,7 +166,7 @@ def agree(
     RuntimeError
         On the others, with its message.
     ValueError
-        Naming what ranks say differently, in texts of lines.
+        Naming the line in which the texts of ranks differ.
     """
     told = None if fault is None else f"{type(fault).__name__}: {fault}"
     every = comm.gather((told, said))

@@ -6,14 +6,14 @@
 def undone(list undo not None, function):
     """Return what a function returns, and undo what it did, however it ends.
 
-    In C, as between the bytecodes of a Python ``finally`` a signal could raise an exception. A call
-    that such an exception cuts off is made again; it is raised at the end.
+    In C, because a signal could raise an exception between the bytecodes of a Python ``finally``. A
+    call that such an exception interrupts is repeated; the exception is raised at the end.
 
     Parameters
     ----------
     undo : list of (name, callable, ...)
-        What to call at the end, in this order, with the rest as arguments. A second call of each
-        has no other effect than one.
+        What to call at the end, in this order, with the rest as arguments. Calling one twice has
+        the same effect as calling it once.
     function : callable()
 
     Raises
@@ -42,13 +42,13 @@ cdef object make_call(tuple row):
         except BaseException as exc:
             first = first or exc
             last = exc
-    fault = RuntimeError(f"{row[0]}: cannot take back what it was before: {last}")
+    fault = RuntimeError(f"{row[0]}: cannot be restored: {last}")
     fault.__cause__ = last
     return fault
 
 
 cdef class Copier:
-    """Copies tensors into others, plain ones, in one call in which no Python code runs.
+    """Copies tensors into plain ones, in one call in which no Python code runs.
 
     A signal's exception comes before or after it, never between two tensors.
     """
@@ -73,7 +73,7 @@ cdef class Copier:
             self.enable_grad(before)
 
     cdef int enable_grad(self, grad) except -1:
-        """Set autograd on or off; no mode written in Python is asked, which a signal could cut."""
+        """Set autograd on or off without the modes in Python, which a signal could interrupt."""
         if not self.count_modes():
             self.set_grad(grad)
         else:
@@ -112,19 +112,19 @@ cdef class Copier:
 
 
 cdef class Swap:
-    """A context in which tensors hold other values; they are themselves again however it ends.
+    """A context in which tensors hold other values; they get their own back however it ends.
 
-    In C, as between the bytecodes of a Python `__exit__` a signal could raise an exception. (So it
-    can in that of torch.no_grad, used by the owner; autograd is left as it was found.)
+    In C, because a signal could raise an exception between the bytecodes of a Python `__exit__`.
+    (That can happen in torch.no_grad, which the owner uses; autograd is restored here.)
 
     Parameters
     ----------
     copier : Copier
     owner : optimizer
-        Its ``_is_swapped`` says whether such a context is entered; asked to
-        ``_prepare_swap() -> (targets, sources, kept, names)``: lists of tensors, those to exchange,
-        what they shall hold, copies of what they do hold, and what to call them; and to
-        ``_forget_weights()`` after each exchange, maybe more than once.
+        Its ``_is_swapped`` says whether such a context is entered. ``_prepare_swap() -> (targets,
+        sources, kept, names)`` returns lists: the tensors to exchange, their new values, copies of
+        their values, and names for messages. ``_forget_weights()`` is called after each exchange,
+        perhaps more than once.
     """
     cdef Copier copier
     cdef object owner

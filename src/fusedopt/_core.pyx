@@ -117,7 +117,7 @@ cdef int set_constants(fo_hyper *h, list names, dict values) except -1:
 
 
 cdef int prepare_sums(Sums *sums, const fo_leaf *leaves, ptrdiff_t n, fo_run *how) except -1:
-    """Let a step of n leaves measure: rows that are zero, and scratch that is large enough."""
+    """Prepare a step of n leaves for measuring: rows of zeros, and enough scratch."""
     cdef ptrdiff_t tiles = fo_count_tiles(leaves, n)
     sums.stats = <fo_stats *>grow(sums.stats, n, sizeof(fo_stats))
     memset(sums.stats, 0, n * sizeof(fo_stats))
@@ -137,7 +137,7 @@ cdef object stats_table(const Sums *sums, ptrdiff_t n):
 def total(table):
     """The sums of some leaves' sums, rows of `STATS`, by name.
 
-    No row of NumPy's: to index one without memory ends the process.
+    Not a row of NumPy: indexing one without memory ends the process.
     """
     cdef Py_buffer view
     cdef fo_stats all
@@ -151,7 +151,7 @@ def total(table):
 # ------------------------------------------------------------------ rows of a gradient
 
 cdef void *address(array) except? NULL:
-    """Where the elements of an array are, which its caller holds."""
+    """The address of an array's elements; the caller keeps the array alive."""
     cdef Py_buffer view
     PyObject_GetBuffer(array, &view, PyBUF_STRIDES)
     cdef void *data = view.buf
@@ -160,7 +160,7 @@ cdef void *address(array) except? NULL:
 
 
 def look_at_rows(indices, int64_t count):
-    """The place of the first index that is no row of so many, or -1; whether they ascend.
+    """The place of the first index that is not a row of `count`, or -1; and whether they ascend.
 
     Indices here and below are int64, without gaps.
     """
@@ -173,7 +173,7 @@ def look_at_rows(indices, int64_t count):
 
 
 def sort_rows(indices, int64_t count):
-    """Rows that ascend, where each begins in the third array, and there its places in `indices`."""
+    """Rows that ascend; where the places of each begin in the third array; places in `indices`."""
     cdef ptrdiff_t n, k = len(indices)
     rows, scratch = numpy.empty(k, numpy.int64), numpy.empty(2 * k, numpy.int64)
     starts, order = numpy.empty(k + 1, numpy.intp), numpy.empty(k, numpy.intp)
@@ -268,7 +268,8 @@ cdef class Memory:
 def allocate(specs):
     """Arrays of the given (shape, dtype, strides), on one block of memory, not yet written.
 
-    They start on cache lines and lie in the order given, so that those of a small leaf are close.
+    They start on cache lines and lie in the order given, so that those of a small leaf are close
+    together.
     """
     sizes = [-(-max(1, numpy.dtype(dtype).itemsize * prod(shape)) // 64) * 64
              for shape, dtype, _ in specs]
@@ -283,8 +284,8 @@ def allocate(specs):
 cdef class File:
     """An open file, closed with the last array on it.
 
-    It is opened and closed in C: Python code could leave it open, as a signal's exception may come
-    between any two instructions, and is lost in a destructor.
+    It is opened and closed in C: Python code could leave it open, because a signal's exception may
+    come between any two instructions, and is lost in a destructor.
 
     Parameters
     ----------
@@ -317,9 +318,9 @@ cdef class Mapped:
     file : File
         Kept open as long.
     offset, size : int
-        Multiples of the page size, but for the size of what is read only.
+        Multiples of the page size, except the size if it is read only.
     is_read_only : bool
-        If not, the room in the file is given back to the disk behind the last array.
+        If not, the space in the file is released with the last array.
     """
     cdef fo_region region
     cdef File file
@@ -371,7 +372,7 @@ def relieve(array):
 
 # by fo_kind; those from "layerwise" on need fo_direct before a step
 KINDS = (
-    "plain", "internal", "rowwise", "layerwise", "counting", "factored", "summing", "matrix")
+    "elementwise", "internal", "rowwise", "layerwise", "counting", "factored", "summing", "matrix")
 
 
 cdef list table():
@@ -440,7 +441,7 @@ def lateness():
 
 
 def force_threads(bint yes):
-    """Use threads asleep or late: for tests, which would step on one otherwise."""
+    """Use threads even if they sleep or come late: for tests, whose steps would run on one."""
     fo_force_threads(yes)
 
 

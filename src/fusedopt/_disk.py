@@ -1,8 +1,8 @@
-"""State on disk: one file without a name for each optimizer, of which arrays are views.
+"""State on disk: each optimizer has one file without a name, and its arrays are views of it.
 
 The file is deleted as soon as it is made, so that nothing of it outlives the process, however that
-ends, no other process can write to it or cut it short, and two may use the same folder. Room for it
-is reserved when arrays are made: a full disk is an error then, and not one of a step.
+ends, no other process can write to it or cut it short, and two may use the same folder. Its space
+is reserved when arrays are made, so that a full disk is an error at that time and not in a step.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Spec = tuple[tuple[int, ...], Any, tuple[int, ...] | None]  # an array's shape, 
 
 
 def on_disk(spec: Spec) -> bool:
-    """Whether an array is to be on disk: a large one that lies in memory as its parameter does."""
+    """Whether an array is kept on disk: a large one in the memory order of its parameter."""
     shape, dtype, strides = spec
     return strides is not None and prod(shape) * np.dtype(dtype).itemsize >= LEAST
 
@@ -58,7 +58,7 @@ class Disk:
         _make_direct(self._file.fileno())
         self._end, self._pid = 0, os.getpid()
         self._mapped: WeakSet[_core.Mapped] = WeakSet()
-        self.lost: BaseException | None = None  # what a step failed by that had written
+        self.lost: BaseException | None = None  # the error of a step that had written something
 
     def allocate(self, specs: Sequence[Spec]) -> list[Array]:
         """Return arrays, all zero, each on pages of its own.
@@ -66,7 +66,7 @@ class Disk:
         Raises
         ------
         OSError
-            Naming the folder, if there is no room.
+            Naming the folder, if there is no space.
         """
         if not specs:
             return []
@@ -91,7 +91,7 @@ class Disk:
             os.ftruncate(number, self._end)
             code = exc.errno or errno.EIO
             raise OSError(
-                code, f"{os.strerror(code)}: no room for {size:,} bytes of state", self.folder
+                code, f"{os.strerror(code)}: no space for {size:,} bytes of state", self.folder
             ) from exc
         self._end += size
         self._mapped.add(memory)
@@ -122,7 +122,7 @@ class Disk:
             )
 
     def refuse_lost(self) -> None:
-        """Raise RuntimeError if a step has failed that had written."""
+        """Raise RuntimeError if a step has failed after it had written."""
         if self.lost is not None:
             raise RuntimeError(
                 f"a step was cut off by an error of the disk ({self.lost}), so that parameters and "
@@ -157,7 +157,7 @@ def _open(folder: str) -> _core.File:
 
 
 def _make_direct(file: int) -> None:
-    """Let reads and writes of a file go past the system's cache, where it can do that."""
+    """Make reads and writes of a file bypass the system's cache, if the file system can."""
     with suppress(OSError):
         if hasattr(os, "O_DIRECT"):
             fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) | os.O_DIRECT)
@@ -166,7 +166,7 @@ def _make_direct(file: int) -> None:
 
 
 def _fill(file: int, start: int, size: int) -> None:
-    """Reserve room in a file, which reads as zeros."""
+    """Reserve space in a file, which reads as zeros."""
     try:
         os.posix_fallocate(file, start, size)
         return

@@ -62,6 +62,6 @@ cdef inline bint is_int(const DLTensor *t, int code, int bits) noexcept nogil:
 
 
 cdef inline Axes axes_of(const DLTensor *t) noexcept nogil:
-    """Its shape and strides (int64_t, which Py_ssize_t is where there is torch)."""
+    """Its shape and strides (int64_t, the same as Py_ssize_t on all systems that have torch)."""
     return Axes(ndim=t.ndim, shape=<const Py_ssize_t *>t.shape,
                 strides=<const Py_ssize_t *>t.strides, unit=1)

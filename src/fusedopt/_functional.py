@@ -45,7 +45,7 @@ _RETURNS = """
 Returns
 -------
 dict
-    What `{cls}` remembers behind this step; as it was if the step changed nothing.
+    What `{cls}` remembers after this step; as it was if the step changed nothing.
 """
 
 
@@ -224,7 +224,7 @@ def _step_in_c(
 
 
 def remembered(rule: Rule, options: Options) -> dict[str, Any] | None:
-    """Return what a rule that settles its constants remembers behind a step."""
+    """Return what a rule that settles its constants remembers after a step."""
     if rule.settle is None:
         return None
     return {row.name: options[row.name] for row in rule.memory if row.name in options}

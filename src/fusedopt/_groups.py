@@ -31,8 +31,8 @@ class Group:
     options : dict
         As last checked, with `lr` as a number; and what the rule remembers.
     seen : dict or None
-        The dict in `param_groups` when it was last checked; None if a value may change in place,
-        so that each step must check it.
+        The dict in `param_groups` when it was last checked; None if a value may change in place:
+        then each step checks it.
     schedule : callable(step) -> float, or None
         `lr`, if it is not a number.
     plan : tuple

@@ -58,7 +58,7 @@ cdef inline int next_axis(const Axes *a, unsigned long long used) noexcept nogil
 cdef inline bint is_dense(const Axes *a) noexcept nogil:
     """Whether the elements fill one range of memory without gaps, in some order of the axes.
 
-    (Of an array without elements they do; older versions of torch export odd strides of one.)
+    (Those of an array without elements do, whatever strides older versions of torch export.)
     """
     cdef Py_ssize_t expected = a.unit
     cdef int k

@@ -2,9 +2,9 @@
 # cython: freethreading_compatible=True, autotestdict=False
 """What is the same for arrays and for tensors once a leaf has pointers.
 
-A list of leaves is claimed by one thread at a time; no two arrays that a step writes share memory;
-a step measures what it must know before it writes, has it summed over ranks if asked, decides, and
-commits. A border (`_arrays`, `_tensors`) adds how a leaf gets its pointers and what it is called.
+One thread at a time claims a list of leaves. No two arrays that a step writes share memory. A step
+measures what it must know before the first write, sums that over ranks if asked, decides, and
+commits. A border (`_arrays`, `_tensors`) adds how a leaf gets its pointers and its name.
 """
 cimport cython
 from libc.stdlib cimport free
@@ -60,7 +60,7 @@ cdef class LeafList:
         return 0
 
     def use_row(self, str rule):
-        """Step by a row of the C table from now on; a rule may have two, see `Rule.variant`."""
+        """Use a row of the C table from now on; a rule may have two, see `Rule.variant`."""
         self.rule, self.scalar_names, _, kind = _core.RULES[rule]
         self.kind = <fo_kind><int>_core.KINDS.index(kind)
 
@@ -116,7 +116,7 @@ cdef class LeafList:
         raise NotImplementedError
 
     cdef bint settle(self, double first, double second) except -1:
-        """Make the constants of a step by the sums of a rule; False if it is to change nothing."""
+        """Compute the constants of a step from the sums of a rule; False if it changes nothing."""
         raise NotImplementedError
 
     # ---------------------------------------------------------------- one thread at a time
@@ -154,7 +154,7 @@ cdef class LeafList:
         return f"{name}.ema" if place == EMA else f"{name}.{self.state_names[place - 1]}"
 
     cdef int refuse_overlap(self, Spans *spans) except -1:
-        """Let no two arrays have a byte in common."""
+        """Refuse two arrays that have a byte in common."""
         cdef ptrdiff_t i = overlap(spans)
         if i > 0:
             a, b = [self.name(spans.of[k].leaf, spans.of[k].place) for k in (i - 1, i)]
@@ -162,7 +162,7 @@ cdef class LeafList:
         return 0
 
     cdef int refuse_alias(self, Spans *spans, ptrdiff_t i, int place) except -1:
-        """Let an array have no byte in common with some that the step writes."""
+        """Refuse an array that has a byte in common with some that the step writes."""
         cdef Span own
         if locate(&self.leaves[i], i, place, &own):
             self.refuse_bytes(self.name(i, place), own.low, own.high, spans)
@@ -176,7 +176,7 @@ cdef class LeafList:
         return 0
 
     cdef int check_others(self, bint zero_grads, bint copies) except -1:
-        """Let what this step alone writes, copies and zeroed gradients, share no memory."""
+        """Refuse shared memory of what this step alone writes: copies and zeroed gradients."""
         cdef ptrdiff_t i
         cdef int place
         self.others.n = self.others.gap = 0
@@ -200,7 +200,7 @@ cdef class LeafList:
     # ---------------------------------------------------------------- state on disk
 
     cdef fo_disk *find_regions(self) except NULL:
-        """The mapped files of state, which the caller must have."""
+        """Return the mapped files of state; the list must have a disk."""
         cdef ptrdiff_t i = 0
         rows = self.disk.regions()
         self.regions = <fo_region *>grow(self.regions, len(rows), sizeof(fo_region))
@@ -213,7 +213,7 @@ cdef class LeafList:
         return &self.on_disk
 
     cdef int use_disk(self, fo_run *how) except -1:
-        """Let a step stream state from disk; raise if an earlier one has lost it."""
+        """Prepare a step that streams state from disk; raise if an earlier step has lost it."""
         if self.disk is not None:
             self.disk.refuse_lost()
             how.disk = self.find_regions()
@@ -222,7 +222,7 @@ cdef class LeafList:
         return 0
 
     cdef int check_step(self, fo_status status) except -1:
-        """Raise what a step has returned; state may be lost then."""
+        """Raise the error that a step has returned; state may be lost then."""
         if status == FO_DISK_FAILED:
             raise self.disk.fault(self.on_disk.error, self.on_disk.has_written)
         return check(status)
@@ -258,7 +258,7 @@ cdef class LeafList:
             if how.zero_grads:
                 self.zero_gradients()
             for i in range(self.n):
-                self.leaves[i].grad.data = NULL  # copies are written of what is as it was
+                self.leaves[i].grad.data = NULL  # copies of unchanged parameters are written too
         with nogil:
             status = run_step(
                 self.rule, self.leaves, self.n, self.hypers.of, self.hypers.n, how, threads)
@@ -268,7 +268,8 @@ cdef class LeafList:
     cdef object prepare(self, options, fo_run *how):
         """Get the memory that a step needs; return its options, None if it measures nothing.
 
-        All that grows with the arrays is got here, before ranks agree that each can take the step.
+        All memory that grows with the arrays is allocated here, before ranks agree that each can
+        take the step.
         """
         cdef ptrdiff_t i, slot = len(self.state_names)
         if self.kind == FO_FACTORED:
@@ -302,7 +303,7 @@ cdef class LeafList:
         return 0
 
     cdef bint direct_on_all(self, reduction, fo_run *how, int threads) except -1:
-        """Do so; ranks agree again on what torch's or NumPy's products may raise, as for memory."""
+        """Replace the directions; ranks then agree again, as matrix products may raise."""
         cdef bint goes_on = True
         if reduction is None or self.kind != FO_MATRIX:
             return self.direct(reduction, how, threads)
@@ -315,10 +316,10 @@ cdef class LeafList:
         return goes_on
 
     cdef bint direct(self, reduction, fo_run *how, int threads) except -1:
-        """Find the directions of a rule; have them replaced, or summed over ranks.
+        """Compute the directions of a rule; replace them, or sum them over ranks.
 
-        Nothing else is written yet: what this raises leaves all as it was. False if the step is to
-        change nothing.
+        Nothing else is written yet: an exception leaves everything as it was. False if the step
+        changes nothing.
         """
         cdef fo_status status
         cdef ptrdiff_t i
@@ -349,7 +350,7 @@ cdef class LeafList:
     cdef Verdict judge(self, options, reduction, fo_run *how, int threads):
         """Measure the gradients if the step must know them before it writes; scale every leaf.
 
-        Gradients whose sums are known are judged in any case, unless other ranks have a part.
+        Gradients whose sums are known are always tested, unless other ranks have parts of them.
         """
         cdef fo_status status
         cdef ptrdiff_t i

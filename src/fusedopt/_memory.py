@@ -28,8 +28,8 @@ def memory(
     ----------
     params : nesting of shapes, arrays or tensors; or torch.nn.Module
         Any nesting of lists, tuples and dicts. A list or tuple of whole numbers is a shape, a
-        number one of one axis; what has ``shape`` and ``dtype`` is taken as it is, also a tensor on
-        torch's device "meta".
+        number one of one axis; objects with ``shape`` and ``dtype`` are taken as they are, also
+        tensors on torch's device "meta".
     optimizer : str, default "AdamW"
         Name of a class of `fusedopt`.
     dtype : str or dtype, default "float32"
@@ -42,9 +42,9 @@ def memory(
     Returns
     -------
     dict
-        ``param``, ``grad``, ``residual`` and the state's names, and ``total``; of each the bytes
-        that are ``resident``, and those that a step moved that finds nothing in the cache, as
-        ``moved``. Gradients are the caller's and count as moved only.
+        ``param``, ``grad``, ``residual`` and the state's names, and ``total``; for each,
+        ``resident``: the bytes kept, and ``moved``: the bytes that a step reads and writes if
+        nothing is in the cache. Gradients are the caller's and count as moved only.
 
     Raises
     ------

@@ -1,7 +1,7 @@
 """What one step does around the rule: scale, clip, skip, measure, copy, zero.
 
 The options of a step for every adapter, the few formulas that borders and references need, the sums
-over ranks, and the table that statistics come in.
+over ranks, and the table of statistics.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class StepOptions:
     nonfinite: str = "propagate"
     measure: int = NOTHING
     zero_grads: bool = False
-    skip: bool | None = None  # nobody looked
+    skip: bool | None = None  # None: not tested
 
     @property
     def must_measure(self) -> bool:
@@ -45,7 +45,7 @@ class StepOptions:
 
     @property
     def concerns_ranks(self) -> bool:
-        """Whether ranks with other parts of the parameters must do the same."""
+        """Whether ranks with other parts of the parameters must decide the same."""
         return self.must_measure or self.measure != NOTHING or self.skip is not None
 
     @property
@@ -67,7 +67,7 @@ class StepOptions:
         return 1.0 if factor > 1 else factor  # NaN stays
 
 
-PLAIN = StepOptions()  # of a step of which nobody asked for more
+PLAIN = StepOptions()  # of a step without options
 
 
 def _norm_type(name: str, value: Any) -> float:
@@ -116,7 +116,7 @@ def step_options(given: Mapping[str, Any], *, knows_norm: bool = False) -> StepO
     }
     how = StepOptions(measure=LEAF if values.pop("stats", False) else NOTHING, **values)
     if how.per_tensor and how.max_grad_norm is None:
-        raise ValueError("per_tensor: is about the clip; give max_grad_norm too")
+        raise ValueError("per_tensor: applies to the clip; give max_grad_norm too")
     if how.norm_type != 2 and not (how.must_measure or knows_norm):
         raise ValueError("norm_type: no norm is asked for; give max_grad_norm (inf clips nothing)")
     return how
@@ -125,9 +125,9 @@ def step_options(given: Mapping[str, Any], *, knows_norm: bool = False) -> StepO
 class Reduction:
     """Sums what each rank measured of its part of the leaves; one for each step.
 
-    Tables are rows of `_core.STATS`, one for each leaf of the optimizer, and change in place. What
-    is summed may differ from rank to rank, but not which sums are asked for, nor the number of
-    leaves.
+    Tables are rows of `_core.STATS`, one for each leaf of the optimizer, and change in place.
+    Values may differ from rank to rank; which sums are asked for, and the number of leaves, may
+    not.
 
     Parameters
     ----------
@@ -153,7 +153,7 @@ class Reduction:
         self.sizes: Array  # elements of the whole leaves, from then on
 
     def begin(self) -> None:
-        """Do what comes behind all checks of a step of arrays, and before its first read."""
+        """Run after all checks of a step of arrays, and before its first read."""
 
     def agree(self, n: int, fault: Exception | None, skip: bool) -> bool:
         """Return whether some rank skips the step; `n` is the number of leaves of the optimizer.
@@ -162,7 +162,7 @@ class Reduction:
         ------
         Exception
             The `fault` of this rank; RuntimeError if another has one. So all ranks raise, and none
-            waits in a sum for one that has raised.
+            waits in a sum for a rank that has raised.
         """
         flags = np.empty((n, 2))
         flags[:] = own = [fault is not None, skip]
@@ -173,7 +173,7 @@ class Reduction:
         if fault is not None:
             raise fault
         if sums[0] > 0:
-            raise RuntimeError("another rank cannot take this step, and says why; nothing changed")
+            raise RuntimeError("another rank cannot take this step: see its error; nothing changed")
         return bool(sums[1] > 0)
 
     def gradients(
@@ -207,7 +207,7 @@ class Reduction:
         return float(sums[0]), float(top[0]), float(sums[1])
 
     def directions(self, table: Array) -> None:
-        """Sum the squares that trust ratios are made of, or the counts of a rule that counts."""
+        """Sum the squares that trust ratios need, or the counts of a rule that counts."""
         columns = np.column_stack([table["param"], table["update"]])
         self._add(columns)
         table["param"], table["update"] = columns.T
@@ -259,8 +259,8 @@ class StepStats:
         Names of the leaves that had a gradient. ``stats[name]`` is a dict of what follows for one.
     grad_norm, param_norm, update_norm : array of float64
         2-norms: of the gradient (times ``grad_scale``, before any clip), of the parameter after the
-        step, and of what the step added to it. Squares are float64 at the most: elements of float64
-        leaves below 1e-154 count as 0, and from 1e154 on as infinite.
+        step, and of what the step added to it. Squares are float64: elements of float64 leaves
+        below 1e-154 count as 0, and from 1e154 on as infinite.
     update_ratio : array of float64
         ``update_norm / param_norm``; around 1e-3 in a healthy run.
     max_update : array of float64
@@ -329,10 +329,10 @@ class StepResult(NamedTuple):
     updated : int
         Number of leaves that were updated: those with a gradient.
     skipped : bool
-        Whether nothing was changed: gradients were not finite, or told the rule nothing.
+        Whether nothing was changed: gradients were not finite, or gave the rule nothing to
+        estimate from.
     grad_norm : float or None
-        Norm of all gradients, times ``grad_scale`` and before the clip; None if nobody asked for
-        anything that needs it.
+        Norm of all gradients, times ``grad_scale`` and before the clip; None if no option needs it.
     clip_factor : float
         What the clip by the norm multiplied gradients by; of a clip for each tensor, the least.
     stats : StepStats or None
@@ -347,7 +347,7 @@ class StepResult(NamedTuple):
     stats: StepStats | None = None
 
     def __repr__(self) -> str:
-        """Say what is not as in a plain step."""
+        """Say what differs from a step without options."""
         defaults = self._field_defaults
         fields = (f"{k}={v!r}" for k, v in self._asdict().items() if defaults.get(k, ...) != v)
         return f"{type(self).__name__}({', '.join(fields)})"

@@ -54,7 +54,7 @@ def cut(
 
 
 def scaled(cuts: Sequence[int], per: int, total: int) -> list[int]:
-    """Return where an array of `total` numbers is cut: one for each `per` elements of a leaf."""
+    """Return the cuts of an array of `total` numbers, one for each `per` elements of a leaf."""
     return [0, *(total if place == cuts[-1] else place // per for place in cuts[1:])]
 
 
@@ -124,9 +124,9 @@ class Mover:
     ) -> None:
         """Fill `wholes`, flat arrays, by the `parts` of all ranks.
 
-        A part may be a view of its place in the whole. With `root`, only that rank needs
-        `wholes`. With `cuts` the arrays are others than the leaves, cut there. A None in `parts`
-        leaves out the array, on all ranks.
+        A part may be a view of its place in the whole. With `root`, only that rank needs `wholes`.
+        With `cuts`, the arrays are not the leaves and are cut at these. A None in `parts` leaves
+        out the array, on all ranks.
         """
         if self._comm.size == 1:
             for part, whole in zip(parts, wholes, strict=True):

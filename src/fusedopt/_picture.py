@@ -1,8 +1,8 @@
 """The picture of a run: one figure, from a History; and that of a sweep over learning rates.
 
 Up to 12 leaves are lines, in Okabe and Ito's colours, one for each layer, whose bias is dashed;
-more are a heat map of leaves x steps, in colours that grow lighter: both can be read without seeing
-hues.
+more leaves are a heat map of leaves x steps in colours of rising lightness. Both can be read by the
+colour-blind.
 """
 
 from __future__ import annotations

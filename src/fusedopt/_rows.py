@@ -1,4 +1,4 @@
-"""Gradients of some rows, as of an embedding: what they are, and how a step takes them.
+"""Gradients of some rows, as of an embedding: the class, and what a step makes of it.
 
 Rows may be given in any order and more than once. Before a step they are put in order, and what
 belongs to one row is added up; rows that ascend are taken as they are.
@@ -18,8 +18,8 @@ from fusedopt._check import Array
 if TYPE_CHECKING:
     from fusedopt.rule import Plan
 
-# what a step by rows does, see `Rule.by_rows`: those alone, which is right for all, or leaves the
-# others behind; or all rows
+# what a step by rows does, see `Rule.by_rows`: steps them alone, which is exact, or differs from a
+# dense step in the other rows; or steps all rows
 TOUCHED, LAZY, ALL = "touched", "lazy", "all"
 
 
@@ -27,7 +27,7 @@ class Rows:
     """A gradient of some rows of a parameter, in the place of an array in `Optimizer.step`.
 
     The gradient of all other rows is 0. Rows are along the first axis. Nothing is checked or copied
-    before the step, which names the leaf where it refuses.
+    before the step, whose errors name the leaf.
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ class Ordered(NamedTuple):
 
 
 def row_length(shape: Sequence[int]) -> int:
-    """Return how many elements a row has; whole blocks of them if none, which suits all formats."""
+    """Return how many elements a row has; a block, which suits all formats, if there are none."""
     return prod(shape[1:]) or _core.BLOCK
 
 
@@ -124,7 +124,7 @@ def _checked(name: str, given: Rows, param: Array) -> tuple[Array, Array]:
             f"{name}.values: shape {values.shape}; for {len(indices)} rows of a parameter of shape "
             f"{param.shape} it is {shape}"
         )
-    # a copy, which nobody changes while a step writes to the rows
+    # a copy, which cannot change while a step writes to the rows
     return indices.astype(np.int64), values if values.flags.c_contiguous else values.copy("C")
 
 
@@ -155,7 +155,7 @@ def ordered(rows: Array, values: Any, count: int, ascends: bool) -> Ordered:
 
 
 def in_order_plainly(name: str, given: Rows, param: Array) -> Ordered:
-    """Return such rows with sums, by NumPy alone: the order of additions that C reproduces."""
+    """Return such rows with sums, computed by NumPy in the order of additions that C reproduces."""
     indices, values = _checked(name, given, param)
     sums: dict[int, Any] = {}
     for index, value in zip(indices.tolist(), values.astype(compute_type(param)), strict=True):
@@ -168,7 +168,7 @@ def in_order_plainly(name: str, given: Rows, param: Array) -> Ordered:
 
 
 def way(name: str, plan: Plan, is_plain: bool, averages: bool) -> str:
-    """Return what a step with such a plan does by rows.
+    """Return what a step with this plan does with rows.
 
     Raises
     ------
@@ -200,7 +200,7 @@ def refuse_blocks(name: str, array: str, length: int) -> NoReturn:
 def refuse_copy(name: str, copy: str) -> NoReturn:
     """Refuse a copy of all rows."""
     raise ValueError(
-        f"{copy}: is of all rows, and {name} is of some; copy it behind the step, or pass None"
+        f"{copy}: is of all rows, and {name} is of some; copy it after the step, or pass None"
     )
 
 

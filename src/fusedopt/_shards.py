@@ -1,8 +1,8 @@
-"""State of leaves that are cut into parts: to the state of whole leaves, and from any other cuts.
+"""State of leaves that are cut into parts: conversion to whole state, and from any other cuts.
 
 A source is a state dict with, for each leaf, the range of elements that its arrays are of. The
 arrays of a part are flat, in the memory order of the parameter; those of a leaf that is on one rank
-as a whole are as in the plain class.
+as a whole are as in the class itself.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _shape(
 
 
 def whole_source(state_dict: Mapping[str, Any], params: Mapping[str, Array]) -> Source:
-    """Return a state dict of the plain class as a source; what does not fit is left as it is."""
+    """Return a state dict of the class itself as a source; leave what does not fit."""
     state: dict[str, Any] = {}
     try:
         others, known = dict(state_dict), dict(state_dict["state"])
@@ -129,7 +129,7 @@ def _laid(value: Any, param: Array) -> Any:
     if isinstance(value, Stored) and FORMATS[value.format][2] > 1:
         raise ValueError(
             f"state dict: blocks of {FORMATS[value.format][2]} in another memory order than the "
-            "parameter's; load it into the plain class with convert=True, and take its state_dict"
+            "parameter's; load it into the class with convert=True, and take its state_dict"
         )
     arrays = []
     for part in value.parts() if isinstance(value, Stored) else [value]:
@@ -235,7 +235,7 @@ def file_of(path: Path, rank: int, size: int) -> Path:
 
 
 def read(path: Path, params: Mapping[str, Array]) -> list[Source]:
-    """Read a file of the plain class."""
+    """Read a file of the class itself."""
     return [_named(path, partial(_read_whole, path, params))]
 
 

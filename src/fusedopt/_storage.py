@@ -56,7 +56,7 @@ def refuse_change(where: str, old: Mapping[str, Any], new: Mapping[str, Any]) ->
 
 
 def refuse_master(bits: int | None, itemsizes: Iterable[int]) -> None:
-    """Raise ValueError if `master_bits` is given and no parameter has 16 bits."""
+    """Raise ValueError if `master_bits` is given and no parameter is 16 bits wide."""
     if bits is not None and all(size > 2 for size in itemsizes):
         raise ValueError(
             f"master_bits={bits}: no parameter is bfloat16 or float16, and only those have bits "
@@ -174,7 +174,7 @@ def allocate(
     `sizes` are, of parts of arrays, the numbers of elements of the whole ones.
 
     The states of a leaf are followed by its average, or None. All arrays lie in one block of
-    memory, leaf by leaf, but for those that belong on `disk`; only averages and residual bits are
+    memory, leaf by leaf, except those that belong on `disk`; only averages and residual bits are
     initialised, or, with `disk`, all.
     """
     specs: list[Spec] = []
@@ -243,7 +243,7 @@ def _fill(array: Array, source: Array | Stored) -> None:
 
 
 def _relieve_behind(view: Array, done: int, now: int) -> int:
-    """Write what is before element `now` of a flat array, if it is much; return how far that is."""
+    """Write a flat array to disk up to element `now`, if that is much; return where it ends."""
     if now - done < 64 * formats.PIECE:
         return done
     _core.relieve(view[done:now])
@@ -448,8 +448,8 @@ def _converted(
 def param_pair(where: str, ours: Array | Stored, theirs: Any) -> tuple[Array, Array]:
     """Return (array of a parameter, its new contents); raise if they do not fit.
 
-    Of a bfloat16 parameter that are the bits that it shows, of 8-bit codes the codes: what belongs
-    to them is state.
+    For a bfloat16 parameter these are the bits that it shows, for 8-bit codes the codes; residual
+    bits and blocks are state.
     """
     array = ours.data if isinstance(ours, Stored) else ours
     if not isinstance(theirs, np.ndarray):

@@ -26,7 +26,7 @@ class RangeTest:
     Attributes
     ----------
     rates : array
-        Rates that were reached, in rising order; of several groups, the largest of each step.
+        Rates that were reached, in rising order; with several groups, the largest of each step.
     losses : array
         The loss of each step's batch, before the step; the last may be infinite or NaN.
     smoothed : array
@@ -87,7 +87,7 @@ class RangeTest:
 
 
 class Sweep:
-    """The options of a range test, checked; and the test, for arrays and tensors."""
+    """The checked options of a range test; runs the test for arrays and tensors."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class Sweep:
         set_rate: Callable[[float], None],
         step: Callable[[], object],
     ) -> RangeTest:
-        """Return what the losses say; `undo` is done however it ends."""
+        """Run the sweep and return its result; `undo` is run however it ends."""
         losses: list[float] = []
         limit = math.inf
 
@@ -210,7 +210,7 @@ def _smooth(values: Array, weight: float) -> Array:
 
 
 def _decayed(rows: Array, weight: float) -> Array:
-    """Return the running sums of rows in which what is past counts `weight` times in each step."""
+    """Return running sums of rows that decay by the factor `weight` in each step."""
     sums, total = np.empty_like(rows), np.zeros(len(rows))
     for i in range(rows.shape[1]):
         total = sums[:, i] = weight * total + rows[:, i]
@@ -230,7 +230,7 @@ def _suggest(
     end = int(curve.argmin())
     begin = int(curve[: end + 1].argmax())
     fall = curve[begin] - curve[end]
-    scatter = float(np.median(np.abs(noise[: end + 1])))  # behind the lowest it is not noise
+    scatter = float(np.median(np.abs(noise[: end + 1])))  # after the lowest loss it is not noise
     if end == 0 or not fall > max(2 * scatter, 1e-6 * abs(curve[begin])):  # and its rounding
         way_out = (
             "begin with a lower rate" if diverged else "go to higher rates, or take more steps"

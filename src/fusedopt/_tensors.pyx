@@ -4,9 +4,9 @@
 
 Tensors are read anew in each step, through DLPack's C exchange API: no pointer outlives the call,
 because load_state_dict, FSDP and DeepSpeed exchange the buffers under a tensor. A leaf of plain
-tensors is resolved here, in C, and copies stand in for those that are not in its one dense memory
-order; any other leaf is handed, whole, to the optimizer's `_stand_in` (see `fusedopt.torch`), which
-explains the fault or returns plain tensors.
+tensors is resolved here, in C, with copies for those that are not in its one dense memory order;
+any other leaf goes as a whole to the optimizer's `_stand_in` (see `fusedopt.torch`), which explains
+the fault or returns plain tensors.
 """
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.stdlib cimport free
@@ -47,17 +47,17 @@ cdef enum:
     PLACES = COPY + 2
 
 cdef struct LeafRecord:
-    # what the binding knows of a leaf beside fo_leaf
+    # data of the binding for a leaf, beside fo_leaf
     ptrdiff_t group, i         # its place in the optimizer
     ptrdiff_t number           # of its parameter, in all groups
     bint noisy                 # whether a store rounds stochastically: then there is a key
     unsigned int coded         # bit of a place: 8-bit codes, by its name in the state
     unsigned int elsewhere     # bit of a place: a tensor that lies in another memory order
-    bint row_major             # whether it is stepped in that order in any case
+    bint row_major             # whether it is always stepped in that order
     bint is_matrix             # whether it has two or more axes; of a rule with factors
     fo_shape shape             # of mapped state
     int n_arrays               # arrays that steps write
-    void *counter              # the number in the tensor that counts, or NULL if torch shall count
+    void *counter              # the number in the tensor that counts, or NULL if torch counts
     int counter_format
     fo_rows by_rows            # of a sparse gradient: length > 0
     ptrdiff_t n_rows, n_values  # how many there are, and elements that are given for them
@@ -78,7 +78,7 @@ cdef double MAX_COUNT = 2.0**62  # steps, with margin to go on in 64 bits
 
 
 cdef class GroupPlan:
-    """What a step must know of a group; made anew when its options change.
+    """What a step must know of a group; replaced when its options change.
 
     Parameters
     ----------
@@ -137,7 +137,7 @@ cdef inline bint is_used(GroupPlan plan, const LeafRecord *record, int place) no
 
 
 cpdef bint is_same(dict seen, dict now) except -1:
-    """Whether a dict has the very values that it had when `seen` was copied of it.
+    """Whether a dict has the same objects as when `seen` was copied from it.
 
     "params" of a group is left out.
     """
@@ -180,8 +180,8 @@ cdef bint is_at(list groups, tuple place, param) except -1:
 cdef bint choose_order(const LeafRecord *record, const Axes *param, int64_t *strides) noexcept:
     """The memory order in which a leaf is stepped: its parameter's if that is dense.
 
-    8-bit codes are row-major, whatever the parameter is: a block is of neighbours by index, so that
-    a copy in another order, as torch.distributed.checkpoint makes, keeps its meaning.
+    8-bit codes are always row-major: a block holds neighbours by index, so that a copy in another
+    order, which torch.distributed.checkpoint makes, keeps its meaning.
     """
     cdef int k
     cdef int64_t size = 1
@@ -359,11 +359,11 @@ cdef class TensorList(LeafList):
         Parameters
         ----------
         owner : optimizer
-            Asked, where needed, to ``_is_elsewhere``, ``_check_elsewhere``, ``_step_elsewhere``,
-            ``_make_state``, ``_make_extras``, ``_stand_in``, ``_copy``, ``_count``,
-            ``_refuse_both``, ``_shared``, ``_origin``, ``_constants``, ``_name``, ``_reduction``,
-            ``_new_direction`` and ``_replace``: see `fusedopt.torch`. Of sparse gradients to
-            ``_rows``, ``_refuse_dense``, ``_refuse_strange`` and ``_refuse_all_rows``.
+            Called where needed are its ``_is_elsewhere``, ``_check_elsewhere``,
+            ``_step_elsewhere``, ``_make_state``, ``_make_extras``, ``_stand_in``, ``_copy``,
+            ``_count``, ``_refuse_both``, ``_shared``, ``_origin``, ``_constants``, ``_name``,
+            ``_reduction``, ``_new_direction`` and ``_replace``: see `fusedopt.torch`. For sparse
+            gradients ``_rows``, ``_refuse_dense``, ``_refuse_strange`` and ``_refuse_all_rows``.
         groups : list of (list, GroupPlan)
             The parameters of each group, and what a step must know of it; with `chosen`, the
             owner's ``param_groups``.
@@ -373,14 +373,14 @@ cdef class TensorList(LeafList):
             The optimizer's state; of a new leaf it is added when the step has succeeded.
         threads : int
         options : StepOptions, optional
-            What the step shall do around the rule.
+            What the step does around the rule.
         copies : dict of int -> tensor, optional
             By the number of a parameter, a tensor that gets a rounded copy of it; with `options`.
         chosen : list of tensor, optional
-            Some parameters, if only they shall be stepped; then the owner is asked to ``_renew``.
+            Some parameters, if only these are stepped; then the owner's ``_renew`` is called.
 
-        What was done is the owner's ``last_step`` then: noted here, with the version counters, as a
-        signal's exception may come as soon as this returns.
+        With `chosen` this also sets the owner's ``last_step``, together with the version counters,
+        because a signal's exception may come as soon as this returns.
         """
         cdef Verdict verdict = None
         cdef fo_status status
@@ -481,7 +481,8 @@ cdef class TensorList(LeafList):
                 self.copier.enable_grad(grad)
 
     cdef int forget(self) except -1:
-        """Empty the lists of one step; new ones alone would be a tenth of a step of one tensor."""
+        """Empty the lists of one step: making new ones would take a tenth of a step of one
+        tensor."""
         if self.capsules:
             self.capsules = []
         if self.written:
@@ -499,7 +500,8 @@ cdef class TensorList(LeafList):
         return 0
 
     cdef bint begins(self, bint of_all) except -1:
-        """Whether this is another step, and not a part of one that has begun; note who took it."""
+        """Whether this is a new step, not a part of one that has begun; record the parameters
+        stepped."""
         cdef ptrdiff_t i
         cdef bint new = of_all or not self.turn
         cdef set numbers = set()
@@ -603,7 +605,7 @@ cdef class TensorList(LeafList):
         return 0
 
     cdef int choose(self, list groups, chosen, bint counted, state, dict copies) except -1:
-        """Do so for some parameters, of which each is in some group."""
+        """Do so for some parameters, each of which is in a group."""
         cdef ptrdiff_t n, g, i
         cdef list places = []
         if type(chosen) is not list and type(chosen) is not tuple:
@@ -694,8 +696,8 @@ cdef class TensorList(LeafList):
     cdef object state_of(self, state, param):
         """The state of a parameter, or None.
 
-        Entries usually follow one another as the parameters do, and to find one by its key means
-        to run Tensor.__hash__ in Python: the next entry is tried first.
+        Entries usually follow one another as the parameters do. The next entry is tried first,
+        because finding one by its key runs Tensor.__hash__ in Python.
         """
         cdef Py_ssize_t at = self.at
         cdef PyObject *key
@@ -800,7 +802,7 @@ cdef class TensorList(LeafList):
         return self.owner._count(record.group, record.i, count)
 
     cdef bint leave(self, LeafRecord *record) except -1:
-        """Leave the last leaf to torch's own step, if that is for its device."""
+        """Leave the last leaf to torch's own step, if it is on another device."""
         if record.tensors[GRAD] == NULL or not self.owner._is_elsewhere(
                 <object>record.tensors[PARAM]):
             return False
@@ -835,7 +837,7 @@ cdef class TensorList(LeafList):
         return False
 
     cdef int take_rows(self, LeafRecord *record) except -1:
-        """Let a leaf be the rows of its gradient, if that is sparse."""
+        """Make a leaf of the rows of its gradient, if that is sparse."""
         cdef fo_rows *by = &record.by_rows
         grad = held(record, GRAD)
         if grad is None or not grad.is_sparse:
@@ -857,7 +859,8 @@ cdef class TensorList(LeafList):
         return 0
 
     cdef int place_rows(self) except -1:
-        """Let leaves be rows, of sparse gradients or all, once memory is known to be apart."""
+        """Make leaves of rows, those of sparse gradients or all, after the checks for shared
+        memory."""
         cdef ptrdiff_t i
         cdef int place
         cdef uintptr_t low, high
@@ -895,8 +898,8 @@ cdef class TensorList(LeafList):
                 memset(values.data, 0, self.records[i].n_values * FORMATS[<int>values.format].size)
 
     cdef int make_extras(self, LeafRecord *record) except -1:
-        """Make what the storage of a leaf needs beside its state and is not there."""
-        if record.tensors[GRAD] == NULL:  # which is not stepped, but copied
+        """Make what the storage of a leaf needs beside its state and does not exist yet."""
+        if record.tensors[GRAD] == NULL:  # of a leaf that is copied, not stepped
             return 0
         param = <object>record.tensors[PARAM]
         states = [
@@ -956,9 +959,9 @@ cdef class TensorList(LeafList):
     cdef int take(self, LeafRecord *record) except -1:
         """Point the last leaf at its tensors, if they are as C wants.
 
-        DLPack does not tell the sign of a tensor. Parameters, gradients and copies, which others
-        exchange, are asked for theirs each time; state where it is another tensor, or in another
-        place.
+        DLPack does not show the sign of a tensor. That of parameters, gradients and copies, which
+        users exchange, is checked in each step; that of state if it is another tensor or at another
+        address.
         """
         cdef int place, result
         cdef unsigned int strange = 0
@@ -972,13 +975,13 @@ cdef class TensorList(LeafList):
         for place in range(GRAD):
             if strange >> place & 1 and not self.is_positive(place, record.tensors[place]):
                 return NOT_PLAIN
-        return self.point(record, NULL)  # again, as to ask lets other threads in
+        return self.point(record, NULL)  # again: the check of signs may run other threads
 
     cdef int point(self, LeafRecord *record, unsigned int *strange) except -1:
-        """Do so, but for the signs; note which tensors must be asked, unless NULL.
+        """Do so without the signs; record the tensors whose sign must be checked, unless NULL.
 
-        All are resolved in one go, in which no Python code runs: the parameter's shape is still
-        the one that the others are compared with.
+        All are resolved in one pass without Python code, so that the parameter's shape cannot
+        change before the others are compared with it.
         """
         cdef fo_leaf *leaf = &self.leaves[self.n - 1]
         cdef DLTensor t
@@ -1155,7 +1158,7 @@ cdef class TensorList(LeafList):
         return known
 
     cdef inline bint is_known(self, int place, PyObject *tensor, void *address) noexcept:
-        """Whether a tensor of the last leaf has been asked for its sign, in the same place."""
+        """Whether the sign of a tensor of the last leaf has been checked, at the same address."""
         cdef Asked *asked = &self.asked[self.number]
         if asked.tensors[place] == tensor and asked.addresses[place] == address:
             return True
@@ -1164,7 +1167,7 @@ cdef class TensorList(LeafList):
         return False
 
     cdef bint is_positive(self, int place, PyObject *tensor) except -1:
-        """Ask a tensor that is not known; from now on it is."""
+        """Check the sign of a tensor that is not known; from now on it is known."""
         cdef Asked *asked = &self.asked[self.number]
         if self.has_sign(tensor):
             return False
@@ -1223,7 +1226,8 @@ cdef class TensorList(LeafList):
     # -------------------------------------------------------------- memory
 
     cdef int check_memory(self, bint copies) except -1:
-        """Let no two arrays that the step writes, and no gradient and one of them, share a byte."""
+        """Refuse two arrays that the step writes, or a gradient and one of them, that share a
+        byte."""
         cdef ptrdiff_t i
         cdef Span own
         if not self.refresh():
@@ -1241,8 +1245,9 @@ cdef class TensorList(LeafList):
     cdef int refuse_shared(self) except -1:
         """The same for tensors that were stepped on copies, which are written back.
 
-        They may have gaps, in which others lie: where their ranges of memory have a byte in common,
-        `_torch_plain.shared` looks at each element, once for the same tensors in the same place.
+        They may have gaps, which hold other tensors: where their ranges of memory have a byte in
+        common, `_torch_plain.shared` looks at each element, once for the same tensors in the same
+        place.
         """
         cdef DLTensor t
         cdef Axes axes

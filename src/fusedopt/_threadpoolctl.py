@@ -1,4 +1,4 @@
-"""Shows the number of threads to threadpoolctl, and obeys its limits.
+"""Reports the number of threads to threadpoolctl, and applies its limits.
 
 threadpoolctl is not imported for that: importing it takes milliseconds and writes to the
 environment. The controller is registered when other code imports it, before or after fusedopt.
@@ -46,7 +46,7 @@ def _register(threadpoolctl: ModuleType) -> None:
 
 
 class _OnImport:
-    """Finds threadpoolctl once, like other finders, and registers the controller after it ran."""
+    """Finds threadpoolctl once, as import finders do, and registers the controller then."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != _NAME:

@@ -1,4 +1,4 @@
-"""How many threads a step may use, and why that many.
+"""How many threads a step may use, and the reason.
 
 The default is the smallest limit on this process: the CPUs of its affinity mask, the CPU quota of
 its control groups (a container's ``--cpus``), rounded up, and ``OMP_NUM_THREADS``. Ranks that
@@ -90,7 +90,7 @@ def default_threads(
         limits.append((max(1, count // int(environ[shared])), f"{why}, divided by {shared}"))
     openmp = environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # may list one per level
     # Where it is not set, torchrun sets it to 1 for more than one rank, and accelerate for any
-    # number: nothing tells that from a user's own 1. Any other number is a user's.
+    # number. That cannot be told from a user's own 1; any other number is a user's.
     ignored = openmp == "1" and (
         shared == "LOCAL_WORLD_SIZE" or "ACCELERATE_MIXED_PRECISION" in environ
     )

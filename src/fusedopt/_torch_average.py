@@ -1,7 +1,7 @@
-"""The modes of a torch optimizer that takes its steps by an average: see `rule.Average`.
+"""Train and eval mode of a torch optimizer that takes its steps by an average: see `rule.Average`.
 
-In train mode the parameters hold y, in eval mode the average x. Where one becomes the other, all
-tensors change in one call, and the mode with them.
+In train mode the parameters hold y, in eval mode the average x. A change of mode changes all
+tensors, and the mode itself, in one call.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fusedopt.rule import MODE, Rule
 
 
 class Averaging:
-    """What such an optimizer adds to the step and the state; to stand before `Fused`."""
+    """What such an optimizer adds to the step and the state; a base class before `Fused`."""
 
     _rule: ClassVar[Rule]
     _name: Callable[[int, int], str]
@@ -30,7 +30,7 @@ class Averaging:
     state: Any
 
     def train(self) -> None:
-        """Put what steps need in the place of the parameters, unless it is there.
+        """Put y, which steps need, in the place of the parameters, unless it is there.
 
         Raises
         ------
@@ -43,7 +43,7 @@ class Averaging:
         copier.call(False, self._switch, True)
 
     def eval(self) -> None:
-        """Put the average, which is what to evaluate, in the place of the parameters.
+        """Put the average x, which is to be evaluated, in the place of the parameters.
 
         Raises
         ------
@@ -134,7 +134,7 @@ class Averaging:
         return super().step(closure, **options)  # type: ignore[misc]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with options of their own, in the mode of the others: at first eval."""
+        """Add parameters with options of their own, in the others' mode; the first in eval mode."""
         known = self.param_groups
         param_group.setdefault(MODE.name, bool(known) and self._is_training(0))
         super().add_param_group(param_group)  # type: ignore[misc]
@@ -142,7 +142,7 @@ class Averaging:
     def state_dict(self) -> dict[str, Any]:
         """Return state and options, as in torch; warns once if the parameters are not to be saved.
 
-        That is in train mode, behind the first step.
+        That is the case in train mode, after the first step.
         """
         training = any(group.get(MODE.name) for group in self.param_groups)
         if training and self.state and not self._has_warned:

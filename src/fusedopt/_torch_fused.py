@@ -52,10 +52,10 @@ class _Group:
 
 
 class Fused(StateKeeper):
-    """The step, to stand before a class of `torch.optim` among the bases.
+    """The step: a base class before a class of `torch.optim`.
 
-    `_tensors.TensorList` walks over groups, parameters and state in C, and asks the methods below
-    for what is not there yet, or not plain.
+    `_tensors.TensorList` walks over groups, parameters and state in C, and calls the methods below
+    for what does not exist yet, or is not plain.
     """
 
     _rule: ClassVar[Rule]
@@ -135,7 +135,7 @@ class Fused(StateKeeper):
         self._replace_state()
 
     def _replace_state(self) -> None:
-        """Make state that a constructor of torch's has made in formats of ours."""
+        """Convert state that torch's constructor has made to our formats."""
         if self.state:
             self._groups = {}
             for i, group in enumerate(self.param_groups):
@@ -198,8 +198,8 @@ class Fused(StateKeeper):
             If another thread is inside `step` of the same optimizer, or within `swap_ema`; nothing
             has been written. Where ranks take part in a norm, in statistics or in what to skip: if
             another rank cannot step, which has raised one of the above; alike. From
-            torch.distributed, where another rank is gone: nothing has been written, unless it is
-            `stats` alone that is summed, which it is behind the step.
+            torch.distributed, where another rank is gone: nothing has been written, unless only
+            `stats` are summed, which is done after the step.
         """
         _copies.refuse_within_swap(self)
         loss = None
@@ -230,15 +230,15 @@ class Fused(StateKeeper):
         >>> opt.last_step.step
         1
 
-        Each parameter counts its own steps; ``last_step.step`` goes on where one comes again. The
-        hooks of `step` are not called.
+        Each parameter counts its own steps; ``last_step.step`` increases when a parameter is
+        stepped again. The hooks of `step` are not called.
 
         Parameters
         ----------
         params : list of tensor
             Parameters of this optimizer; those without a gradient are left as they are.
         copy_out, **options
-            As for `step`, but for what is decided by all gradients: `max_grad_norm` without
+            As for `step`, except options that depend on all gradients: `max_grad_norm` without
             `per_tensor`, and `nonfinite` "skip".
 
         Raises
@@ -265,7 +265,7 @@ class Fused(StateKeeper):
         self._opt_called = True  # for torch's schedulers, which note a call of `step`
 
     def _renew(self) -> list[tuple[list[Any], _tensors.GroupPlan]]:
-        """Take over the options of all groups; return what `_plan` does of each."""
+        """Take over the options of all groups; return the result of `_plan` for each."""
         assert self._leaves is not None
         groups = [self._plan(i, group) for i, group in enumerate(self.param_groups)]
         if self._has_new_options:
@@ -285,7 +285,7 @@ class Fused(StateKeeper):
         self._take_over(advanced, self._rule.settle is None)
 
     def _settle(self, first: float, second: float) -> bool:
-        """Make the constants of a step by the sums of a rule; False if it is to change nothing."""
+        """Compute the constants of a step from the sums of a rule; False if it changes nothing."""
         assert self._rule.settle is not None
         settled = self._rule.settle(list(self._advanced), first, second)
         if settled is not None:
@@ -303,7 +303,7 @@ class Fused(StateKeeper):
                 self._leaves.writes += self._rule.writes(options, group, known.options, known.seen)
 
     def _step_options(self, given: Mapping[str, Any], copy_out: Any) -> StepOptions | None:
-        """Return what this step shall do around the rule; None if nothing."""
+        """Return what this step does around the rule; None if nothing."""
         if (
             given
             or getattr(self, "found_inf", None) is not None  # GradScaler sets these two
@@ -332,7 +332,7 @@ class Fused(StateKeeper):
         return how if found_inf is None else replace(how, skip=bool(found_inf.item()))
 
     def _copies(self, given: Any) -> dict[int, Any]:
-        """Return by the number of a parameter the tensor that gets its copy."""
+        """Return the tensor that gets the copy of each parameter, by the parameter's number."""
         params = self._all_params()
         if isinstance(given, Mapping):
             numbers = {param: number for number, param in enumerate(params)}
@@ -407,7 +407,7 @@ class Fused(StateKeeper):
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy or a pickle keeps: torch's, what is of no group, and the last step."""
+        """Return what copies and pickles keep: torch's data, that of no group, the last step."""
         if self._process_group is not None:
             raise TypeError(
                 f"{type(self).__name__} with a process_group cannot be copied or pickled; make one "
@@ -423,13 +423,13 @@ class Fused(StateKeeper):
     def _constants(self, group: int, step: int, count: int) -> dict[str, float]:
         """Return the constants of a step by name.
 
-        `count` is the number of the step, 0 if nobody counts; `step` is what the rule makes of it:
-        SGD has a first step with each new buffer, as in torch.
+        `count` is the number of the step, 0 if it is not counted; `step` is the number for the
+        rule: SGD has a first step with each new buffer, as in torch.
         """
         return self._groups[group].constants(step, count)
 
     def _rule_of(self, options: Mapping[str, Any]) -> Rule:
-        """Return the rule of a group: of torch's Adam an option says whether it is AdamW's."""
+        """Return the rule of a group: an option of torch's Adam may turn it into AdamW."""
         decoupled = options.get("decoupled_weight_decay")
         if decoupled is None or self._rule.name != _adam.ADAM.name:
             return self._rule
@@ -444,7 +444,7 @@ class Fused(StateKeeper):
         return params if type(params) is list else list(params), self._groups[i].plan
 
     def _checked(self, where: str, group: Mapping[str, Any]) -> _Group:
-        """Return a group with its options checked, as anybody may write into it."""
+        """Return a group with its options checked, because users write into it."""
         rule = [
             option
             for option in self._rule.options
@@ -500,7 +500,7 @@ class Fused(StateKeeper):
         extras: list[Any],
         zeroes: bool,
     ) -> tuple[list[Any], list[Any], list[tuple[Any, Any, str]]]:
-        """Return what C can work on for [parameter, gradient, copy, *state]: see `stand_ins`."""
+        """Return tensors for C in place of [parameter, gradient, copy, *state]: see `stand_ins`."""
         name = self._name(group, i)
         for k, state in enumerate(names, 3):
             if state.endswith(_plain.CODES):
@@ -653,7 +653,7 @@ def _refuse_of_no_group(where: str, group: Mapping[str, Any]) -> None:
 
 
 def _refuse_of_all(how: StepOptions) -> None:
-    """Raise ValueError for what cannot be decided by some of the gradients."""
+    """Raise ValueError for options that depend on all gradients."""
     if how.max_grad_norm is not None and not how.per_tensor:
         raise ValueError(
             "step_params: max_grad_norm is about the norm of all gradients; give per_tensor=True, "
@@ -674,7 +674,7 @@ def _is_constant(item: tuple[str, Any]) -> bool:
 
 
 def _number(where: str, value: Any) -> float:
-    """Return an option of torch's as a number; which numbers are right, torch says."""
+    """Return one of torch's options as a number, in a range that torch checks."""
     if type(value) is float:
         return value
     result = value
@@ -692,7 +692,7 @@ def _numbers(where: str, value: Any, count: int) -> tuple[float, ...]:
 
 @cache
 def _taken(cls: type[Fused]) -> tuple[str, ...]:
-    """Return the names of all arguments of a class; some optimizers are made for each tensor."""
+    """Return the names of all arguments of a class; cached, as many optimizers may be made."""
     return tuple(inspect.signature(cls).parameters)
 
 
@@ -713,7 +713,7 @@ def _new_list(rule: Rule, disk: Disk | None) -> _tensors.TensorList:
 
 
 def plain_base(rule: Rule) -> type[Any]:
-    """Return an optimizer of torch with the options of a rule that torch does not have."""
+    """Return a class of torch optimizers with the options of a rule that torch does not have."""
     signature = _signature(rule)
 
     class Base(torch.optim.Optimizer):

@@ -1,6 +1,6 @@
-"""What `fusedopt.torch` takes a tensor for: plain or not, its format; how state is converted.
+"""Kinds and formats of tensors for `fusedopt.torch`, and conversion of state.
 
-And what stands in for a leaf whose tensors are not plain.
+Also the stand-ins for a leaf whose tensors are not plain.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def stored(
     Raises
     ------
     TypeError, ValueError
-        If its shape does not fit, or if codes are none or lack their blocks, or are not alone.
+        If its shape does not fit, if codes are of another dtype or lack their blocks, or if it is
+        given twice.
     """
     coded = saved.get(name) is None
     if not coded and saved.get(name + CODES) is not None:
@@ -72,7 +73,7 @@ def stored(
 
 
 def as_stored(tensor: Any, blocks: Any, is_square: bool) -> Any:
-    """Return an array on the memory of a tensor of ours; `Stored` where its format is narrow."""
+    """Return an array on the memory of a state tensor; `Stored` if its format is narrow."""
     tensor = local("state", tensor, (*DTYPES, torch.uint8))
     if tensor.dtype == torch.uint8:
         blocks = local("blocks", blocks, (torch.uint8,)).reshape(-1).numpy()
@@ -89,7 +90,7 @@ def part(
 ) -> dict[str, Any]:
     """Return a saved state array that may have another shape than its parameter.
 
-    The library that made the rule known may keep it flat, or a number that stands for all.
+    The library that made the rule known may keep it flat, or as one number for all elements.
 
     Raises
     ------
@@ -123,8 +124,8 @@ def saved_tensor(where: str, value: Any, param: Any, known: tuple[Any, ...]) -> 
 
 
 def both(name: str) -> str:
-    """Return the fault of state that is there twice."""
-    return f"its state has {name} and {name}{CODES}, of which one can be true; delete the other"
+    """Return the message for state that is given twice."""
+    return f"its state has {name} and {name}{CODES}, of which one can be right; delete the other"
 
 
 def same_shape(where: str, tensor: Any, param: Any) -> None:
@@ -138,7 +139,7 @@ def same_shape(where: str, tensor: Any, param: Any) -> None:
 
 
 def numbers(codes: Any, blocks: Any, is_square: bool) -> Any:
-    """Return what 8-bit state stands for, in float32; of a shard, that shard of it."""
+    """Return the numbers of 8-bit state in float32; of a shard, those of the shard."""
     return _decoded(_row_major(codes), blocks, is_square)
 
 
@@ -161,9 +162,9 @@ def count_blocks(param: Any) -> int:
 def new_codes(param: Any) -> tuple[Any, Any]:
     """Return 8-bit state of a parameter, all zero: codes, in row-major order, and their blocks.
 
-    Blocks have the shape of the parameter, but for the axes within a block: so they lie on ranks as
-    a DTensor does, if its shards are whole blocks. Those of another shard are a plain tensor, which
-    belongs to that shard alone.
+    Blocks have the shape of the parameter, except along the axes within a block, so that they are
+    spread over ranks as the DTensor is, if its shards are whole blocks. Those of another shard are
+    a plain tensor, which belongs to that shard alone.
     """
     like = torch.contiguous_format
     codes = torch.zeros_like(param, dtype=torch.uint8, memory_format=like, requires_grad=False)
@@ -219,7 +220,7 @@ def _shard(like: Any, tensor: Any, shape: tuple[int, ...]) -> Any:
 
 
 def is_plain(kind: Any) -> bool:
-    """Whether tensors of a type have memory of their own, and say all about it in C."""
+    """Whether tensors of a type have memory of their own that C can describe in full."""
     return (
         issubclass(kind, torch.Tensor)
         and kind.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
@@ -294,7 +295,7 @@ def stand_ins(
 ) -> tuple[list[Any], list[Any], list[tuple[Any, Any, str]]]:
     """Return for [parameter, gradient, copy, *state] plain tensors of one shape, in any order.
 
-    Those that are so already, or hold such a one, stand for themselves; of the others a copy does.
+    Those that are plain already, or hold such a tensor, are used as they are; others are copied.
     Gradient and copy may be None. Also returns, alike, what belongs to their codes (`extras`; of
     the parameter, residual bits of dtype `residual`), and what to write back, as (tensor, its copy,
     name); the gradient too if the step sets it to zero (`zeroes`). `shapes` has, by name, that of
@@ -405,7 +406,7 @@ def placed(where: list[str], tensors: list[Any]) -> list[Any]:
 
 
 def shared(members: list[tuple[Any, ...]], n_written: int) -> tuple[int, int] | None:
-    """Return two arrays that share a byte, the first of them written, or None.
+    """Return two arrays that share a byte, the first of which is written, or None.
 
     Each is given by its address, shape, strides in bytes and bytes of an element; those that are
     only read come last.
@@ -429,7 +430,7 @@ def shared(members: list[tuple[Any, ...]], n_written: int) -> tuple[int, int] | 
 def _shared(
     members: list[tuple[Any, ...]], n_written: int, cluster: list[int], end: int
 ) -> tuple[int, int] | None:
-    """Do so for some that lie close together, below an address, by a mark for each byte."""
+    """Do so for arrays that lie close together, below an address, by a mark for each byte."""
     if len(cluster) < 2:
         return None
     base = min(members[i][0] for i in cluster)
@@ -464,7 +465,7 @@ def gathered(params: Collection[Any]) -> list[Any]:
         if not any(hasattr(type(param), "to_local") for param in params):
             return []
         raise RuntimeError(
-            "this version of torch does not tell what FSDP2 has gathered; copy ema_params() into "
+            "this version of torch does not show what FSDP2 has gathered; copy ema_params() into "
             "the parameters yourself, and reshard() the modules"
         )
     found = []

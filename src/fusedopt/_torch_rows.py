@@ -34,7 +34,7 @@ def in_order(name: str, param: Any, grad: Any, zeroes: bool) -> Ordered:
     sizes = param.shape[: given.sparse_dim()]
     rows = np.zeros(indices.shape[1], np.int64)
     for axis, size in enumerate(sizes):
-        own = indices[axis].numpy().astype(np.int64)  # a copy, which nobody changes once checked
+        own = indices[axis].numpy().astype(np.int64)  # a copy, which cannot change after the check
         bad, _ = _core.look_at_rows(own, size)
         if bad >= 0:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""What `fusedopt.torch` keeps for a parameter: its state, made, loaded and shown in its place."""
+"""What `fusedopt.torch` keeps for a parameter: making, loading and showing its state."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ copier = _copies.Copier()
 
 
 class StateKeeper:
-    """The state of an optimizer of torch's, in formats of ours; to stand among its bases."""
+    """The state of one of torch's optimizers in our formats; a base class."""
 
     _rule: ClassVar[Rule]
     _extras: ClassVar[Mapping[str, Option]]  # of the rule, which a class of torch's does not have
@@ -48,7 +48,7 @@ class StateKeeper:
         return f"param_groups[{group}]['params'][{i}]" + (f" ({names[i]})" if names else "")
 
     def _is_elsewhere(self, param: Any) -> bool:
-        """Whether torch's own step is for a parameter: on another device, of a rule that it has."""
+        """Whether torch's step is taken for a parameter: on another device, of a rule of torch."""
         return self._is_torchs and param.device.type not in ("cpu", "meta")
 
     def _is_counted(self) -> bool:
@@ -85,7 +85,7 @@ class StateKeeper:
     def _missing(
         self, name: str, own: Mapping[str, Any], states: Sequence[str], begun: bool
     ) -> list[str]:
-        """Return which state arrays are to be made; refuse state that is there in part."""
+        """Return which state arrays are to be made; refuse incomplete state."""
         missing = [state for state in states if not _has(own, state)]
         absent = [state for state in missing if state != "ema"]  # which may begin at any time
         counts = self._rule.counts
@@ -197,7 +197,7 @@ class StateKeeper:
         has_residual: bool,
         has_count: bool,
     ) -> dict[str, Any]:
-        """Return what 16-bit parameters, and state rounded by chance, need and do not have.
+        """Return what 16-bit parameters, and stochastically rounded state, need and do not have.
 
         That is the bits that a bfloat16 parameter does not show, and the number of the step, which
         keys the noise.
@@ -273,11 +273,10 @@ class StateKeeper:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over state and options, as in torch, into this optimizer's own storage.
 
-        How state is stored remains as this optimizer was made, whatever `state_dict` has: what
-        comes in another dtype (torch's own bfloat16 state of a bfloat16 parameter, say) is
-        converted, from and to 8-bit codes too, and torch's rule to cast state to the parameter's
-        dtype is not followed. So do options that torch does not have and that the saved groups
-        lack.
+        State is stored as this optimizer was made, whatever `state_dict` has: state in another
+        dtype (such as torch's own bfloat16 state of a bfloat16 parameter) is converted, from and to
+        8-bit codes too, and not cast to the parameter's dtype as torch does. Options that torch
+        does not have, and that the saved groups lack, stay as they are.
 
         Raises
         ------
@@ -436,18 +435,18 @@ class StateKeeper:
     def swap_ema(self) -> _copies.Swap:
         """Put the averages in the place of the parameters for a ``with`` block.
 
-        The parameters, which are back when it ends, however it ends, are kept in a copy meanwhile.
-        What is written to them within is lost. Weights that FSDP2 gathered, and casts that
-        autocast keeps, are dropped when it begins and ends.
+        A copy of the parameters is kept meanwhile; they are restored when the block ends, however
+        it ends. Values written to them in the block are lost. Weights that FSDP2 gathered, and
+        casts that autocast keeps, are dropped when it begins and ends.
 
         Raises
         ------
         ValueError
             If no group has `ema`, or no step was taken.
         RuntimeError
-            Within: by `step`, `load_state_dict`, `add_param_group` and another `swap_ema`, which
-            need the parameters. At the end: naming a parameter whose shape was changed; the others
-            are back.
+            In the block, from `step`, `load_state_dict`, `add_param_group` and another `swap_ema`,
+            which need the parameters. At its end, naming a parameter whose shape was changed; the
+            others are restored.
         """
         return _copies.Swap(copier, self)
 
@@ -472,7 +471,7 @@ class StateKeeper:
         return params, averages, [param.detach().clone() for param in params], names
 
     def _forget_weights(self) -> None:
-        """Drop copies of the parameters that engines have made to compute with."""
+        """Drop copies of the parameters that engines have made for computations."""
         torch.clear_autocast_cache()
         for module in _plain.gathered(self.state):
             module.reshard()

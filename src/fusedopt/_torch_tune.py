@@ -55,12 +55,12 @@ def range_test(
     model : torch.nn.Module, optional
         With a closure: that whose buffers, as those of a batch norm, it changes.
     loss, loader : callable(output, target), iterable of (input, target)
-        In the place of a closure, with `model`: the loss is ``loss(model(input), target)``. The
+        Instead of a closure, with `model`: the loss is ``loss(model(input), target)``. The
         loader is started again where it ends.
     start, stop, steps, kind, smoothing, divergence, rule
         As for `fusedopt.tune.range_test`.
     rng : generator or sequence of them, optional
-        What else is drawn from, beside torch's default generator and the loader's own.
+        Other generators that are drawn from, beside torch's default one and the loader's own.
 
     Returns
     -------
@@ -109,7 +109,7 @@ def range_test(
 
 
 def _batches(loader: Any) -> Iterator[Any]:
-    """Yield batches for ever."""
+    """Yield batches without end."""
     if isinstance(loader, Iterator):
         raise TypeError(
             "loader: is an iterator, which can be read once; give what it was made from"

@@ -90,7 +90,7 @@ Reader = Callable[[str, Any, list[Any]], None]
 def reader(tree: Any) -> Reader:
     """Return a function (name, other, out) that appends to `out` the leaves of `other`.
 
-    `other` must be nested like `tree`; None in the place of a part stands for all its leaves. Built
+    `other` must be nested like `tree`; None instead of a part stands for all its leaves. Built
     once, because every step reads its gradients with it.
     """
     if isinstance(tree, dict):

@@ -1,8 +1,8 @@
 """What looks wrong in the statistics of a run: a sentence for each cause.
 
-A run is judged by what its leaves do together: gradients and updates that all fall, with the loss
-or with the schedule, are success. A leaf is a trouble where it differs from the rest, the rest
-where the loss shows it. A cause that explains others ends the list, and a leaf is in one sentence.
+A run is judged by all of its leaves: gradients and updates that all fall, with the loss or with the
+schedule, are success. A leaf is reported where it differs from the others, and all of them where
+the loss shows a problem. A cause that explains others ends the list, and a leaf is in one sentence.
 bench/monitor.py measures how often that is right.
 """
 
@@ -219,7 +219,7 @@ def _scale(run: _Run) -> Verdict:
         for layer in layers.values()
         if matrix in layer and bias in layer
     ]
-    usual = max((bias.begin for _, bias in pairs), default=0)  # before a BatchNorm it is all but 0
+    usual = max((bias.begin for _, bias in pairs), default=0)  # before a BatchNorm it is nearly 0
     for matrix, bias in pairs:
         large, small = (matrix.begin / x if x else 1 for x in (usual, bias.begin))
         if large > INPUTS[1] or (0 < small < INPUTS[0] and not run.learned):
@@ -319,7 +319,7 @@ def _slow(run: _Run) -> Verdict:
     return NOTHING
 
 
-# in the order of importance; whether it explains what else is to be seen
+# in the order of importance; whether it explains the others
 RULES: dict[Callable[[_Run], Verdict], bool] = {
     _broken: True, _skipped: False, _diverged: True, _scale: True, _dead: False, _exploding: False,
     _fast: False, _vanishing: False, _dying: False, _slow: False,

@@ -21,9 +21,9 @@ that the mean is kept: rounded to nearest, a value that moves by less than half 
 update would stop changing. The relative error of one rounding is below 1/8 (8-bit, within the
 window of 13 or 29 powers of two below the block's largest element), 1/128 (bfloat16) or 2**-15
 (with 8 residual bits), with mean 0. Below the window ``int8`` is 0; ``uint8``, which holds second
-moments, is the window's smallest number, so that no update divides by a moment that was lost;
-below 2**-129 it may be 0. An infinite or NaN element of an 8-bit block is stored as NaN, and does
-not affect the other elements.
+moments, becomes the window's smallest number, so that no update divides by a moment of 0; below
+2**-129 it may be 0. An infinite or NaN element of an 8-bit block is stored as NaN, and does not
+affect the other elements.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ ValueError
 
 
 class _Fused:
-    """The update, to stand before a class of Keras among the bases."""
+    """The update: a base class before a class of Keras."""
 
     _rule: ClassVar[Rule]
     _slots: ClassVar[tuple[str, ...]]  # attributes with the variables of each of the rule's states

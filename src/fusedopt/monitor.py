@@ -1,4 +1,4 @@
-r"""Training as an optimizer sees it: statistics over steps, common problems in words, a picture.
+r"""The run of a training: statistics over steps, common problems in words, a picture.
 
 >>> import numpy as np, fusedopt
 >>> w = {"W": np.ones((3, 3), np.float32), "b": np.ones(3, np.float32)}
@@ -36,7 +36,7 @@ LOGGED = ("grad_norm", "update_ratio", "zero_fraction")
 
 @dataclass(slots=True)
 class _Row:
-    """What is kept of a measured step; `index` is its place among all of them."""
+    """A record of a measured step; `index` is its number among all of them."""
 
     index: int
     step: int
@@ -248,7 +248,7 @@ class History:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> History:
-        """Return the history that `save` wrote; it goes on where that one ended.
+        """Return the history that `save` wrote; new records continue it.
 
         Raises
         ------

@@ -2,10 +2,10 @@
 
 Each rank has all parameters and its own gradients. A step adds the gradients over ranks, so that
 each rank gets the sum for its part; steps that part; and copies the parts to all ranks. An
-optimizer of the plain class, `Sharded._inner`, steps the parts: its leaves are views of them.
+optimizer of the class itself, `Sharded._inner`, steps the parts: its leaves are views of them.
 
-No rank may raise alone behind the point where others wait for it. What can fail comes first, then
-the ranks agree that it has not, then data travels. Signals are held back meanwhile.
+No rank may raise alone after the point where others wait for it. What can fail comes first, then
+the ranks agree that nothing has failed, then data travels. Signals are deferred meanwhile.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fusedopt import (
     _tree,
 )  # fmt: skip
 from fusedopt._check import Array
-from fusedopt._comms import MPI, Held, TorchDistributed, agree, comm_of
+from fusedopt._comms import MPI, DeferredSignals, TorchDistributed, agree, comm_of
 from fusedopt._options import Reduction, StepResult
 from fusedopt._parts import Comm
 from fusedopt._rows import Rows
@@ -53,29 +53,29 @@ class Sharded:
 
     All ranks make it of equal parameters and options, and call its methods together, in the same
     order. Each has ``1 / ranks`` of the state. The parameters after a step are those of an
-    optimizer of the plain class that steps with the mean of the gradients: to the bit on 1 and on 2
-    ranks, and within the rounding of the sum on more; what depends on a norm over a leaf that is
+    optimizer of the class itself that steps with the mean of the gradients: to the bit on 1 and on
+    2 ranks, and within the rounding of the sum on more; what depends on a norm over a leaf that is
     cut (a clip, a trust ratio) is within the rounding of that. Sums are taken in the order of the
     ranks, so that all runs on as many ranks give the same bits.
 
     A call that raises on one rank before data travels (a gradient of the wrong shape, no memory, a
     signal's exception) raises on all of them, on the others a RuntimeError with its message, and
-    has changed nothing. Behind that, exceptions of signals wait until the call has ended. An error
+    has changed nothing. After that, exceptions of signals wait until the call has ended. An error
     of a disk that has state raises on all ranks too: if parts were stepped, none takes another step
     until a checkpoint of parameters and state is loaded.
 
     Parameters
     ----------
     cls : class
-        One of the package's optimizers, as `fusedopt.AdamW`. With a rule that needs whole matrices
-        each leaf is on one rank.
+        One of the package's optimizers, such as `fusedopt.AdamW`. With a rule that needs whole
+        matrices each leaf is on one rank.
     params : array, nesting of arrays, or list of groups
         As for the class, equal on all ranks; no `Stored`.
     comm : mpi4py.MPI.Intracomm, ProcessGroup, or `Comm`
         The ranks.
     wire_dtype : None or "bfloat16", default None
-        In which dtype gradients travel: that which they have; or rounded to bfloat16, those of this
-        rank too, before they are added in float32.
+        In which dtype gradients travel: None for their own; or rounded to bfloat16, also those of
+        this rank, before they are added in float32.
     **options
         As for the class.
 
@@ -103,9 +103,9 @@ class Sharded:
     ) -> None:
         """Cut the parameters, and make the optimizer of this rank's parts."""
         self._comm = comm_of(comm)
-        with self._holding() as held:
+        with self._deferring() as signals:
             self._together(
-                lambda: self._make(cls, params, wire_dtype, options), self._described, held
+                lambda: self._make(cls, params, wire_dtype, options), self._described, signals
             )
 
     def _make(self, cls: Any, params: Any, wire_dtype: Any, options: Options) -> None:
@@ -175,7 +175,7 @@ class Sharded:
         self,
         prepare: Callable[[], T],
         said: Callable[[], Mapping[str, str]] | None = None,
-        held: Held | None = None,
+        signals: DeferredSignals | None = None,
     ) -> T:
         """Return what `prepare` returns; raise on all ranks if it raises on one."""
         fault: BaseException | None = None
@@ -184,21 +184,21 @@ class Sharded:
         try:
             value = prepare()
             about = None if said is None else said()
-            if held is not None:
-                held.check()
+            if signals is not None:
+                signals.check()
         except BaseException as exc:
             fault = exc
         agree(self._comm, fault, about)
         return value  # type: ignore[no-any-return]
 
-    def _holding(self) -> Held:
-        return Held(self._comm.size > 1)
+    def _deferring(self) -> DeferredSignals:
+        return DeferredSignals(self._comm.size > 1)
 
     # -------------------------------------------------------------- what there is
 
     @property
     def param_groups(self) -> list[Options]:
-        """The groups, as those of the plain class; changes must be made on all ranks."""
+        """The groups, as those of the class itself; changes must be made on all ranks."""
         return self._inner.param_groups
 
     @property
@@ -236,7 +236,7 @@ class Sharded:
         Parameters
         ----------
         grads, copy_out, **options
-            As for `Optimizer.step`, but for `reduce`. The same leaves must have a gradient, of the
+            As for `Optimizer.step`, except `reduce`. The same leaves must have a gradient, of the
             same dtype, on all ranks, and the options must be equal.
 
         Returns
@@ -251,10 +251,12 @@ class Sharded:
         RuntimeError
             With the message of another rank that cannot take the step.
         """
-        with self._whole, self._holding() as held:
-            return self._step(grads, copy_out, options, held)
+        with self._whole, self._deferring() as signals:
+            return self._step(grads, copy_out, options, signals)
 
-    def _step(self, grads: Any, copy_out: Any, given: Options, held: Held) -> StepResult:
+    def _step(
+        self, grads: Any, copy_out: Any, given: Options, signals: DeferredSignals
+    ) -> StepResult:
         inner, mover, size = self._inner, self._mover, self._comm.size
         sources: list[Array | None] = []
         sums: list[Array | None] = []
@@ -262,8 +264,8 @@ class Sharded:
 
         def begin() -> None:
             nonlocal has_begun, is_alone
-            held.check()
-            has_begun, is_alone = True, False
+            signals.check()
+            has_begun, is_alone = True, False  # from here on all ranks raise, or none
             agree(self._comm, None, self._said(sources, how, copies))
             flats = [None if total is None else flat(total) for total in sums]
             mover.add(sources, flats, self._wire)
@@ -398,17 +400,17 @@ class Sharded:
 
     def ema_params(self) -> dict[str, Array]:
         """Return the averages of the parameters by leaf name, as copies; see `Optimizer`."""
-        with self._whole, self._holding() as held:
-            parts = self._together(self._inner.ema_params, held=held)
+        with self._whole, self._deferring() as signals:
+            parts = self._together(self._inner.ema_params, signals=signals)
             by_leaf = [parts.get(name) for name in self._whole.names]
-            return self._named(self._gathered(by_leaf, held))
+            return self._named(self._gathered(by_leaf, signals))
 
     def swap_ema(self) -> AbstractContextManager[None]:
         """Put the averages in the place of the parameters for a block; see `Optimizer`."""
 
         def show() -> list[Array | None]:
-            with self._holding() as held:
-                return self._gathered(self._together(self._averages, held=held), held)
+            with self._deferring() as signals:
+                return self._gathered(self._together(self._averages, signals=signals), signals)
 
         return _arrays.Swap(self._whole, show)
 
@@ -420,18 +422,20 @@ class Sharded:
 
     def master_params(self) -> dict[str, Array]:
         """Return the parameters as steps compute with them, as copies; see `Optimizer`."""
-        with self._whole, self._holding() as held:
-            parts = self._together(self._inner.master_params, held=held)
-            return self._named(self._gathered(list(parts.values()), held))
+        with self._whole, self._deferring() as signals:
+            parts = self._together(self._inner.master_params, signals=signals)
+            return self._named(self._gathered(list(parts.values()), signals))
 
-    def _gathered(self, parts: Sequence[Array | None], held: Held) -> list[Array | None]:
+    def _gathered(
+        self, parts: Sequence[Array | None], signals: DeferredSignals
+    ) -> list[Array | None]:
         """Return the whole arrays of which each rank has parts, None where it has None."""
         wholes = self._together(
             lambda: [
                 None if part is None else np.empty_like(param, part.dtype, subok=False)
                 for part, param in zip(parts, self._params, strict=True)
             ],
-            held=held,
+            signals=signals,
         )
         self._mover.gather(
             [None if part is None else flat(part) for part in parts],
@@ -446,14 +450,14 @@ class Sharded:
     # -------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the whole state on each rank, as the plain class does, in copies.
+        """Return the whole state on each rank, as the class itself does, in copies.
 
-        The plain class loads it, and `load_state_dict` loads one of the plain class.
+        The class itself can load it, and `load_state_dict` loads a state dict of the class.
         """
-        with self._whole, self._holding() as held:
-            return self._collected(None, held)
+        with self._whole, self._deferring() as signals:
+            return self._collected(None, signals)
 
-    def _collected(self, root: int | None, held: Held) -> dict[str, Any]:
+    def _collected(self, root: int | None, signals: DeferredSignals) -> dict[str, Any]:
         """Return the state dict with the whole state on `root`, or on all ranks."""
 
         def allocate() -> tuple[dict[str, Any], _shards.Collection]:
@@ -468,7 +472,7 @@ class Sharded:
                 has_wholes,
             )
 
-        found, parts = self._together(allocate, held=held)
+        found, parts = self._together(allocate, signals=signals)
         self._mover.gather(parts.parts, parts.wholes, parts.cuts, root)
         return found | {"state": parts.state}
 
@@ -480,9 +484,9 @@ class Sharded:
         TypeError, ValueError
             If it does not fit, on any rank; nothing has changed.
         """
-        with self._whole, self._holding() as held:
+        with self._whole, self._deferring() as signals:
             self._load(
-                lambda: [_shards.whole_source(state_dict, self._named_params())], convert, held
+                lambda: [_shards.whole_source(state_dict, self._named_params())], convert, signals
             )
 
     def _named_params(self) -> dict[str, Array]:
@@ -492,7 +496,7 @@ class Sharded:
         self,
         read: Callable[[], list[_shards.Source]],
         convert: bool,
-        held: Held,
+        signals: DeferredSignals,
         path: str | os.PathLike[str] = "",
         params: bool | None = False,
     ) -> None:
@@ -520,7 +524,7 @@ class Sharded:
             return {"params": repr(params), "step of the state": str(step)}
 
         with inner._work:
-            inner._work.restore(*self._together(fit, said, held))
+            inner._work.restore(*self._together(fit, said, signals))
 
     def save(
         self, path: str | os.PathLike[str], *, params: bool = False, by_rank: bool = False
@@ -530,8 +534,8 @@ class Sharded:
         Parameters
         ----------
         path : path
-            Ends in ``.npz`` or ``.safetensors``. Rank 0 collects the state and writes the file, as
-            the plain class does, which loads it.
+            Ends in ``.npz`` or ``.safetensors``. Rank 0 collects the state and writes the file as
+            the class itself does, which can load it.
         params : bool, default False
             Write the parameters too; not with `by_rank`, as all ranks have the same.
         by_rank : bool, default False
@@ -556,8 +560,8 @@ class Sharded:
             if self._inner._disk is not None:
                 self._inner._disk.refuse_lost()
 
-        with self._whole, self._holding() as held:
-            self._together(check, lambda: {"by_rank": repr(by_rank)}, held)
+        with self._whole, self._deferring() as signals:
+            self._together(check, lambda: {"by_rank": repr(by_rank)}, signals)
             rank, size = self._comm.rank, self._comm.size
             if by_rank:
 
@@ -571,14 +575,14 @@ class Sharded:
                     _checkpoint.write(target, arrays, meta | {"parts": about})
 
             else:
-                whole = self._collected(0, held)
+                whole = self._collected(0, signals)
 
                 def write() -> None:
                     if rank == 0:
                         own = self._named_params() if params else None
                         _checkpoint.write(path, *_checkpoint.pack(whole, own))
 
-            self._together(write, held=held)
+            self._together(write, signals=signals)
 
     def load(
         self,
@@ -588,7 +592,7 @@ class Sharded:
         convert: bool = False,
         by_rank: bool = False,
     ) -> None:
-        """Read what `save` wrote on any number of ranks, or the plain class.
+        """Read what `save` wrote on any number of ranks, or a file of the class itself.
 
         Parameters
         ----------
@@ -609,8 +613,8 @@ class Sharded:
                 return _shards.read_by_rank(Path(path), self.parts, self._named_params())
             return _shards.read(Path(path), self._named_params())
 
-        with self._whole, self._holding() as held:
-            self._load(read, convert, held, path, params)
+        with self._whole, self._deferring() as signals:
+            self._load(read, convert, signals, path, params)
 
 
 class _Sums(Reduction):
@@ -646,10 +650,10 @@ def _grad_name(name: str, has_groups: bool) -> str:
 
 
 def _units(rule: Rule, options: Options, groups: Sequence[Mapping[str, Any]]) -> int:
-    """Return of what leaves are cut at multiples; 0 if they are not cut.
+    """Return the number at whose multiples leaves are cut; 0 if they are not cut.
 
-    That is a tile, so that blocks, noise and sums are as in the whole leaf, and of samples a whole
-    number.
+    It is a multiple of a tile, so that blocks, noise and sums are as in the whole leaf, and of the
+    distance of samples.
     """
     if rule.needs_whole:
         return 0

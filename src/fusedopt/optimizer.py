@@ -1,7 +1,7 @@
 """The base class of all optimizers: leaves, groups, state, the step, checkpoints.
 
-A rule's own file (optim/adam.py, ...) adds the names, the checks of its options and the constants
-of a step; this file knows no rule.
+A rule's own file (optim/adam.py, ...) has its options, state and constants (`rule.Rule`); this file
+is independent of rules.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from fusedopt.rule import Common, Options, Rule
 
 
 class _Default:
-    """An option that `step` was not given: it is the constructor's, or else the value shown."""
+    """Marks an option that `step` was not given: the constructor's value counts, or that shown."""
 
     def __init__(self, shown: object) -> None:
         self._shown = shown
@@ -57,15 +57,14 @@ _OF_ALL_STEPS = tuple(name for name in _options.DEFAULTS if name != "grad_scale"
 
 @cache
 def _common_types() -> dict[str, Any]:
-    """Return the types of `Common`, whose evaluation is much of what a class takes to import."""
+    """Return the types of `Common`, once: evaluating them takes much of a class's import time."""
     return get_type_hints(Common)
 
 
 class Optimizer:
     """Base of the optimizers; see `Adam`, `AdamW`, `SGD`.
 
-    A subclass says what its rule is called, which state and options it has, and how to compute the
-    constants of a step.
+    A subclass has its rule, a `Rule`: the options, the state, and the constants of a step.
 
     Parameters
     ----------
@@ -74,13 +73,13 @@ class Optimizer:
     state_dtype : None, "float32", "bfloat16" ("bf16") or "int8", default None
         How moments are kept between steps: in float32 (float64 for float64 parameters), in 2 bytes
         or in 1 + 1 / 64 bytes for each element; see `fusedopt.formats` for what that costs in
-        precision. Such a dtype of NumPy, ml_dtypes or torch means the same. A rule whose state
-        would lose by it what the rule needs refuses the format, for arrays of any size; its
-        documentation says why.
+        precision. Such a dtype of NumPy, ml_dtypes or torch means the same. A rule refuses a format
+        in which its state would lose what the rule needs, for arrays of any size; its documentation
+        says why.
     master_bits : None, 16, 24 or 32, default None
-        Length of the number of which a bfloat16 parameter shows the upper half; the rest is kept as
+        Bits of the number whose upper half a bfloat16 parameter shows; the other bits are kept as
         state. 32, the default, loses nothing; what 24 or 16 cut off is rounded stochastically in
-        each step. A float16 parameter has 16. An error if no parameter has 16 bits.
+        each step. A float16 parameter has 16. It is an error if no parameter is 16 bits wide.
     min_8bit_size : int, default 4096
         Parameters with fewer elements keep float32 state where `state_dtype` is ``"int8"``.
     seed : int, default 0
@@ -91,19 +90,19 @@ class Optimizer:
         float64 parameters) and updated in the same pass: ``ema + (1 - decay) * (param - ema)``. It
         begins as the parameters. See `ema_params` and `swap_ema`.
     ema_warmup : bool, default False
-        Let the decay of step t be no more than ``(1 + t) / (10 + t)``, so that the first parameters
-        are soon forgotten.
+        Limit the decay of step t to ``(1 + t) / (10 + t)``, so that the first parameters soon lose
+        their weight.
     max_grad_norm, norm_type, per_tensor, clip_value, nonfinite, stats, zero_grads : optional
-        Defaults of `step`, which takes them too, for one step. No part of a group or a checkpoint.
+        Defaults of the options of `step`. They are not part of a group or a checkpoint.
     threads : int, optional
-        Most threads for this optimizer's steps, from 1 to 256; by default `get_num_threads` of each
-        moment. No part of a checkpoint.
+        Most threads for this optimizer's steps, from 1 to 256; by default what `get_num_threads`
+        returns at that time. Not part of a checkpoint.
     state_dir : path, optional
         A folder on a disk for state that is larger than memory, made if it is not there. State
-        arrays of at least 1 MiB then are in a file in it, through which each step streams, with no
-        more than 256 MiB of it in memory; the bits are the same. The file has no name: nothing of
-        it is left when the process ends, and `save` writes checkpoints. Linux and other Unix
-        systems. No part of a checkpoint.
+        arrays of at least 1 MiB then are in a file in it, through which each step streams, with at
+        most 256 MiB of it in memory; the bits are the same. The file has no name and disappears
+        when the process ends; `save` writes checkpoints as always. Linux and other Unix systems
+        only. Not part of a checkpoint.
     """
 
     rule: ClassVar[Rule]
@@ -228,7 +227,7 @@ class Optimizer:
             self._work.add(
                 names, grads, stored, states, layouts, number, True, threads, begin, origins
             )
-        finally:  # a signal's exception may come right behind the call; nothing here can fail
+        finally:  # a signal's exception may come right after the call; nothing here can fail
             if len(self._work) == leaves.stop:
                 self._groups, self._plans = known, None
             else:
@@ -269,8 +268,8 @@ class Optimizer:
     def master_params(self) -> dict[str, Array]:
         """Return the parameters as steps compute with them, by leaf name, in float32 or float64.
 
-        Of a bfloat16 parameter this is the longer number that it shows the upper half of; copies,
-        but for arrays that are float32 or float64 themselves.
+        For a bfloat16 parameter this is the longer number whose upper half it shows. Arrays are
+        copies, except those that are float32 or float64 themselves.
 
         Raises
         ------
@@ -336,20 +335,20 @@ class Optimizer:
     ) -> StepResult:
         """Update all parameters in place, in one pass.
 
-        All that is asked for beside the update is done in the same pass, in this order: gradients
-        are scaled, clipped by their norm, clipped by value; the rule; then averages, copies,
-        statistics, zeros. Only a norm, or a look for what is not finite, must come before the first
-        write: one read of the gradients for both.
+        All options are applied in the same pass, in this order: gradients are scaled, clipped by
+        their norm, clipped by value; the rule; then averages, copies, statistics, zeros. Only a
+        norm, and the search for infinite and NaN elements, must come before the first write: one
+        read of the gradients for both.
 
         Parameters
         ----------
         grads : array or nesting of arrays, or GradAccumulator
-            Nested as `params` were, float32, float64, float16 or bfloat16 in the parameter's shape;
-            or `Rows`, if only some rows of a parameter have a gradient and the rule takes that.
-            None in the place of a leaf (or of a whole part) leaves it out: neither it nor its state
-            or step count changes. With groups, a list with one entry for each. A gradient in
-            another memory order than its parameter is copied first. The gradients themselves are
-            not changed, unless `zero_grads` says so.
+            Nested as `params` were: float32, float64, float16 or bfloat16 arrays of the parameter's
+            shape; or `Rows`, if only some rows of a parameter have a gradient and the rule supports
+            that. Where a leaf, or a whole part of the nesting, is None, parameters, state and step
+            counts do not change. With groups, a list with one entry for each. A gradient in another
+            memory order than its parameter is copied first. The gradients themselves are not
+            changed, unless `zero_grads` says so.
         grad_scale : float, default 1
             Multiplies the gradients on the fly; 1 / scale where a loss was scaled.
         max_grad_norm : float > 0, optional
@@ -365,7 +364,7 @@ class Optimizer:
         nonfinite : {"propagate", "skip", "raise"}, default "propagate"
             What to do if a gradient has an infinite or NaN element: compute with it; change nothing
             of the optimizer, neither a parameter nor a step count; or raise. The gradients are
-            judged as they are given.
+            tested as they are given, before any scale.
         stats : bool, default False
             Measure each leaf, see `StepStats`.
         zero_grads : bool, default False
@@ -373,16 +372,17 @@ class Optimizer:
         copy_out : nesting of arrays, optional
             Nested as `params`: float16, bfloat16 (or float32, or float64 of float64 parameters)
             arrays that get the parameters after the step, rounded to nearest; also those without a
-            gradient, and those of a skipped step. What is rounded is what the step has computed,
-            before the parameter itself is rounded to its own format. None leaves out.
+            gradient, and those of a skipped step. The number that the step has computed is rounded,
+            not the parameter in its own format. None: no copy of that leaf.
         reduce : callable(array), optional
             Sums a float64 array over ranks, in place, as ``comm.Allreduce(MPI.IN_PLACE, array)``
-            does. For leaves of which each rank steps a part, all in the same order: the norms that
-            a step needs or returns (the clip's, trust ratios, statistics) are then those of the
-            whole leaves, and ranks agree on what to skip. Called before the first write, and again
-            behind the last with `stats`: what it raises then comes from a step that has been taken
-            and counted. It is not called where the step needs no such sum. A largest magnitude is
-            no sum: `norm_type` inf is refused, and ``max_update`` remains this rank's.
+            does. For leaves that are cut into parts, one for each rank, in the same order on all
+            ranks: the norms that a step needs or returns (the clip's, trust ratios, statistics) are
+            then those of the whole leaves, and ranks agree on what to skip. Called before the first
+            write and, with `stats`, again after the last: what it raises then comes from a step
+            that has been taken and counted. It is not called where the step needs no such sum. A
+            maximum is not a sum: `norm_type` inf is refused, and ``max_update`` remains this
+            rank's.
 
         Returns
         -------
@@ -466,7 +466,7 @@ class Optimizer:
             return flat, self._advance()
         plans = [group.plan for group in self._groups]
         if all(group.schedule is None for group in self._groups):
-            self._plans = plans  # as long as the groups are settled
+            self._plans = plans  # valid until an option of a group changes
         return flat, plans
 
     def _advance(self) -> list[Any]:
@@ -488,7 +488,7 @@ class Optimizer:
         return [self.rule.plan(options) for options in advanced]
 
     def _settle(self, first: float, second: float) -> list[Any] | None:
-        """Return the plans of the groups by the sums of a rule; None if nothing is to change."""
+        """Return the groups' plans from the sums of a rule; None if the step changes nothing."""
         assert self.rule.settle is not None
         settled = self.rule.settle(self._advanced, first, second)
         if settled is None:
@@ -498,7 +498,7 @@ class Optimizer:
         return [self.rule.plan(options) for options in settled]
 
     def _note_writes(self, advanced: list[Options]) -> None:
-        """Note what the rule remembers then, for the list to write when the step succeeds."""
+        """Record what the rule remembers after the step, for the list to write when it succeeds."""
         self._work.writes = [
             write
             for options, shown, group in zip(advanced, self.param_groups, self._groups, strict=True)
@@ -572,9 +572,9 @@ class Optimizer:
     def swap_ema(self) -> AbstractContextManager[None]:
         """Put the averages in the place of the parameters for a ``with`` block.
 
-        That is, what `ema_params` returns. The parameters, which are back when it ends, however it
-        ends, are kept in a copy meanwhile. 16-bit parameters show the average rounded to nearest.
-        What is written to them within is lost.
+        That is, what `ema_params` returns. A copy of the parameters is kept meanwhile; they are
+        restored when the block ends, however it ends. 16-bit parameters show the average rounded to
+        nearest. Values written to them in the block are lost.
 
         Raises
         ------
@@ -625,8 +625,8 @@ class Optimizer:
     def _rehearsal(self, copy_out: Any = None) -> tuple[list[tuple[Any, ...]], Callable[[], None]]:
         """Return what undoes steps, for `_copies.undone`, and what to call before the first.
 
-        Arrays are copied. Options, and all else that is not in the list, are exchanged for copies,
-        so that the original objects stay as they are.
+        Arrays are copied. Options, and everything else that is not in the list, are replaced by
+        copies, so that the original objects stay as they are.
         """
         self._check_groups()
         work, saved = self._work, dict(vars(self))
@@ -656,8 +656,8 @@ class Optimizer:
         """Return the state: ``optimizer``, ``step``, ``state`` by leaf name, ``param_groups``.
 
         The arrays are the live ones; copy them to keep them. The parameters are not part of it. An
-        option that no step would take, as a rate that is NaN, is given as the last step took it, so
-        that what is saved can be loaded.
+        option with an invalid value, such as a rate of NaN, is saved as the last step used it, so
+        that every saved state can be loaded.
         """
         names = self._work.names
         groups = []
@@ -691,8 +691,8 @@ class Optimizer:
         A learning rate that is a schedule is not taken from, nor replaced by, a file: where `lr` is
         None in `state_dict`, or a schedule here and a number there, the optimizer keeps its own.
 
-        State that the loaded options do not use (of momentum that was switched off) need not have a
-        place here.
+        State that the loaded options do not use (of momentum that was switched off) may be missing
+        in this optimizer.
 
         Raises
         ------
@@ -723,7 +723,7 @@ class Optimizer:
         if theirs != self._class_name():
             raise ValueError(
                 f"state dict: of {theirs}, and this optimizer is {self._class_name()}; "
-                f"load it into {theirs}, as another rule reads another meaning into the same state"
+                f"load it into {theirs}, as the same state means something else in another rule"
             )
         self._check_groups()
         step = _check.steps("state dict: step", step)
@@ -756,19 +756,19 @@ class Optimizer:
             stays one. What an earlier save of the same path left when it was killed is removed. A
             callable `lr` is not stored.
         params : bool, default False
-            Write the parameters too, under their leaf names: both are of the same step then,
-            whatever happens between two files. bfloat16 is stored as its bits in uint16.
+            Write the parameters too, under their leaf names: then both are of the same step, which
+            two files cannot promise. bfloat16 is stored as its bits in uint16.
 
         Raises
         ------
         ValueError
             For another ending.
         OSError
-            Naming the file, if it cannot be written, is read-only or no regular file; what was
-            there before is still there.
+            Naming the file, if it cannot be written, is read-only or not a regular file; an old
+            file is unchanged.
         RuntimeError
             If another thread is inside a call of the same optimizer: the file would hold a mixture.
-            If a step was cut off by an error of the disk that has the state.
+            If a step was interrupted by an error of the disk that holds the state.
         """
         _check.flag("params", params)
         with self._work:

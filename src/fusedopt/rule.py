@@ -54,16 +54,17 @@ class State:
     name : str
         As in torch.
     squared : bool
-        Whether it is a mean or sum of squares, or as these never negative: unsigned in 8 bits.
+        Whether it is a mean or sum of squares, or for another reason never negative: unsigned in 8
+        bits.
     needs : str
         The option that asks for it: not kept if that is False or 0. Empty: always kept.
     init : str
         Its initial value: "zeros", "param" (the parameter's value), or the name of the option that
         holds the value of every element; of a schedule of `lr`, that of the next step.
     refuses : tuple of str
-        The values of `state_dtype` that lose what the rule needs of it, of "bfloat16" and "int8".
-        An optimizer, a group, a change of options and a function that would keep it so are refused
-        by name. The class's documentation says why.
+        The values of `state_dtype`, of "bfloat16" and "int8", that lose what the rule needs of it.
+        Optimizers, groups, changes of options and functions that would keep it so are refused by
+        name. The class's documentation says why.
     plural : str
         Name of its list in functions, if it is not `name` with an s.
     wide : bool
@@ -137,7 +138,7 @@ class Scalar:
     check : callable(name, value) -> value
         As in `Option`.
     shown : bool
-        Whether it is there to be read alone, and no step depends on it: functions do not take it.
+        Whether it is only there to be read, and no step depends on it: functions do not take it.
     """
 
     name: str
@@ -151,7 +152,7 @@ class Average:
     """An average x of the parameters by which a rule takes its steps, and which it does not keep.
 
     The parameters y lie between it and a state array z, ``y = (1 - weight) * z + weight * x``, and
-    x is what to evaluate. `Optimizer.swap_ema` and `Optimizer.ema_params` show it, so that such a
+    x is to be evaluated. `Optimizer.swap_ema` and `Optimizer.ema_params` show it, so that such a
     rule refuses `ema`; a torch class has ``train`` and ``eval``.
 
     Attributes
@@ -159,7 +160,7 @@ class Average:
     state : str
         Name of z.
     option : str
-        What holds the weight, for messages.
+        Name of the option with the weight, for messages.
     weight : callable(options) -> float
         Its value.
     """
@@ -184,7 +185,7 @@ _DECOUPLES = (DECOUPLED.name, "weight_decouple", "decouple")
 
 
 def kept(options: Mapping[str, Any]) -> float:
-    """Return what decoupled weight decay leaves of a parameter in a step; 1 if it is not asked."""
+    """Return the factor of a parameter by decoupled weight decay in a step; 1 without."""
     if not any(options.get(name) for name in _DECOUPLES):
         return 1.0
     rate: float = 1.0 if options.get("fixed_decay") else options["lr"]
@@ -251,26 +252,26 @@ class Rule:
         What the rule remembers for a group.
     advance : callable(options) -> dict, optional
         Returns the values of `memory` in the optimizer's next step. It may be called more than once
-        for a step, and must depend only on the options, among them what was remembered after the
-        last successful step. What else it returns is for the constants of this step alone.
+        for a step, and must depend only on the options, which include what was remembered after the
+        last successful step. All else that it returns is for the constants of this step alone.
     share : callable(list of options) -> list of options, optional
-        Returns the options of all groups, in which a step needs to know of the others; raises
-        ValueError where they do not go together.
+        Returns the options of all groups, completed by what a step needs from the other groups;
+        raises ValueError if they do not fit each other.
     settle : callable(list of options, float, float) -> list of options or None, optional
-        Of a SUMMING rule (csrc/rules/index.h): returns, of all groups, the values of `memory`
-        behind a step and what its constants need, from the sums of both terms over all leaves; None
-        if the step is to change nothing. It comes before the first write of a step, and may raise.
+        Of a SUMMING rule (csrc/rules/index.h): returns for all groups, from the sums of both terms
+        over all leaves, the values of `memory` after a step and what its constants need; None if
+        the step changes nothing. It comes before the first write of a step, and may raise.
     numbers : tuple of (name, callable(step, options) -> float)
         What torch keeps for each parameter as a number beside its state: functions of how many
         steps were taken, and of the options. They are in state dicts of the torch class alone.
     recall : callable(step, numbers, options) -> dict, optional
-        Returns what is remembered after that many steps where torch keeps such `numbers` (by name)
-        in its place. The options hold what is remembered, if the group has it.
+        Returns what is remembered after `step` steps, from `numbers` (by name), which torch keeps
+        instead. The options hold what is remembered, if the group has it.
     variant : (str, str), optional
         An option, and the name of another row of the C table: it steps all groups if one has the
-        option, and must step the others as the first does.
+        option, and must step groups without it as the first row does.
     average : Average, optional
-        What to evaluate in the place of the parameters. Such a rule remembers `MODE`.
+        The average to evaluate instead of the parameters. Such a rule remembers `MODE`.
     ignored : tuple of Option
         Further options of the class that made the rule known, which have no effect here: the torch
         class accepts them and keeps them in groups, where that class looks for them.
@@ -281,9 +282,10 @@ class Rule:
     demand_shape : callable(where, shape), optional
         Raises ValueError for a parameter of a shape that is not allowed.
     by_rows : callable(options) -> str, optional
-        How a step goes by a gradient of some rows, `fusedopt.Rows`: `_rows.TOUCHED`, it steps those
-        alone, as the others stay by a gradient of 0, or shall; `_rows.LAZY`, alone too, though a
-        gradient of 0 would move the others; `_rows.ALL`, all. Empty: refused, as without this.
+        What a step does with a gradient of some rows, `fusedopt.Rows`. `_rows.TOUCHED`: steps those
+        alone, because a gradient of 0 leaves the others as they are, or because the options ask for
+        it. `_rows.LAZY`: steps those alone, though a gradient of 0 would move the others.
+        `_rows.ALL`: steps all rows. Empty, or without this: refuses.
     """
 
     name: str
@@ -336,7 +338,7 @@ class Rule:
 
     @cached_property
     def remembers(self) -> bool:
-        """Whether constants of a step depend on what all groups remember, and on all of a step."""
+        """Whether constants of a step depend on what all groups remember, and on a whole step."""
         return self.advance is not None or self.share is not None
 
     @cached_property
@@ -359,7 +361,7 @@ class Rule:
         return self.has_parts or any(state.is_by_row(options) for state in self.states)
 
     def layout(self, shape: tuple[int, ...], options: Mapping[str, Any]) -> Layout | None:
-        """Return how states of a parameter of a shape lie, where some do not lie as it does."""
+        """Return the layout of a parameter's states, if some differ from its own."""
         if any(state.is_by_row(options) for state in self.states):
             maps = tuple(2 * state.is_by_row(options) for state in self.states)
             shapes = tuple(state.shape(shape, options) for state in self.states)
@@ -416,7 +418,7 @@ class Rule:
                 )
 
     def beginning(self, options: Options, step: int) -> Options:
-        """Return the options that state begins by: a rate that it begins as is that of a step."""
+        """Return the options for initial values of state: a rate among them is that of a step."""
         rate = options["lr"]
         if not callable(rate) or all(state.init != "lr" for state in self.states):
             return options
@@ -466,8 +468,8 @@ class Rule:
     def plan(self, options: Options) -> Plan:
         """Return what steps with these options are made of.
 
-        That is their constants, see `at`, the seed of the noise, what replaces a direction, and how
-        a step goes by rows.
+        That is: their constants, see `at`; the seed of the noise; what replaces a direction; and
+        what a step does with rows.
         """
         rows = "" if self.by_rows is None else self.by_rows(options)
         if self.outside is None:

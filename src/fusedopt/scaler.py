@@ -19,8 +19,8 @@ class GradScaler:
 
     The loop multiplies the loss by `scale` (or the gradient that starts backpropagation). `step`
     divides by it in the optimizer's pass, and skips the step if a gradient is infinite or NaN. Once
-    all optimizers have stepped, `update` shrinks the scale if one of them skipped, and lets it grow
-    after many iterations in which none did.
+    all optimizers have stepped, `update` shrinks the scale if one of them skipped its step, and
+    grows it after many iterations without a skipped step.
 
     Parameters
     ----------

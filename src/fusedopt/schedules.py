@@ -2,7 +2,7 @@
 
 Every schedule is a callable ``step -> float`` with steps counted from 1, and can be the `lr` of any
 optimizer; so can any other callable of that kind. A schedule of n steps reaches its end at step
-n + 1, `one_cycle` at step n, as torch's do, and stays there. They compose:
+n + 1, `one_cycle` at step n, as torch's do, and stays there. They can be combined:
 
 >>> rate = warmup(100, then=cosine(0.5, steps=900))
 >>> rate(50), rate(100), rate(550), rate(1000)

@@ -1,4 +1,4 @@
-"""Adam for thinc and spaCy, which a config names "fusedopt.Adam.v1".
+"""Adam for thinc and spaCy, under the name "fusedopt.Adam.v1" in a config.
 
 It has the arguments of thinc's "Adam.v1", and all but the update is thinc's: schedules, bias
 correction, clipping, weight decay, averages. thinc calls the optimizer for each parameter, so a
@@ -57,7 +57,7 @@ class Optimizer(optimizers.Optimizer):
 
 
 @registry.optimizers("fusedopt.Adam.v1")
-@wraps(optimizers.Adam, assigned=())  # its signature, but our documentation
+@wraps(optimizers.Adam, assigned=())  # the signature of thinc's function, with our documentation
 def Adam(learn_rate: Any = optimizers.ADAM_DEFAULTS["learn_rate"], **options: Any) -> Optimizer:
     """Return an optimizer with the arguments of thinc's "Adam.v1", and all of its defaults."""
     return Optimizer(learn_rate, **options)

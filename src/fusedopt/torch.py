@@ -11,9 +11,9 @@ True
 
 There is a class for each optimizer of `fusedopt`. Where `torch.optim` has a namesake the class is a
 subclass of it and inherits all but the step: arguments, groups, state, ``state_dict``, hooks. So
-what works with the one works with the other (schedulers, GradScaler, checkpoints, DDP, FSDP2), and
-a run can change from one to the other and back. The others are subclasses of
-`torch.optim.Optimizer` with the arguments of their namesake in `fusedopt`.
+what works with torch's works with these (schedulers, GradScaler, checkpoints, DDP, FSDP2), and a
+run can change from one to the other and back. The others are subclasses of `torch.optim.Optimizer`
+with the arguments of their namesake in `fusedopt`.
 
 `range_test` sweeps over learning rates, undoes its steps and suggests a rate.
 """
@@ -49,10 +49,10 @@ state_dtype : {{None, "float32", "bfloat16", "int8"}}, default None
     `fusedopt.Optimizer`.
 master_bits : {{None, 16, 24, 32}}, default None
     Bits of a 16-bit parameter that steps compute with, rounded stochastically to 24 and 16. None:
-    32 of a bfloat16 parameter, of which what it does not show is kept as ``residual`` in its state;
-    16 of float16.
+    32 of a bfloat16 parameter, whose hidden 16 bits are kept as ``residual`` in its state; 16 of
+    float16.
 min_8bit_size : int, default 4096
-    Tensors of fewer elements keep float32 state in the place of int8.
+    Tensors of fewer elements keep float32 state instead of int8.
 seed : int, default 0
     Of the stochastic rounding.
 ema : float in [0, 1), optional
@@ -92,18 +92,18 @@ nothing. Parameters are float32, float64, bfloat16 or float16, on the CPU{others
 ``NAME_blocks``, both uint8. These names are not torch's: `load_state_dict` here converts from and
 to codes, but a class of torch.optim misses ``NAME`` in its first step (SGD begins its momentum
 anew), and torch.distributed.checkpoint, which loads by name, refuses them for a missing key:
-``state_dict_dtype="float32"`` saves, and loads, ``NAME`` itself. Decoded and encoded again, numbers
-keep within the format's error, not their bits.
+``state_dict_dtype="float32"`` saves, and loads, ``NAME`` itself. Numbers that are decoded and
+encoded again agree within the format's error, not in all bits.
 
 A DTensor's shard takes the bits of the whole tensor if it is contiguous in that and begins on a
 block of 64 elements, as the rows of a matrix whose rows are a multiple of 64 do (of bfloat16 state
 and 16-bit parameters too, whose noise depends on an element's index in the whole tensor). Others
-have blocks of their own, and agree within the format's error. Where such blocks are none of the
-whole tensor, ``state_dict()`` has float32 numbers: a checkpoint of another kind of shards then
-misses a key, unless both have ``state_dict_dtype="float32"``.
+have blocks of their own, and agree within the format's error. Where blocks of a shard are not
+blocks of the whole tensor, ``state_dict()`` has float32 numbers: a checkpoint of another kind of
+shards then misses a key, unless both have ``state_dict_dtype="float32"``.
 
-torch.distributed.checkpoint refuses also a bfloat16 model's checkpoint of torch.optim, which has no
-``residual``: load that one with ``planner=DefaultLoadPlanner(allow_partial_load=True)``.
+torch.distributed.checkpoint also refuses a bfloat16 model's checkpoint of torch.optim, which has no
+``residual``: load it with ``planner=DefaultLoadPlanner(allow_partial_load=True)``.
 """
 
 _TORCHS = """params, {names}
@@ -111,8 +111,8 @@ _TORCHS = """params, {names}
 foreach : bool, optional
     Where torch has it: accepted and without effect.
 fused : bool, optional
-    Where torch has it: GradScaler leaves its scale to the step if True, which takes it off on the
-    fly. Unlike torch's, which writes to ``.grad`` what it took the scale off, the step leaves
+    Where torch has it: if True, GradScaler leaves the unscaling to the step, which does it in its
+    pass. Unlike torch's own, which writes unscaled gradients to ``.grad``, the step leaves
     ``.grad`` scaled. No other effect.
 capturable, differentiable : bool, default False
     Refused where True."""
@@ -127,8 +127,8 @@ _IGNORED = """
 _MODES = """
 
 ``train()`` must be called before the first step, and again after ``eval()``, which puts the average
-x, what to evaluate and to deploy, in the place of the parameters; both may be called twice. They
-round, as x and y are computed from one another: to leave no trace, use the block of `swap_ema`.
+x, which is to be evaluated and deployed, in the place of the parameters; both may be called twice.
+They round, as x and y are computed from one another: the block of `swap_ema` restores every bit.
 ``state_dict()`` in train mode warns once, because a model that is saved beside it holds y, which is
 right to resume a run and wrong to evaluate. State dicts load into the class that made the rule
 known and the other way round; the mode is in them, so save and load model and optimizer together.
@@ -146,10 +146,10 @@ groups have our own options only where they are not the default. What differs: s
 parameters is float32; tensors that overlap are refused; the version counter of each parameter is
 raised, that of its state is not.
 
-Parameters on other devices are stepped by torch's own step, behind all checks and before the
-others, and their state is torch's; `ema`, options that torch does not have, and what a step does
-around the rule are refused where some are. What torch raises leaves them as it left them, and the
-others as they were"""
+Torch's own step steps parameters on other devices, after all checks and before the others, and
+their state is torch's. Beside such parameters `ema`, options that torch does not have, and options
+of a step are refused. If torch's step raises, parameters on other devices are as it left them, and
+the others as they were"""
 
 
 def _torch_class(fast: type[Optimizer]) -> type[Any]:

@@ -1,7 +1,7 @@
 r"""Find a learning rate: by a sweep over rates, or by the distance that Prodigy estimates.
 
 Both take real steps with your data, and undo them: parameters, state, step counts, options and
-generators are the same bits afterwards, whatever happens.
+generators have the same bits afterwards, whatever happens.
 
 >>> import numpy as np, fusedopt
 >>> w, rng = np.zeros(20, np.float32), np.random.default_rng(0)
@@ -35,7 +35,7 @@ __all__ = ["RULES", "Probe", "RangeTest", "probe", "range_test"]
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """What short runs of Prodigy say about the rate of AdamW.
+    """The rate of AdamW that short runs of Prodigy suggest.
 
     Attributes
     ----------
@@ -89,15 +89,15 @@ def range_test(
         Returns the loss of the next batch, a number, and the gradients as `Optimizer.step` takes
         them, at the parameters as they are at that moment.
     start, stop : float
-        The first and the last rate. Groups keep the ratios of their rates, those of the next step
-        where `lr` is a schedule, and the largest is meant.
+        The first and the last rate. Groups keep the ratios of their rates (of those of the next
+        step where `lr` is a schedule); these are the largest of the groups.
     steps : int, default 100
         Number of rates, at least 10.
     kind : {"exponential", "linear"}, default "exponential"
         Whether the rate grows by the same factor or by the same amount in each step.
     smoothing : float in [0, 1), default 0.8
-        Weight of a loss in the mean of its next neighbour, on either side; of the one behind that
-        its square, and so on.
+        Weight of a loss in the mean of its next neighbour, on either side; its square for the
+        neighbour after that, and so on.
     divergence : float > 1, default 4
         The sweep stops if the mean of the last losses is larger than this times the lowest such
         mean. (It is the distance from the lowest that counts, as for a positive loss: losses may be
@@ -108,7 +108,7 @@ def range_test(
         What the callback draws from: `numpy.random.Generator`, `numpy.random.RandomState`,
         `random.Random`, `torch.Generator`. With them a second test gives the same answer.
     **step
-        Options of each step, as `max_grad_norm`; see `Optimizer.step`.
+        Options of each step, such as `max_grad_norm`; see `Optimizer.step`.
 
     Returns
     -------
@@ -176,10 +176,10 @@ def probe(
     seeds : int or sequence of int, default 3
         Number of runs, or the seeds that `rng` gets before each.
     rng : numpy.random.Generator, optional
-        What the callback draws from; afterwards as it was. Without it a run goes on with the
-        batches where the one before has ended.
+        The generator that the callback draws from; restored at the end. Without it each run
+        continues with the batches where the previous run ended.
     **step
-        Options of each step, as `max_grad_norm`.
+        Options of each step, such as `max_grad_norm`.
 
     Returns
     -------
@@ -231,7 +231,7 @@ def _run_prodigy(
 
 
 def _judge(curves: Array) -> Probe:
-    """Return what the estimates of several runs say."""
+    """Return the suggestion of several runs' estimates."""
     estimates = curves[:, -1]
     first = Prodigy.rule.defaults["d0"]
     if not np.isfinite(estimates).all():

@@ -61,7 +61,7 @@ STATES = {
 }
 # whether a rule has a rate for each leaf, of norms over it
 LAYERWISE = {
-    name: _core.RULES[cls.rule.name][3] not in ("plain", "internal")
+    name: _core.RULES[cls.rule.name][3] not in ("elementwise", "internal")
     for name, cls in _CLASSES.items()
 }
 DTYPES = ("float32", "float64")

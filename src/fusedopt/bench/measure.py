@@ -45,8 +45,7 @@ class Settings:
 
     Contenders that are not slow get `seconds` for each case and state of the caches, without setup,
     in at least `least` and at most `most` rounds. Slow ones take part in `least` rounds. Small
-    cases are measured on several `placements`, beside `busy` processes that do nothing else than
-    to keep CPUs busy.
+    cases are measured on several `placements`, beside `busy` processes that only keep CPUs busy.
     """
 
     optimizer: str = "adam"

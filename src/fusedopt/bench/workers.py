@@ -116,7 +116,7 @@ def _bound_to(cpus: list[int]) -> Iterator[None]:
 
 @contextmanager
 def busy_processes(count: int, cpus: list[int]) -> Iterator[list[int]]:
-    """Let some processes compute on some CPUs, or on all if none are given; give their numbers."""
+    """Run processes that compute on some CPUs, or on all if none are given; yield their numbers."""
     command = [sys.executable, "-c", "while True: pass"]
     with _bound_to(cpus):
         processes = [subprocess.Popen(command, start_new_session=True) for _ in range(count)]

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 DEMO = 'needs: pip install "fusedopt[demo]"'
-SETS = ("digits", "iris", "wine", "breast_cancer")  # scikit-learn brings them along
+SETS = ("digits", "iris", "wine", "breast_cancer")  # scikit-learn installs them
 NAMES = ("x_train", "y_train", "x_test", "y_test")
 MOST_CLASSES = 1000  # the model's last layer, and the report, have a row for each
 

@@ -13,7 +13,7 @@ def to_read(option: str, path: Path) -> None:
     Raises
     ------
     OSError, ValueError
-        Naming the file. A pipe is refused: opening it may wait for ever.
+        Naming the file. A pipe is refused: opening it may block.
     """
     if not stat.S_ISREG(path.stat().st_mode):
         what = "a folder" if path.is_dir() else "a pipe or a device"

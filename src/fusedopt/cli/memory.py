@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     add = parser.add_argument
     add("shapes", nargs="?", help="of the parameters: 30000x64,64x256,256")
-    add("--model", metavar="MODULE:NAME", help="a torch model in the place of shapes: what "
+    add("--model", metavar="MODULE:NAME", help="a torch model instead of shapes: what "
         "MODULE.NAME() returns on the device meta, as torchvision.models:resnet50")  # fmt: skip
     add("--optimizer", default="AdamW", metavar="CLASS", help="a class of fusedopt")
     add("--dtype", choices=SIZES, default="float32", help="of parameters given as shapes")

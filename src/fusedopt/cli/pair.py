@@ -1,4 +1,4 @@
-"""Two optimizers that step one model, for a rule that steps matrices alone."""
+"""Two optimizers that step one model, for a rule that steps only matrices."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from fusedopt.tune import range_test
 class Choice:
     """A class of fusedopt, and defaults here; `options` are those that differ from the class's.
 
-    `rest` is the class for what is no matrix, where the first steps matrices alone.
+    `rest` is the class for all other parameters, if the first steps only matrices.
     """
 
     cls: str

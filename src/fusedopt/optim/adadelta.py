@@ -62,7 +62,7 @@ class Adadelta(Optimizer):
     State of a leaf: ``step``, ``square_avg``, ``acc_delta``. `fusedopt.reference.adadelta` is the
     formula.
 
-    A step follows from the steps before, and so do errors of rounding: after 1,000 and 10,000 steps
+    Steps depend on the steps before, so errors of rounding add up: after 1,000 and 10,000 steps
     of normal gradients the error of ``acc_delta``, root mean square of 65,536 elements, was 34% in
     8 bits, with a mean of 6%, and 2% in bfloat16.
 

@@ -53,11 +53,11 @@ RULE = Rule(
 class Adafactor(Optimizer):
     """Adafactor [1]_: second moments of matrices as a product of their rows' and columns' means.
 
-    It keeps one number for each row and each column of a matrix in the place of one for each
-    element, and no first moment, so that the state of a large matrix takes next to no memory. That
-    of small ones takes more: of 3x3 convolutions 2 numbers for 3 elements. The rate is relative to
-    the size of a parameter, ``alpha = max(eps[1], RMS(p)) * min(lr, 1 / sqrt(t))``; with ``u``, the
-    gradient divided by the root of the estimate, ``p = p - alpha * u / max(1, RMS(u) / d)``.
+    It keeps one number for each row and each column of a matrix instead of one for each element,
+    and no first moment, so that the state of a large matrix takes next to no memory. Small matrices
+    take more: 3x3 convolutions have 2 numbers for 3 elements. The rate is relative to the size of a
+    parameter, ``alpha = max(eps[1], RMS(p)) * min(lr, 1 / sqrt(t))``; with ``u``, the gradient
+    divided by the root of the estimate, ``p = p - alpha * u / max(1, RMS(u) / d)``.
 
     Parameters
     ----------
@@ -80,7 +80,7 @@ class Adafactor(Optimizer):
         Step along the gradient, not against it.
     **common
         How parameters are stored, a running average of them, threads; see `Optimizer`. Narrow
-        values of `state_dtype` are refused: there is next to nothing to be saved.
+        values of `state_dtype` are refused: they would save next to nothing.
 
     Raises
     ------

@@ -59,7 +59,7 @@ class Adagrad(Optimizer):
     eps_in_sqrt : bool, default False
         Add `eps` to ``sum``, not to its root, as Keras does.
     rowwise : bool, default False
-        Keep one number for each row, along the first axis, in the place of one for each element:
+        Keep one number for each row, along the first axis, instead of one for each element:
         ``sum = sum + mean(g**2)``, the mean over the row [2]_. It is in float32, or float64 of
         float64 parameters, whatever `state_dtype` is, and cannot change later.
     **common
@@ -83,8 +83,8 @@ class Adagrad(Optimizer):
     ----------
     .. [1] Duchi, Hazan & Singer, JMLR 12 (2011), with diagonal matrices; as torch.optim.Adagrad
        2.13.
-    .. [2] EXACT_ROWWISE_ADAGRAD of FBGEMM 1.2, and RowWiseAdagrad of TorchRec 1.1: of matrices. In
-       FBGEMM the rate is divided by the root first, which rounds otherwise.
+    .. [2] EXACT_ROWWISE_ADAGRAD of FBGEMM 1.2, and RowWiseAdagrad of TorchRec 1.1: of matrices.
+       FBGEMM divides the rate by the root first, which rounds differently.
 
     Examples
     --------

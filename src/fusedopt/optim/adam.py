@@ -15,7 +15,7 @@ from fusedopt.rule import CAUTIOUS, L1, MAXIMIZE, Common, Option, Options, Rule,
 def corrections(
     step: int, betas: tuple[float, float], bias_correction: bool, eps_hat: bool
 ) -> tuple[float, float]:
-    """Return by what the rate is divided, and by what the root is before epsilon is added to it."""
+    """Return the divisor of the rate, and that of the root before epsilon is added to it."""
     if not bias_correction:
         return 1.0, 1.0
     mean, root = 1 - betas[0] ** step, sqrt(1 - betas[1] ** step)
@@ -126,7 +126,7 @@ class Adam(Optimizer):
     eps_hat : bool, default False
         Add `eps` to the root of the second moment before it is corrected, as TensorFlow, Keras,
         scikit-learn and thinc do: ``lr * sqrt(1 - beta2**step) / (1 - beta1**step)`` is the rate,
-        as in the paper's remark behind Algorithm 1.
+        as in the paper's remark after Algorithm 1.
     **common
         How arrays are stored, a running average of the parameters, threads; see `Optimizer`.
 
@@ -198,10 +198,11 @@ class AdamW(Adam):
     weight_decay : float, default 1e-2
         >= 0: before the update the parameter shrinks by the factor ``1 - lr * weight_decay``.
     cautious : bool, default False
-        Let an element stay, but for its decay, where its update is not against the present gradient
-        [2]_: where ``exp_avg`` and the gradient have not the same sign. The update of the others is
-        divided by the share of those in the leaf, or by 1e-3 if that is less. To know the share
-        takes one more read of parameters, gradients and state, and sums over ranks as a norm does.
+        Move only elements whose update is against the present gradient [2]_: those where
+        ``exp_avg`` and the gradient have the same sign. The others are only decayed. Updates are
+        divided by the share of the moved elements in the leaf, or by 1e-3 if that is less. The
+        share needs one more read of parameters, gradients and state, and is summed over ranks as a
+        norm is.
 
     Raises
     ------

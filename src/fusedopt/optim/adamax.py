@@ -29,7 +29,7 @@ RULE = Rule(
 
 
 class Adamax(Optimizer):
-    """Adamax [1]_: Adam with the largest gradient in the place of the root of the mean of squares.
+    """Adamax [1]_: Adam with the largest gradient instead of the root of the mean of squares.
 
     ``u = max(betas[1] * u, abs(g) + eps)``, then ``p = p - lr * m / u`` with the corrected mean
     ``m`` of the gradients.

@@ -90,7 +90,7 @@ class AdEMAMix(Optimizer):
         Weight of the slow mean, >= 0.
     t_alpha_beta3 : float > 0, optional
         Steps in which the weight rises from 0 to `alpha`, linearly, and the slow decay from
-        ``betas[0]`` to ``betas[2]``, so that the number of steps to half of a mean rises linearly.
+        ``betas[0]`` to ``betas[2]``, so that its half-life in steps rises linearly.
     maximize : bool, default False
         Step along the gradient, not against it.
     **common

@@ -48,7 +48,7 @@ class ADOPT(Optimizer):
     ``n = g / max(sqrt(v), eps)``, limited to ``step**clip_exp``; then
     ``m = m + (1 - beta1) * (n - m)``, ``p = p - lr * m`` and, last,
     ``v = beta2 * v + (1 - beta2) * g**2``. It converges with any `betas`. The first step of a leaf
-    only begins v, as ``g**2``; the parameter stays where it is, but for decoupled decay.
+    only begins v, as ``g**2``; the parameter does not move, except by decoupled decay.
 
     Parameters
     ----------

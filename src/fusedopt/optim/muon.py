@@ -103,12 +103,12 @@ RULE = Rule(
 
 
 class Muon(Optimizer):
-    """Muon [1]_: momentum, made orthogonal; of matrices, as `torch.optim.Muon`.
+    """Muon [1]_: momentum of matrices, made orthogonal, as in `torch.optim.Muon`.
 
-    The direction of a matrix is its momentum ``U S V'`` with singular values near 1, so about
-    ``U V'``, by Newton-Schulz iterations, which are products of matrices. It is meant for the
-    hidden layers of a network. What is no matrix is refused: give biases to `AdamW`, and better the
-    first and the last layer too.
+    The direction of a matrix is its momentum ``U S V'`` with singular values near 1, so about ``U
+    V'``, computed by Newton-Schulz iterations, which are products of matrices. It is meant for the
+    hidden layers of a network. Only matrices are accepted: give biases to `AdamW`, and preferably
+    the first and the last layer too.
 
     Parameters
     ----------
@@ -129,9 +129,9 @@ class Muon(Optimizer):
     ns_steps : int, default 5
         Number of iterations, below 100.
     adjust_lr_fn : None, "original" or "match_rms_adamw", default None
-        What the rate of a matrix of shape (A, B) is multiplied by: "original", which None is too,
-        ``sqrt(max(1, A / B))``; or ``0.2 * sqrt(max(A, B))`` [2]_, with which rates and decays
-        chosen for `AdamW` fit.
+        Factor of the rate of a matrix of shape (A, B): "original" or None,
+        ``sqrt(max(1, A / B))``; or ``0.2 * sqrt(max(A, B))`` [2]_, which suits rates and decays
+        chosen for `AdamW`.
     **common
         How arrays are stored, a running average of the parameters, threads; see `Optimizer`.
 

@@ -10,7 +10,7 @@ from fusedopt._functional import function
 from fusedopt.optimizer import Optimizer
 from fusedopt.rule import Common, Option, Options, Rule, Scalar, State
 
-# options of which all groups must have the same value, as there is one d
+# options that must be the same in all groups, as there is one d
 _ALIKE = ("betas", "beta3", "use_bias_correction", "safeguard_warmup", "d0", "d_coef",
           "growth_rate")  # fmt: skip
 _ESTIMATE = ("k", "d", "d_max", "d_numerator")  # what is remembered for all groups: the first's
@@ -128,7 +128,7 @@ RULE = Rule(
 
 
 class Prodigy(Optimizer):
-    """Prodigy [1]_: Adam that finds its step size, from how far the parameters have come.
+    """Prodigy [1]_: Adam that estimates its step size from how far the parameters have moved.
 
     An estimate d of the distance to the solution takes the place of the learning rate: it begins as
     `d0` and grows. ``lr`` multiplies it, and is to stay at 1, or to follow a schedule that begins
@@ -163,7 +163,7 @@ class Prodigy(Optimizer):
     growth_rate : float, default inf
         Largest factor by which d grows in a step, > 0; not of the first growth, from `d0`.
     slice_p : int, default 1
-        Estimate from one element in that many: 11 saves most of the memory that this takes.
+        Estimate from one element in that many: 11 saves most of the memory of the estimate.
     **common
         How arrays are stored, a running average of the parameters, threads; see `Optimizer`.
         ``s`` and ``p0`` stay in float32.
@@ -171,7 +171,7 @@ class Prodigy(Optimizer):
     Raises
     ------
     TypeError, ValueError, MemoryError
-        As for `Adam`. ValueError in a step where groups do not go together.
+        As for `Adam`. ValueError in a step where options of groups do not fit each other.
 
     Notes
     -----
@@ -188,7 +188,7 @@ class Prodigy(Optimizer):
     the order of memory. ``opt.param_groups[0]["d"]`` is the estimate; every group remembers ``k``,
     ``d``, ``d_max``, ``d_numerator``, and to be read ``d_denom`` and ``d_hat``.
     `fusedopt.reference.prodigy` is the formula; functions take what is remembered as keywords, and
-    return it as it is behind the step.
+    return its values after the step.
 
     References
     ----------

@@ -12,7 +12,7 @@ from fusedopt.rule import DECOUPLED, MAXIMIZE, Common, Option, Options, Rule, St
 
 
 def rectification(step: int, beta2: float) -> float | None:
-    """Return the factor of a step's rate; None while the mean of squares is of too few."""
+    """Return the factor of a step's rate; None while the mean of squares is of few gradients."""
     longest = 2 / (1 - beta2) - 1
     length = longest - 2 * step * beta2**step / (1 - beta2**step)
     if length <= 5:
@@ -52,9 +52,9 @@ RULE = Rule(
 
 
 class RAdam(Optimizer):
-    """RAdam [1]_: Adam with a rate that allows for how little the first steps know of squares.
+    """RAdam [1]_: Adam with a smaller rate while its mean of squares is of few gradients.
 
-    The mean of squares is of ``rho`` gradients or so, which grows with the step and with
+    The mean of squares is of about ``rho`` gradients; ``rho`` grows with the step and with
     ``betas[1]``. Above 5, Adam's rate is multiplied by a factor that rises to 1; up to 5 (5 steps
     with the defaults) the parameter moves by ``lr`` times the corrected mean of the gradients.
 

@@ -44,7 +44,7 @@ class Rprop(Optimizer):
         As for `Adam`.
     lr : float or callable(step) -> float, default 1e-2
         Step size that every element begins with, >= 0, in units of the parameter. Later changes
-        have no effect; of a callable counts its value when the array is added.
+        have no effect; a callable is read when the array is added.
     etas : (float, float), default (0.5, 1.2)
         Factors of a step size where the sign has changed, and where it has not: the first between 0
         and 1, the second > 1.

@@ -76,7 +76,7 @@ def _of_sgd(step: int, o: Options) -> dict[str, float]:
 def _demand(where: str, name: str, beta1: float) -> None:
     if beta1 == 0:
         raise ValueError(
-            f"{where}{name}: must be > 0, as without it the parameters know nothing of the average"
+            f"{where}{name}: must be > 0, as without it the parameters do not depend on the average"
         )
 
 
@@ -85,7 +85,7 @@ _WEIGHTS = (
     Option("r", 0.0, _check.number),
     Option("weight_lr_power", 2.0, _check.number),
 )
-# a step of z adds to it as to a parameter, which narrow formats round away or make noisy
+# a step is added to z as to a parameter: narrow formats would lose it or add noise
 _Z = State("z", init="param", refuses=("bfloat16", "int8"))
 _MEMORY = (
     Scalar("k", 0, _check.steps),
@@ -147,8 +147,8 @@ class ScheduleFreeAdamW(Optimizer):
     params : array, nesting of arrays, or list of groups
         As for `Adam`.
     lr : float or callable(step) -> float, default 2.5e-3
-        Step size, >= 0, in units of the parameter, constant for a whole run: 1 to 10 times what one
-        would begin a schedule of AdamW with. A callable gets the step, from 1.
+        Step size, >= 0, in units of the parameter, constant for a whole run: 1 to 10 times the rate
+        with which a schedule of AdamW would begin. A callable gets the step, from 1.
     betas : (float, float), default (0.9, 0.999)
         How close y is to x, between 0 and 1, and decay rate of the second moment, in [0, 1).
     eps : float, default 1e-8
@@ -235,7 +235,7 @@ class ScheduleFreeSGD(Optimizer):
     params : array, nesting of arrays, or list of groups
         As for `Adam`.
     lr : float or callable(step) -> float, default 1.0
-        Step size, >= 0: 10 to 50 times what one would begin a schedule of SGD with.
+        Step size, >= 0: 10 to 50 times the rate with which a schedule of SGD would begin.
     momentum : float, default 0.9
         How close y is to x, between 0 and 1.
     weight_decay : float, default 0

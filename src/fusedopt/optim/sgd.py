@@ -70,9 +70,9 @@ class SGD(Optimizer):
     maximize : bool, default False
         Step along the gradient, not against it.
     lazy : bool, default False
-        Of a gradient that is `fusedopt.Rows`: leave rows without a gradient as they are, and their
-        momentum. By default momentum, weight decay and L1 are exact: with any of them such a
-        gradient takes as long, and as much memory, as one of all rows.
+        For a gradient that is `fusedopt.Rows`: leave rows without a gradient, and their momentum,
+        as they are. By default momentum, weight decay and L1 are exact: with any of them such a
+        gradient takes as much time and memory as one of all rows.
     **common
         How arrays are stored, a running average of the parameters, threads; see `Optimizer`.
 

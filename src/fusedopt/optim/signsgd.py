@@ -55,8 +55,8 @@ class SignSGD(Optimizer):
     Notes
     -----
     State of a leaf: ``step`` and, with momentum, ``momentum_buffer``. `fusedopt.reference.signsgd`
-    is the formula. The sign of 0 is 0, and so is that of NaN: an element whose gradient is NaN
-    stays where it is, from then on with momentum, without an error; `nonfinite` of a step finds it.
+    is the formula. The signs of 0 and of NaN are 0: an element whose gradient is NaN does not move
+    in this step, and with momentum never again, without an error; `nonfinite` of a step finds it.
 
     State may be narrow: the held-out loss of ``fusedopt train``, of eight seeds, was 0.152
     (standard deviation 0.02) with float32 state, 0.152 with bfloat16 and 0.153 with 8 bits.

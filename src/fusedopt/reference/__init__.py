@@ -1,8 +1,8 @@
 """The optimizers in plain NumPy: they document the fast ones, which equal them bit for bit.
 
 Functions and classes have the names and signatures of `fusedopt.functional` and `fusedopt`, and
-make the same checks before the first write. From there on they go leaf by leaf: an exception in the
-middle of a step, of a signal's handler or for want of memory, leaves it half done.
+make the same checks before the first write. After that they step leaf by leaf: an exception in the
+middle of a step, from a signal's handler or for lack of memory, leaves the step half done.
 """
 
 from fusedopt.reference.adadelta import Adadelta, adadelta

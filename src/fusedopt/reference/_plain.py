@@ -1,4 +1,4 @@
-"""What the references share: how a leaf is loaded and stored, and the terms before a rule."""
+"""What the references share: load and store of a leaf, terms before a rule, sums, the step."""
 
 from __future__ import annotations
 

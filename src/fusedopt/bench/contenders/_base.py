@@ -1,4 +1,4 @@
-"""What every contender is: a step on arrays of its own, and a row that says where it may run."""
+"""What every contender is: a step on arrays of its own, and a row with the conditions for it."""
 
 from __future__ import annotations
 
