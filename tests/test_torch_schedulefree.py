@@ -252,7 +252,7 @@ def test_refused_options(cls):
     ):
         make(p, state_dtype="bfloat16")
     name = "betas" if cls.endswith("AdamW") else "momentum"
-    with pytest.raises(ValueError, match="must be > 0, as without it the parameters know nothing"):
+    with pytest.raises(ValueError, match="must be > 0, as without it the parameters do not depend"):
         make(p, **{name: (0.0, 0.9) if name == "betas" else 0.0})
 
 
