@@ -37,8 +37,8 @@ class _Group:
     ----------
     options : dict
         Its options; numbers in the place of tensors.
-    constants : callable(step, count) -> dict
-        The constants of a step, see `Rule.at`.
+    constants : Constants
+        Of a step, see `Rule.at`.
     plan : GroupPlan
         What the list must know of it.
     seen : dict or None
@@ -420,13 +420,9 @@ class Fused(StateKeeper):
 
     # -------------------------------------------------------------- asked by TensorList.step
 
-    def _constants(self, group: int, step: int, count: int) -> dict[str, float]:
-        """Return the constants of a step by name.
-
-        `count` is the number of the step, 0 if nobody counts; `step` is what the rule makes of it:
-        SGD has a first step with each new buffer, as in torch.
-        """
-        return self._groups[group].constants(step, count)
+    def _constants(self, group: int) -> Constants:
+        """Return the constants of steps of a group."""
+        return self._groups[group].constants
 
     def _rule_of(self, options: Mapping[str, Any]) -> Rule:
         """Return the rule of a group: of torch's Adam an option says whether it is AdamW's."""
@@ -613,8 +609,7 @@ class Fused(StateKeeper):
 
     @staticmethod
     def _copy(tensor: Any, strides: tuple[int, ...]) -> Any:
-        """Return a copy of a tensor in another memory order."""
-        tensor = tensor.detach()  # cheaper than no_grad
+        """Return a copy of a tensor in another memory order; within a step, so without grad."""
         return tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
 
 

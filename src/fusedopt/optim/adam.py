@@ -23,8 +23,8 @@ def corrections(
 
 
 def _constants(step: int, o: Options) -> dict[str, float]:
-    beta1, beta2 = o["betas"]
-    mean, root = corrections(step, o["betas"], o["bias_correction"], o["eps_hat"])
+    beta1, beta2 = betas = o["betas"]
+    mean, root = corrections(step, betas, o["bias_correction"], o["eps_hat"])
     return {
         "keep": 1.0,
         "w1": 1 - beta1,
