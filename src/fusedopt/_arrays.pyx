@@ -32,7 +32,15 @@ import numpy
 from fusedopt import _check, _options, _rows, formats as _formats
 from fusedopt.formats import Stored
 
+cdef extern from "Python.h":
+    ctypedef object (*descrgetfunc)(object, object, object)
+    int Py_tp_descr_get
+    void *PyType_GetSlot(object, int)
+
 cdef object ndarray = numpy.ndarray
+cdef object dtype_attribute = ndarray.dtype
+cdef descrgetfunc get_attribute = <descrgetfunc>PyType_GetSlot(
+    type(dtype_attribute), Py_tp_descr_get)
 cdef object float32 = numpy.dtype(numpy.float32)
 cdef object float64 = numpy.dtype(numpy.float64)
 cdef object float16 = numpy.dtype(numpy.float16)
@@ -46,7 +54,7 @@ cdef inline int format_of(object array) except? -1:
     """The storage format of an array of a usual class and dtype; -1 if `_check` must look."""
     if type(array) is not ndarray:
         return -1
-    dtype = array.dtype
+    dtype = get_attribute(dtype_attribute, array, ndarray)  # not searched for in each step
     if dtype is float32:
         return FO_F32
     if dtype is float64:

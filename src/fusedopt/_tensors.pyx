@@ -532,7 +532,7 @@ cdef class TensorList(LeafList):
         return 0
 
     cdef tuple order(self, LeafRecord *record):
-        """The strides in which a leaf is stepped."""
+        """The strides in which a leaf is stepped; None if they are row-major."""
         cdef DLTensor t
         cdef Axes axes
         cdef int64_t strides[MAX_AXES]
@@ -542,7 +542,8 @@ cdef class TensorList(LeafList):
             axes = axes_of(&t)
         if not found or not choose_order(record, &axes, strides):
             raise SystemError("fusedopt: a tensor changed meanwhile; please report")
-        return tuple([strides[k] for k in range(t.ndim)])
+        axes.strides = <const Py_ssize_t *>strides
+        return None if is_row_major(&axes) else tuple([strides[k] for k in range(t.ndim)])
 
     cdef int finish(self, state) except -1:
         """Count the step, write what was done on copies, and take over new state."""

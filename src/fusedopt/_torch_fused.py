@@ -532,9 +532,11 @@ class Fused(StateKeeper):
         self._rule.outside(direction, self._groups[group].options)
 
     @staticmethod
-    def _new_direction(param: Any, strides: tuple[int, ...], is_double: bool) -> Any:
+    def _new_direction(param: Any, strides: tuple[int, ...] | None, is_double: bool) -> Any:
         """Return a tensor for it, in a memory order, in the dtype that steps compute in."""
         dtype = torch.float64 if is_double else torch.float32
+        if strides is None:
+            return param.detach().new_empty(param.shape, dtype=dtype)
         return param.detach().new_empty_strided(param.shape, strides, dtype=dtype)
 
     def _check_elsewhere(self, places: list[tuple[int, int, int]], has_options: bool) -> None:
@@ -608,8 +610,10 @@ class Fused(StateKeeper):
     _shared = staticmethod(_plain.shared)
 
     @staticmethod
-    def _copy(tensor: Any, strides: tuple[int, ...]) -> Any:
+    def _copy(tensor: Any, strides: tuple[int, ...] | None) -> Any:
         """Return a copy of a tensor in another memory order; within a step, so without grad."""
+        if strides is None:
+            return tensor.clone(memory_format=torch.contiguous_format)
         return tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
 
 
