@@ -15,6 +15,7 @@ _Grads: TypeAlias = list[Any]  # of each leaf, an array or Rows or None
 _Prepared: TypeAlias = tuple[_Grads, list[Plan]]  # of each leaf; of each group
 
 def are_settled(param_groups: Any, groups: list[Any]) -> bool: ...
+
 @final
 class Reader:
     def __new__(cls, keys: tuple[Any, ...] | None, parts: list[Reader] | None) -> Reader: ...

@@ -36,6 +36,13 @@ def _constants(step: int, o: Options) -> dict[str, float]:
     }
 
 
+def _decoupled_constants(step: int, o: Options) -> dict[str, float]:
+    constants = _constants(step, o)
+    constants["keep"] = 1 - o["lr"] * o["weight_decay"]
+    constants["cautious"] = float(o.get("cautious", False))
+    return constants
+
+
 _OPTIONS = (
     Option("lr", 1e-3, _check.nonnegative),
     Option("betas", (0.9, 0.999), _check.decay_rates),
@@ -76,13 +83,7 @@ ADAMW = Rule(
         CAUTIOUS,
     ),
     states=_STATES,
-    constants=lambda step, o: (
-        _constants(step, o)
-        | {
-            "keep": 1 - o["lr"] * o["weight_decay"],
-            "cautious": float(o.get("cautious", False)),
-        }
-    ),
+    constants=_decoupled_constants,
     variant=("cautious", "cautious_adam"),
     by_rows=lambda o: LAZY,
 )
