@@ -151,7 +151,7 @@ class Optimizer:
         self._work.disk = self._disk
         self._groups: list[_groups.Group] = []
         self._plans: list[Any] | None = None  # of the groups, if steps do not change them
-        self._reader: _arrays.Reader | None = None  # of gradients that are no list of groups'
+        self._reader: _arrays.Reader | None = None  # of gradients that are no list of groups
         self._has_new_options = True  # of a group, for `Rule.row`
         self._advanced: list[Options] = []  # of the groups, in this step
         self._bare = not _tree.is_groups(params)
