@@ -2,8 +2,9 @@
 
 import inspect
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 
 import numpy as np
@@ -124,6 +125,18 @@ def test_bad_nesting(grads, message):
     with pytest.raises(ValueError, match=message):
         opt.step(grads)
     unchanged(opt, params)
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict, partial(defaultdict, list)])
+@pytest.mark.parametrize("first", range(4))
+def test_gradients_are_found_by_their_keys(kind, first):
+    """In any order of the dict, under keys that are equal to those of the parameters."""
+    values = [1.0, 2.0, 4.0, 8.0]
+    params = dict(zip(["a", "b2", "b1", 1], [np.zeros(2) for _ in values], strict=True))
+    keys = ["a", "".join("b2"), "".join("b1"), 1.0]
+    rows = [(key, np.full(2, value)) for key, value in zip(keys, values, strict=True)]
+    fusedopt.SGD(params, lr=1.0).step(kind(rows[first:] + rows[:first]))
+    assert [p[0] for p in params.values()] == [-value for value in values]
 
 
 def test_none_skips_leaves_and_parts():

@@ -293,6 +293,37 @@ def test_kinds_and_layouts_are_handled_in_c(api, kind, layout, options, monkeypa
     assert all(torch.equal(torch.as_tensor(a[key]), b[key]) for key in b)
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="torch exports in Python"
+)
+def test_subclass_is_asked_for_its_gradient_alone():
+    """Where its memory lies, and of which sign, needs no Python and is not its own to say."""
+    asked = []
+
+    class Asked(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            asked.append(function)
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    p = torch.zeros(3).as_subclass(Asked).requires_grad_()
+    p.grad = torch.ones(3).as_subclass(Asked)
+    opt = fo.SGD([p], lr=0.5, momentum=0.9)
+    opt.step()
+    asked.clear()
+    opt.step()
+    assert asked == [torch.Tensor.grad.__get__]
+    del p.grad
+    p.grad = torch._neg_view(torch.ones(3)).as_subclass(Asked)
+    opt.step()
+    goal = torch.zeros(3, requires_grad=True)
+    peer = torch.optim.SGD([goal], lr=0.5, momentum=0.9)
+    for sign in (1, 1, -1):
+        goal.grad = torch.full((3,), float(sign))
+        peer.step()
+    assert torch.equal(p.detach().as_subclass(torch.Tensor), goal)
+
+
 def test_subclass_with_a_dispatch_of_its_own():
     """Its memory may have another meaning, so it is refused."""
 

@@ -8,12 +8,19 @@ from numpy.typing import NDArray
 from fusedopt._leaves import LeafList
 from fusedopt._options import Reduction, StepOptions, StepResult
 from fusedopt.formats import Stored
+from fusedopt.optimizer import Optimizer
 from fusedopt.rule import Layout, Plan
 
 _Grads: TypeAlias = list[Any]  # of each leaf, an array or Rows or None
 _Prepared: TypeAlias = tuple[_Grads, list[Plan]]  # of each leaf; of each group
 
 def are_settled(param_groups: Any, groups: list[Any]) -> bool: ...
+
+@final
+class Reader:
+    def __new__(cls, keys: tuple[Any, ...] | None, parts: list[Reader] | None) -> Reader: ...
+    def read(self, name: str, other: Any) -> list[Any]: ...
+
 def find_none(values: Sequence[Any], grads: Sequence[Any]) -> int: ...
 
 @final
@@ -55,6 +62,7 @@ class ArrayList(LeafList):
         copies: list[NDArray[Any] | None] | None = None,
         reduction: Reduction | None = None,
         source: ArrayList | None = None,
+        owner: Optimizer | None = None,
     ) -> StepResult: ...
     def check(
         self,

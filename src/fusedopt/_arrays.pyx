@@ -32,7 +32,15 @@ import numpy
 from fusedopt import _check, _options, _rows, formats as _formats
 from fusedopt.formats import Stored
 
+cdef extern from "Python.h":
+    ctypedef object (*descrgetfunc)(object, object, object)
+    int Py_tp_descr_get
+    void *PyType_GetSlot(object, int)
+
 cdef object ndarray = numpy.ndarray
+cdef object dtype_attribute = ndarray.dtype
+cdef descrgetfunc get_attribute = <descrgetfunc>PyType_GetSlot(
+    type(dtype_attribute), Py_tp_descr_get)
 cdef object float32 = numpy.dtype(numpy.float32)
 cdef object float64 = numpy.dtype(numpy.float64)
 cdef object float16 = numpy.dtype(numpy.float16)
@@ -46,7 +54,7 @@ cdef inline int format_of(object array) except? -1:
     """The storage format of an array of a usual class and dtype; -1 if `_check` must look."""
     if type(array) is not ndarray:
         return -1
-    dtype = array.dtype
+    dtype = get_attribute(dtype_attribute, array, ndarray)  # not searched for in each step
     if dtype is float32:
         return FO_F32
     if dtype is float64:
@@ -107,7 +115,15 @@ cdef bint has_same_values(object container, object before) except -1:
     return True
 
 
-def are_settled(param_groups, list groups):
+cdef list read_gradients(owner, grads):
+    """What `Optimizer._flatten` returns."""
+    reader = owner._reader
+    if reader is None:
+        return owner._flatten(grads, "grads")
+    return (<Reader?>reader).read("grads", grads)
+
+
+cpdef bint are_settled(param_groups, list groups) except -1:
     """Whether the groups of an optimizer, `_groups.Group`, are as in the last step."""
     cdef Py_ssize_t i
     if type(param_groups) is not list or len(<list>param_groups) != len(groups):
@@ -123,6 +139,73 @@ def are_settled(param_groups, list groups):
             if not has_same_values((<tuple?>node)[1], (<tuple>node)[2]):
                 return False
     return True
+
+
+@cython.final
+cdef class Reader:
+    """Reads the leaves of what is nested like some tree, in its order: see `_tree.reader`.
+
+    Parameters
+    ----------
+    keys : tuple or None
+        Of a dict; None stands for a list, a tuple or a leaf.
+    parts : list of Reader, or None
+        Of the entries; None of a leaf.
+    """
+    cdef tuple keys
+    cdef list parts
+    cdef Py_ssize_t n
+    cdef bint is_flat  # whether all entries are leaves
+
+    def __cinit__(self, tuple keys, list parts):
+        self.keys, self.parts = keys, parts
+        self.n = 0 if parts is None else len(parts)
+        self.is_flat = parts is not None and all([(<Reader?>part).parts is None for part in parts])
+
+    cpdef list read(self, str name, other):
+        """The leaves of a tree of this name; None in the place of a part stands for all of its."""
+        cdef Py_ssize_t i
+        cdef list values, out = []
+        if self.parts is None:
+            return [other]  # _check tests whether it is an array
+        if other is None:
+            values = [None] * self.n
+        else:
+            values = self.items(name, other) if self.keys is None else self.values(name, other)
+        if self.is_flat:
+            return values
+        for i in range(self.n):
+            place = i if self.keys is None else self.keys[i]
+            out += (<Reader>self.parts[i]).read(f"{name}[{place!r}]", values[i])
+        return out
+
+    cdef list items(self, str name, other):
+        if not isinstance(other, (list, tuple)):
+            raise ValueError(f"{name}: expected a list as in params, got {type(other).__name__}")
+        if len(other) != self.n:
+            raise ValueError(f"{name}: {len(other)} entries for {self.n} in params")
+        return list(other)
+
+    cdef list values(self, str name, other):
+        cdef Py_ssize_t at = 0
+        cdef PyObject *value
+        cdef list found = []
+        if not isinstance(other, dict):
+            raise ValueError(f"{name}: expected a dict as in params, got {type(other).__name__}")
+        if len(other) == self.n:
+            for key in self.keys:
+                if type(other) is dict:
+                    value = entry(other, key, &at)
+                    if value == NULL:
+                        break
+                    found.append(<object>value)
+                elif key in other:
+                    found.append(other[key])
+            if len(found) == self.n:
+                return found
+        missing = [f"no {key!r}" for key in self.keys if key not in other]
+        foreign = [f"{key!r} is not in params" for key in other if key not in self.keys]
+        raise ValueError(f"{name}: {', '.join(missing + foreign)}")
 
 
 def find_none(values, grads):
@@ -338,7 +421,7 @@ cdef class ArrayList(LeafList):
     # -------------------------------------------------------------- the step
 
     def step(self, prepare, grads, int threads, options=None, list copies=None, reduction=None,
-             ArrayList source=None):
+             ArrayList source=None, owner=None):
         """One step of all leaves that have a gradient; either all of it happens or none.
 
         The list is claimed for the whole call, that of `prepare` included: here, where no signal's
@@ -360,6 +443,9 @@ cdef class ArrayList(LeafList):
             With `options`.
         source : ArrayList, optional
             Of an accumulator whose sums are the gradients: claimed as well, and empty afterwards.
+        owner : Optimizer, optional
+            Whose `_plans`, if it has any, are those that `prepare` would return, as long as its
+            groups are settled: most steps need nothing else of it.
 
         Returns
         -------
@@ -377,7 +463,11 @@ cdef class ArrayList(LeafList):
             if source is not None:
                 source.claim()
             try:
-                gradients, plans = prepare(grads)
+                plans = None if owner is None or source is not None else owner._plans
+                if plans is None or not are_settled(owner.param_groups, owner._groups):
+                    gradients, plans = prepare(grads)
+                else:
+                    gradients = read_gradients(owner, grads)
                 return self.step_prepared(
                     gradients, plans, threads, options, copies, reduction, source)
             finally:
@@ -599,7 +689,8 @@ cdef class ArrayList(LeafList):
         index = None if seen is None else seen.get((group, step))
         if index is not None:
             return index
-        added = add_constants(&self.hypers, self.scalar_names, (<tuple>plans[group])[0](step + 1))
+        added = add_constants(
+            &self.hypers, self.scalar_names, (<tuple>plans[group])[0], step + 1, step + 1)
         if seen is not None:
             seen[(group, step)] = added
         return added

@@ -9,6 +9,37 @@ from fusedopt._c cimport (
     fo_disk, fo_format_info, fo_hyper, fo_leaf, fo_run, fo_stats, fo_status,
 )
 
+from cpython.dict cimport PyDict_GetItemWithError, PyDict_Next
+from cpython.object cimport PyObject
+
+
+cdef extern from "Python.h":
+    int PyUnicode_CheckExact(PyObject *)
+    int PyUnicode_Compare(PyObject *, PyObject *) except? -1
+
+
+cdef inline bint is_same_key(PyObject *a, PyObject *b) except -1:
+    """Whether two keys are the same object, or equal strings; False of others that are equal."""
+    return a == b or (
+        PyUnicode_CheckExact(a) and PyUnicode_CheckExact(b) and PyUnicode_Compare(a, b) == 0)
+
+
+cdef inline PyObject *entry(of, key, Py_ssize_t *at) except? NULL:
+    """The value of a key of a dict, or NULL.
+
+    Entries often follow one another as their keys are asked for: the next one is tried first, which
+    saves the search.
+    """
+    cdef Py_ssize_t after = at[0]
+    cdef PyObject *its_key
+    cdef PyObject *value
+    if PyDict_Next(of, &after, &its_key, &value) and is_same_key(
+            its_key, <PyObject *>key):
+        at[0] = after
+        return value
+    return PyDict_GetItemWithError(of, key)
+
+
 cdef int check(fo_status status) except -1
 cdef void *address(array) except? NULL
 cdef void *grow(void *memory, Py_ssize_t count, size_t size) except NULL
@@ -34,8 +65,8 @@ cdef struct Hypers:
     fo_hyper *of
     ptrdiff_t n, capacity
 
-cdef ptrdiff_t add_constants(Hypers *hypers, list names, dict values) except -1
-cdef int set_constants(fo_hyper *h, list names, dict values) except -1
+cdef ptrdiff_t add_constants(Hypers *hypers, list names, constants, step, count) except -1
+cdef int set_constants(fo_hyper *h, list names, constants, step, count) except -1
 
 cdef struct Sums:
     # where a list's steps measure: a row for each leaf, and scratch

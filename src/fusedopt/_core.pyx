@@ -96,23 +96,31 @@ cdef const fo_format_info *format_table() noexcept nogil:
     return fo_formats()
 
 
-cdef ptrdiff_t add_constants(Hypers *hypers, list names, dict values) except -1:
-    """Add the constants of a step, among them a rule's scalars of these names; return their index.
-    """
+cdef ptrdiff_t add_constants(Hypers *hypers, list names, constants, step, count) except -1:
+    """Add the constants of a step, see `set_constants`; return their index."""
     if hypers.n == hypers.capacity:
         hypers.of = <fo_hyper *>grow(hypers.of, 2 * hypers.capacity + 4, sizeof(fo_hyper))
         hypers.capacity = 2 * hypers.capacity + 4
-    set_constants(&hypers.of[hypers.n], names, values)
+    set_constants(&hypers.of[hypers.n], names, constants, step, count)
     hypers.n += 1
     return hypers.n - 1
 
 
-cdef int set_constants(fo_hyper *h, list names, dict values) except -1:
-    cdef int k
-    h.grad_scale, h.l2, h.l1 = values["grad_scale"], values["l2"], values["l1"]
-    h.ema_weight = values["ema_weight"]
-    for k, name in enumerate(names):
-        h.scalars[k] = values[name]
+cdef int set_constants(fo_hyper *h, list names, constants, step, count) except -1:
+    """Set what `rule.Constants` are in a step: a rule's scalars of these names, and all others."""
+    cdef int k = 0
+    cdef Py_ssize_t at = 0
+    cdef PyObject *value
+    cdef tuple of = <tuple>constants  # by place: names take longer
+    values = of[0](step, of[1])
+    for name in names:
+        value = entry(<dict?>values, name, &at)
+        if value == NULL:
+            raise KeyError(name)
+        h.scalars[k] = <object>value
+        k += 1
+    h.grad_scale, h.l1, h.l2 = of[2], of[3], of[4]
+    h.ema_weight = 0 if of[5] is None else constants.ema_weight(count)
     return 0
 
 

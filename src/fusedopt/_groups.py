@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fusedopt import _check, _tree
+from fusedopt._arrays import Reader
 from fusedopt.rule import Check, Options, Plan, Rule
 
 _IMMUTABLE = (int, float, bool, str, type(None))
@@ -20,8 +21,8 @@ class Group:
     ----------
     tree
         The parameters, nested as they were given.
-    read : callable
-        Appends gradients that are nested in the same way to a list.
+    reader : Reader
+        Reads gradients that are nested in the same way.
     nodes : list
         The containers in `tree`, see `_tree.nodes`.
     leaves : range
@@ -40,7 +41,7 @@ class Group:
     """
 
     tree: Any
-    read: _tree.Reader
+    reader: Reader
     nodes: list[_tree.Node]
     leaves: range
     kept: tuple[bool, ...]

@@ -227,17 +227,6 @@ cdef inline object held(const LeafRecord *record, int place):
     return None if record.tensors[place] == NULL else <object>record.tensors[place]
 
 
-cdef inline PyObject *entry(own, name, Py_ssize_t *at) except? NULL:
-    """The value of a key: of the next entry, if it is that one's, which saves the search."""
-    cdef Py_ssize_t after = at[0]
-    cdef PyObject *key
-    cdef PyObject *value
-    if PyDict_Next(own, &after, &key, &value) and key == <PyObject *>name:
-        at[0] = after
-        return value
-    return PyDict_GetItemWithError(own, name)
-
-
 cdef class TensorList(LeafList):
     """The leaves of one step of a torch optimizer.
 
@@ -525,7 +514,7 @@ cdef class TensorList(LeafList):
         groups = {self.leaves[i].hyper: self.records[i].group for i in range(self.n)}
         for (_, step, count), index in self.seen.items():
             set_constants(&self.hypers.of[<ptrdiff_t>index], self.scalar_names,
-                          self.owner._constants(groups[index], step, count))
+                          self.owner._constants(groups[index]), step, count)
         return True
 
     cdef int add_direction(self, ptrdiff_t i, fo_array *to) except -1:
@@ -545,7 +534,7 @@ cdef class TensorList(LeafList):
         return 0
 
     cdef tuple order(self, LeafRecord *record):
-        """The strides in which a leaf is stepped."""
+        """The strides in which a leaf is stepped; None if they are row-major."""
         cdef DLTensor t
         cdef Axes axes
         cdef int64_t strides[MAX_AXES]
@@ -555,7 +544,8 @@ cdef class TensorList(LeafList):
             axes = axes_of(&t)
         if not found or not choose_order(record, &axes, strides):
             raise SystemError("fusedopt: a tensor changed meanwhile; please report")
-        return tuple([strides[k] for k in range(t.ndim)])
+        axes.strides = <const Py_ssize_t *>strides
+        return None if is_row_major(&axes) else tuple([strides[k] for k in range(t.ndim)])
 
     cdef int finish(self, state) except -1:
         """Count the step, write what was done on copies, and take over new state."""
@@ -1181,6 +1171,13 @@ cdef class TensorList(LeafList):
 
     cdef bint has_sign(self, PyObject *tensor) except -1:
         """Whether the values are those in memory times -1, as of the imaginary part of a conj()."""
+        kind = type(<object>tensor)
+        if kind is self.parameter or kind is self.tensor:
+            return self.tell_sign(tensor)
+        with self.copier.plainly():  # else it asks __torch_function__, in Python
+            return self.tell_sign(tensor)
+
+    cdef inline bint tell_sign(self, PyObject *tensor) noexcept:
         cdef PyObject *answer = self.is_neg(tensor, NULL)
         if answer == NULL:
             PyErr_Clear()
@@ -1220,7 +1217,7 @@ cdef class TensorList(LeafList):
         index = self.seen.get(key)
         if index is None:
             index = self.seen[key] = add_constants(
-                &self.hypers, self.scalar_names, self.owner._constants(group, step, count))
+                &self.hypers, self.scalar_names, self.owner._constants(group), step, count)
         return index
 
     # -------------------------------------------------------------- memory
@@ -1229,14 +1226,11 @@ cdef class TensorList(LeafList):
         """Refuse two arrays that the step writes, or a gradient and one of them, that share a
         byte."""
         cdef ptrdiff_t i
-        cdef Span own
         if not self.refresh():
             self.collect()
         self.refuse_overlap(&self.spans)
         for i in range(self.n):
-            if (locate(&self.leaves[i], i, GRAD, &own)
-                    and alias(&self.spans, own.low, own.high) >= 0):
-                self.refuse_alias(&self.spans, i, GRAD)
+            self.refuse_alias(&self.spans, i, GRAD)
         self.check_others(self.zeroes, copies)
         if self.targets:
             self.refuse_shared()
@@ -1262,14 +1256,11 @@ cdef class TensorList(LeafList):
             targets.of = <Span *>grow(targets.of, n, sizeof(Span))
             targets.capacity = n
         targets.n = 0
-        members, names = [], []
         for i in range(n):
-            if not self.resolve(self.targets[i], &t):
-                raise SystemError("fusedopt: a tensor changed meanwhile; please report")
+            size = self.target(i, &t)
             axes = axes_of(&t)
             if count_elements(&axes) == 0:
                 continue
-            size = t.dtype.bits // 8
             low = high = <uintptr_t>t.data + t.byte_offset
             high += size
             for k in range(t.ndim):
@@ -1279,16 +1270,21 @@ cdef class TensorList(LeafList):
             targets.n += 1
             suspect |= alias(&self.spans, low, high) >= 0
             suspect |= alias(&self.others, low, high) >= 0
-            members.append((
-                low, tuple([t.shape[k] for k in range(t.ndim)]),
-                tuple([t.strides[k] * size for k in range(t.ndim)]), size))
-            names.append(self.labels[i])
         suspect |= overlap(targets) > 0
         for i in range(self.n):
             if locate(&self.leaves[i], i, GRAD, &own):
                 suspect |= alias(targets, own.low, own.high) >= 0
         if not suspect:
             return 0
+        members, names = [], []
+        for i in range(n):
+            size = self.target(i, &t)
+            axes = axes_of(&t)
+            if count_elements(&axes) > 0:
+                members.append((
+                    <uintptr_t>t.data + t.byte_offset, tuple([t.shape[k] for k in range(t.ndim)]),
+                    tuple([t.strides[k] * size for k in range(t.ndim)]), size))
+                names.append(self.labels[i])
         for spans in range(2):
             for i in range(self.others.n if spans else self.spans.n):
                 own = self.others.of[i] if spans else self.spans.of[i]
@@ -1316,6 +1312,12 @@ cdef class TensorList(LeafList):
         if pair[1] >= n:
             _check.alias(b, a)
         _check.overlap(min(a, b), max(a, b))
+
+    cdef int target(self, ptrdiff_t i, DLTensor *t) except -1:
+        """Describe a tensor that is written back; return the bytes of its elements."""
+        if not self.resolve(self.targets[i], t):
+            raise SystemError("fusedopt: a tensor changed meanwhile; please report")
+        return t.dtype.bits // 8
 
     cdef bint refresh(self) noexcept:
         """Give the spans of the last step the addresses of this one; False if they do not fit."""

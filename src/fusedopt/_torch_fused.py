@@ -37,8 +37,8 @@ class _Group:
     ----------
     options : dict
         Its options; numbers in the place of tensors.
-    constants : callable(step, count) -> dict
-        The constants of a step, see `Rule.at`.
+    constants : Constants
+        Of a step, see `Rule.at`.
     plan : GroupPlan
         What the list must know of it.
     seen : dict or None
@@ -420,13 +420,9 @@ class Fused(StateKeeper):
 
     # -------------------------------------------------------------- asked by TensorList.step
 
-    def _constants(self, group: int, step: int, count: int) -> dict[str, float]:
-        """Return the constants of a step by name.
-
-        `count` is the number of the step, 0 if it is not counted; `step` is the number for the
-        rule: SGD has a first step with each new buffer, as in torch.
-        """
-        return self._groups[group].constants(step, count)
+    def _constants(self, group: int) -> Constants:
+        """Return the constants of steps of a group."""
+        return self._groups[group].constants
 
     def _rule_of(self, options: Mapping[str, Any]) -> Rule:
         """Return the rule of a group: an option of torch's Adam may turn it into AdamW."""
@@ -536,9 +532,11 @@ class Fused(StateKeeper):
         self._rule.outside(direction, self._groups[group].options)
 
     @staticmethod
-    def _new_direction(param: Any, strides: tuple[int, ...], is_double: bool) -> Any:
+    def _new_direction(param: Any, strides: tuple[int, ...] | None, is_double: bool) -> Any:
         """Return a tensor for it, in a memory order, in the dtype that steps compute in."""
         dtype = torch.float64 if is_double else torch.float32
+        if strides is None:
+            return param.detach().new_empty(param.shape, dtype=dtype)
         return param.detach().new_empty_strided(param.shape, strides, dtype=dtype)
 
     def _check_elsewhere(self, places: list[tuple[int, int, int]], has_options: bool) -> None:
@@ -612,9 +610,10 @@ class Fused(StateKeeper):
     _shared = staticmethod(_plain.shared)
 
     @staticmethod
-    def _copy(tensor: Any, strides: tuple[int, ...]) -> Any:
-        """Return a copy of a tensor in another memory order."""
-        tensor = tensor.detach()  # cheaper than no_grad
+    def _copy(tensor: Any, strides: tuple[int, ...] | None) -> Any:
+        """Return a copy of a tensor in another memory order; within a step, so without grad."""
+        if strides is None:
+            return tensor.clone(memory_format=torch.contiguous_format)
         return tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
 
 

@@ -5,9 +5,10 @@ A leaf's name is the expression that leads to it: ``params['dense1']['W']``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from operator import itemgetter
+from collections.abc import Callable, Iterator
 from typing import Any
+
+from fusedopt._arrays import Reader
 
 DEEPEST = 100  # containers in containers; deeper nesting is treated as a cycle
 
@@ -84,76 +85,17 @@ def is_groups(params: Any) -> bool:
     )
 
 
-Reader = Callable[[str, Any, list[Any]], None]
-
-
 def reader(tree: Any) -> Reader:
-    """Return a function (name, other, out) that appends to `out` the leaves of `other`.
+    """Return what reads the leaves of others that are nested like `tree`.
 
-    `other` must be nested like `tree`; None instead of a part stands for all its leaves. Built
-    once, because every step reads its gradients with it.
+    None instead of a part stands for all its leaves. Made once, because every step reads its
+    gradients with it.
     """
     if isinstance(tree, dict):
-        return _dict_reader({key: reader(node) for key, node in tree.items()})
+        return Reader(tuple(tree), [reader(node) for node in tree.values()])
     if isinstance(tree, (list, tuple)):
-        return _list_reader([reader(node) for node in tree])
-    return _read_leaf
-
-
-def _read_leaf(name: str, other: Any, out: list[Any]) -> None:
-    out.append(other)  # _check tests whether it is an array
-
-
-def _dict_reader(parts: dict[Any, Reader]) -> Reader:
-    keys = parts.keys()
-    is_flat = all(part is _read_leaf for part in parts.values())
-    take: Callable[[Any], Sequence[Any]]
-    if len(parts) > 1:
-        take = itemgetter(*parts)
-    else:
-        take = lambda other: [other[key] for key in parts]
-
-    def read(name: str, other: Any, out: list[Any]) -> None:
-        if other is None:
-            other = dict.fromkeys(keys)
-        elif not isinstance(other, dict):
-            raise ValueError(f"{name}: expected a dict as in params, got {type(other).__name__}")
-        values: Sequence[Any] = ()
-        if len(other) == len(keys) and (type(other) is dict or other.keys() == keys):
-            try:
-                values = take(other)
-            except KeyError:
-                pass
-        if len(values) != len(keys):
-            missing = [f"no {key!r}" for key in keys if key not in other]
-            foreign = [f"{key!r} is not in params" for key in other if key not in parts]
-            raise ValueError(f"{name}: {', '.join(missing + foreign)}")
-        if is_flat:
-            out.extend(values)
-        else:
-            for (key, part), value in zip(parts.items(), values, strict=True):
-                part(f"{name}[{key!r}]", value, out)
-
-    return read
-
-
-def _list_reader(parts: list[Reader]) -> Reader:
-    is_flat = all(part is _read_leaf for part in parts)
-
-    def read(name: str, other: Any, out: list[Any]) -> None:
-        if other is None:
-            other = [None] * len(parts)
-        elif not isinstance(other, (list, tuple)):
-            raise ValueError(f"{name}: expected a list as in params, got {type(other).__name__}")
-        elif len(other) != len(parts):
-            raise ValueError(f"{name}: {len(other)} entries for {len(parts)} in params")
-        if is_flat:
-            out.extend(other)
-        else:
-            for i, part in enumerate(parts):
-                part(f"{name}[{i}]", other[i], out)
-
-    return read
+        return Reader(None, [reader(node) for node in tree])
+    return Reader(None, None)
 
 
 def rebuilder(tree: Any) -> Callable[[list[Any]], Any]:

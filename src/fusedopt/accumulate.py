@@ -53,7 +53,7 @@ class GradAccumulator:
         """Make the buffers, which are zero."""
         tree = [group["params"] for group in params] if _tree.is_groups(params) else params
         named = list(_tree.leaves("params", tree))
-        self._read = _tree.reader(tree)
+        self._reader = _tree.reader(tree)
         arrays = []
         for name, param in named:
             checked = _check.parameter(name, param)
@@ -97,8 +97,7 @@ class GradAccumulator:
             If another thread is adding to the same buffers, or steps with them.
         """
         how = _options.StepOptions(grad_scale=_check.number("scale", scale), measure=_options.PARAM)
-        flat: list[Array | None] = []
-        self._read("grads", grads, flat)
+        flat = self._reader.read("grads", grads)
         for name, grad in zip(self._grad_names, flat, strict=True):
             if isinstance(grad, Rows):
                 raise ValueError(

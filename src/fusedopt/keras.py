@@ -32,7 +32,7 @@ except ModuleNotFoundError as exc:
 import fusedopt
 from fusedopt import _arrays, _threads
 from fusedopt.optimizer import Optimizer
-from fusedopt.rule import Rule
+from fusedopt.rule import Constants, Rule
 
 _IS_TORCH = keras.backend.backend() == "torch"
 if _IS_TORCH:
@@ -62,7 +62,7 @@ class _Fused:
 
     _rule: ClassVar[Rule]
     _slots: ClassVar[tuple[str, ...]]  # attributes with the variables of each of the rule's states
-    _constants: Callable[[int, float], dict[str, float]]  # of a step, at a rate
+    _constants: Callable[[float], Constants]  # at a rate
 
     def _backend_update_step(
         self, grads: Any, trainable_variables: Any, learning_rate: Any
@@ -81,7 +81,7 @@ class _Fused:
             if leaves is None or not all(map(_fits, grads, leaves.params)):
                 return False
             rate, done = float(learning_rate), int(self.iterations)
-            plan = (lambda step: self._constants(step, rate)), 0, None
+            plan = self._constants(rate), 0, None, ""
             arrays = [grad.numpy() for grad in grads]
             leaves.work.set_steps(done, [done] * len(arrays))
             leaves.work.step(lambda grads: (grads, [plan]), arrays, _threads.get_num_threads())
@@ -143,34 +143,36 @@ def _fits(grad: Any, param: Any) -> bool:
     )
 
 
-def _at(cls: type[Optimizer], step: int, **options: Any) -> dict[str, float]:
-    return cls.rule.at(cls.rule.defaults | options)(step)
+def _at(cls: type[Optimizer], **options: Any) -> Constants:
+    return cls.rule.at(cls.rule.defaults | options)
 
 
-def _adam(self: Any, step: int, rate: float) -> dict[str, float]:
+def _adam(self: Any, rate: float) -> Constants:
     betas = self.beta_1, self.beta_2
-    return _at(fusedopt.Adam, step, lr=rate, betas=betas, eps=self.epsilon, eps_hat=True)
+    return _at(fusedopt.Adam, lr=rate, betas=betas, eps=self.epsilon, eps_hat=True)
 
 
-def _sgd(self: Any, step: int, rate: float) -> dict[str, float]:
+def _sgd(self: Any, rate: float) -> Constants:
     """Add to each variable a buffer that sums gradients times ``-rate``."""
-    own = _at(fusedopt.SGD, step, lr=-1.0, momentum=self.momentum, nesterov=self.nesterov)
-    return own | {"grad_scale": -rate, "first": 0.0}
+    own = _at(fusedopt.SGD, lr=-1.0, momentum=self.momentum, nesterov=self.nesterov)
+    return own._replace(
+        of_rule=lambda step, options: own.of_rule(step, options) | {"first": 0.0}, grad_scale=-rate
+    )
 
 
-def _lion(self: Any, step: int, rate: float) -> dict[str, float]:
-    return _at(fusedopt.Lion, step, lr=rate, betas=(self.beta_1, self.beta_2))
+def _lion(self: Any, rate: float) -> Constants:
+    return _at(fusedopt.Lion, lr=rate, betas=(self.beta_1, self.beta_2))
 
 
-def _rmsprop(self: Any, step: int, rate: float) -> dict[str, float]:
+def _rmsprop(self: Any, rate: float) -> Constants:
     return _at(
-        fusedopt.RMSprop, step, lr=rate, alpha=self.rho, eps=self.epsilon, momentum=self.momentum,
+        fusedopt.RMSprop, lr=rate, alpha=self.rho, eps=self.epsilon, momentum=self.momentum,
         eps_in_sqrt=True,
     )  # fmt: skip
 
 
-def _adagrad(self: Any, step: int, rate: float) -> dict[str, float]:
-    return _at(fusedopt.Adagrad, step, lr=rate, eps=self.epsilon, eps_in_sqrt=True)
+def _adagrad(self: Any, rate: float) -> Constants:
+    return _at(fusedopt.Adagrad, lr=rate, eps=self.epsilon, eps_in_sqrt=True)
 
 
 _MOMENTS = ("_momentums", "_velocities", "_velocity_hats")

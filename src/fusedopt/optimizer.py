@@ -150,6 +150,7 @@ class Optimizer:
         self._work.disk = self._disk
         self._groups: list[_groups.Group] = []
         self._plans: list[Any] | None = None  # of the groups, if steps do not change them
+        self._reader: _arrays.Reader | None = None  # of gradients that are no list of groups
         self._has_new_options = True  # of a group, for `Rule.row`
         self._advanced: list[Options] = []  # of the groups, in this step
         self._bare = not _tree.is_groups(params)
@@ -230,6 +231,7 @@ class Optimizer:
         finally:  # a signal's exception may come right after the call; nothing here can fail
             if len(self._work) == leaves.stop:
                 self._groups, self._plans = known, None
+                self._reader = made.reader if self._bare and number == 0 else None
             else:
                 self.param_groups.pop()
 
@@ -440,7 +442,9 @@ class Optimizer:
     ) -> StepResult:
         """Take a step in C; `source` has the sums of an accumulator that `grads` is."""
         threads = _threads.of(self._threads)
-        return self._work.step(self._prepare, grads, threads, options, copies, reduction, source)
+        return self._work.step(
+            self._prepare, grads, threads, options, copies, reduction, source, self
+        )
 
     def _prepare(self, grads: Any) -> tuple[list[Array | None], list[Any]]:
         """Return the gradient of each leaf, and the plan of each group as its options are now."""
@@ -454,8 +458,10 @@ class Optimizer:
                 for node in group.nodes:
                     _tree.refuse_change(*node)
                 self._read_options(i, group)
-        if self._plans is not None:
-            return flat, self._plans
+        return flat, self._renewed_plans() if self._plans is None else self._plans
+
+    def _renewed_plans(self) -> list[Any]:
+        """Return the plan of each group as its options are now."""
         if self._has_new_options:
             self._work.use_row(self.rule.row(group.options for group in self._groups))
             self._has_new_options = False
@@ -463,11 +469,11 @@ class Optimizer:
             if group.schedule is not None:
                 group.schedule_rate(self.rule, self._work.count + 1)
         if self.rule.remembers:
-            return flat, self._advance()
+            return self._advance()
         plans = [group.plan for group in self._groups]
         if all(group.schedule is None for group in self._groups):
             self._plans = plans  # valid until an option of a group changes
-        return flat, plans
+        return plans
 
     def _advance(self) -> list[Any]:
         """Return the plans of the groups in this step, with what the rule remembers.
@@ -506,16 +512,15 @@ class Optimizer:
         ]
 
     def _flatten(self, tree: Any, name: str) -> list[Array | None]:
-        flat: list[Array | None] = []
-        if self._bare and len(self._groups) == 1:
-            self._groups[0].read(name, tree, flat)
-            return flat
+        if self._reader is not None:
+            return self._reader.read(name, tree)
         if not isinstance(tree, (list, tuple)) or len(tree) != len(self._groups):
             raise ValueError(
                 f"{name}: expected a list with one entry for each of the {len(self._groups)} groups"
             )
+        flat: list[Array | None] = []
         for i, group in enumerate(self._groups):
-            group.read(f"{name}[{i}]", tree[i], flat)
+            flat += group.reader.read(f"{name}[{i}]", tree[i])
         return flat
 
     def _read_options(self, i: int, group: _groups.Group) -> None:

@@ -11,16 +11,65 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from fusedopt import _check
 
 Options = dict[str, Any]
 Check = Callable[[str, Any], Any]
-Constants = Callable[..., dict[str, float]]  # (step, count=None) -> by name
-Plan = tuple[Constants, int, Callable[[Any], None] | None, str]  # see `Rule.plan`
 # of each state its fo_map (csrc/fusedopt.h) and its shape or None; the members of fo_shape
 Layout = tuple[tuple[int, ...], tuple[tuple[int, ...] | None, ...], tuple[int, ...]]
+
+
+class Constants(NamedTuple):
+    """The constants of steps with some options, see `Rule.at`.
+
+    A tuple, as `_core.set_constants` reads it in each step.
+
+    Attributes
+    ----------
+    of_rule : callable(step, options) -> dict
+        `Rule.constants`.
+    options : dict
+        What it gets.
+    grad_scale, l1, l2 : float
+        What all rules have: see fo_hyper (csrc/fusedopt.h).
+    decay : float or None
+        Of the running average, if there is one.
+    warms_up : bool
+        Whether that depends on the number of the step.
+    """
+
+    of_rule: Callable[[int, Options], dict[str, float]]
+    options: Options
+    grad_scale: float
+    l1: float
+    l2: float
+    decay: float | None
+    warms_up: bool
+
+    def ema_weight(self, count: int) -> float:
+        """Return the weight of the parameters in the average."""
+        if self.decay is None:
+            return 0.0
+        warm = (1 + count) / (10 + count)
+        return 1 - (min(self.decay, warm) if self.warms_up else self.decay)
+
+    def __call__(self, step: int, count: int | None = None) -> dict[str, float]:
+        """Return all of them by name, in double.
+
+        `step` is from 1; `count` is the number of the step for the average, if the rule has started
+        again since.
+        """
+        return self.of_rule(step, self.options) | {
+            "grad_scale": self.grad_scale,
+            "l1": self.l1,
+            "l2": self.l2,
+            "ema_weight": self.ema_weight(step if count is None else count),
+        }
+
+
+Plan = tuple[Constants, int, Callable[[Any], None] | None, str]  # see `Rule.plan`
 
 
 @dataclass(frozen=True)
@@ -485,27 +534,14 @@ class Rule:
         options : dict
             Checked, with `lr` as a number; of `COMMON` those that are not the default. What the
             rule remembers is as `advanced` returns it.
-
-        Returns
-        -------
-        callable(step, count=None) -> dict
-            By name, in double. `step` is from 1; `count` is the number of the step for the average,
-            if the rule has started again since.
         """
-        constants, decay = self.constants, options.get("ema")
         l1, l2, decoupled = self._terms
-        common = {
-            "grad_scale": -1.0 if options.get("maximize") else 1.0,
-            "l1": options.get(l1, 0.0),
-            "l2": 0.0 if options.get(decoupled) else options.get(l2, 0.0),
-            "ema_weight": 0.0 if decay is None else 1 - decay,
-        }
-        if decay is None or not options.get("ema_warmup"):
-            return lambda step, count=None: constants(step, options) | common
-
-        def with_warmup(step: int, count: int | None = None) -> dict[str, float]:
-            taken = step if count is None else count
-            weight = 1 - min(decay, (1 + taken) / (10 + taken))
-            return constants(step, options) | common | {"ema_weight": weight}
-
-        return with_warmup
+        return Constants(
+            of_rule=self.constants,
+            options=options,
+            grad_scale=-1.0 if options.get("maximize") else 1.0,
+            l1=options.get(l1, 0.0),
+            l2=0.0 if options.get(decoupled) else options.get(l2, 0.0),
+            decay=options.get("ema"),
+            warms_up=bool(options.get("ema_warmup")),
+        )

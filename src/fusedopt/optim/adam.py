@@ -23,8 +23,8 @@ def corrections(
 
 
 def _constants(step: int, o: Options) -> dict[str, float]:
-    beta1, beta2 = o["betas"]
-    mean, root = corrections(step, o["betas"], o["bias_correction"], o["eps_hat"])
+    beta1, beta2 = betas = o["betas"]
+    mean, root = corrections(step, betas, o["bias_correction"], o["eps_hat"])
     return {
         "keep": 1.0,
         "w1": 1 - beta1,
@@ -34,6 +34,13 @@ def _constants(step: int, o: Options) -> dict[str, float]:
         "eps": o["eps"],
         "step_size": o["lr"] / mean,
     }
+
+
+def _decoupled_constants(step: int, o: Options) -> dict[str, float]:
+    constants = _constants(step, o)
+    constants["keep"] = 1 - o["lr"] * o["weight_decay"]
+    constants["cautious"] = float(o.get("cautious", False))
+    return constants
 
 
 _OPTIONS = (
@@ -76,13 +83,7 @@ ADAMW = Rule(
         CAUTIOUS,
     ),
     states=_STATES,
-    constants=lambda step, o: (
-        _constants(step, o)
-        | {
-            "keep": 1 - o["lr"] * o["weight_decay"],
-            "cautious": float(o.get("cautious", False)),
-        }
-    ),
+    constants=_decoupled_constants,
     variant=("cautious", "cautious_adam"),
     by_rows=lambda o: LAZY,
 )
