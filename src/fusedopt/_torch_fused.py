@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from numbers import Real
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -20,13 +19,20 @@ from fusedopt._disk import Disk
 from fusedopt._ieee import ieee
 from fusedopt._options import Reduction, StepOptions, StepResult
 from fusedopt._rows import ALL, LAZY, TOUCHED, Ordered
+from fusedopt._torch_options import (
+    CONSTANT,
+    OF_NO_GROUP,
+    checked_options,
+    is_constant,
+    number,
+    numbers,
+    refuse_of_all,
+    refuse_of_no_group,
+    refuse_options,
+)  # fmt: skip
 from fusedopt._torch_state import OWN, StateKeeper, copier, residual_dtype
 from fusedopt.optim import adam as _adam
-from fusedopt.rule import CAUTIOUS, L1, MAXIMIZE, Constants, Option, Options, Rule
-
-# options of a step, which are in `defaults` only, where they are not the default
-_OF_NO_GROUP = frozenset(_options.DEFAULTS) - {"grad_scale"}
-_CONSTANT = frozenset({float, int, bool, str, type(None)})  # types of values that stay as they are
+from fusedopt.rule import Constants, Option, Options, Rule
 
 
 @dataclass(slots=True)
@@ -256,7 +262,7 @@ class Fused(StateKeeper):
             self._leaves, self._groups = _new_list(self._rule, self._disk), {}
         how = self._step_options(options, copy_out)
         if how is not None:
-            _refuse_of_all(how)
+            refuse_of_all(how)
         copies = None if copy_out is None else self._copies(copy_out)
         self._leaves.step(
             self, self.param_groups, self._is_counted(), self.state, _threads.of(self._threads),
@@ -312,16 +318,16 @@ class Fused(StateKeeper):
             return self._checked_step(given)
         seen, how = self._own_step
         if not _tensors.is_same(seen, self.defaults):
-            own = [value for name, value in self.defaults.items() if name in _OF_NO_GROUP]
+            own = [value for name, value in self.defaults.items() if name in OF_NO_GROUP]
             how = self._checked_step(given) if own else None
-            if all(type(value) in _CONSTANT for value in own):
+            if all(type(value) in CONSTANT for value in own):
                 self._own_step = self.defaults.copy(), how
         return _options.PLAIN if how is None and copy_out is not None else how
 
     @ieee
     def _checked_step(self, given: Mapping[str, Any]) -> StepOptions:
         scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
-        own = {name: self.defaults[name] for name in _OF_NO_GROUP if name in self.defaults}
+        own = {name: self.defaults[name] for name in OF_NO_GROUP if name in self.defaults}
         _check.refuse_unknown("step", sorted(given), [*_options.DEFAULTS, "copy_out"])
         options = {**_options.DEFAULTS, **own, **given}
         if scale is not None:
@@ -358,8 +364,8 @@ class Fused(StateKeeper):
         """Add parameters with options of their own, as in torch."""
         _copies.refuse_within_swap(self)
         where = f"param_groups[{len(self.param_groups)}]"
-        _refuse_of_no_group(where, param_group)
-        _refuse_options(where, {**self.defaults, **param_group})
+        refuse_of_no_group(where, param_group)
+        refuse_options(where, {**self.defaults, **param_group})
         for name, value in self._own_options(param_group, f"{where}: ").items():
             param_group[name] = value
         for name, value in self._own_given.items():
@@ -371,7 +377,7 @@ class Fused(StateKeeper):
         for row in self._rule.memory:
             param_group.setdefault(row.name, begun[row.name])
         super().add_param_group(param_group)  # type: ignore[misc]
-        for name in _OF_NO_GROUP:
+        for name in OF_NO_GROUP:
             self.param_groups[-1].pop(name, None)  # which torch takes from the defaults
 
     def _check_shapes(self, group: dict[str, Any]) -> None:
@@ -389,7 +395,7 @@ class Fused(StateKeeper):
 
     def _checked_own(self, where: str, group: Options) -> Options:
         """Return what is checked here, and not by torch."""
-        checked = {} if self._is_torchs else _checked(self._rule, where, group)
+        checked = {} if self._is_torchs else checked_options(self._rule, where, group)
         for row in self._rule.memory:
             if row.name in group:
                 checked[row.name] = row.check(where + row.name, group[row.name])
@@ -450,20 +456,20 @@ class Fused(StateKeeper):
         names = ["params", *(option.name for option in rule), *remembered]
         if missing := [name for name in names if name not in group]:
             raise ValueError(f"{where}: has no {', '.join(missing)}")
-        _refuse_options(where, group)
-        _refuse_of_no_group(where, group)
+        refuse_options(where, group)
+        refuse_of_no_group(where, group)
         options = {name: option.default for name, option in self._extras.items()}
         options |= {name: value for name, value in group.items() if name != "params"}
         options |= self._own_options(group, f"{where}.")
         for option in rule:
             name, value = option.name, group[option.name]
             if isinstance(option.default, tuple) and None not in option.default:
-                options[name] = _numbers(f"{where}.{name}", value, len(option.default))
+                options[name] = numbers(f"{where}.{name}", value, len(option.default))
             elif isinstance(option.default, tuple):
                 options[name] = option.check(f"{where}.{name}", value)
             elif isinstance(option.default, float) or isinstance(value, torch.Tensor):
                 if value is not None or self._is_torchs:
-                    options[name] = _number(f"{where}.{name}", value)
+                    options[name] = number(f"{where}.{name}", value)
             elif self._is_torchs and not isinstance(option.default, bool):
                 options[name] = option.check(f"{where}.{name}", value)  # no step of torch's does
         options |= self._checked_own(f"{where}.", options)
@@ -484,7 +490,7 @@ class Fused(StateKeeper):
                 rest if self._rule.has_parts else None,
                 every,
             ),
-            dict(group) if all(map(_is_constant, group.items())) else None,
+            dict(group) if all(map(is_constant, group.items())) else None,
         )
 
     def _stand_in(
@@ -630,65 +636,6 @@ else:
     mark_written = _increment_version
 
 
-def _refuse_options(where: str, group: Mapping[str, Any]) -> None:
-    for option, purpose in (
-        ("capturable", "is for graphs of an accelerator"),
-        ("differentiable", "needs a step that autograd can see"),
-    ):
-        if group.get(option):
-            raise ValueError(
-                f"{where}: {option}=True {purpose}, and fusedopt steps in place on the CPU; "
-                f"leave it False, or use torch.optim"
-            )
-
-
-def _refuse_of_no_group(where: str, group: Mapping[str, Any]) -> None:
-    for name in _OF_NO_GROUP:
-        if name in group:
-            raise ValueError(
-                f"{where}.{name}: is of the optimizer, not of a group: {name}=... beside lr; where "
-                f"an engine makes groups of all options, functools.partial(CLASS, {name}=...)"
-            )
-
-
-def _refuse_of_all(how: StepOptions) -> None:
-    """Raise ValueError for options that depend on all gradients."""
-    if how.max_grad_norm is not None and not how.per_tensor:
-        raise ValueError(
-            "step_params: max_grad_norm is about the norm of all gradients; give per_tensor=True, "
-            "or use step"
-        )
-    if how.nonfinite == "skip":
-        raise ValueError(
-            "step_params: nonfinite='skip' changes all parameters or none; give 'raise', or use "
-            "step"
-        )
-
-
-def _is_constant(item: tuple[str, Any]) -> bool:
-    name, value = item
-    if type(value) is tuple:
-        return all(type(x) in _CONSTANT for x in value)
-    return type(value) in _CONSTANT or name in ("params", "param_names")
-
-
-def _number(where: str, value: Any) -> float:
-    """Return one of torch's options as a number, in a range that torch checks."""
-    if type(value) is float:
-        return value
-    result = value
-    if isinstance(value, torch.Tensor) and value.numel() == 1 and value.device.type != "meta":
-        result = value.item()
-    if not isinstance(result, Real):
-        raise TypeError(f"{where}: expected a number, got {value!r}")
-    return float(result)
-
-
-def _numbers(where: str, value: Any, count: int) -> tuple[float, ...]:
-    _check.several(where, value, count)
-    return tuple(_number(f"{where}[{i}]", x) for i, x in enumerate(value))
-
-
 @cache
 def _taken(cls: type[Fused]) -> tuple[str, ...]:
     """Return the names of all arguments of a class; cached, as many optimizers may be made."""
@@ -709,49 +656,3 @@ def _new_list(rule: Rule, disk: Disk | None) -> _tensors.TensorList:
     )
     made.disk = disk
     return made
-
-
-def plain_base(rule: Rule) -> type[Any]:
-    """Return a class of torch optimizers with the options of a rule that torch does not have."""
-    signature = _signature(rule)
-
-    class Base(torch.optim.Optimizer):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            bound = signature.bind(*args, **options)
-            bound.apply_defaults()
-            params = bound.arguments.pop("params")
-            ignored = {
-                row.name: row.check(row.name, bound.arguments[row.name]) for row in rule.ignored
-            }
-            super().__init__(params, _checked(rule, "", bound.arguments) | ignored)
-
-        def __setstate__(self, state: dict[str, Any]) -> None:
-            super().__setstate__(state)
-            for group in self.param_groups:
-                for option in (*rule.options, *rule.ignored):
-                    group.setdefault(option.name, option.default)
-
-    Base.__signature__ = signature
-    return Base
-
-
-def _signature(rule: Rule) -> inspect.Signature:
-    either, only = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
-    parameters = [inspect.Parameter("params", either)]
-    for option in (*rule.options, *rule.ignored):
-        kind = only if option in (L1, MAXIMIZE, CAUTIOUS) else either
-        parameters.append(inspect.Parameter(option.name, kind, default=option.default))
-    return inspect.Signature(sorted(parameters, key=lambda parameter: parameter.kind))
-
-
-def _checked(rule: Rule, where: str, group: Mapping[str, Any]) -> Options:
-    """Return a rule's options of a group, checked."""
-    values = {}
-    for option in rule.options:
-        value = group[option.name]
-        if isinstance(value, torch.Tensor):
-            value = _number(where + option.name, value)
-        values[option.name] = option.check(where + option.name, value)
-    if rule.demand is not None:
-        rule.demand(where, values)
-    return values

@@ -32,7 +32,8 @@ except ModuleNotFoundError as exc:
 
 import fusedopt
 from fusedopt._torch_average import Averaging
-from fusedopt._torch_fused import Fused, plain_base
+from fusedopt._torch_fused import Fused
+from fusedopt._torch_options import plain_base
 from fusedopt._torch_tune import range_test as range_test
 from fusedopt.optim.adam import SPARSE_ADAM
 from fusedopt.optimizer import Optimizer
