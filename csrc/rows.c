@@ -81,11 +81,17 @@ ptrdiff_t fo_number_counts(const int64_t *counts, const int64_t *rows, ptrdiff_t
 {
     enum { AHEAD = 16 };
     ptrdiff_t n = 0;
+    int64_t before = 0;
     memset(table, 0xff, (size_t)slots * sizeof *table);
     for (ptrdiff_t i = 0; i < k; i++) {
         if (rows != NULL && i + AHEAD < k)
             fetch(&counts[rows[i + AHEAD]]);
         const int64_t count = counts[rows != NULL ? rows[i] : i];
+        if (count == before && i > 0) {
+            numbers[i] = numbers[i - 1];
+            continue;
+        }
+        before = count;
         uint64_t slot = fo_mix((uint64_t)count) & (uint64_t)(slots - 1);
         while (table[slot] >= 0 && values[table[slot]] != count)
             slot = (slot + 1) & (uint64_t)(slots - 1);

@@ -266,9 +266,7 @@ def test_steps_that_count_nothing(module):
     counts[3] = -1
     good = np.ones((2, 2), np.float32)
     for given in (Rows(np.array([4, 3]), good), np.ones_like(table)):
-        with pytest.raises(
-            ValueError, match=r"^params\['a'\]\.row_step: has -1, which is no number"
-        ):
+        with pytest.raises(ValueError, match=r"^params\['a'\]\.row_step: has -1, which is"):
             opt.step({"a": given})
     assert (table == 1).all() and counts.sum() == -1
     opt.step({"a": Rows(np.array([4, 1]), good)})

@@ -613,6 +613,8 @@ cdef class ArrayList(LeafList):
             &self.hypers, self.leaves[i].hyper, self.scalar_names, own, n)
         if n == 1:
             self.leaves[i].hyper = first
+            if record.by_rows.rows == NULL and self.kind != FO_ROWWISE:
+                self.leaves[i].by_rows = NULL  # the leaf is stepped as any other
             return 0
         numbers += first
         self.held.append(numbers)

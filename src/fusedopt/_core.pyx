@@ -209,8 +209,10 @@ def look_at_rows(indices, int64_t count):
 def sort_rows(indices, int64_t count):
     """Rows that ascend, where each begins in the third array, and there its places in `indices`."""
     cdef ptrdiff_t n, k = len(indices)
-    rows, scratch = numpy.empty(k, numpy.int64), numpy.empty(2 * k, numpy.int64)
-    starts, order = numpy.empty(k + 1, numpy.intp), numpy.empty(k, numpy.intp)
+    # one block, which malloc keeps for the next step: of several it gives pages back to the system
+    block = numpy.empty(5 * k + 1, numpy.int64)
+    rows, scratch = block[:k], block[k:3 * k]
+    starts, order = block[3 * k:4 * k + 1].view(numpy.intp), block[4 * k + 1:].view(numpy.intp)
     cdef const int64_t *given = <const int64_t *>address(indices)
     cdef int64_t *row = <int64_t *>address(rows)
     cdef int64_t *free = <int64_t *>address(scratch)
@@ -218,7 +220,7 @@ def sort_rows(indices, int64_t count):
     cdef ptrdiff_t *place = <ptrdiff_t *>address(order)
     with nogil:
         n = fo_sort_rows(given, k, count, row, start, place, free)
-    return rows[:n], starts[:n + 1], order
+    return rows[:n], starts[:n + 1], order[:k]
 
 
 cdef ptrdiff_t number_counts(const int64_t *counts, const int64_t *rows, ptrdiff_t k, numbers,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import sqrt
 from typing import Any, Unpack
 
 import numpy as np
 
 from fusedopt import _check
+from fusedopt._check import Array
 from fusedopt._functional import function
 from fusedopt._rows import LAZY
 from fusedopt.optimizer import Optimizer
@@ -24,12 +26,29 @@ def corrections(
     if not bias_correction:
         return 1.0, 1.0
     if isinstance(step, np.ndarray):
-        steps = step.tolist()
-        mean, square = (1 - np.array([beta**t for t in steps], float) for beta in betas)
-        root: Any = np.sqrt(square)
+        mean, root = 1 - _powers(betas[0], step), np.sqrt(1 - _powers(betas[1], step))
     else:
         mean, root = 1 - betas[0] ** step, sqrt(1 - betas[1] ** step)
     return (mean / root, 1.0) if eps_hat else (mean, root)
+
+
+_MANY = 1 << 12
+
+
+@lru_cache(maxsize=8)
+def _first_powers(beta: float) -> Array:
+    return np.array([beta**t for t in range(16 * _MANY)])
+
+
+def _powers(beta: float, steps: Array) -> Array:
+    """Return ``beta**t`` for each of an array of steps; of many, from a table of the first."""
+    if len(steps) < _MANY:
+        return np.array([beta**t for t in steps.tolist()])
+    first = _first_powers(beta)
+    found: Array = first[np.minimum(steps, len(first) - 1)]
+    beyond = np.flatnonzero(steps >= len(first))
+    found[beyond] = [beta**t for t in steps[beyond].tolist()]
+    return found
 
 
 def _constants(step: Any, o: Options) -> dict[str, Any]:
