@@ -100,8 +100,8 @@ static int is_valid(const fo_leaf *leaf, const fo_rule *rule, ptrdiff_t n_hypers
     if (direction != NULL && direction->data != NULL &&
         direction->format != (is_double ? FO_F64 : FO_F32))
         return 0;
-    return (leaf->by_rows == NULL || has_rows(leaf, rule, n_hypers)) && is_companion(&leaf->ema, is_double) &&
-           is_copy(&leaf->copy, is_double) &&
+    return (leaf->by_rows == NULL || has_rows(leaf, rule, n_hypers)) &&
+           is_companion(&leaf->ema, is_double) && is_copy(&leaf->copy, is_double) &&
            (leaf->grad.data == NULL ||
             (is_format(&leaf->grad) && leaf->hyper >= 0 && leaf->hyper < n_hypers));
 }
