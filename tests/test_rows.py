@@ -251,6 +251,29 @@ def test_many_counts():
     assert_same(*results, ["table", "exp_avg", "start"])
 
 
+@pytest.mark.parametrize("how", [{}, {"stats": True}, {"zero_grads": True}, {"copy_out": True}])
+@pytest.mark.parametrize("ema", [None, 0.9])
+@pytest.mark.parametrize("shape", [(700,), (90, 7), (3, 1100), (9, 64)], ids=str)
+def test_dense_steps_of_different_counts(shape, ema, how):
+    """In place, or by gathered tiles; the copy, the average and zeros are of all the leaf."""
+    results = []
+    for module, name in itertools.product((fusedopt, reference), _core.available_isas()):
+        rng = np.random.default_rng(0)
+        table = rng.standard_normal(shape).astype(np.float32)
+        opt = module.Adam(table, row_steps=True, weight_decay=0.1, ema=ema, ema_warmup=True)
+        opt.state["params"]["row_step"].reshape(-1)[...] = rng.integers(0, 5, shape[0])
+        copy = np.zeros(shape, np.float16)
+        options = how | ({"copy_out": copy} if "copy_out" in how else {})
+        with isa(name), threads(5):
+            for _ in range(3):
+                grad = rng.standard_normal(shape).astype(np.float32)
+                result = opt.step(grad, **options)
+        assert not (grad.any() and "zero_grads" in how)
+        results.append(([table, copy, *arrays_of(opt)], [result]))
+    for other in results[1:]:
+        assert_same_runs(results[0], other)
+
+
 @pytest.mark.parametrize("module", [fusedopt, reference], ids=["fast", "plain"])
 def test_steps_that_count_nothing(module):
     table = np.ones((5, 2), np.float32)
