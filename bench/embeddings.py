@@ -104,8 +104,26 @@ def train(name: str, by_rows: bool, data: Clicks, steps: int) -> tuple[float, fl
     return 1e3 * median(times), loss_and_grads(params, data.batch(1, 20_000))[0]
 
 
-def one_table(rows: int) -> None:
-    """Print what a step of 1% of the rows of a table takes beside one of all, medians in turns."""
+def report(name: str, times: dict[str, list[float]], base: str) -> None:
+    """Print the median and the least of each kind, and what part the least is of that of `base`."""
+    least = min(times[base])
+    text = "; ".join(
+        f"{kind} {1e3 * median(its):.2f} ms, least {1e3 * min(its):.2f} ({min(its) / least:.4f})"
+        for kind, its in times.items()
+    )
+    print(f"{name}: {text}", flush=True)
+
+
+def timed(opt: Any, grad: Any) -> float:
+    """Return the seconds of a step: of one thread those that it ran, whatever else ran beside."""
+    clock = time.thread_time if fusedopt.get_num_threads() == 1 else time.perf_counter
+    begin = clock()
+    opt.step(grad)
+    return clock() - begin
+
+
+def one_table(rows: int, rounds: int) -> None:
+    """Print what a step of 1% of the rows of a table takes beside one of all, in turns."""
     rng, length = np.random.default_rng(0), 64
     index = {"ascending": np.sort(rng.permutation(rows)[: rows // 100])}
     index |= {"unsorted": rng.permutation(index["ascending"])}
@@ -117,17 +135,23 @@ def one_table(rows: int) -> None:
         opt = cls(table)
         times: dict[str, list[float]] = {}
         grads = {"dense": whole} | {k: fusedopt.Rows(i, values) for k, i in index.items()}
-        for _ in range(6):
+        for _ in range(rounds):
             for kind, grad in grads.items():
-                begin = time.perf_counter()
-                opt.step(grad)
-                times.setdefault(kind, []).append(time.perf_counter() - begin)
-        middle = {kind: median(its[1:]) for kind, its in times.items()}
-        text = ", ".join(
-            f"{kind} {1e3 * t:.2f} ms ({t / middle['dense']:.4f})" for kind, t in middle.items()
-        )
-        print(f"{cls.__name__}: {text}")
+                times.setdefault(kind, []).append(timed(opt, grad))
+        report(cls.__name__, times, "dense")
         del opt, table, whole, grads
+    grad = fusedopt.Rows(index["ascending"], values)
+    opts = [fusedopt.Adam(np.ones((rows, length), np.float32), row_steps=x) for x in (False, True)]
+    counts = opts[1].state["params"]["row_step"]
+    drawn = {n: rng.integers(0, n, counts.shape) for n in (1, 100, 10_000)}
+    times = {}
+    for _ in range(rounds):
+        for name, opt, before in [("of the table", opts[0], 0)] + [
+            (f"{n:,} of rows", opts[1], its) for n, its in drawn.items()
+        ]:
+            counts[...] = before  # and what the caches held of the tables is gone
+            times.setdefault(name, []).append(timed(opt, grad))
+    report("Adam by different numbers of steps", times, "of the table")
 
 
 def main() -> None:
@@ -136,10 +160,13 @@ def main() -> None:
     parser.add_argument("--tables", type=int, default=8)
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=6, help="of --table")
+    parser.add_argument("--threads", type=int, default=fusedopt.get_num_threads())
     parser.add_argument("--table", type=int, help="measure one table of so many rows alone")
     options = parser.parse_args()
+    fusedopt.set_num_threads(options.threads)
     if options.table is not None:
-        one_table(options.table)
+        one_table(options.table, options.rounds)
         return
     data = Clicks(options.tables, options.rows)
     print("| optimizer | gradients | step, ms | loss |\n|---|---|---|---|")

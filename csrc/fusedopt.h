@@ -97,6 +97,8 @@ typedef struct fo_rows {
                                row j are order[starts[j]] to before order[starts[j + 1]], one at
                                least; they are added up in this order in the compute type */
     const ptrdiff_t *starts;
+    const int32_t *hypers; /* NULL: the scalars of all rows are those of fo_leaf.hyper. Else those
+                              of row j are in set hypers[j] of the call; all else is that leaf's */
 } fo_rows;
 
 /* One parameter with all arrays that a step reads or writes for it. The arrays of a leaf hold n
@@ -255,6 +257,18 @@ typedef struct fo_row_look {
 } fo_row_look;
 
 fo_row_look fo_look_at_rows(const int64_t *indices, ptrdiff_t k, int64_t count);
+
+/* Numbers the different values of `counts` at some rows (NULL: the first k) as they occur: writes
+ * them to `values`, and the number of that of each row to `numbers`. Returns how many there are, or
+ * FO_NO_COUNT if one is not from 0 to below 2^62, and is `values[0]` then. `table` is scratch of
+ * `slots`, a power of 2: FO_NO_ROOM if there are more values than half of that. `values` has room
+ * for half of them, `numbers` for k. */
+enum { FO_NO_COUNT = -1, FO_NO_ROOM = -2 };
+ptrdiff_t fo_number_counts(const int64_t *counts, const int64_t *rows, ptrdiff_t k, int64_t *values,
+                           int32_t *numbers, int32_t *table, ptrdiff_t slots);
+
+/* Adds 1 to the counts of some rows (NULL: the first k). */
+void fo_add_counts(int64_t *counts, const int64_t *rows, ptrdiff_t k);
 
 /* Writes the gradient of leaves of rows, in the compute type, to the leaf's `copy`, an array of n
  * elements. */

@@ -1,8 +1,17 @@
-/* Puts rows in order that were given in any, and more than once. */
+/* Puts rows in order that were given in any, and more than once; counts the steps of rows. */
 #include "flags.h"
-#include "fusedopt.h"
+#include "kernels.h"
 
 #include <string.h>
+
+static inline void fetch(const void *address)
+{
+#if defined(__GNUC__)
+    __builtin_prefetch(address);
+#else
+    (void)address;
+#endif
+}
 
 fo_row_look fo_look_at_rows(const int64_t *indices, ptrdiff_t k, int64_t count)
 {
@@ -65,4 +74,44 @@ ptrdiff_t fo_sort_rows(const int64_t *indices, ptrdiff_t k, int64_t count, int64
     }
     starts[n] = k;
     return n;
+}
+
+ptrdiff_t fo_number_counts(const int64_t *counts, const int64_t *rows, ptrdiff_t k, int64_t *values,
+                           int32_t *numbers, int32_t *table, ptrdiff_t slots)
+{
+    enum { AHEAD = 16 };
+    ptrdiff_t n = 0;
+    int64_t before = 0;
+    memset(table, 0xff, (size_t)slots * sizeof *table);
+    for (ptrdiff_t i = 0; i < k; i++) {
+        if (rows != NULL && i + AHEAD < k)
+            fetch(&counts[rows[i + AHEAD]]);
+        const int64_t count = counts[rows != NULL ? rows[i] : i];
+        if (count == before && i > 0) {
+            numbers[i] = numbers[i - 1];
+            continue;
+        }
+        before = count;
+        uint64_t slot = fo_mix((uint64_t)count) & (uint64_t)(slots - 1);
+        while (table[slot] >= 0 && values[table[slot]] != count)
+            slot = (slot + 1) & (uint64_t)(slots - 1);
+        if (table[slot] < 0) {
+            if (count < 0 || count >= (int64_t)1 << 62) {
+                values[0] = count;
+                return FO_NO_COUNT;
+            }
+            if (n == slots / 2)
+                return FO_NO_ROOM;
+            table[slot] = (int32_t)n;
+            values[n++] = count;
+        }
+        numbers[i] = table[slot];
+    }
+    return n;
+}
+
+void fo_add_counts(int64_t *counts, const int64_t *rows, ptrdiff_t k)
+{
+    for (ptrdiff_t i = 0; i < k; i++)
+        counts[rows != NULL ? rows[i] : i]++;
 }

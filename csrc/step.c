@@ -43,12 +43,15 @@ static int is_by_row(const fo_array *state) { return state->data != NULL && stat
 
 /* Whether a leaf of rows is such that its tiles can be gathered, and nothing is written of rows
  * that it does not have. */
-static int has_rows(const fo_leaf *leaf, const fo_rule *rule)
+static int has_rows(const fo_leaf *leaf, const fo_rule *rule, ptrdiff_t n_hypers)
 {
     const fo_rows *by = leaf->by_rows;
     const fo_format native = leaf->param.format == FO_F64 ? FO_F64 : FO_F32;
     if (by->length <= 0 || leaf->n % by->length != 0 || rule->kind >= FO_LAYERWISE)
         return 0;
+    for (ptrdiff_t j = 0; by->hypers != NULL && j < leaf->n / by->length; j++)
+        if (by->hypers[j] < 0 || by->hypers[j] >= n_hypers)
+            return 0;
     int is_native = leaf->param.format == native;
     for (int k = 0; k < FO_MAX_STATES; k++) {
         const fo_array *state = &leaf->state[k];
@@ -97,8 +100,8 @@ static int is_valid(const fo_leaf *leaf, const fo_rule *rule, ptrdiff_t n_hypers
     if (direction != NULL && direction->data != NULL &&
         direction->format != (is_double ? FO_F64 : FO_F32))
         return 0;
-    return (leaf->by_rows == NULL || has_rows(leaf, rule)) && is_companion(&leaf->ema, is_double) &&
-           is_copy(&leaf->copy, is_double) &&
+    return (leaf->by_rows == NULL || has_rows(leaf, rule, n_hypers)) &&
+           is_companion(&leaf->ema, is_double) && is_copy(&leaf->copy, is_double) &&
            (leaf->grad.data == NULL ||
             (is_format(&leaf->grad) && leaf->hyper >= 0 && leaf->hyper < n_hypers));
 }

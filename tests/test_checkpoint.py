@@ -311,7 +311,7 @@ SWITCHED_OFF = [  # class, state, options when made, options set later that do n
     (cls.__name__, state.name, {state.needs: type(default)(0.9)}, {state.needs: type(default)(0)})
     for cls in CLASSES
     for state in cls.rule.states
-    if state.needs
+    if state.needs and not state.fixed_by
     for default in [cls.rule.defaults[state.needs]]
 ]
 

@@ -112,6 +112,11 @@ def test_one_rank_by_the_protocol():
     rows = fusedopt.Rows(np.array([0]), np.ones((1, 4), np.float32))
     with pytest.raises(TypeError, match=r"^grads\[0\]: Sharded adds arrays .* not Rows"):
         Sharded(fusedopt.Adam, [p], comm).step([rows])
+    for cls, option in (("Adam", "row_steps"), ("Adagrad", "rowwise")):
+        for params in ([p], [{"params": [p]}, {"params": [p.copy()], option: True}]):
+            with pytest.raises(ValueError, match=f"^{option}: keeps a number for each row"):
+                given = {} if len(params) == 2 else {option: True}
+                Sharded(getattr(fusedopt, cls), params, comm, **given)
     with pytest.raises(TypeError, match=r"^comm: expected a communicator .* got str"):
         Sharded(fusedopt.Adam, [p], "world")
 

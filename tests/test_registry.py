@@ -93,7 +93,7 @@ def test_class_fits_the_table(cls):
     assert is_matrix == (rule.outside is not None)
     assert (kind == "factored") == rule.has_parts
     assert (kind == "summing") == (rule.settle is not None)
-    assert required - is_matrix <= len(rule.states) <= states - is_matrix
+    assert required - is_matrix <= len(rule.for_tensors.states) <= states - is_matrix
     assert sum(rule.uses(rule.defaults)) >= required - is_matrix
     if rule.variant is not None:
         option, variant = rule.variant

@@ -23,7 +23,12 @@ RULES = {  # class, options
     **{case.name: (case.cls, case.options | case.class_options) for case in ROW_CASES},
     "adam": ("Adam", {"weight_decay": 0.1, "l1": 0.01, "eps_hat": True}),
     "adamw": ("AdamW", {"amsgrad": True, "maximize": True}),
-}
+    "adam-row-steps": (
+        "Adam", {"weight_decay": 0.1, "l1": 0.01, "eps_hat": True, "row_steps": True},
+    ),
+    "adamw-row-steps": ("AdamW", {"amsgrad": True, "maximize": True, "row_steps": True}),
+    "adam-row-steps-plain": ("Adam", {"bias_correction": False, "row_steps": True}),
+}  # fmt: skip
 EXACT = ["sgd", "sgd-momentum", "sgd-decay", "adagrad", "adagrad-decay", "rowwise",
          "rowwise-decay"]  # fmt: skip
 TABLES = [(40, 5), (1, 3), (7, 700), (90,), (6, 3, 50), (30, 64), (300, 1)]
@@ -76,6 +81,8 @@ def run(module, rule, tables, kind, dtype, grad_dtype, dense=None, steps=STEPS, 
         grads["dense"] = rng.standard_normal((3, 70)).astype(grad_dtype)
         if number == 1:
             grads["0"] = None
+        if number == 3:
+            grads["1"] = rng.standard_normal(tables[1]).astype(grad_dtype)
         if dense is not None:
             grads = {key: dense(grad, params[key]) for key, grad in grads.items()}
         results.append(opt.step(grads, **how))
@@ -189,13 +196,202 @@ def test_adam_counts_the_steps_of_the_table():
     assert not np.array_equal(tables[0][0], tables[1][0]), "the dense step moves row 0 on"
 
 
+@pytest.mark.parametrize("steps", [1, 7, 40])
+def test_rows_that_count_their_steps(steps):
+    """Each row is stepped as one of its own optimizer, which has seen its gradients alone."""
+    rng, options = np.random.default_rng(0), {"lr": 0.1, "amsgrad": True, "row_steps": True}
+    table = rng.standard_normal((9, 5)).astype(np.float32)
+    singles = table.copy()
+    opt = fusedopt.Adam(table, **options)
+    opts = [fusedopt.Adam(single, **options | {"row_steps": False}) for single in singles]
+    for step in range(steps):
+        grad = rows(KINDS[step % 6], table.shape, np.float32, rng)
+        whole = dense(grad, table)
+        opt.step(whole if step % 4 == 3 else grad)
+        for row in range(9) if step % 4 == 3 else np.unique(grad.indices):
+            opts[row].step(whole[row])
+    assert_same([table], [singles], ["table"])
+    counts = opt.state["params"]["row_step"]
+    assert counts.ravel().tolist() == [own.state["params"]["step"] for own in opts]
+    assert counts.shape == (9, 1) and opt.state["params"]["step"] == steps
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (4, 0), (5,), ()])
+def test_counts_of_small_tables(shape):
+    for module in (fusedopt, reference):
+        table = np.ones(shape, np.float32)
+        opt = module.Adam({"a": table, "b": np.ones((3, 2), np.float32)}, row_steps=True)
+        if shape:
+            index = np.arange(shape[0])[:2]
+            opt.step({"a": Rows(index, np.ones((len(index), *shape[1:]), np.float32)), "b": None})
+        opt.step({"a": np.ones_like(table), "b": None}, stats=True)
+        counts, others = (opt.state[f"params[{name!r}]"]["row_step"] for name in "ab")
+        assert counts.ravel().tolist() == ([2, 2, 1, 1, 1][: shape[0]] if shape else [1])
+        assert not others.any()
+
+
+def test_many_counts():
+    """More than fit into the first table of numbers; and the last step has one count for all."""
+    results = []
+    for module in (fusedopt, reference):
+        rng = np.random.default_rng(0)
+        table = np.zeros((40_000, 1), np.float32)
+        opt = module.Adam(table, row_steps=True)
+        counts = opt.state["params"]["row_step"]
+        counts[:, 0] = rng.permutation(80_000)[:40_000] if module is fusedopt else results[0][2]
+        start = counts[:, 0].copy()
+        index = np.arange(0, 40_000, 1 if module is fusedopt else 997)
+        opt.step(Rows(index, np.ones((len(index), 1), np.float32)))
+        assert np.array_equal(counts[index, 0], start[index] + 1)
+        counts[...] = 2**62 - 1
+        opt.step(np.ones_like(table))
+        results.append([table[::997].copy(), opt.state["params"]["exp_avg"][::997].copy(), start])
+    with pytest.raises(ValueError, match=r"row_step: has 4611686018427387904, which is no number"):
+        opt.step(np.ones_like(table))
+    assert_same(*results, ["table", "exp_avg", "start"])
+
+
+@pytest.mark.parametrize("how", [{}, {"stats": True}, {"zero_grads": True}, {"copy_out": True}])
+@pytest.mark.parametrize("ema", [None, 0.9])
+@pytest.mark.parametrize("shape", [(700,), (90, 7), (3, 1100), (9, 64)], ids=str)
+def test_dense_steps_of_different_counts(shape, ema, how):
+    """In place, or by gathered tiles; the copy, the average and zeros are of all the leaf."""
+    results = []
+    for module, name in itertools.product((fusedopt, reference), _core.available_isas()):
+        rng = np.random.default_rng(0)
+        table = rng.standard_normal(shape).astype(np.float32)
+        opt = module.Adam(table, row_steps=True, weight_decay=0.1, ema=ema, ema_warmup=True)
+        opt.state["params"]["row_step"].reshape(-1)[...] = rng.integers(0, 5, shape[0])
+        copy = np.zeros(shape, np.float16)
+        options = how | ({"copy_out": copy} if "copy_out" in how else {})
+        with isa(name), threads(5):
+            for _ in range(3):
+                grad = rng.standard_normal(shape).astype(np.float32)
+                result = opt.step(grad, **options)
+        assert not (grad.any() and "zero_grads" in how)
+        results.append(([table, copy, *arrays_of(opt)], [result]))
+    for other in results[1:]:
+        assert_same_runs(results[0], other)
+
+
+@pytest.mark.parametrize("module", [fusedopt, reference], ids=["fast", "plain"])
+def test_steps_that_count_nothing(module):
+    table = np.ones((5, 2), np.float32)
+    opt = module.Adam({"a": table}, row_steps=True)
+    counts = opt.state["params['a']"]["row_step"]
+    grad = Rows(np.array([4, 1]), np.full((2, 2), np.nan, np.float32))
+    for given in (grad, np.full_like(table, np.inf)):
+        assert opt.step({"a": given}, nonfinite="skip").skipped
+        with pytest.raises(FloatingPointError):
+            opt.step({"a": given}, nonfinite="raise")
+    assert opt.step({"a": None}).updated == 0
+    assert not counts.any()
+    counts[3] = -1
+    good = np.ones((2, 2), np.float32)
+    for given in (Rows(np.array([4, 3]), good), np.ones_like(table)):
+        with pytest.raises(ValueError, match=r"^params\['a'\]\.row_step: has -1, which is"):
+            opt.step({"a": given})
+    assert (table == 1).all() and counts.sum() == -1
+    opt.step({"a": Rows(np.array([4, 1]), good)})
+    assert counts.ravel().tolist() == [0, 1, 0, -1, 1]
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_checkpoints_of_counts(suffix, tmp_path):
+    if suffix == ".safetensors":
+        pytest.importorskip("safetensors")
+    tables = [np.ones((5, 3), np.float32) for _ in range(2)]
+    first, second = (fusedopt.AdamW(table, row_steps=True) for table in tables)
+    grad = Rows(np.array([1, 4, 1]), np.arange(9, dtype=np.float32).reshape(3, 3))
+    first.step(grad)
+    first.save(tmp_path / f"state{suffix}", params=True)
+    second.load(tmp_path / f"state{suffix}")
+    for opt in (first, second):
+        opt.step(grad)
+    assert_same([tables[0], *arrays_of(first)], [tables[1], *arrays_of(second)], list("pmvcs"))
+    with pytest.raises(ValueError, match="state that this optimizer does not have: row_step"):
+        fusedopt.AdamW(np.ones((5, 3), np.float32)).load(tmp_path / f"state{suffix}")
+    saved = first.state_dict()
+    for bad in (-1, 2**62):
+        counts = np.full((5, 1), bad)
+        saved["state"]["params"] = saved["state"]["params"] | {"row_step": counts}
+        with pytest.raises(ValueError, match=r"state dict: params\.row_step: must be"):
+            second.load_state_dict(saved)
+    assert second.state["params"]["row_step"].ravel().tolist() == [0, 2, 0, 0, 2]
+    with pytest.raises(ValueError, match=r"row_steps: False, but the arrays were made with True"):
+        second.param_groups[0]["row_steps"] = False
+        second.step(grad)
+
+
+def test_counts_with_other_groups_and_averages():
+    """Counts are memory, and new groups have their own; an average is that of the leaf's steps."""
+    shape, params = (4, 64), [np.ones((4, 64), np.float32) for _ in range(3)]
+    opt = fusedopt.AdamW([{"params": params[0], "row_steps": True}], ema=0.9, ema_warmup=True)
+    opt.add_param_group({"params": params[1]})
+    opt.add_param_group({"params": params[2], "row_steps": True})
+    assert opt.memory()["row_step"]["resident"] == 2 * 4 * 8 / (3 * 4 * 64)
+    about = fusedopt.memory([shape], "AdamW", row_steps=True)
+    assert about["row_step"] == {"resident": 32, "moved": 64}
+    for _ in range(3):
+        opt.step([np.ones(shape, np.float32)] * 3)
+    assert np.array_equal(params[0], params[1]) and np.array_equal(params[0], params[2])
+    averages = list(opt.ema_params().values())
+    assert np.array_equal(averages[0], averages[1])
+    opt.param_groups[1]["cautious"] = True
+    before = params[0].copy()
+    with pytest.raises(ValueError, match=r"^grads\[0\]: the rows of this parameter count"):
+        opt.step([np.ones(shape, np.float32)] * 3)
+    assert np.array_equal(before, params[0])
+    assert opt.state["params[0]['params']"]["row_step"].ravel().tolist() == [3] * 4
+    for options in ({"cautious": True}, {"row_steps": 1}):
+        with pytest.raises((TypeError, ValueError), match="cautious: it takes no Rows|row_steps: "):
+            fusedopt.AdamW(np.ones(shape), **{"row_steps": True} | options)
+    with pytest.raises(ValueError, match="^params: strides .* row-major"):
+        fusedopt.Adam(np.asfortranarray(params[0]), row_steps=True)
+    with pytest.raises(TypeError, match="row_steps"):
+        fusedopt.SGD(params[0], row_steps=True)
+
+
+BAD_COUNTS = {
+    "dtype": (np.zeros((9, 1), np.int32), TypeError, "dtype int32; it is kept as int64"),
+    "order": (np.zeros((9, 1), ">i8"), TypeError, "it is kept as int64"),
+    "shape": (np.zeros(9, np.int64), ValueError, r"shape \(9,\); .* it is \(9, 1\)"),
+    "strides": (np.zeros((9, 2), np.int64)[:, :1], ValueError, "strides"),
+    "list": ([0] * 9, TypeError, "expected a NumPy array, got list"),
+    "none": (None, ValueError, r"row_steps\[0\]: is None"),
+}
+
+
+@pytest.mark.parametrize("module", [fusedopt.functional, reference], ids=["fast", "plain"])
+@pytest.mark.parametrize("case", BAD_COUNTS)
+def test_bad_counts(case, module):
+    counts, kind, message = BAD_COUNTS[case]
+    p = np.ones((9, 65), np.float32)
+    states = [np.zeros_like(p)], [np.zeros_like(p)]
+    with pytest.raises(kind, match=message):
+        module.adam([p], [p.copy()], *states, row_steps=[counts], step=1)
+    table = np.zeros((9, 2))
+    inside = table.view(np.int64).reshape(-1)[:9].reshape(9, 1)
+    with pytest.raises(ValueError, match="share memory"):
+        module.adam([table], [table.copy()], [table + 0], [table + 0], row_steps=[inside], step=1)
+    assert (p == 1).all() and not table.any()
+
+
+FUNCTIONS = {
+    "sgd": [], "adagrad": ["sums"], "adam": ["exp_avgs", "exp_avg_sqs"],
+    "adamw": ["exp_avgs", "exp_avg_sqs", "row_steps"],
+}  # fmt: skip
+
+
 def test_functions():
-    for f, make in [("sgd", []), ("adagrad", ["sums"]), ("adam", ["exp_avgs", "exp_avg_sqs"])]:
+    for f, make in FUNCTIONS.items():
         results = []
         for module in (fusedopt.functional, reference):
             rng = np.random.default_rng(0)
             p = rng.standard_normal((9, 65)).astype(np.float32)
             states = {name: [np.zeros_like(p)] for name in make}
+            if "row_steps" in make:
+                states["row_steps"] = [np.zeros((9, 1), np.int64)]
             for step in range(1, 4):
                 grad = rows("repeated", p.shape, np.float32, rng)
                 getattr(module, f)([p], [grad], **states, step=step, lr=0.1)
@@ -208,9 +404,9 @@ def test_guide_runs():
     """The Python blocks of the page, one after the other."""
     page = Path(__file__).parent.parent / "docs" / "embeddings.md"
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     if importlib.util.find_spec("torch") is None:
-        del blocks[1]
+        del blocks[2]
     exec(compile("\n".join(blocks), page.name, "exec"), {})
 
 

@@ -8,7 +8,7 @@ step can use. So every check of input is written once, in `_check`; this file ha
 alone.
 """
 cimport cython
-from libc.stdint cimport int64_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uintptr_t
 from libc.stdlib cimport free
 from libc.string cimport memmove, memset
 
@@ -31,6 +31,7 @@ import numpy
 
 from fusedopt import _check, _options, _rows, formats as _formats
 from fusedopt.formats import Stored
+from fusedopt.rule import COUNTS as counts_of_rows
 
 cdef extern from "Python.h":
     ctypedef object (*descrgetfunc)(object, object, object)
@@ -45,6 +46,7 @@ cdef object float32 = numpy.dtype(numpy.float32)
 cdef object float64 = numpy.dtype(numpy.float64)
 cdef object float16 = numpy.dtype(numpy.float16)
 cdef object Rows = _rows.Rows
+cdef int COUNTS = counts_of_rows
 cdef object bfloat16 = None  # the dtype of ml_dtypes, once an array of it was seen
 
 cdef list FORMAT_NAMES = list(_formats.FORMATS)  # in the order of the C table
@@ -224,6 +226,8 @@ cdef struct LeafRecord:
     Py_buffer grad, copy         # exported during a step only
     Py_buffer values             # so are those of `Rows`, as given
     fo_rows by_rows              # what the leaf is during such a step
+    ptrdiff_t n_rows             # how many rows that is
+    int64_t *counts              # of each row of the array, steps that it has taken; or NULL
     bint noisy                   # whether a store rounds stochastically: then there is a key
     int64_t step                 # steps that this leaf has taken
     int group
@@ -252,6 +256,7 @@ cdef class ArrayList(LeafList):
     cdef public object settler  # of a rule that sums: callable(first, second) -> plans, or None
     cdef list held            # during a step: of leaves of rows, their arrays
     cdef dict directions      # during a step of a matrix rule: by leaf, what it goes along
+    cdef bint has_counts      # whether rows of a leaf may count their steps
     cdef fo_stats *kept       # of an accumulator: what was measured of each leaf, or NULL
     cdef readonly object count  # steps of the whole list, a Python int
     cdef bint swapped         # whether `Swap` has it
@@ -356,6 +361,13 @@ cdef class ArrayList(LeafList):
         """Export state of another shape than its parameter's."""
         cdef LeafRecord *record = &self.records[i]
         cdef fo_array *to = array_at(&self.leaves[i], place)
+        if map == COUNTS:
+            array = _check.counts(self.name(i, place), value, shape, self.params[i])
+            self.export_array(i, place, array, &record.views[place])
+            record.counts, self.has_counts = <int64_t *>record.views[place].buf, True
+            # not for steps, which see no data, but so that its memory is known: 8 bytes for each
+            to.format, to.map, to.extra = FO_F64, FO_ROWS, record.shape
+            return 0
         array = _check.part(self.name(i, place), value, shape, self.params[i])
         self.export_array(i, place, array, &record.views[place])
         to.data, to.format = record.views[place].buf, <fo_format>checked_format(array)
@@ -515,6 +527,9 @@ cdef class ArrayList(LeafList):
             for i in range(n):
                 if self.leaves[i].grad.data != NULL:
                     self.records[i].step += 1
+                    if self.records[i].counts != NULL:
+                        add_counts(self.records[i].counts, self.records[i].by_rows.rows,
+                                   self.records[i].n_rows)
                     if self.kept != NULL:
                         self.kept[i] = self.sums.stats[i]
             self.count = number
@@ -565,10 +580,12 @@ cdef class ArrayList(LeafList):
                 self.leaves[i].grad.data = NULL
                 continue
             self.take_gradient(i, grad, threads)
-            if self.kind == FO_ROWWISE:
+            if self.kind == FO_ROWWISE or self.records[i].counts != NULL:
                 self.take_all_rows(i)
             updated += 1
             if plans is None:
+                if self.records[i].counts != NULL:
+                    self.take_counts(i, None)
                 continue
             if self.records[i].group != group or self.records[i].step != step:
                 if seen is None and group >= 0:
@@ -577,6 +594,8 @@ cdef class ArrayList(LeafList):
                 index = self.constants(seen, group, step, plans)
             self.leaves[i].hyper = index
             self.leaves[i].grad_scale = 1
+            if self.records[i].counts != NULL:
+                self.take_counts(i, (<tuple>plans[group])[0])
             if self.records[i].noisy:
                 self.leaves[i].key = noise_key((<tuple>plans[group])[1], i, step + 1)
         return updated
@@ -619,12 +638,13 @@ cdef class ArrayList(LeafList):
         record.by_rows = fo_rows(
             length=_rows.row_length(self.params[i].shape),
             rows=<const int64_t *>address(ordered.rows),
-            order=NULL, starts=NULL)
+            order=NULL, starts=NULL, hypers=NULL)
+        record.n_rows = len(ordered.rows)
         if ordered.order is not None:
             record.by_rows.order = <const ptrdiff_t *>address(ordered.order)
             record.by_rows.starts = <const ptrdiff_t *>address(ordered.starts)
         leaf.by_rows = &record.by_rows
-        leaf.n = len(ordered.rows) * record.by_rows.length if record.n else 0
+        leaf.n = record.n_rows * record.by_rows.length if record.n else 0
         if way == _rows.ALL:
             return self.all_rows(i, ordered, threads)
         self.check_blocks(i)
@@ -654,11 +674,49 @@ cdef class ArrayList(LeafList):
     cdef int take_all_rows(self, ptrdiff_t i) except -1:
         """Make a leaf whose state is one number a row a leaf of all rows, unless it is of some."""
         cdef fo_leaf *leaf = &self.leaves[i]
-        if leaf.by_rows == NULL and leaf.state[0].map == FO_ROWS and leaf.state[0].data != NULL:
-            memset(&self.records[i].by_rows, 0, sizeof(fo_rows))
-            self.records[i].by_rows.length = max((<fo_shape *>leaf.state[0].extra).columns, 1)
-            leaf.by_rows = &self.records[i].by_rows
+        cdef LeafRecord *record = &self.records[i]
+        cdef bint is_summed = leaf.state[0].map == FO_ROWS and leaf.state[0].data != NULL
+        if leaf.by_rows == NULL and (is_summed or record.counts != NULL):
+            if self.kind >= FO_LAYERWISE:
+                _rows.refuse_counts(self.grad_names[i])
+            memset(&record.by_rows, 0, sizeof(fo_rows))
+            record.n_rows, record.by_rows.length = record.shape.rows, max(record.shape.columns, 1)
+            leaf.by_rows = &record.by_rows
         return 0
+
+    cdef int take_counts(self, ptrdiff_t i, object constants) except -1:
+        """Give each row that a step has of a leaf the constants of its own next step.
+
+        `constants` are those of the leaf's plan, and the leaf has its own set; None: check alone.
+        """
+        cdef LeafRecord *record = &self.records[i]
+        cdef ptrdiff_t n, first
+        cdef list values = []
+        numbers = numpy.empty(record.n_rows, numpy.int32)
+        n = number_counts(record.counts, record.by_rows.rows, record.n_rows, numbers, values)
+        if n == FO_NO_ROOM:
+            _rows.refuse_count(self.name(i, self.place_of_counts(i)), values[0][0])
+        if constants is None or n == 0:
+            return 0
+        with numpy.errstate(all="ignore"):
+            own = constants(values[0][:n] + 1, record.step + 1)
+        first = add_row_constants(
+            &self.hypers, self.leaves[i].hyper, self.scalar_names, own, n)
+        if n == 1:
+            self.leaves[i].hyper = first
+            if record.by_rows.rows == NULL and self.kind != FO_ROWWISE:
+                self.leaves[i].by_rows = NULL  # the leaf is stepped as any other
+            return 0
+        numbers += first
+        self.held.append(numbers)
+        record.by_rows.hypers = <const int32_t *>address(numbers)
+        return 0
+
+    cdef int place_of_counts(self, ptrdiff_t i) noexcept:
+        cdef int place = 1
+        while self.records[i].views[place].buf != self.records[i].counts:
+            place += 1
+        return place
 
     cdef int check_blocks(self, ptrdiff_t i) except -1:
         """Refuse rows that are not whole blocks, where an array is kept in blocks or with noise."""
@@ -764,7 +822,7 @@ cdef class ArrayList(LeafList):
             if <void *>self.records[i].copy.obj != NULL:
                 PyBuffer_Release(&self.records[i].copy)
                 self.leaves[i].copy.data = NULL
-        if self.held or self.kind == FO_ROWWISE:
+        if self.held or self.has_counts or self.kind == FO_ROWWISE:
             for i in range(self.n):
                 if <void *>self.records[i].values.obj != NULL:
                     PyBuffer_Release(&self.records[i].values)
@@ -823,9 +881,12 @@ cdef class ArrayList(LeafList):
 
     def use_states(self, ptrdiff_t i, tuple used):
         """Hide from C the state arrays that the leaf's options do not ask for."""
+        cdef LeafRecord *record = &self.records[i]
+        cdef void *data
         cdef int k
         for k in range(len(self.state_names)):
-            self.leaves[i].state[k].data = self.records[i].views[1 + k].buf if used[k] else NULL
+            data = record.views[1 + k].buf
+            self.leaves[i].state[k].data = data if used[k] and data != record.counts else NULL
 
     def get_step(self, ptrdiff_t i):
         """Steps that leaf i has taken."""

@@ -1,6 +1,6 @@
 """csrc/fusedopt.h as Cython sees it, nothing else."""
 
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint64_t
 
 cdef extern from *:
     """
@@ -75,6 +75,7 @@ cdef extern from "fusedopt.h" nogil:
         const int64_t *rows
         const ptrdiff_t *order
         const ptrdiff_t *starts
+        const int32_t *hypers
 
     ctypedef struct fo_leaf:
         ptrdiff_t n
@@ -149,6 +150,13 @@ cdef extern from "fusedopt.h" nogil:
     fo_row_look fo_look_at_rows(const int64_t *indices, ptrdiff_t k, int64_t count)
     ptrdiff_t fo_sort_rows(const int64_t *indices, ptrdiff_t k, int64_t count, int64_t *rows,
                            ptrdiff_t *starts, ptrdiff_t *order, int64_t *scratch)
+    enum:
+        FO_NO_COUNT
+        FO_NO_ROOM
+
+    ptrdiff_t fo_number_counts(const int64_t *counts, const int64_t *rows, ptrdiff_t k,
+                               int64_t *values, int32_t *numbers, int32_t *table, ptrdiff_t slots)
+    void fo_add_counts(int64_t *counts, const int64_t *rows, ptrdiff_t k)
     fo_status fo_sum_rows(fo_leaf *leaves, ptrdiff_t n, int threads)
     const fo_format_info *fo_formats()
     uint64_t fo_key(uint64_t seed, uint64_t leaf, uint64_t step)

@@ -171,6 +171,30 @@ def part(name: str, value: object, shape: tuple[int, ...], param: Array) -> Arra
     return writable(name, data)
 
 
+def counts(name: str, value: object, shape: tuple[int, ...], param: Array) -> Array:
+    """Return `value` if it can be how many steps each row of `param` has taken."""
+    if type(value) is not np.ndarray:
+        raise TypeError(f"{name}: expected a NumPy array, got {type(value).__name__}")
+    if value.dtype != np.int64 or not value.dtype.isnative:
+        raise TypeError(f"{name}: dtype {value.dtype}; it is kept as int64")
+    if value.shape != shape:
+        raise ValueError(
+            f"{name}: shape {value.shape}; of a parameter of shape {param.shape} it is {shape}"
+        )
+    if not (value.flags.c_contiguous and value.flags.aligned):
+        raise ValueError(
+            f"{name}: strides {value.strides}, or memory that is not aligned; pass a copy"
+        )
+    return writable(name, value)
+
+
+def refuse_counts(name: str, value: object) -> None:
+    """Raise ValueError if something in an array of integers is no number of steps."""
+    if isinstance(value, np.ndarray) and value.dtype.kind == "i" and value.size:
+        for found in (value.min(), value.max()):
+            steps(name, found)
+
+
 def gradient(name: str, value: object, param: Array) -> Array:
     """Return `value`, or a copy of it in the memory order of `param` where they differ."""
     grad = array(name, value)

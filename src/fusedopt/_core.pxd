@@ -3,10 +3,10 @@
 Only these pass between the modules, as function pointers; the library itself is linked once, so
 there is one thread pool and one choice of instruction set.
 """
-from libc.stdint cimport uint64_t
+from libc.stdint cimport int64_t, uint64_t
 
 from fusedopt._c cimport (
-    fo_disk, fo_format_info, fo_hyper, fo_leaf, fo_run, fo_stats, fo_status,
+    FO_NO_COUNT, fo_disk, fo_format_info, fo_hyper, fo_leaf, fo_run, fo_stats, fo_status,
 )
 
 from cpython.dict cimport PyDict_GetItemWithError, PyDict_Next
@@ -55,6 +55,7 @@ cdef fo_status run_stream(fo_leaf *leaves, ptrdiff_t n, int how, int threads) no
 cdef fo_status zero_state(fo_leaf *leaves, ptrdiff_t n, int threads) noexcept nogil
 cdef int copy_bytes(const fo_disk *disk, void *to, const void *source, size_t bytes) noexcept nogil
 cdef fo_status sum_rows(fo_leaf *leaves, ptrdiff_t n, int threads) noexcept nogil
+cdef void add_counts(int64_t *counts, const int64_t *rows, ptrdiff_t k) noexcept nogil
 cdef size_t scratch_of(const fo_leaf *leaf) noexcept nogil
 cdef fo_stats sum_stats(const fo_stats *stats, ptrdiff_t n) noexcept nogil
 cdef uint64_t noise_key(uint64_t seed, uint64_t leaf, uint64_t step) noexcept nogil
@@ -66,6 +67,10 @@ cdef struct Hypers:
     ptrdiff_t n, capacity
 
 cdef ptrdiff_t add_constants(Hypers *hypers, list names, constants, step, count) except -1
+cdef ptrdiff_t add_row_constants(Hypers *hypers, ptrdiff_t like, list names, dict values,
+                                 ptrdiff_t n) except -1
+cdef ptrdiff_t number_counts(const int64_t *counts, const int64_t *rows, ptrdiff_t k, numbers,
+                             list values) except FO_NO_COUNT
 cdef int set_constants(fo_hyper *h, list names, constants, step, count) except -1
 
 cdef struct Sums:

@@ -5,7 +5,7 @@
 The only module that the library is linked into. The borders for arrays and for tensors call it
 through the functions below, see `_core.pxd`.
 """
-from libc.stdint cimport int64_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uintptr_t
 from libc.stdlib cimport realloc
 from libc.string cimport memset
 
@@ -80,6 +80,10 @@ cdef fo_status sum_rows(fo_leaf *leaves, ptrdiff_t n, int threads) noexcept nogi
     return fo_sum_rows(leaves, n, threads)
 
 
+cdef void add_counts(int64_t *counts, const int64_t *rows, ptrdiff_t k) noexcept nogil:
+    fo_add_counts(counts, rows, k)
+
+
 cdef size_t scratch_of(const fo_leaf *leaf) noexcept nogil:
     return fo_scratch(leaf)
 
@@ -104,6 +108,36 @@ cdef ptrdiff_t add_constants(Hypers *hypers, list names, constants, step, count)
     set_constants(&hypers.of[hypers.n], names, constants, step, count)
     hypers.n += 1
     return hypers.n - 1
+
+
+cdef ptrdiff_t add_row_constants(Hypers *hypers, ptrdiff_t like, list names, dict values,
+                                 ptrdiff_t n) except -1:
+    """Add n sets that are as set `like` but for the rule's scalars; return the index of the first.
+
+    Of those `values` has a number, or an array of n.
+    """
+    cdef ptrdiff_t j, first = hypers.n
+    cdef const double *column
+    cdef double same
+    cdef int k
+    if first + n > hypers.capacity:
+        hypers.of = <fo_hyper *>grow(hypers.of, first + n, sizeof(fo_hyper))
+        hypers.capacity = first + n
+    for j in range(first, first + n):
+        hypers.of[j] = hypers.of[like]
+    for k, name in enumerate(names):
+        value = values[name]
+        if isinstance(value, numpy.ndarray):
+            value = numpy.ascontiguousarray(value, numpy.float64)
+            column = <const double *>address(value)
+            for j in range(n):
+                hypers.of[first + j].scalars[k] = column[j]
+        else:
+            same = value
+            for j in range(first, first + n):
+                hypers.of[j].scalars[k] = same
+    hypers.n = first + n
+    return first
 
 
 cdef int set_constants(fo_hyper *h, list names, constants, step, count) except -1:
@@ -183,8 +217,10 @@ def look_at_rows(indices, int64_t count):
 def sort_rows(indices, int64_t count):
     """Rows that ascend; where the places of each begin in the third array; places in `indices`."""
     cdef ptrdiff_t n, k = len(indices)
-    rows, scratch = numpy.empty(k, numpy.int64), numpy.empty(2 * k, numpy.int64)
-    starts, order = numpy.empty(k + 1, numpy.intp), numpy.empty(k, numpy.intp)
+    # one block, which malloc keeps for the next step: of several it gives pages back to the system
+    block = numpy.empty(5 * k + 1, numpy.int64)
+    rows, scratch = block[:k], block[k:3 * k]
+    starts, order = block[3 * k:4 * k + 1].view(numpy.intp), block[4 * k + 1:].view(numpy.intp)
     cdef const int64_t *given = <const int64_t *>address(indices)
     cdef int64_t *row = <int64_t *>address(rows)
     cdef int64_t *free = <int64_t *>address(scratch)
@@ -192,7 +228,29 @@ def sort_rows(indices, int64_t count):
     cdef ptrdiff_t *place = <ptrdiff_t *>address(order)
     with nogil:
         n = fo_sort_rows(given, k, count, row, start, place, free)
-    return rows[:n], starts[:n + 1], order
+    return rows[:n], starts[:n + 1], order[:k]
+
+
+cdef ptrdiff_t number_counts(const int64_t *counts, const int64_t *rows, ptrdiff_t k, numbers,
+                             list values) except FO_NO_COUNT:
+    """Number the different counts of k rows; `values` gets an array of them: see fo_number_counts.
+
+    Returns how many there are, or FO_NO_ROOM if one is no count: then it is the first of them.
+    """
+    cdef ptrdiff_t n = FO_NO_ROOM, slots = 2
+    cdef int32_t *number = <int32_t *>address(numbers)
+    cdef int64_t *value
+    cdef int32_t *space
+    while slots < 2 * k and slots < 1 << 16:  # which lies in cache
+        slots *= 2
+    while n == FO_NO_ROOM:
+        found, table = numpy.empty(slots // 2, numpy.int64), numpy.empty(slots, numpy.int32)
+        value, space = <int64_t *>address(found), <int32_t *>address(table)
+        with nogil:
+            n = fo_number_counts(counts, rows, k, value, number, space, slots)
+        slots *= 8
+    values.append(found)
+    return FO_NO_ROOM if n == FO_NO_COUNT else n
 
 
 # ------------------------------------------------------------------ layout in memory

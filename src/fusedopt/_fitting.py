@@ -99,6 +99,8 @@ def _states(
                 pairs += zip(_storage.parts(array), _storage.parts(new), strict=True)
             elif key != "step":
                 where, place = f"state dict: {name}.{key}", (leaf, step, slots.get(key, 0))
+                if rule.counter is not None and slots.get(key) == 1 + rule.counter:
+                    _check.refuse_counts(where, given[key])
                 pairs += _storage.pairs(where, array, given[key], convert, place, origins[leaf])
     return steps, pairs
 
@@ -114,10 +116,12 @@ def _options(
     fitted = []
     for i, (theirs, group, mine) in enumerate(zip(given, groups, now, strict=True)):
         where, names = f"state dict: param_groups[{i}]", rule.checks
-        missing = [n for n in names if not isinstance(theirs, Mapping) or n not in theirs]
+        has = isinstance(theirs, Mapping) and theirs
+        flags = {n: False for n in names if rule.defaults.get(n) is False}  # off if they are newer
+        missing = [n for n in names if not has or (n not in has and n not in flags)]
         if missing:
             raise ValueError(f"{where}: expected {', '.join(names)}; has no {', '.join(missing)}")
-        options = {name: theirs[name] for name in names}
+        options = {name: theirs.get(name, flags.get(name)) for name in names}
         if options["lr"] is None or callable(mine["lr"]):
             options["lr"] = mine["lr"]
         if convert:

@@ -170,11 +170,12 @@ def _check_parts(
 ) -> None:
     """Let a parameter's states be those of its shape."""
     _storage.check_order(rule, name, param, options)
-    for k, (state, shape) in enumerate(zip(rule.states, layout[1], strict=True)):
+    rows = zip(rule.states, layout[1], rule.uses(options), strict=True)
+    for k, (state, shape, use) in enumerate(rows):
         plural = f"{state.plural or state.name + 's'}[{name[7:-1]}]"
         if shape is None and row[k] is not None:
             raise ValueError(f"{plural}: {name} of shape {param.shape} has none; pass None")
-        if shape is not None and row[k] is None:
+        if shape is not None and use and row[k] is None:
             raise ValueError(
                 f"{plural}: is None; {name} of shape {param.shape} needs it, of shape {shape}, "
                 "zeros in the first step"

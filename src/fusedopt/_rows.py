@@ -197,6 +197,19 @@ def refuse_blocks(name: str, array: str, length: int) -> NoReturn:
     )
 
 
+def refuse_count(name: str, count: int) -> NoReturn:
+    """Refuse what is no number of steps."""
+    raise ValueError(f"{name}: has {count}, which is no number of steps from 0 to below 2**62")
+
+
+def refuse_counts(name: str) -> NoReturn:
+    """Refuse a step by a rule that cannot step rows."""
+    raise ValueError(
+        f"{name}: the rows of this parameter count their steps, which does not go with an option "
+        "of another group, as cautious; give that group an optimizer of its own"
+    )
+
+
 def refuse_copy(name: str, copy: str) -> NoReturn:
     """Refuse a copy of all rows."""
     raise ValueError(

@@ -23,6 +23,9 @@ from fusedopt.rule import Options, Rule, State
 # names of the dtypes that steps read; dtype.name imports a module, which fails at exit
 _KINDS = {np.dtype(name): name for name in ("float32", "float64", "float16")}
 
+COUNTS = "int64"  # of a state that counts: no format of C
+_FORMS = FORMATS | {COUNTS: (np.int64, None, 1)}
+
 FIXED = ("state_dtype", "master_bits", "min_8bit_size")  # cannot change once the arrays are made
 
 # the format of a bfloat16 parameter, by its master bits
@@ -66,6 +69,8 @@ def refuse_master(bits: int | None, itemsizes: Iterable[int]) -> None:
 
 def state_format(is_double: bool, size: int, state: State, options: Mapping[str, Any]) -> str:
     """Return the format in which a state of a parameter is kept."""
+    if state.counts:
+        return COUNTS
     if is_double:
         return "float64"
     if state.wide or state.is_by_row(options):
@@ -149,7 +154,7 @@ def plan(
 
 def nbytes(form: str, shape: tuple[int, ...]) -> int:
     """Return the bytes of an array of a format."""
-    dtype = FORMATS[form][0]
+    dtype = _FORMS[form][0]
     return prod(shape) * (2 if dtype is None else np.dtype(dtype).itemsize) + extra_bytes(
         form, shape
     )
@@ -157,7 +162,7 @@ def nbytes(form: str, shape: tuple[int, ...]) -> int:
 
 def extra_bytes(form: str, shape: tuple[int, ...]) -> int:
     """Return the bytes of `Stored.extra` of an array of a format."""
-    extra = FORMATS[form][1]
+    extra = _FORMS[form][1]
     return 0 if extra is None else prod(extra_shape(form, shape)) * np.dtype(extra).itemsize
 
 
@@ -322,7 +327,7 @@ def _strides(like: Array, dtype: Any) -> tuple[int, ...]:
 
 
 def _specs(form: str, like: Array, shape: tuple[int, ...]) -> list[Spec]:
-    dtype, extra, _ = FORMATS[form]
+    dtype, extra, _ = _FORMS[form]
     dtype = np.uint16 if dtype is None else dtype
     if shape != like.shape:
         return [(shape, dtype, None)]
@@ -332,7 +337,7 @@ def _specs(form: str, like: Array, shape: tuple[int, ...]) -> list[Spec]:
 
 def _take(form: str, arrays: Any) -> Array | Stored:
     data: Array = next(arrays)
-    if form in ("float32", "float64"):
+    if form in ("float32", "float64", COUNTS):
         return data
     return Stored(form, data, None if FORMATS[form][1] is None else next(arrays))
 

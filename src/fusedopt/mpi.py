@@ -657,6 +657,12 @@ def _units(rule: Rule, options: Options, groups: Sequence[Mapping[str, Any]]) ->
     """
     if rule.needs_whole:
         return 0
+    for state in rule.states:
+        if any(state.is_by_row(its) for its in (options, *groups)):
+            raise ValueError(
+                f"{state.by_row}: keeps a number for each row, and Sharded cuts parameters within "
+                "rows; leave it out, or step whole parameters on each rank"
+            )
     unit = _core.TILE
     for name in rule.fixed:
         for its in (options, *groups):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple, TypedDict
@@ -19,6 +19,8 @@ Options = dict[str, Any]
 Check = Callable[[str, Any], Any]
 # of each state its fo_map (csrc/fusedopt.h) and its shape or None; the members of fo_shape
 Layout = tuple[tuple[int, ...], tuple[tuple[int, ...] | None, ...], tuple[int, ...]]
+
+COUNTS = 4  # in place of a fo_map, of what C does not see: `State.counts`
 
 
 class Constants(NamedTuple):
@@ -128,6 +130,9 @@ class State:
     by_row : str
         Name of an option which, if it is set, lets the state be one number for each row, along the
         first axis: all other axes have length 1. It cannot change later. Such a state is wide.
+    counts : bool
+        Of a state by row: whether it is how many steps each row has taken, int64, and no array of
+        the C rule. Each row then is stepped by the constants of its own next step.
     """
 
     name: str
@@ -140,6 +145,7 @@ class State:
     part: str = ""
     every: str = ""
     by_row: str = ""
+    counts: bool = False
 
     @property
     def fixed_by(self) -> str:
@@ -291,7 +297,8 @@ class Rule:
         Optional ones last.
     constants : callable(step, options) -> dict
         The scalars of the C rule in a step, from 1, by name, in double. What the rule remembers is
-        among the options, with its value in this step.
+        among the options, with its value in this step. Of a rule with a state that counts, the step
+        may be an array of steps: what depends on it is an array then, with the bits of the numbers.
     demand : callable(where, options), optional
         Raises ValueError for a combination of valid options that is not allowed.
     counts : bool
@@ -386,6 +393,23 @@ class Rule:
         return tuple(state.name for state in self.states)
 
     @cached_property
+    def counter(self) -> int | None:
+        """Which of the states counts the steps of rows, if one does."""
+        return next((k for k, state in enumerate(self.states) if state.counts), None)
+
+    @cached_property
+    def for_tensors(self) -> Rule:
+        """The rule without what arrays alone may have: rows that count their steps."""
+        if self.counter is None:
+            return self
+        asks = self.states[self.counter].needs
+        return replace(
+            self,
+            options=tuple(option for option in self.options if option.name != asks),
+            states=tuple(state for state in self.states if not state.counts),
+        )
+
+    @cached_property
     def remembers(self) -> bool:
         """Whether constants of a step depend on what all groups remember, and on a whole step."""
         return self.advance is not None or self.share is not None
@@ -412,7 +436,9 @@ class Rule:
     def layout(self, shape: tuple[int, ...], options: Mapping[str, Any]) -> Layout | None:
         """Return the layout of a parameter's states, if some differ from its own."""
         if any(state.is_by_row(options) for state in self.states):
-            maps = tuple(2 * state.is_by_row(options) for state in self.states)
+            maps = tuple(
+                state.is_by_row(options) * (COUNTS if state.counts else 2) for state in self.states
+            )
             shapes = tuple(state.shape(shape, options) for state in self.states)
             return maps, shapes, (1, 1, prod(shape[:1]), prod(shape[1:]))
         every = next((int(options[state.every]) for state in self.states if state.every), 1)

@@ -155,7 +155,7 @@ the others as they were"""
 
 def _torch_class(fast: type[Optimizer]) -> type[Any]:
     """Return the class of an optimizer for torch: its namesake's, with our step."""
-    return _class_of(fast.__name__, fast.rule)
+    return _class_of(fast.__name__, fast.rule.for_tensors)
 
 
 def _class_of(name: str, rule: Rule) -> type[Any]:

@@ -1,6 +1,7 @@
 /* Steps leaves of rows, and compares each with a leaf of the same rows, gathered here, whose
- * gradient is added up here: of every rule that takes rows, on each instruction set, on one thread
- * and on several. Arrays are no larger than they must be, for AddressSanitizer to see.
+ * gradient is added up here, or of rows with constants of their own with a leaf for each row: of
+ * every rule that takes rows, on each instruction set, on one thread and on several. Arrays are no
+ * larger than they must be, for AddressSanitizer to see.
  *
  *     rows [rounds] */
 #include "lists.h"
@@ -89,10 +90,19 @@ static int agrees(source *s, int rule, int is_double, int threads)
         memcpy(expected[a], all[a], (size_t)count * bytes);
         copy_rows(some[a], expected[a], rows, n, bytes, 0);
     }
-    fo_hyper hyper = {.grad_scale = 0.5, .l2 = 0.1};
-    for (int i = 0; i < FO_MAX_SCALARS; i++)
-        hyper.scalars[i] = 0.25;
-    const fo_rows by = {.length = length, .rows = rows, .order = order, .starts = starts};
+    enum { HYPERS = 3 };
+    fo_hyper hypers[HYPERS] = {{.grad_scale = 0.5, .l2 = 0.1}};
+    for (int h = 0; h < HYPERS; h++) {
+        hypers[h] = hypers[0];
+        for (int i = 0; i < FO_MAX_SCALARS; i++)
+            hypers[h].scalars[i] = 0.25 * (1 + h);
+    }
+    fo_rows by = {.length = length, .rows = rows, .order = order, .starts = starts};
+    int32_t *numbers = make(n, sizeof *numbers);
+    for (ptrdiff_t j = 0; j < n; j++)
+        numbers[j] = (int32_t)choose(s, HYPERS);
+    const int differ = (int)choose(s, 2); /* whether rows have constants of their own */
+    by.hypers = differ ? numbers : NULL;
     fo_leaf ours = {.n = n * length, .grad_scale = 1, .by_rows = &by}, theirs = ours;
     theirs.by_rows = NULL;
     for (int a = 0; a < arrays; a++) {
@@ -102,24 +112,41 @@ static int agrees(source *s, int rule, int is_double, int threads)
     }
     ours.grad = (fo_array){.data = given, .format = format};
     theirs.grad = (fo_array){.data = grad, .format = format};
+    if (differ && n > 0) {
+        const int32_t good = numbers[n - 1];
+        numbers[n - 1] = choose(s, 2) ? HYPERS : -1;
+        same = same && fo_step(rule, &ours, 1, hypers, HYPERS, NULL, threads) == FO_BAD_ARGUMENT &&
+               memcmp(all[0], expected[0], (size_t)count * bytes) == 0;
+        numbers[n - 1] = good;
+    }
+    for (ptrdiff_t j = 0; differ && j < n; j++) { /* each row is a leaf */
+        fo_leaf row = theirs;
+        row.n = length, row.hyper = numbers[j];
+        row.grad.data = (char *)grad + (size_t)j * bytes;
+        row.param.data = (char *)some[0] + (size_t)j * bytes;
+        for (int a = 1; a < arrays; a++)
+            row.state[a - 1].data = (char *)some[a] + (size_t)j * bytes;
+        same = same && fo_step(rule, &row, 1, hypers, HYPERS, NULL, threads) == FO_OK;
+    }
     fo_stats stats[2];
     memset(stats, 0, sizeof stats);
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 2 - differ; i++) {
         fo_leaf *leaf = i == 0 ? &ours : &theirs;
         fo_run run = {.measure = FO_MEASURE_LEAF, .stats = &stats[i]};
         run.tiles = make(fo_count_tiles(leaf, 1), sizeof *run.tiles);
         same = same && fo_measure(leaf, 1, &run, threads) == FO_OK;
         run.has_grad = 1;
-        same = same && fo_step(rule, leaf, 1, &hyper, 1, &run, threads) == FO_OK;
+        same = same && fo_step(rule, leaf, 1, hypers, HYPERS, &run, threads) == FO_OK;
         free(run.tiles);
     }
-    same = same && memcmp(&stats[0], &stats[1], sizeof stats[0]) == 0;
+    same = same && (differ || memcmp(&stats[0], &stats[1], sizeof stats[0]) == 0);
     for (int a = 0; a < arrays; a++) {
         copy_rows(some[a], expected[a], rows, n, bytes, 1);
         same = same && memcmp(all[a], expected[a], (size_t)count * bytes) == 0;
         free(all[a]), free(expected[a]), free(some[a]);
     }
     free(indices), free(rows), free(scratch), free(starts), free(order), free(given), free(grad);
+    free(numbers);
     return same;
 }
 

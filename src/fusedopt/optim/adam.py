@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import sqrt
 from typing import Any, Unpack
 
+import numpy as np
+
 from fusedopt import _check
+from fusedopt._check import Array
 from fusedopt._functional import function
 from fusedopt._rows import LAZY
 from fusedopt.optimizer import Optimizer
@@ -13,16 +17,41 @@ from fusedopt.rule import CAUTIOUS, L1, MAXIMIZE, Common, Option, Options, Rule,
 
 
 def corrections(
-    step: int, betas: tuple[float, float], bias_correction: bool, eps_hat: bool
-) -> tuple[float, float]:
-    """Return the divisor of the rate, and that of the root before epsilon is added to it."""
+    step: Any, betas: tuple[float, float], bias_correction: bool, eps_hat: bool
+) -> tuple[Any, Any]:
+    """Return the divisor of the rate, and that of the root before epsilon is added to it.
+
+    For an array of steps they are arrays with the same bits, which NumPy's power does not give.
+    """
     if not bias_correction:
         return 1.0, 1.0
-    mean, root = 1 - betas[0] ** step, sqrt(1 - betas[1] ** step)
+    if isinstance(step, np.ndarray):
+        mean, root = 1 - _powers(betas[0], step), np.sqrt(1 - _powers(betas[1], step))
+    else:
+        mean, root = 1 - betas[0] ** step, sqrt(1 - betas[1] ** step)
     return (mean / root, 1.0) if eps_hat else (mean, root)
 
 
-def _constants(step: int, o: Options) -> dict[str, float]:
+_MANY = 1 << 12
+
+
+@lru_cache(maxsize=8)
+def _first_powers(beta: float) -> Array:
+    return np.array([beta**t for t in range(16 * _MANY)])
+
+
+def _powers(beta: float, steps: Array) -> Array:
+    """Return ``beta**t`` for each of an array of steps; of many, from a table of the first."""
+    if len(steps) < _MANY:
+        return np.array([beta**t for t in steps.tolist()])
+    first = _first_powers(beta)
+    found: Array = first[np.minimum(steps, len(first) - 1)]
+    beyond = np.flatnonzero(steps >= len(first))
+    found[beyond] = [beta**t for t in steps[beyond].tolist()]
+    return found
+
+
+def _constants(step: Any, o: Options) -> dict[str, Any]:
     beta1, beta2 = betas = o["betas"]
     mean, root = corrections(step, betas, o["bias_correction"], o["eps_hat"])
     return {
@@ -36,7 +65,7 @@ def _constants(step: int, o: Options) -> dict[str, float]:
     }
 
 
-def _decoupled_constants(step: int, o: Options) -> dict[str, float]:
+def _decoupled_constants(step: Any, o: Options) -> dict[str, Any]:
     constants = _constants(step, o)
     constants["keep"] = 1 - o["lr"] * o["weight_decay"]
     constants["cautious"] = float(o.get("cautious", False))
@@ -53,11 +82,22 @@ _CONVENTIONS = (
     Option("bias_correction", True, _check.flag),
     Option("eps_hat", False, _check.flag),
 )
+_ROW_STEPS = Option("row_steps", False, _check.flag)
 _STATES = (
     State("exp_avg"),
     State("exp_avg_sq", squared=True),
     State("max_exp_avg_sq", squared=True, needs="amsgrad"),
+    State("row_step", needs="row_steps", plural="row_steps", by_row="row_steps", counts=True),
 )
+
+
+def _demand(where: str, o: Options) -> None:
+    if o.get("cautious") and o.get("row_steps"):
+        raise ValueError(
+            f"{where}cautious: it takes no Rows, for which row_steps is; leave one of them out"
+        )
+
+
 ADAM = Rule(
     name="adam",
     options=(
@@ -67,6 +107,7 @@ ADAM = Rule(
         _AMSGRAD,
         MAXIMIZE,
         *_CONVENTIONS,
+        _ROW_STEPS,
     ),
     states=_STATES,
     constants=_constants,
@@ -81,9 +122,11 @@ ADAMW = Rule(
         MAXIMIZE,
         *_CONVENTIONS,
         CAUTIOUS,
+        _ROW_STEPS,
     ),
     states=_STATES,
     constants=_decoupled_constants,
+    demand=_demand,
     variant=("cautious", "cautious_adam"),
     by_rows=lambda o: LAZY,
 )
@@ -128,6 +171,11 @@ class Adam(Optimizer):
         Add `eps` to the root of the second moment before it is corrected, as TensorFlow, Keras,
         scikit-learn and thinc do: ``lr * sqrt(1 - beta2**step) / (1 - beta1**step)`` is the rate,
         as in the paper's remark after Algorithm 1.
+    row_steps : bool, default False
+        Let each row of a parameter, along the first axis, count the steps that it has taken, and
+        correct its moments by that count and not by that of the parameter: for `Rows`, which step
+        some rows. A dense gradient steps, and counts, all of them. The parameter must be in
+        row-major order. It cannot change later.
     **common
         How arrays are stored, a running average of the parameters, threads; see `Optimizer`.
 
@@ -141,8 +189,9 @@ class Adam(Optimizer):
     Notes
     -----
     State of a leaf: ``step``, ``exp_avg``, ``exp_avg_sq`` and, with `amsgrad`,
-    ``max_exp_avg_sq``, arrays of the parameter's shape and dtype. `fusedopt.reference.adam` is
-    the formula in NumPy; the result equals it bit for bit.
+    ``max_exp_avg_sq``, arrays of the parameter's shape and dtype; with `row_steps` also
+    ``row_step``, one int64 for each row. `fusedopt.reference.adam` is the formula in NumPy; the
+    result equals it bit for bit.
 
     References
     ----------
@@ -179,13 +228,14 @@ class Adam(Optimizer):
         maximize: bool = False,
         bias_correction: bool = True,
         eps_hat: bool = False,
+        row_steps: bool = False,
         **common: Unpack[Common],
     ) -> None:
         """See the class."""
         super().__init__(
             params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, l1=l1,
             amsgrad=amsgrad, maximize=maximize, bias_correction=bias_correction, eps_hat=eps_hat,
-            **common,
+            row_steps=row_steps, **common,
         )  # fmt: skip
 
 
@@ -194,7 +244,7 @@ class AdamW(Adam):
 
     Parameters
     ----------
-    params, lr, betas, eps, amsgrad, maximize, bias_correction, eps_hat
+    params, lr, betas, eps, amsgrad, maximize, bias_correction, eps_hat, row_steps
         As for `Adam`; so are the options in `common`.
     weight_decay : float, default 1e-2
         >= 0: before the update the parameter shrinks by the factor ``1 - lr * weight_decay``.
@@ -236,13 +286,14 @@ class AdamW(Adam):
         bias_correction: bool = True,
         eps_hat: bool = False,
         cautious: bool = False,
+        row_steps: bool = False,
         **common: Unpack[Common],
     ) -> None:
         """See the class."""
         Optimizer.__init__(
             self, params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad,
             maximize=maximize, bias_correction=bias_correction, eps_hat=eps_hat,
-            cautious=cautious, **common,
+            cautious=cautious, row_steps=row_steps, **common,
         )  # fmt: skip
 
 

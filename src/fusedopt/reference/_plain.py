@@ -99,7 +99,11 @@ def leaf(
         g = c(scale) * g
     if how.clip_value is not None:
         g = np.where(np.abs(g) > c(how.clip_value), np.copysign(c(how.clip_value), g), g)
-    update(p, _terms(g, p, hyper), *tensors, step=step, sums=sums or _sums, **options)
+    counts = None if rule.counter is None else tensors.pop(rule.counter)
+    if counts is None:
+        update(p, _terms(g, p, hyper), *tensors, step=step, sums=sums or _sums, **options)
+    else:
+        _by_count(partial(update, sums=_sums, **options), counts, _terms(g, p, hyper), p, *tensors)
     if ema is not None:
         ema[...] = ema + c(hyper["ema_weight"]) * (p - ema)
     if copy is not None:
@@ -109,6 +113,19 @@ def leaf(
             assert value is not None
             formats.encode(array, flat(value), formats.key(options["seed"], number, step, slot))
     return (0.0, 0.0, 0.0) if before is None else step_sums(p, p - before)
+
+
+def _by_count(update: Callable[..., None], counts: Array, g: Array, *arrays: Array | None) -> None:
+    """Update rows with the number of their own step: those of one number as one leaf."""
+    n = counts.size
+    for count in np.unique(counts):
+        rows = counts.reshape(n) == count
+        parts = [None if array is None else array.reshape(n, -1)[rows] for array in arrays]
+        update(parts[0], g.reshape(n, -1)[rows], *parts[1:], step=int(count) + 1)
+        for array, part in zip(arrays, parts, strict=True):
+            if array is not None:
+                array.reshape(n, -1)[rows] = part
+    counts += 1
 
 
 def _rounded(array: Array | Stored | None) -> Array | Stored | None:
