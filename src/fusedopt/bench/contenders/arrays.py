@@ -138,8 +138,9 @@ class Functional(WithStates):
         super().__init__(problem, params)
         fusedopt.set_num_threads(problem.threads)
         self.function = getattr(functional, problem.optimizer)
-        self.known = inspect.signature(self.function).parameters.keys()
         self.rule = rule = getattr(fusedopt, CLASSES[problem.optimizer]).rule
+        lists = {state.plural for state in rule.states}  # one has the name of an option
+        self.known = inspect.signature(self.function).parameters.keys() - lists
         self.options = options = rule.begun(rule.defaults | problem.options)
         used = list(compress(rule.states, rule.uses(options)))
         if rule.has_parts:
