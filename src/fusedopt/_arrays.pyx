@@ -29,9 +29,8 @@ from fusedopt._spans cimport Span, Spans, alias
 
 import numpy
 
-from fusedopt import _check, _options, _rows, formats as _formats
+from fusedopt import _check, _options, _rows, formats as _formats, rule as _rule
 from fusedopt.formats import Stored
-from fusedopt.rule import COUNTS as counts_of_rows
 
 cdef extern from "Python.h":
     ctypedef object (*descrgetfunc)(object, object, object)
@@ -46,7 +45,7 @@ cdef object float32 = numpy.dtype(numpy.float32)
 cdef object float64 = numpy.dtype(numpy.float64)
 cdef object float16 = numpy.dtype(numpy.float16)
 cdef object Rows = _rows.Rows
-cdef int COUNTS = counts_of_rows
+cdef int COUNTS = _rule.COUNTS
 cdef object bfloat16 = None  # the dtype of ml_dtypes, once an array of it was seen
 
 cdef list FORMAT_NAMES = list(_formats.FORMATS)  # in the order of the C table
