@@ -239,7 +239,7 @@ def test_counts_of_small_tables(shape):
     ],
 )
 @pytest.mark.parametrize("shape", [(0, 64), (5, 0)])
-def test_tables_without_elements(name, options, shape):
+def test_rows_of_tables_without_elements(name, options, shape):
     """They count steps as any other, and no way of a step fails."""
     for module, index in itertools.product((fusedopt, reference), (np.arange(shape[0])[:2], None)):
         table = np.ones(shape, np.float32)
