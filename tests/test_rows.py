@@ -337,6 +337,10 @@ def test_checkpoints_of_counts(suffix, tmp_path):
         saved["state"]["params"] = saved["state"]["params"] | {"row_step": counts}
         with pytest.raises(ValueError, match=r"state dict: params\.row_step: must be"):
             second.load_state_dict(saved, convert=True)
+    saved["state"]["params"] = saved["state"]["params"] | {"row_step": np.ones((5, 1))}
+    for convert, message in ((False, r"fit int64\[5, 1\]$"), (True, "float64 cannot be converted")):
+        with pytest.raises((TypeError, ValueError), match=message):
+            second.load_state_dict(saved, convert=convert)
     assert second.state["params"]["row_step"].ravel().tolist() == [0, 2, 0, 0, 2]
     with pytest.raises(ValueError, match=r"row_steps: False, but the arrays were made with True"):
         second.param_groups[0]["row_steps"] = False
@@ -381,7 +385,9 @@ def test_counts_with_other_groups_and_averages():
     for options in ({"cautious": True}, {"row_steps": 1}):
         with pytest.raises((TypeError, ValueError), match="cautious: it takes no Rows|row_steps: "):
             fusedopt.AdamW(np.ones(shape), **{"row_steps": True} | options)
-    with pytest.raises(ValueError, match="^params: strides .* row-major"):
+    with pytest.raises(
+        ValueError, match="^params: strides .* row-major order, in which adam keeps"
+    ):
         fusedopt.Adam(np.asfortranarray(params[0]), row_steps=True)
     with pytest.raises(TypeError, match="row_steps"):
         fusedopt.SGD(params[0], row_steps=True)
