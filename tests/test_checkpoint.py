@@ -384,6 +384,34 @@ def test_an_invalid_rate(tmp_path, value):
     assert opt.param_groups[0]["lr"] == 0.25
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "changed"),
+    [
+        ("AdamW", {"row_steps": True}, {"cautious": True}),  # valid alone, but not together
+        ("Adam", {"row_steps": True}, {"row_steps": False}),
+        ("Adam", {}, {"amsgrad": True}),  # without its array
+        ("Adam", {}, {"ema": 0.9}),
+        ("Adam", {"state_dtype": "bfloat16"}, {"state_dtype": "int8", "eps": -1.0}),
+        ("Adagrad", {"rowwise": True}, {"rowwise": False}),
+        ("Prodigy", {"slice_p": 3}, {"slice_p": 1}),
+    ],
+)
+def test_options_that_no_step_takes(tmp_path, name, options, changed):
+    """A checkpoint gets those of the last step, and the rate; what the rule remembers is kept."""
+    path, grad = tmp_path / "x.npz", np.ones((3, 2), np.float32)
+    opt, other = (getattr(fusedopt, name)(np.ones((3, 2), np.float32), **options) for _ in "12")
+    opt.step(grad)
+    known = dict(opt.param_groups[0])
+    opt.param_groups[0] |= {"lr": 0.125} | changed
+    with pytest.raises(ValueError):
+        opt.step(grad)
+    opt.save(path, params=True)
+    for loaded in (other, opt):
+        loaded.load(path)
+        assert loaded.param_groups[0] | {"params": None} == known | {"lr": 0.125, "params": None}
+        loaded.step(grad)
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("saved", NAMES)
 def test_the_file_of_another_class(tmp_path, saved, suffix):

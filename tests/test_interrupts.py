@@ -66,6 +66,28 @@ grads = [[np.ones((20, 30), np.float32)], np.ones(9)]
         "while twin.state_dict()['step'] < max(steps): twin.step(grads)\n"
         "assert contents(twin) == contents(opt)",
     ),
+    "step of rows that count": (
+        """
+def make():
+    params = [np.ones((200, 30), np.float32), np.ones((9, 4)), np.ones((500, 2), np.float32)]
+    return fusedopt.Adam(params, row_steps=True)
+def grads():
+    rows = fusedopt.Rows(np.array([5, 7, 5]), np.ones((3, 30), np.float32))
+    return [rows, np.ones((9, 4)), np.ones((500, 2), np.float32)]
+"""
+        + CONTENTS
+        + """
+for start in (opt, twin):
+    for s in start.state.values():
+        s["row_step"][...] = np.arange(s["row_step"].size)[:, None] % 50
+""",
+        "opt.step(grads())",
+        "steps = {s['step'] for s in opt.state.values()}; assert len(steps) == 1\n"
+        "a, b, c = (s['row_step'] for s in opt.state.values())\n"
+        "assert a[5, 0] - 5 == b[0, 0] == c[499, 0] - 49 == max(steps) and a[6, 0] == 6",
+        "while twin.state_dict()['step'] < max(steps): twin.step(grads())\n"
+        "assert contents(twin) == contents(opt)",
+    ),
     "load": (
         """
 def make(fill):

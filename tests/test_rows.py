@@ -230,6 +230,26 @@ def test_counts_of_small_tables(shape):
         assert not others.any()
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Adagrad", {"rowwise": True}),
+        ("Adam", {"row_steps": True, "state_dtype": "bfloat16"}),
+        ("Adam", {"state_dtype": "int8", "min_8bit_size": 0}),
+    ],
+)
+@pytest.mark.parametrize("shape", [(0, 64), (5, 0)])
+def test_rows_of_tables_without_elements(name, options, shape):
+    """They count steps as any other, and no way of a step fails."""
+    for module, index in itertools.product((fusedopt, reference), (np.arange(shape[0])[:2], None)):
+        table = np.ones(shape, np.float32)
+        opt = getattr(module, name)(table, **options)
+        values = np.ones((2 if shape[0] else 0, *shape[1:]), np.float32)
+        grad = np.ones_like(table) if index is None else Rows(index, values)
+        assert opt.step(grad).updated == 1
+        assert opt.step(grad, stats=True).stats.grad_norm == [0]
+
+
 def test_many_counts():
     """More than fit into the first table of numbers; and the last step has one count for all."""
     results = []
@@ -312,15 +332,34 @@ def test_checkpoints_of_counts(suffix, tmp_path):
     with pytest.raises(ValueError, match="state that this optimizer does not have: row_step"):
         fusedopt.AdamW(np.ones((5, 3), np.float32)).load(tmp_path / f"state{suffix}")
     saved = first.state_dict()
-    for bad in (-1, 2**62):
+    for bad in (-1, 2**62, 2**64 - 5, np.int32(-3)):
         counts = np.full((5, 1), bad)
         saved["state"]["params"] = saved["state"]["params"] | {"row_step": counts}
         with pytest.raises(ValueError, match=r"state dict: params\.row_step: must be"):
-            second.load_state_dict(saved)
+            second.load_state_dict(saved, convert=True)
+    saved["state"]["params"] = saved["state"]["params"] | {"row_step": np.ones((5, 1))}
+    for convert, message in ((False, r"fit int64\[5, 1\]$"), (True, "float64 cannot be converted")):
+        with pytest.raises((TypeError, ValueError), match=message):
+            second.load_state_dict(saved, convert=convert)
     assert second.state["params"]["row_step"].ravel().tolist() == [0, 2, 0, 0, 2]
     with pytest.raises(ValueError, match=r"row_steps: False, but the arrays were made with True"):
         second.param_groups[0]["row_steps"] = False
         second.step(grad)
+
+
+@pytest.mark.parametrize("bad", [-5, np.int64(-5), 2**62, 2**63, np.array(-5)])
+def test_a_bad_count_of_a_number(bad):
+    """A parameter without axes has one count, which may be given as a number."""
+    opt = fusedopt.Adam(np.ones((), np.float32), row_steps=True)
+    saved = opt.state_dict()
+    for count in (bad, 7):
+        saved["state"]["params"] = saved["state"]["params"] | {"row_step": count}
+        if count is bad:
+            with pytest.raises(ValueError, match=r"state dict: params\.row_step: must be"):
+                opt.load_state_dict(saved, convert=True)
+        else:
+            opt.load_state_dict(saved)
+    assert opt.state["params"]["row_step"] == 7
 
 
 def test_counts_with_other_groups_and_averages():
@@ -346,7 +385,9 @@ def test_counts_with_other_groups_and_averages():
     for options in ({"cautious": True}, {"row_steps": 1}):
         with pytest.raises((TypeError, ValueError), match="cautious: it takes no Rows|row_steps: "):
             fusedopt.AdamW(np.ones(shape), **{"row_steps": True} | options)
-    with pytest.raises(ValueError, match="^params: strides .* row-major"):
+    with pytest.raises(
+        ValueError, match="^params: strides .* row-major order, in which adam keeps"
+    ):
         fusedopt.Adam(np.asfortranarray(params[0]), row_steps=True)
     with pytest.raises(TypeError, match="row_steps"):
         fusedopt.SGD(params[0], row_steps=True)

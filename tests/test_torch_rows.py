@@ -376,6 +376,20 @@ def test_sgd_with_momentum_is_lazy_on_request():
     assert (param[[0, 2, 3, 4, 5]] == 1).all()
 
 
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "SparseAdam"])
+def test_rows_of_tensors_count_no_steps(name):
+    """An option of arrays alone is refused with what to do, in groups too, which torch ignores."""
+    made, params = getattr(fo, name), [torch.nn.Parameter(torch.ones(3, 2)) for _ in "12"]
+    with pytest.raises(TypeError, match=rf"^{name}: row_steps: rows of .* to fusedopt.Adam"):
+        made(params, row_steps=True)
+    with pytest.raises(TypeError, match=r"^param_groups\[0\]: row_steps: rows of tensors"):
+        made([{"params": params, "row_steps": True}])
+    opt = made(params[:1])
+    with pytest.raises(TypeError, match=r"^param_groups\[1\]: row_steps: rows of tensors"):
+        opt.add_param_group({"params": params[1:], "row_steps": True})
+    assert len(opt.param_groups) == 1
+
+
 def test_copies_of_all_rows_are_refused():
     param = torch.nn.Parameter(torch.ones(6, 3))
     param.grad = torch.sparse_coo_tensor([[1]], torch.ones(1, 3), (6, 3))

@@ -189,8 +189,9 @@ def counts(name: str, value: object, shape: tuple[int, ...], param: Array) -> Ar
 
 
 def refuse_counts(name: str, value: object) -> None:
-    """Raise ValueError if something in an array of integers is no number of steps."""
-    if isinstance(value, np.ndarray) and value.dtype.kind == "i" and value.size:
+    """Raise ValueError if something in an array of integers, or a number, is no number of steps."""
+    value = np.asarray(value) if np.isscalar(value) else value
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.size:
         for found in (value.min(), value.max()):
             steps(name, found)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fusedopt import _check, _tree
+from fusedopt import _check, _storage, _tree
 from fusedopt._arrays import Reader
 from fusedopt.rule import Check, Options, Plan, Rule
 
@@ -70,14 +70,34 @@ class Group:
         rows = zip(rule.state_names, used, self.kept, strict=True)
         return next((name for name, use, kept in rows if use and not kept), None)
 
+    def check(self, rule: Rule, given: Options, where: str) -> Options:
+        """Return options in the place of the present ones, checked; messages begin with `where`."""
+        options = rule.check(given, f"{where}.")
+        _storage.refuse_fixed(f"{where}.", rule, self.options, options)
+        _storage.refuse_change(f"{where}.", self.options, options)
+        lacking = self.lacks(rule, rule.uses(options))
+        if lacking is not None:
+            raise ValueError(
+                f"{where}: these options need {lacking}, which was not allocated; "
+                "set them when the optimizer is made"
+            )
+        return options
+
     def valid(self, rule: Rule, given: Mapping[str, Any]) -> Options:
-        """Return the options, with the last step's value in the place of an invalid one."""
+        """Return the options, with the last step's value in the place of an invalid one.
+
+        All are the last step's if no step could take them together.
+        """
         options = {}
         for name, check in rule.checks.items():
             try:
                 options[name] = check(name, given[name])
             except (KeyError, TypeError, ValueError):
                 options[name] = self.options[name]
+        try:
+            self.check(rule, options, "")
+        except (TypeError, ValueError):
+            options |= {name: self.options[name] for name in rule.defaults if name != "lr"}
         return options
 
 

@@ -87,9 +87,10 @@ def check_order(rule: Rule, name: str, param: Any, options: Mapping[str, Any]) -
     array = param.data if isinstance(param, Stored) else param
     is_array = isinstance(array, np.ndarray)
     if rule.needs_row_major(options) and is_array and not array.flags.c_contiguous:
+        takes = "takes matrices" if rule.has_parts else "keeps numbers of rows"
         raise ValueError(
             f"{name}: strides {array.strides} are not those of row-major order, in which "
-            f"{rule.name} takes matrices; pass numpy.ascontiguousarray(...)"
+            f"{rule.name} {takes}; pass numpy.ascontiguousarray(...)"
         )
 
 
@@ -399,7 +400,8 @@ def pairs(
             raise TypeError(f"{where}: expected an array, got {type(theirs).__name__}")
     mine, its = _kind(ours), _kind(theirs)
     if theirs.shape != ours.shape or (mine != its and not convert):
-        way_out = "; convert=True converts" if theirs.shape == ours.shape else ""
+        can = theirs.shape == ours.shape and _can_convert(ours, theirs)
+        way_out = "; convert=True converts" if can else ""
         raise ValueError(
             f"{where}: {its}{list(theirs.shape)} does not fit {mine}{list(ours.shape)}{way_out}"
         )
@@ -428,6 +430,12 @@ def _laid_as(a: Array, b: Array) -> Array:
     return laid
 
 
+def _can_convert(ours: Array | Stored, theirs: Array | Stored) -> bool:
+    """Whether numbers of this kind have a meaning in the other: counts, or what is computed."""
+    source, target = (np.float32 if isinstance(a, Stored) else a.dtype for a in (theirs, ours))
+    return np.can_cast(source, target, "same_kind")
+
+
 def _converted(
     where: str,
     ours: Array | Stored,
@@ -436,12 +444,11 @@ def _converted(
     origin: int,
 ) -> Array | Stored:
     """Return the numbers of `theirs` in a new array in the format of `ours`."""
-    values = theirs.decode() if isinstance(theirs, Stored) else theirs
-    target = np.float32 if isinstance(ours, Stored) else ours.dtype
-    if not np.can_cast(values.dtype, target, "same_kind"):
+    if not _can_convert(ours, theirs):
         raise TypeError(f"{where}: {_kind(theirs)} cannot be converted to {_kind(ours)}")
+    values = theirs.decode() if isinstance(theirs, Stored) else theirs
     if not isinstance(ours, Stored):
-        return values.astype(target)
+        return values.astype(ours.dtype)
     wide = np.float64 if values.dtype == np.float64 else np.float32
     laid = np.empty_like(ours.data, wide, subok=False)
     np.copyto(laid, values, casting="same_kind")

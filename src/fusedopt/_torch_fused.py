@@ -27,6 +27,7 @@ from fusedopt._torch_options import (
     number,
     numbers,
     refuse_of_all,
+    refuse_of_arrays,
     refuse_of_no_group,
     refuse_options,
 )  # fmt: skip
@@ -131,6 +132,7 @@ class Fused(StateKeeper):
             if value != self._own[name].default
         }
         fused = next(cls for cls in type(self).__mro__ if "_rule" in vars(cls))
+        refuse_of_arrays(type(self).__name__, options)
         _check.refuse_unknown(type(self).__name__, options, _taken(fused))
         super().__init__(params, *args, **options)  # type: ignore[call-arg]
         bits = self._own_given.get("master_bits")

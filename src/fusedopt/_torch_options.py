@@ -21,8 +21,18 @@ OF_NO_GROUP = frozenset(_options.DEFAULTS) - {"grad_scale"}
 CONSTANT = frozenset({float, int, bool, str, type(None)})  # types of values that stay as they are
 
 
+def refuse_of_arrays(where: str, options: Mapping[str, Any]) -> None:
+    """Raise TypeError for options that classes of arrays alone have."""
+    if options.get("row_steps"):
+        raise TypeError(
+            f"{where}: row_steps: rows of tensors do not count their steps; leave it out, or give "
+            "the table as an array, table.detach().numpy(), to fusedopt.Adam or AdamW"
+        )
+
+
 def refuse_options(where: str, group: Mapping[str, Any]) -> None:
-    """Raise ValueError for options of torch's that a step in place cannot have."""
+    """Raise TypeError or ValueError for options that a step of tensors cannot have."""
+    refuse_of_arrays(where, group)
     for option, purpose in (
         ("capturable", "is for graphs of an accelerator"),
         ("differentiable", "needs a step that autograd can see"),

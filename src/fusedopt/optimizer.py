@@ -533,16 +533,8 @@ class Optimizer:
         missing = [name for name in self.rule.checks if name not in given]
         if missing:
             raise ValueError(f"{where}: has no {missing[0]!r}, which steps need")
-        options = self.rule.check(given, f"{where}.")
-        _storage.refuse_fixed(f"{where}.", self.rule, group.options, options)
-        _storage.refuse_change(f"{where}.", group.options, options)
+        options = group.check(self.rule, given, where)
         used = self.rule.uses(options)
-        lacking = group.lacks(self.rule, used)
-        if lacking is not None:
-            raise ValueError(
-                f"{where}: these options need {lacking}, which was not allocated; "
-                "set them when the optimizer is made"
-            )
         if used != self.rule.uses(group.options):
             for leaf in group.leaves:
                 self._work.use_states(leaf, used)
@@ -661,8 +653,9 @@ class Optimizer:
         """Return the state: ``optimizer``, ``step``, ``state`` by leaf name, ``param_groups``.
 
         The arrays are the live ones; copy them to keep them. The parameters are not part of it. An
-        option with an invalid value, such as a rate of NaN, is saved as the last step used it, so
-        that every saved state can be loaded.
+        option with an invalid value, such as a rate of NaN, is saved as the last step used it, and
+        so are all of a group that do not go together or with its arrays, so that every saved state
+        can be loaded.
         """
         names = self._work.names
         groups = []

@@ -61,6 +61,19 @@ def matrices():
     return [np.ones((9, 70)), np.ones((30, 4), np.float32)]
 
 
+def counting():
+    """Rows that have taken many different numbers of steps, of which none is kept by CPython."""
+    opt = fusedopt.Adam([np.ones((700, 2), np.float32), np.ones((9, 70))], row_steps=True)
+    for state in opt.state.values():
+        state["row_step"][:, 0] = 1000 + np.arange(len(state["row_step"]))
+    return opt
+
+
+def some_rows():
+    index = np.array([5, 2, 5])
+    return [np.ones((700, 2), np.float32), fusedopt.Rows(index, np.ones((3, 70)))]
+
+
 def stepping(grads, make=make):
     """A step, the contents that it changes, and those of a twin that has enough memory."""
     opt, twin = make(), make()
@@ -111,6 +124,7 @@ def calls(folder):
         "step of matrices": stepping(matrices(), lambda: fusedopt.Muon(matrices())),
         "step of factors": stepping(matrices(), lambda: fusedopt.Adafactor(matrices())),
         "step of an estimate": stepping(matrices(), lambda: fusedopt.Prodigy(matrices())),
+        "step of rows": stepping(some_rows(), counting),
         "load": (lambda: opt.load(full), lambda: contents(opt)),
         "save": (lambda: other.save(path), files, saved),
     }

@@ -158,7 +158,7 @@ def _gathered(array: Array | Stored | None, rows: Array) -> Array | None:
 
 def _scatter(array: Array | Stored | None, values: Any, rows: Array, key: int) -> None:
     """Write some rows of an array, and nothing else."""
-    if array is None:
+    if array is None or not len(rows):  # of which an array without rows cannot be reshaped
         return
     if not isinstance(array, Stored):
         array[rows] = values
@@ -272,7 +272,7 @@ def row_squares(x: Array) -> Array:
 def row_means(x: Array, shape: tuple[int, ...]) -> Array:
     """Return the means of squares over all axes but the first, in `shape`."""
     length = prod(x.shape[1:])
-    sums = in_lanes(x.reshape(-1, max(length, 1)).astype(np.float64) ** 2) / max(length, 1)
+    sums = in_lanes(x.reshape(prod(shape), length).astype(np.float64) ** 2) / max(length, 1)
     return sums.astype(x.dtype).reshape(shape)
 
 
