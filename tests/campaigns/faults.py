@@ -110,6 +110,7 @@ def calls(folder):
             ),
             lambda: contents(summed),
         )
+        more["step of matrices"] = stepping(matrices(), lambda: fusedopt.Muon(matrices()))
     return more | {
         "make": (
             lambda: fusedopt.AdamW(params, state_dtype="int8"),
@@ -121,7 +122,6 @@ def calls(folder):
         ),
         "step": stepping(grads),
         "step with copies": stepping(laid),
-        "step of matrices": stepping(matrices(), lambda: fusedopt.Muon(matrices())),
         "step of factors": stepping(matrices(), lambda: fusedopt.Adafactor(matrices())),
         "step of an estimate": stepping(matrices(), lambda: fusedopt.Prodigy(matrices())),
         "step of rows": stepping(some_rows(), counting),
