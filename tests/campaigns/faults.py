@@ -102,16 +102,7 @@ def calls(folder):
     def saved():
         return {"state.npz": full.read_bytes(), "full.npz": full.read_bytes()}
 
-    more = {}
-    if not np.__version__.startswith("1."):  # whose arithmetic crashes without memory
-        more["add_param_group, state not zero"] = (
-            lambda: summed.add_param_group(
-                {"params": [np.ones(5000, np.float32)], "initial_accumulator_value": 0.1}
-            ),
-            lambda: contents(summed),
-        )
-        more["step of matrices"] = stepping(matrices(), lambda: fusedopt.Muon(matrices()))
-    return more | {
+    return {
         "make": (
             lambda: fusedopt.AdamW(params, state_dtype="int8"),
             lambda: [p.tobytes() for p in params],
@@ -120,8 +111,15 @@ def calls(folder):
             lambda: grown.add_param_group({"params": [np.ones(9), np.ones(5000)]}),
             lambda: contents(grown),
         ),
+        "add_param_group, state not zero": (
+            lambda: summed.add_param_group(
+                {"params": [np.ones(5000, np.float32)], "initial_accumulator_value": 0.1}
+            ),
+            lambda: contents(summed),
+        ),
         "step": stepping(grads),
         "step with copies": stepping(laid),
+        "step of matrices": stepping(matrices(), lambda: fusedopt.Muon(matrices())),
         "step of factors": stepping(matrices(), lambda: fusedopt.Adafactor(matrices())),
         "step of an estimate": stepping(matrices(), lambda: fusedopt.Prodigy(matrices())),
         "step of rows": stepping(some_rows(), counting),
