@@ -107,10 +107,18 @@ def unchanged(opt, params):
         assert all(not a.any() for name, a in state.items() if name != "step")
 
 
+class Short(list):
+    """Has more entries by its length than by its iterator."""
+
+    def __iter__(self):
+        return iter(())
+
+
 BAD_NESTING = [
     ({"a": ones(2)}, r"grads: no 'b'"),
     ({"a": ones(2), "b": [ones(2)], "c": 1}, r"grads: 'c' is not in params"),
     ({"a": ones(2), "b": []}, r"grads\['b'\]: 0 entries for 1 in params"),
+    ({"a": ones(2), "b": Short([ones(2)])}, r"grads\['b'\]: 0 entries for 1 in params"),
     ({"a": ones(2), "b": ones(2)}, r"grads\['b'\]: expected a list as in params, got ndarray"),
     ([ones(2), ones(2)], r"grads: expected a dict as in params, got list"),
     ({"a": ones(3), "b": [ones(2)]}, r"grads\['a'\]: shape \(3,\) does not fit .* \(2,\)"),
