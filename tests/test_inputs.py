@@ -147,6 +147,21 @@ def test_gradients_are_found_by_their_keys(kind, first):
     assert [p[0] for p in params.values()] == [-value for value in values]
 
 
+class Renamed(dict):
+    """Has other keys, and fewer, by its iterator than by its items."""
+
+    def __iter__(self):
+        return iter(("c",))
+
+
+def test_keys_of_gradients_are_those_of_items():
+    params = Renamed(a=[ones(2)], b=[ones(2)])
+    opt = fusedopt.SGD(params, lr=1.0)
+    assert opt.step({"a": [ones(2)], "b": None}).updated == 1
+    assert opt.step(None).updated == 0
+    assert params["a"][0].tolist() == [0, 0]
+
+
 def test_none_skips_leaves_and_parts():
     params = {"a": ones(2), "b": {"W": ones(2), "c": ones(1)}, "d": [ones(1)]}
     opt = fusedopt.SGD(params, lr=1.0)
