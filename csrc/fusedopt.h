@@ -150,7 +150,8 @@ typedef struct fo_region {
 } fo_region;
 
 /* Where leaves have arrays on disk, of which a pass then has no more than FO_WINDOW bytes in
- * memory: see disk.c. Between calls the arrays can be used where they are mapped. */
+ * memory: see disk.c. Between calls the arrays can be used where they are mapped. The direction of
+ * a matrix rule is in memory. */
 enum { FO_WINDOW = 256 << 20 };
 typedef struct fo_disk {
     const fo_region *regions; /* in the order of their addresses */

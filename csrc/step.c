@@ -143,7 +143,7 @@ static void direct(fo_work *w, const fo_kernels *kernels, int threads)
     if (kernels->rules[w->task.rule].kind == FO_FACTORED)
         fo_find_factors(w, kernels, threads);
     w->range = kernels->direct;
-    w->only_reads = kernels->rules[w->task.rule].kind != FO_MATRIX; /* it writes the direction */
+    w->only_reads = 1; /* of state on disk: directions are in memory */
     fo_split(w, FO_WITH_GRAD, threads);
     w->only_reads = 0;
     fo_fold_tiles(w, FO_PART_SQUARES, threads);

@@ -107,10 +107,18 @@ def unchanged(opt, params):
         assert all(not a.any() for name, a in state.items() if name != "step")
 
 
+class Short(list):
+    """Has more entries by its length than by its iterator."""
+
+    def __iter__(self):
+        return iter(())
+
+
 BAD_NESTING = [
     ({"a": ones(2)}, r"grads: no 'b'"),
     ({"a": ones(2), "b": [ones(2)], "c": 1}, r"grads: 'c' is not in params"),
     ({"a": ones(2), "b": []}, r"grads\['b'\]: 0 entries for 1 in params"),
+    ({"a": ones(2), "b": Short([ones(2)])}, r"grads\['b'\]: 0 entries for 1 in params"),
     ({"a": ones(2), "b": ones(2)}, r"grads\['b'\]: expected a list as in params, got ndarray"),
     ([ones(2), ones(2)], r"grads: expected a dict as in params, got list"),
     ({"a": ones(3), "b": [ones(2)]}, r"grads\['a'\]: shape \(3,\) does not fit .* \(2,\)"),
@@ -137,6 +145,21 @@ def test_gradients_are_found_by_their_keys(kind, first):
     rows = [(key, np.full(2, value)) for key, value in zip(keys, values, strict=True)]
     fusedopt.SGD(params, lr=1.0).step(kind(rows[first:] + rows[:first]))
     assert [p[0] for p in params.values()] == [-value for value in values]
+
+
+class Renamed(dict):
+    """Has other keys, and fewer, by its iterator than by its items."""
+
+    def __iter__(self):
+        return iter(("c",))
+
+
+def test_keys_of_gradients_are_those_of_items():
+    params = Renamed(a=[ones(2)], b=[ones(2)])
+    opt = fusedopt.SGD(params, lr=1.0)
+    assert opt.step({"a": [ones(2)], "b": None}).updated == 1
+    assert opt.step(None).updated == 0
+    assert params["a"][0].tolist() == [0, 0]
 
 
 def test_none_skips_leaves_and_parts():

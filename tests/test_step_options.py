@@ -1,6 +1,8 @@
 """Step options: the bits of the reference, and the results of separate operations in NumPy."""
 
+import pickle
 import threading
+from copy import copy, deepcopy
 from functools import lru_cache
 
 import ml_dtypes
@@ -559,8 +561,8 @@ def test_copies_are_written_always(module, dtype, copies):
         out = [np.full(p.shape, 777, copies) for p in params]
         result = opt.step(grads, copy_out=out, nonfinite="skip", stats=True)
         assert result.updated == 0
-        for p, copy in zip(opt.master_params().values(), out, strict=True):
-            assert copy.tobytes() == p.astype(copies).tobytes()
+        for p, copied in zip(opt.master_params().values(), out, strict=True):
+            assert copied.tobytes() == p.astype(copies).tobytes()
 
 
 # ------------------------------------------------------------------ wrong input
@@ -646,3 +648,16 @@ def test_wrong_arrays():
 def test_wrong_ema(ema):
     with pytest.raises((ValueError, TypeError), match="^ema"):
         fusedopt.Adam(np.ones(3), ema=ema)
+
+
+@pytest.mark.parametrize("is_read", [False, True])
+@pytest.mark.parametrize("clone", [copy, deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_statistics_are_computed_when_read(clone, is_read):
+    """Until then a copy has what they are computed from, and tab completion finds their names."""
+    stats = fusedopt.SGD(np.full(5, 2.0), lr=1.0).step(np.ones(5), stats=True).stats
+    assert {"names", *stats.COLUMNS} <= set(dir(stats))
+    assert not is_read or stats.param_norm == [np.sqrt(5)]
+    other = clone(stats)
+    assert other["params"] == stats["params"]
+    with pytest.raises(AttributeError, match=r"StepStats has no 'norm'; it has names, grad_norm"):
+        other.norm  # noqa: B018

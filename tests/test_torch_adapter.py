@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -146,13 +147,14 @@ def test_closure_runs_with_gradients():
     close(net, peer_net)
 
 
-def test_groups_added_later():
+@pytest.mark.parametrize("kind", [dict, OrderedDict])
+def test_groups_added_later(kind):
     net, peer_net = model(), model()
     for n, module in ((net, fo), (peer_net, torch.optim)):
         params = list(n.parameters())
-        opt = module.AdamW([{"params": params[:1], "lr": 0.1}, {"params": params[1:2]}])
+        opt = module.AdamW([kind(params=params[:1], lr=0.1), kind(params=params[1:2])])
         train(n, opt, range(3))
-        opt.add_param_group({"params": params[2:], "weight_decay": 0.5, "betas": (0.5, 0.6)})
+        opt.add_param_group(kind(params=params[2:], weight_decay=0.5, betas=(0.5, 0.6)))
         train(n, opt, range(3, 6))
     close(net, peer_net)
 

@@ -4,6 +4,7 @@ import copy
 import gc
 import threading
 import weakref
+from collections import UserDict
 
 import pytest
 from test_interrupts import interrupted_at
@@ -236,6 +237,28 @@ def test_counts_that_no_run_could_have(count, kind, options):
     before = [t.detach().clone() for t in (p, q, *opt.state[p].values())]
     opt.state[q]["step"] = torch.tensor(float(count), dtype=kind)
     with pytest.raises(ValueError, match=r"\['params'\]\[1\]\.step: is .*, which is no number of"):
+        opt.step()
+    after = [p, q, *opt.state[p].values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        (UserDict, ": its state is a UserDict; expected a dict"),
+        (list, ": its state is a list; expected a dict"),
+        (lambda own: None, ": its state is a NoneType; expected a dict"),
+        (lambda own: own | {"exp_avg": "m"}, r"\.exp_avg: is a str; expected a tensor"),
+        (lambda own: own | {"step": 3}, r"\.step: expected a tensor of one element"),
+    ],
+)
+def test_state_that_no_step_makes(spoil, match):
+    p, q = leaf(5), leaf(5, seed=1)
+    opt = fo.AdamW([p, q])
+    opt.step()
+    before = [t.detach().clone() for t in (p, q, *opt.state[p].values())]
+    opt.state[q] = spoil(opt.state[q])
+    with pytest.raises(TypeError, match=r"^param_groups\[0\]\['params'\]\[1\]" + match):
         opt.step()
     after = [p, q, *opt.state[p].values()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

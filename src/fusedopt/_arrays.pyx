@@ -130,6 +130,8 @@ cpdef bint are_settled(param_groups, list groups) except -1:
     if type(param_groups) is not list or len(<list>param_groups) != len(groups):
         return False
     for i in range(len(groups)):
+        if i >= len(<list>param_groups):  # which a key that compared itself has made shorter
+            return False
         group, given = groups[i], (<list>param_groups)[i]
         seen = group.seen
         if seen is None or type(given) is not dict or len(<dict>given) != len(<dict>seen):
@@ -183,9 +185,10 @@ cdef class Reader:
     cdef list items(self, str name, other):
         if not isinstance(other, (list, tuple)):
             raise ValueError(f"{name}: expected a list as in params, got {type(other).__name__}")
-        if len(other) != self.n:
-            raise ValueError(f"{name}: {len(other)} entries for {self.n} in params")
-        return list(other)
+        cdef list values = list(other)
+        if len(values) != self.n:  # not of `other`: the length of a subclass may be another
+            raise ValueError(f"{name}: {len(values)} entries for {self.n} in params")
+        return values
 
     cdef list values(self, str name, other):
         cdef Py_ssize_t at = 0

@@ -294,6 +294,10 @@ class StepStats:
         self.__dict__[name] = column
         return column
 
+    def __dir__(self) -> list[str]:
+        """List the columns too, computed or not."""
+        return sorted({*super().__dir__(), *_COLUMNS})
+
     def __getitem__(self, name: str) -> dict[str, float]:
         """Return what was measured of one leaf."""
         if name not in self.names:

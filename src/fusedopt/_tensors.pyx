@@ -154,10 +154,11 @@ cpdef bint is_same(dict seen, dict now) except -1:
     return not PyDict_Next(seen, &then, &its_key, &its_value)
 
 
-cpdef bint is_known(dict checked, ptrdiff_t i, dict group) except -1:
+cpdef bint is_known(dict checked, ptrdiff_t i, group) except -1:
     """Whether a group is as when it was checked: see `_torch_fused._Group`."""
     known = checked.get(i)
-    return known is not None and known.seen is not None and is_same(known.seen, group)
+    return (known is not None and known.seen is not None and isinstance(group, dict)
+            and is_same(known.seen, <dict>group))
 
 
 cdef ptrdiff_t count_params(list groups, ptrdiff_t n) except -1:
@@ -350,9 +351,10 @@ cdef class TensorList(LeafList):
         owner : optimizer
             Called where needed are its ``_is_elsewhere``, ``_check_elsewhere``,
             ``_step_elsewhere``, ``_make_state``, ``_make_extras``, ``_stand_in``, ``_copy``,
-            ``_count``, ``_refuse_both``, ``_shared``, ``_origin``, ``_constants``, ``_name``,
-            ``_reduction``, ``_new_direction`` and ``_replace``: see `fusedopt.torch`. For sparse
-            gradients ``_rows``, ``_refuse_dense``, ``_refuse_strange`` and ``_refuse_all_rows``.
+            ``_count``, ``_refuse_both``, ``_refuse_state``, ``_shared``, ``_origin``,
+            ``_constants``, ``_name``, ``_reduction``, ``_new_direction`` and ``_replace``: see
+            `fusedopt.torch`. For sparse gradients ``_rows``, ``_refuse_dense``, ``_refuse_strange``
+            and ``_refuse_all_rows``.
         groups : list of (list, GroupPlan)
             The parameters of each group, and what a step must know of it; with `chosen`, the
             owner's ``param_groups``.
@@ -633,6 +635,8 @@ cdef class TensorList(LeafList):
         cdef LeafRecord *record
         self.has_others |= type(param) is not self.parameter
         own = self.state_of(state, param)
+        if own is not None and not isinstance(own, dict):
+            self.owner._refuse_state(group, i, own)
         grad = param.grad
         if grad is None and (copies is None or self.number not in copies):
             return 0
@@ -655,6 +659,8 @@ cdef class TensorList(LeafList):
         if not self.read_state(record, own, counted):
             if self.leave(record):
                 return 0
+            if own is None and param in state:
+                self.owner._refuse_state(group, i, own)
             made, begins = self.owner._make_state(group, i, param, own)
             self.made.append((param, made))
             own = {**own, **made} if own else made

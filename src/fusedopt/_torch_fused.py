@@ -615,6 +615,10 @@ class Fused(StateKeeper):
     def _refuse_both(self, group: int, i: int, state: str) -> NoReturn:
         raise ValueError(f"{self._name(group, i)}: {_plain.both(state)}")
 
+    def _refuse_state(self, group: int, i: int, state: Any) -> NoReturn:
+        kind = type(state).__name__
+        raise TypeError(f"{self._name(group, i)}: its state is a {kind}; expected a dict")
+
     _shared = staticmethod(_plain.shared)
 
     @staticmethod

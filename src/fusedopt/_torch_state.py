@@ -206,7 +206,8 @@ class StateKeeper:
         residual = residual_dtype(self.param_groups[group])
         is_bfloat16 = param.dtype == torch.bfloat16
         rounded = param.dtype == torch.float16 or (is_bfloat16 and residual is not torch.int16)
-        rounded |= any(state.dtype in (torch.bfloat16, torch.uint8) for state in states)
+        narrow = torch.bfloat16, torch.uint8
+        rounded |= any(getattr(state, "dtype", None) in narrow for state in states)
         if rounded and not has_count:
             made["step"] = _new_count()
         if is_bfloat16 and residual is not None and not has_residual:

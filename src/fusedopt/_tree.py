@@ -92,7 +92,8 @@ def reader(tree: Any) -> Reader:
     gradients with it.
     """
     if isinstance(tree, dict):
-        return Reader(tuple(tree), [reader(node) for node in tree.values()])
+        items = list(tree.items())  # as `leaves` reads it: the keys of a subclass may be others
+        return Reader(tuple([key for key, _ in items]), [reader(node) for _, node in items])
     if isinstance(tree, (list, tuple)):
         return Reader(None, [reader(node) for node in tree])
     return Reader(None, None)

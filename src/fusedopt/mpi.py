@@ -261,6 +261,10 @@ class Sharded:
         sources: list[Array | None] = []
         sums: list[Array | None] = []
         has_begun, is_alone = False, True  # whether the others do not know of an exception
+        steps = inner._work.count
+
+        def agree_on_disk(fault: BaseException | None = None) -> None:
+            self._agree_on_disk(fault, inner._work.count != steps)
 
         def begin() -> None:
             nonlocal has_begun, is_alone
@@ -274,7 +278,7 @@ class Sharded:
         def add(array: Array, most: bool = False) -> None:
             nonlocal is_alone
             is_alone = False
-            self._agree_on_disk(None, False)
+            agree_on_disk()
             _parts.add_over_ranks(self._comm, array, most=most)
             is_alone = inner._disk is not None
 
@@ -320,12 +324,12 @@ class Sharded:
         except BaseException as exc:
             if size > 1 and is_alone:
                 if has_begun:
-                    self._agree_on_disk(exc, False)
+                    agree_on_disk(exc)
                 else:
                     agree(self._comm, exc)
             raise
         if size > 1:
-            self._agree_on_disk(None, True)
+            agree_on_disk()
             if not result.skipped:
                 mover.gather(
                     [

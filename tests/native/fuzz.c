@@ -186,6 +186,8 @@ static char *move(void **part, ptrdiff_t bytes, char *at, int *count, int back)
 /* Moves all that may be on disk there, or back. */
 static void move_all(const list *l, int back)
 {
+    const fo_rule *rule = &fo_rules()[l->rule];
+    const int direction = rule->kind == FO_MATRIX ? rule->states + 1 : -1; /* it is in memory */
     char *at = file.start;
     int count = 0;
     for (ptrdiff_t i = 0; i < l->n; i++) {
@@ -194,7 +196,7 @@ static void move_all(const list *l, int back)
         for (int k = 0; k < FO_MAX_STATES; k++)
             arrays[2 + k] = &leaf->state[k];
         for (int k = 0; k < FO_MAX_STATES + 2; k++) {
-            if (arrays[k]->data == NULL || arrays[k]->map != FO_EACH)
+            if (arrays[k]->data == NULL || arrays[k]->map != FO_EACH || k == direction)
                 continue;
             if (k > 0)
                 at = move(&arrays[k]->data, fo_data_bytes(arrays[k], leaf->n), at, &count, back);
