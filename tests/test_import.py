@@ -46,11 +46,11 @@ def run(code, **kwargs):
 def test_interrupted(first):
     """At many moments: no crash, whichever module was being initialised."""
     ends = []
-    for i in range(24):
+    for i in range(16):
         done = run(INTERRUPTED.format(first=first, delay=0.0002 + 0.04 * (0.618 * i % 1)))
         assert done.stdout.split() in (["interrupted"], ["imported"]), done.stderr
         ends.append(done.stdout.strip())
-    assert ends.count("interrupted") > 3
+    assert ends.count("interrupted") > 2
 
 
 @pytest.mark.parametrize("name", ["ast", "dis", "inspect"])

@@ -112,7 +112,7 @@ def test_bits(rule, dtype, kind):
 @pytest.mark.parametrize("kind", ["sorted", "repeated"])
 @pytest.mark.parametrize("rule", RULES)
 def test_threads_and_instruction_sets(rule, kind):
-    arguments = (rule, [(3000, 65), (50, 3)], kind, np.float32, np.float32)
+    arguments = (rule, [(1000, 65), (50, 3)], kind, np.float32, np.float32)
     with threads(1):
         first = run(fusedopt, *arguments)
     assert_same_runs(first, run(reference, *arguments))
