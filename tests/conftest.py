@@ -27,7 +27,7 @@ from fusedopt import _core
 os.environ.setdefault("KERAS_BACKEND", "torch")  # Keras reads it as it is imported
 
 
-QUICK = 8
+QUICK = 7
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
