@@ -4,15 +4,6 @@
 
 #include <string.h>
 
-static inline void fetch(const void *address)
-{
-#if defined(__GNUC__)
-    __builtin_prefetch(address);
-#else
-    (void)address;
-#endif
-}
-
 fo_row_look fo_look_at_rows(const int64_t *indices, ptrdiff_t k, int64_t count)
 {
     fo_row_look look = {.bad = -1, .ascends = 1};
@@ -85,7 +76,7 @@ ptrdiff_t fo_number_counts(const int64_t *counts, const int64_t *rows, ptrdiff_t
     memset(table, 0xff, (size_t)slots * sizeof *table);
     for (ptrdiff_t i = 0; i < k; i++) {
         if (rows != NULL && i + AHEAD < k)
-            fetch(&counts[rows[i + AHEAD]]);
+            __builtin_prefetch(&counts[rows[i + AHEAD]]);
         const int64_t count = counts[rows != NULL ? rows[i] : i];
         if (count == before && i > 0) {
             numbers[i] = numbers[i - 1];

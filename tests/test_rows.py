@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -316,21 +317,31 @@ def test_steps_that_count_nothing(module):
     assert counts.ravel().tolist() == [0, 1, 0, -1, 1]
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
-def test_checkpoints_of_counts(suffix, tmp_path):
-    if suffix == ".safetensors":
+def resumed(make, path, names, grad, params):
+    """An optimizer and its twin, which has the other's file and goes on with the same bits."""
+    if path.suffix == ".safetensors":
         pytest.importorskip("safetensors")
     tables = [np.ones((5, 3), np.float32) for _ in range(2)]
-    first, second = (fusedopt.AdamW(table, row_steps=True) for table in tables)
-    grad = Rows(np.array([1, 4, 1]), np.arange(9, dtype=np.float32).reshape(3, 3))
+    first, second = map(make, tables)
     first.step(grad)
-    first.save(tmp_path / f"state{suffix}", params=True)
-    second.load(tmp_path / f"state{suffix}")
+    first.save(path, params=params)
+    if not params:
+        tables[1][...] = tables[0]
+    second.load(path)
     for opt in (first, second):
         opt.step(grad)
-    assert_same([tables[0], *arrays_of(first)], [tables[1], *arrays_of(second)], list("pmvcs"))
+    assert_same([tables[0], *arrays_of(first)], [tables[1], *arrays_of(second)], list(names))
+    return first, second
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_checkpoints_of_counts(suffix, tmp_path):
+    path = tmp_path / f"state{suffix}"
+    grad = Rows(np.array([1, 4, 1]), np.arange(9, dtype=np.float32).reshape(3, 3))
+    make = partial(fusedopt.AdamW, row_steps=True)
+    first, second = resumed(make, path, "pmvcs", grad, params=True)
     with pytest.raises(ValueError, match="state that this optimizer does not have: row_step"):
-        fusedopt.AdamW(np.ones((5, 3), np.float32)).load(tmp_path / f"state{suffix}")
+        fusedopt.AdamW(np.ones((5, 3), np.float32)).load(path)
     saved = first.state_dict()
     for bad in (-1, 2**62, 2**64 - 5, np.int32(-3)):
         counts = np.full((5, 1), bad)
@@ -514,20 +525,11 @@ def test_rowwise_state():
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
 def test_rowwise_checkpoints(suffix, tmp_path):
-    if suffix == ".safetensors":
-        pytest.importorskip("safetensors")
-    tables = [np.ones((5, 3), np.float32) for _ in range(2)]
-    first, second = (fusedopt.Adagrad(table, rowwise=True) for table in tables)
+    path = tmp_path / f"state{suffix}"
     grad = Rows(np.array([1, 4, 1]), np.arange(9, dtype=np.float32).reshape(3, 3))
-    first.step(grad)
-    first.save(tmp_path / f"state{suffix}")
-    tables[1][...] = tables[0]
-    second.load(tmp_path / f"state{suffix}")
-    for opt in (first, second):
-        opt.step(grad)
-    assert_same([tables[0], *arrays_of(first)], [tables[1], *arrays_of(second)], ["p", "s", "t"])
+    resumed(partial(fusedopt.Adagrad, rowwise=True), path, "pst", grad, params=False)
     with pytest.raises(ValueError, match="rowwise: True, but the arrays were made with False"):
-        fusedopt.Adagrad(np.ones((5, 3), np.float32)).load(tmp_path / f"state{suffix}")
+        fusedopt.Adagrad(np.ones((5, 3), np.float32)).load(path)
 
 
 def test_rowwise_functions():

@@ -696,7 +696,7 @@ cdef class ArrayList(LeafList):
         cdef list values = []
         numbers = numpy.empty(record.n_rows, numpy.int32)
         n = number_counts(record.counts, record.by_rows.rows, record.n_rows, numbers, values)
-        if n == FO_NO_ROOM:
+        if n == FO_NO_COUNT:
             _rows.refuse_count(self.name(i, self.place_of_counts(i)), values[0][0])
         if constants is None or n == 0:
             return 0

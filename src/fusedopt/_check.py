@@ -156,13 +156,17 @@ def state(name: str, value: object, param: Array) -> Array | Stored:
     return held
 
 
-def part(name: str, value: object, shape: tuple[int, ...], param: Array) -> Array:
-    """Return `value` if it can be state of `param` that has a shape of its own."""
-    data = array(name, value)
+def _own_shape(name: str, data: Array, shape: tuple[int, ...], param: Array) -> None:
     if data.shape != shape:
         raise ValueError(
             f"{name}: shape {data.shape}; of a parameter of shape {param.shape} it is {shape}"
         )
+
+
+def part(name: str, value: object, shape: tuple[int, ...], param: Array) -> Array:
+    """Return `value` if it can be state of `param` that has a shape of its own."""
+    data = array(name, value)
+    _own_shape(name, data, shape, param)
     compute = np.float64 if param.dtype == np.float64 else np.float32
     if data.dtype != compute:
         raise TypeError(f"{name}: dtype {data.dtype}; it is kept as {np.dtype(compute)}")
@@ -177,10 +181,7 @@ def counts(name: str, value: object, shape: tuple[int, ...], param: Array) -> Ar
         raise TypeError(f"{name}: expected a NumPy array, got {type(value).__name__}")
     if value.dtype != np.int64 or not value.dtype.isnative:
         raise TypeError(f"{name}: dtype {value.dtype}; it is kept as int64")
-    if value.shape != shape:
-        raise ValueError(
-            f"{name}: shape {value.shape}; of a parameter of shape {param.shape} it is {shape}"
-        )
+    _own_shape(name, value, shape, param)
     if not (value.flags.c_contiguous and value.flags.aligned):
         raise ValueError(
             f"{name}: strides {value.strides}, or memory that is not aligned; pass a copy"

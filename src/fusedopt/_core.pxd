@@ -70,7 +70,7 @@ cdef ptrdiff_t add_constants(Hypers *hypers, list names, constants, step, count)
 cdef ptrdiff_t add_row_constants(Hypers *hypers, ptrdiff_t like, list names, dict values,
                                  ptrdiff_t n) except -1
 cdef ptrdiff_t number_counts(const int64_t *counts, const int64_t *rows, ptrdiff_t k, numbers,
-                             list values) except FO_NO_COUNT
+                             list values) except? FO_NO_COUNT
 cdef int set_constants(fo_hyper *h, list names, constants, step, count) except -1
 
 cdef struct Sums:

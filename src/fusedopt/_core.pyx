@@ -232,10 +232,10 @@ def sort_rows(indices, int64_t count):
 
 
 cdef ptrdiff_t number_counts(const int64_t *counts, const int64_t *rows, ptrdiff_t k, numbers,
-                             list values) except FO_NO_COUNT:
+                             list values) except? FO_NO_COUNT:
     """Number the different counts of k rows; `values` gets an array of them: see fo_number_counts.
 
-    Returns how many there are, or FO_NO_ROOM if one is no count: then it is the first of them.
+    Returns how many there are, or FO_NO_COUNT if one is no count: then it is the first of them.
     """
     cdef ptrdiff_t n = FO_NO_ROOM, slots = 2
     cdef int32_t *number = <int32_t *>address(numbers)
@@ -250,7 +250,7 @@ cdef ptrdiff_t number_counts(const int64_t *counts, const int64_t *rows, ptrdiff
             n = fo_number_counts(counts, rows, k, value, number, space, slots)
         slots *= 8
     values.append(found)
-    return FO_NO_ROOM if n == FO_NO_COUNT else n
+    return n
 
 
 # ------------------------------------------------------------------ layout in memory
