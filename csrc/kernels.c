@@ -31,11 +31,15 @@
 #define FO_APART __attribute__((noinline)) /* compiled once, so that its callers stay small */
 
 /* For functions over blocks on the stack, which are aligned: the widest registers are faster there.
- */
-#if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__)
+ * Over whole tiles this depends on the CPU, so FO_WHOLE compiles their loops for both. */
+#if defined(__AVX512F__) && FO_HAS_WIDE
 #define FO_WIDE __attribute__((target("prefer-vector-width=512")))
+#define FO_WHOLE(X, rule) X(rule, whole, ) X(rule, wide, FO_WIDE)
+#define FO_WHOLE_NAMES(rule) FO_CAT(FO_RULE(rule), whole), FO_CAT(FO_RULE(rule), wide)
 #else
 #define FO_WIDE
+#define FO_WHOLE(X, rule) X(rule, whole, )
+#define FO_WHOLE_NAMES(rule) FO_CAT(FO_RULE(rule), whole)
 #endif
 
 /* A rule's constants by name, rounded once: const REAL keep = (REAL)h[at_keep]; ... The last
@@ -55,6 +59,14 @@ enum { FO_PIECE = 128, FO_AHEAD = 768, FO_LINE = 64 };
 
 #include "codec.h"
 #include "sets.h"
+
+#if defined(__SSE2__) && !defined(__AVX2__) /* old CPUs: smaller before faster */
+#define FO_SUMS(X, rule, states)
+#define FO_SUMS_NAME whole /* which takes statistics after each piece */
+#else
+#define FO_SUMS(X, rule, states) X(rule, states)
+#define FO_SUMS_NAME native_sums
+#endif
 
 #define REAL float
 #define FO_TYPE f32
@@ -135,19 +147,27 @@ static const fo_rule FO_CAT(rules, FO_ISA)[] = {FO_RULES(FO_ROW){.name = NULL}};
 #define FO_OWN_TRUST(rule, LIST, states, required, KIND, SETS) KIND##_TRUST(rule),
 static fo_trust *const FO_CAT(trust, FO_ISA)[] = {FO_RULES(FO_OWN_TRUST)};
 
+#define FO_KERNELS(name, wide)                                                                     \
+    {                                                                                              \
+        .isa = name,                                                                               \
+        .is_wide = wide,                                                                           \
+        .rules = FO_CAT(rules, FO_ISA),                                                            \
+        .trust = FO_CAT(trust, FO_ISA),                                                            \
+        .step = {FO_CAT3(step, f32, FO_ISA), FO_CAT3(step, f64, FO_ISA)},                          \
+        .update_rows = {FO_CAT3(update_rows, f32, FO_ISA), FO_CAT3(update_rows, f64, FO_ISA)},     \
+        .sum_rows = {FO_CAT3(sum_rows, f32, FO_ISA), FO_CAT3(sum_rows, f64, FO_ISA)},              \
+        .measure = {FO_CAT3(measure, f32, FO_ISA), FO_CAT3(measure, f64, FO_ISA)},                 \
+        .direct = {FO_CAT3(direct, f32, FO_ISA), FO_CAT3(direct, f64, FO_ISA)},                    \
+        .copy = {FO_CAT3(copy, f32, FO_ISA), FO_CAT3(copy, f64, FO_ISA)},                          \
+        .stream = {FO_CAT3(stream, f32, FO_ISA), FO_CAT3(stream, f64, FO_ISA)},                    \
+        .sum_factors = {FO_CAT3(sum_factors, f32, FO_ISA), FO_CAT3(sum_factors, f64, FO_ISA)},     \
+        .fold_factors = {FO_CAT3(fold_factors, f32, FO_ISA), FO_CAT3(fold_factors, f64, FO_ISA)},  \
+        .keep_factors = {FO_CAT3(keep_factors, f32, FO_ISA), FO_CAT3(keep_factors, f64, FO_ISA)},  \
+    }
+
 extern const fo_kernels FO_CAT(fo_kernels, FO_ISA);
-const fo_kernels FO_CAT(fo_kernels, FO_ISA) = {
-    .isa = FO_STRING(FO_ISA),
-    .rules = FO_CAT(rules, FO_ISA),
-    .trust = FO_CAT(trust, FO_ISA),
-    .step = {FO_CAT3(step, f32, FO_ISA), FO_CAT3(step, f64, FO_ISA)},
-    .update_rows = {FO_CAT3(update_rows, f32, FO_ISA), FO_CAT3(update_rows, f64, FO_ISA)},
-    .sum_rows = {FO_CAT3(sum_rows, f32, FO_ISA), FO_CAT3(sum_rows, f64, FO_ISA)},
-    .measure = {FO_CAT3(measure, f32, FO_ISA), FO_CAT3(measure, f64, FO_ISA)},
-    .direct = {FO_CAT3(direct, f32, FO_ISA), FO_CAT3(direct, f64, FO_ISA)},
-    .copy = {FO_CAT3(copy, f32, FO_ISA), FO_CAT3(copy, f64, FO_ISA)},
-    .stream = {FO_CAT3(stream, f32, FO_ISA), FO_CAT3(stream, f64, FO_ISA)},
-    .sum_factors = {FO_CAT3(sum_factors, f32, FO_ISA), FO_CAT3(sum_factors, f64, FO_ISA)},
-    .fold_factors = {FO_CAT3(fold_factors, f32, FO_ISA), FO_CAT3(fold_factors, f64, FO_ISA)},
-    .keep_factors = {FO_CAT3(keep_factors, f32, FO_ISA), FO_CAT3(keep_factors, f64, FO_ISA)},
-};
+const fo_kernels FO_CAT(fo_kernels, FO_ISA) = FO_KERNELS(FO_STRING(FO_ISA), 0);
+#if defined(__AVX512F__) && FO_HAS_WIDE
+extern const fo_kernels FO_CAT3(fo_kernels, FO_ISA, wide);
+const fo_kernels FO_CAT3(fo_kernels, FO_ISA, wide) = FO_KERNELS(FO_STRING(FO_ISA) "_wide", 1);
+#endif

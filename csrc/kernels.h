@@ -12,6 +12,7 @@ typedef struct fo_task {
     const fo_hyper *hypers;
     const fo_run *run;
     int is_far;         /* the list is too large for caches: loops prefetch */
+    int is_wide;        /* fo_kernels.is_wide */
     int stream;         /* of stream: how, less than FO_STREAMS */
     unsigned char mask; /* of stream: 0, unknown to compilers */
 } fo_task;
@@ -28,8 +29,17 @@ typedef double fo_trust(const double *scalars, double count, double param, doubl
 
 enum { FO_COMPUTE_F32, FO_COMPUTE_F64, FO_COMPUTES }; /* the types that rules are compiled for */
 
+/* Whether whole tiles are stepped in registers of 512 bits too, beside 256: only GCC can be told so
+ * for one function. */
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define FO_HAS_WIDE 1
+#else
+#define FO_HAS_WIDE 0
+#endif
+
 typedef struct fo_kernels {
     const char *isa;
+    int is_wide;            /* the loops over whole tiles use the widest registers */
     const fo_rule *rules;   /* the same in every instruction set */
     fo_trust *const *trust; /* by rule; NULL where it has no trust ratio */
     fo_range *step[FO_COMPUTES];

@@ -172,7 +172,11 @@ static __attribute__((noinline)) fo_status step(int rule, fo_leaf *leaves, ptrdi
     const fo_kernels *kernels = fo_active_kernels();
     if (!is_valid_call(kernels->rules, rule, leaves, n, n_hypers, how))
         return FO_BAD_ARGUMENT;
-    const fo_task task = {.rule = rule, .hypers = hypers, .run = how, .is_far = is_far(leaves, n)};
+    const fo_task task = {.rule = rule,
+                          .hypers = hypers,
+                          .run = how,
+                          .is_far = is_far(leaves, n),
+                          .is_wide = kernels->is_wide};
     fo_disk *const disk = how != NULL ? how->disk : NULL;
     fo_work w = {.leaves = leaves, .n = n, .task = task, .disk = disk};
     int copies_alone = 0;

@@ -23,6 +23,8 @@ MODULES = [
     for path in sorted(Path(__file__).parents[1].glob("src/fusedopt/*.pyx"))
 ]
 WIDEST = {"sse2": "xmm", "avx2": "ymm", "avx512": "ymm"}  # over whole tiles; blocks may be wider
+WHOLE = [(isa, "whole", register) for isa, register in WIDEST.items()]
+WHOLE += [("avx512", "wide", "zmm")] if "avx512_wide" in _core.available_isas() else []
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def functions():
 
 
 def isa_of(name):
-    loop = r"_whole|_directions|_blocks|_\w+_(blocks|sums)"
+    loop = r"_whole|_wide|_directions|_blocks|_\w+_(blocks|sums)"
     found = re.search(rf"_(sse2|avx2|avx512)({loop})?(\.|$)", name)
     return found[1] if found else None
 
@@ -101,14 +103,12 @@ def test_fused_multiply_add_only_where_bits_allow(functions):
     assert fused == {rule for rule, (_, scalars, *_) in _core.RULES.items() if "root" in scalars}
 
 
-@pytest.mark.parametrize("isa", WIDEST)
+@pytest.mark.parametrize(("isa", "loop", "register"), WHOLE)
 @pytest.mark.parametrize("rule", _core.RULES)
 @pytest.mark.parametrize("kind", ["f32", "f64"])
-def test_rules_are_vectorised(functions, rule, kind, isa):
-    suffix, register = ("ps", "pd")[kind == "f64"], WIDEST[isa]
-    code = [
-        i for f, c in functions.items() if f.startswith(f"{rule}_{kind}_{isa}_whole") for i in c
-    ]
+def test_rules_are_vectorised(functions, rule, kind, isa, loop, register):
+    suffix = ("ps", "pd")[kind == "f64"]
+    code = code_of(functions, f"{rule}_{kind}_{isa}_{loop}")
     packed = [i for i in code if re.match(rf"v?(mul|sub){suffix}\s", i) and f"%{register}" in i]
     assert len(packed) >= 2, f"{rule}_{kind}_{isa} has no packed arithmetic in {register}"
 
