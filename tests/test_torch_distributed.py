@@ -50,7 +50,7 @@ def test_memory_of_one_rank(tmp_path):
 @since("2.6")  # on CPUs
 def test_fully_sharded(tmp_path):
     ranks(2, tmp_path, "fsdp", "averages", "modes", "norms_of_shards", "trust_ratios", "placements")
-    ranks(2, tmp_path, "matrices", "decisions")
+    ranks(2, tmp_path, "matrices", "decisions", "faults")
 
 
 @since("2.6")
