@@ -303,10 +303,10 @@ def stand_ins(
     """Return for [parameter, gradient, copy, *state] plain tensors of one shape, in any order.
 
     Those that are plain already, or hold such a tensor, are used as they are; others are copied.
-    Gradient and copy may be None. `given` is the gradient before it was `placed`. Also returns, alike, what belongs to their codes (`extras`; of
-    the parameter, residual bits of dtype `residual`), and what to write back, as (tensor, its copy,
-    name); the gradient too if the step sets it to zero (`zeroes`). `shapes` has, by name, that of
-    state with one of its own.
+    Gradient and copy may be None. `given` is the gradient before it was `placed`. Also returns,
+    alike, what belongs to their codes (`extras`; of the parameter, residual bits of dtype
+    `residual`), and what to write back, as (tensor, its copy, name); the gradient too if the step
+    sets it to zero (`zeroes`). `shapes` has, by name, that of state with one of its own.
 
     Raises
     ------
