@@ -497,13 +497,22 @@ cdef class TensorList(LeafList):
         """Whether this is a new step, not a part of one that has begun; record the parameters
         stepped."""
         cdef ptrdiff_t i
-        cdef bint new = of_all or not self.turn
-        cdef set numbers = set()
-        if not of_all:
-            numbers = {self.records[i].number for i in range(self.n) if self.has_grad(i)}
-            numbers.update([place[2] for place in self.elsewhere])
-            new |= not self.turn.isdisjoint(numbers)
-        self.turn = numbers if new else self.turn | numbers
+        cdef bint new
+        cdef list numbers
+        if of_all:
+            if self.turn:
+                self.turn = set()
+            return True
+        numbers = [self.records[i].number for i in range(self.n) if self.has_grad(i)]
+        if self.elsewhere:
+            numbers += [place[2] for place in self.elsewhere]
+        if not numbers:
+            return False
+        new = not self.turn or not self.turn.isdisjoint(numbers)
+        if new:
+            self.turn = set(numbers)
+        else:
+            self.turn.update(numbers)  # in place: a new set would cost as much as there are in it
         return new
 
     cdef inline void join_shape(self, ptrdiff_t i) noexcept:
