@@ -44,7 +44,8 @@ def test_offload(tmp_path):
 
 @pytest.mark.parametrize("stage", ["1", "2", "3"])
 def test_deepspeed_offload(stage):
-    """With the same losses as torch.optim.AdamW."""
+    """With the same losses as torch.optim.AdamW, and from a checkpoint as without it."""
     pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip install deepspeed")
-    text = run("deepspeed_offload.py", "--stage", stage, "--compare")
-    assert "torch.optim: the same" in text
+    text = run("deepspeed_offload.py", "--stage", stage, "--compare", "--resume")
+    for same in ("torch.optim", "resumed, state float32", "resumed, state int8"):
+        assert f"{same}: the same" in text, text

@@ -231,6 +231,41 @@ def norms_of_shards():
     assert not opt.last_step.skipped and opt.last_step.grad_norm > 0
 
 
+def hybrid():
+    """FSDP2 on a mesh of replicas and shards, with a clip: as whole tensors; through DCP too."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2, WORLD // 2), mesh_dim_names=("replicas", "shards"))
+
+    def made(**options):
+        model = net()
+        for layer in (model[0], model[2], model):
+            fully_shard(layer, mesh=mesh)
+        return model, fo.AdamW(model.parameters(), **OPTIONS, **options)
+
+    def run(**options):
+        model, opt = made(**options)
+        norms = []
+        for seed in range(4):
+            train(model, opt, [seed])
+            norms.append(opt.last_step.grad_norm)
+        return model, norms
+
+    whole_norm(run)
+    narrow = {"state_dtype": "int8", "min_8bit_size": 1, "state_dict_dtype": "float32"}
+    model, opt = made(**narrow)
+    train(model, opt, range(3))
+    save(model, opt, "hybrid")
+    resumed, other = made(**narrow)
+    load(resumed, other, "hybrid")
+    before, _ = whole_state(opt)
+    for a, b in zip(before, whole_state(other)[0], strict=True):
+        for key in a:
+            torch.testing.assert_close(b[key], a[key], rtol=2**-3, atol=2**-13)
+    train(resumed, other, [3])
+    assert all(float(own["step"]) == 4 for own in other.state.values())
+
+
 def norms_of_parts():
     """ZeRO: each rank steps other parameters; with process_group the norm is over all."""
 
