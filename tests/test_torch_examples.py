@@ -30,6 +30,7 @@ def test_finetune():
     assert abs(float(ours) - float(theirs)) < 1e-3
 
 
+@pytest.mark.slow("runs the benchmark")
 @since("2.6")  # FSDP2 on CPUs
 def test_offload(tmp_path):
     """All parts of its report, of small models."""
