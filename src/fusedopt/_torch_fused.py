@@ -373,7 +373,7 @@ class Fused(StateKeeper):
             return
         self._moved = 0
         self._move_rest(chosen)
-        params = [p for group in self.param_groups for p in group.get("params", ())]
+        params = self._params_there()
         if chosen is not None and not any(map(_plain.is_shared, chosen)):
             return
         asked = {**_options.DEFAULTS, **self.defaults, **given}
@@ -390,13 +390,17 @@ class Fused(StateKeeper):
             if reduction is not None:
                 reduction.agree(len(params), fault, False)
 
+    def _params_there(self) -> list[Any]:
+        """Return the parameters of all groups, one of which may be without its list."""
+        return [param for group in self.param_groups for param in group.get("params", ())]
+
     def _move_rest(self, chosen: Any = None) -> None:
         """Redistribute the gradients for which other ranks wait, where this one cannot step."""
-        params = self._all_params() if chosen is None else chosen
-        if not isinstance(params, (list, tuple)):
+        if not isinstance(chosen, (list, tuple, type(None))):
             return
-        moving = [p for p in params if _plain.is_shared(p) and _plain.must_move(p, p.grad)]
         with contextlib.suppress(Exception):  # the fault is the one to tell
+            params = self._params_there() if chosen is None else chosen
+            moving = [p for p in params if _plain.is_shared(p) and _plain.must_move(p, p.grad)]
             for param in moving[self._moved :]:
                 param.grad.redistribute(placements=param.placements)
 
