@@ -152,6 +152,11 @@ DEFAULTS = [  # environment, whether there is a quota of 1.5, of 6 CPUs: threads
     ({"ACCELERATE": "no", "OMP": "1"}, False, 6, AFFINITY + IGNORED),
     ({"ACCELERATE": "no", "OMP": "2"}, False, 2, OPENMP),
     ({"ACCELERATE": "bf16", "RANKS": "3", "OMP": "1"}, False, 2, AFFINITY + SHARE + IGNORED),
+    ({"RAY": "1", "OMP": "1"}, False, 6, AFFINITY + IGNORED),
+    ({"RAY": "3", "OMP": "1"}, False, 2, AFFINITY + ", divided by RAY_LOCAL_WORLD_SIZE" + IGNORED),
+    ({"DEEPSPEED": "2", "RANK": "0"}, False, 3, AFFINITY + ", divided by LOCAL_SIZE"),
+    ({"DEEPSPEED": "2", "RANK": "0", "OMP": "1"}, False, 1, OPENMP),
+    ({"DEEPSPEED": "2"}, False, 6, AFFINITY),
 ]
 VARIABLES = {
     "OMP": "OMP_NUM_THREADS",
@@ -159,15 +164,48 @@ VARIABLES = {
     "RANKS": "LOCAL_WORLD_SIZE",
     "MPICH": "MPI_LOCALNRANKS",
     "ACCELERATE": "ACCELERATE_MIXED_PRECISION",
+    "RAY": "RAY_LOCAL_WORLD_SIZE",
+    "DEEPSPEED": "LOCAL_SIZE",
+    "RANK": "LOCAL_RANK",
 }
 
 
 @pytest.mark.parametrize(("environ", "limited", "count", "why"), DEFAULTS, ids=str)
 def test_default(environ, limited, count, why, tmp_path, monkeypatch):
     root = files(tmp_path, QUOTAS["v2"][0] if limited else {})
-    monkeypatch.setattr(_threads, "_affinity", lambda: 6)
+    monkeypatch.setattr(_threads, "_affinity", lambda pid=0: 6)
     environ = {VARIABLES[name]: value for name, value in environ.items()}
     assert _threads.default_threads(environ, root) == (count, why)
+
+
+BOUND = [  # CPUs of this rank, of its launcher, ranks, whether there is a quota of 3: threads, why
+    (8, 64, 8, False, 8, AFFINITY),  # each to its part
+    (32, 64, 8, False, 8, AFFINITY + SHARE),  # to a node, which four share
+    (64, 64, 8, False, 8, AFFINITY + SHARE),
+    (8, 1, 2, False, 4, AFFINITY + SHARE),  # the launcher alone is bound
+    (8, 0, 2, False, 4, AFFINITY + SHARE),  # it is gone, or not to be asked
+    (8, 64, 3, True, 1, QUOTA + SHARE),
+]
+
+
+@pytest.mark.parametrize(("own", "launchers", "ranks", "limited", "count", "why"), BOUND, ids=str)
+def test_bound_ranks(own, launchers, ranks, limited, count, why, tmp_path, monkeypatch):
+    root = files(tmp_path, QUOTAS["v2 in a namespace"][0] if limited else {})
+    monkeypatch.setattr(_threads, "_affinity", lambda pid=0: launchers if pid else own)
+    assert _threads.default_threads({"LOCAL_WORLD_SIZE": str(ranks)}, root) == (count, why)
+
+
+def test_affinity_of_the_launcher():
+    """A rank that is bound to one CPU sees those of the process that started it."""
+    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if len(cpus) < 2:
+        pytest.skip("needs two CPUs and a system that binds processes")
+    code = (
+        f"import os; os.sched_setaffinity(0, [{cpus[0]}]); from fusedopt import _threads; "
+        "print(_threads._affinity(), _threads._affinity(os.getppid()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", str(len(cpus))]
 
 
 @pytest.mark.parametrize("bad", ["0", "-1", "x", "", "1.5", "257", "²"])

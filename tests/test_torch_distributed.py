@@ -50,7 +50,7 @@ def test_memory_of_one_rank(tmp_path):
 @since("2.6")  # on CPUs
 def test_fully_sharded(tmp_path):
     ranks(2, tmp_path, "fsdp", "averages", "modes", "norms_of_shards", "trust_ratios", "placements")
-    ranks(2, tmp_path, "matrices", "decisions")
+    ranks(2, tmp_path, "matrices", "decisions", "faults")
 
 
 @since("2.6")
@@ -58,7 +58,7 @@ def test_shards_in_few_bytes(tmp_path):
     """8-bit and 16-bit state of shards, and how it goes through torch.distributed.checkpoint."""
     ranks(2, tmp_path, "few_bytes", "few_save")
     ranks(1, tmp_path, "few_load")
-    ranks(4, tmp_path, "few_bytes", "few_load")
+    ranks(4, tmp_path, "few_bytes", "few_load", "hybrid")
 
 
 @since("2.6")

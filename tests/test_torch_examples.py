@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch_cases import since
 
 BENCH = Path(__file__).parent.parent / "bench"
-pytest.importorskip("torch", reason="tests the PyTorch adapter: extra `torch`")
 
 
 def run(script, *arguments):
@@ -30,9 +30,23 @@ def test_finetune():
     assert abs(float(ours) - float(theirs)) < 1e-3
 
 
+@pytest.mark.slow("runs the benchmark")
+@since("2.6")  # FSDP2 on CPUs
+def test_offload(tmp_path):
+    """All parts of its report, of small models."""
+    file = tmp_path / "report.md"
+    run("offload.py", "--all", "3", "--gb", "0.01", "--fsdp", "0.0005", "--markdown", file)
+    text = file.read_text()
+    assert "No figures" not in text, text
+    assert re.search(r"^## FSDP2 with CPUOffloadPolicy: 0.0005B parameters", text, re.M)
+    assert len(re.findall(r"^\| fusedopt.torch.AdamW[^|]* \| \d+\.\d\d \|", text, re.M)) == 10
+    assert re.search(r"^## Threads: ms \(times as fast as on 1\)", text, re.M)
+
+
 @pytest.mark.parametrize("stage", ["1", "2", "3"])
 def test_deepspeed_offload(stage):
-    """With the same losses as torch.optim.AdamW."""
+    """With the same losses as torch.optim.AdamW, and from a checkpoint as without it."""
     pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip install deepspeed")
-    text = run("deepspeed_offload.py", "--stage", stage, "--compare")
-    assert "torch.optim: the same" in text
+    text = run("deepspeed_offload.py", "--stage", stage, "--compare", "--resume")
+    for same in ("torch.optim", "resumed, state float32", "resumed, state int8"):
+        assert f"{same}: the same" in text, text

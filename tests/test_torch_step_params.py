@@ -196,6 +196,18 @@ def test_bad_parameters():
     refused(opt, [p], TypeError, r"^param_groups\[0\]\.lr: expected a number")
 
 
+def test_calls_that_step_nothing():
+    """They are no part of a step, before the first and between others."""
+    p, q = leaf(3), leaf(4)
+    p.grad = None
+    opt = fo.AdamW([p, q])
+    steps = []
+    for params in ([], [p], [q], [], [p], [q]):
+        opt.step_params(params)
+        steps.append(opt.last_step[:2])
+    assert steps == [(0, 0), (0, 0), (1, 1), (1, 0), (1, 0), (2, 1)]
+
+
 def test_many_steps():
     """Constants of the last steps are kept, of 64 at the most; and a whole step in between."""
     (p, q), (a, b) = ((leaf(70), leaf(9)) for _ in range(2))

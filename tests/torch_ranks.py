@@ -231,6 +231,41 @@ def norms_of_shards():
     assert not opt.last_step.skipped and opt.last_step.grad_norm > 0
 
 
+def hybrid():
+    """FSDP2 on a mesh of replicas and shards, with a clip: as whole tensors; through DCP too."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2, WORLD // 2), mesh_dim_names=("replicas", "shards"))
+
+    def made(**options):
+        model = net()
+        for layer in (model[0], model[2], model):
+            fully_shard(layer, mesh=mesh)
+        return model, fo.AdamW(model.parameters(), **OPTIONS, **options)
+
+    def run(**options):
+        model, opt = made(**options)
+        norms = []
+        for seed in range(4):
+            train(model, opt, [seed])
+            norms.append(opt.last_step.grad_norm)
+        return model, norms
+
+    whole_norm(run)
+    narrow = {"state_dtype": "int8", "min_8bit_size": 1, "state_dict_dtype": "float32"}
+    model, opt = made(**narrow)
+    train(model, opt, range(3))
+    save(model, opt, "hybrid")
+    resumed, other = made(**narrow)
+    load(resumed, other, "hybrid")
+    before, _ = whole_state(opt)
+    for a, b in zip(before, whole_state(other)[0], strict=True):
+        for key in a:
+            torch.testing.assert_close(b[key], a[key], rtol=2**-3, atol=2**-13)
+    train(resumed, other, [3])
+    assert all(float(own["step"]) == 4 for own in other.state.values())
+
+
 def norms_of_parts():
     """ZeRO: each rank steps other parameters; with process_group the norm is over all."""
 
@@ -398,6 +433,119 @@ def decisions():
             run(*case)
         except Exception as exc:
             raise AssertionError(case) from exc
+
+
+def faults():
+    """What one rank alone finds wrong before a step is an error on all that depend on it."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    mesh, lamb = init_device_mesh("cpu", (WORLD,)), "LAMB"
+    rows = {  # message: options of the step, the rate
+        "param_groups[0].lr: expected a number, got 'small'": ({}, "small"),
+        "copy_out: expected a dict, or a list": ({"copy_out": []}, 0.1),
+        "clip_value: must be > 0": ({"clip_value": -1.0}, 0.1),
+    }
+    kinds = [("AdamW", {}), ("AdamW", {"stats": True}), ("AdamW", {"nonfinite": "raise"}),
+             ("AdamW", {"max_grad_norm": 1.0, "per_tensor": True}), (lamb, {})]  # fmt: skip
+
+    def tried(call):
+        try:
+            call()
+        except (TypeError, ValueError, RuntimeError) as exc:
+            return str(exc)
+        return ""
+
+    def run(message, name, options, is_shard, by_parts):
+        given, rate = rows[message]
+        p = torch.nn.Parameter(torch.ones(8, 64))
+        if is_shard:
+            p = torch.nn.Parameter(distribute_tensor(torch.ones(8, 64), mesh, [Shard(0)]))
+        p.grad = torch.ones_like(p)
+        group = None if is_shard else dist.group.WORLD
+        opt = getattr(fo, name)([p], lr=0.1, process_group=group)
+
+        def step(**given):
+            opt.step_params([p], **options, **given) if by_parts else opt.step(**options, **given)
+
+        if RANK == 1:
+            opt.param_groups[0]["lr"] = rate
+        told = tried(lambda: step(**(given if RANK == 1 else {})))
+        concerns = (name == lamb or bool(options)) and not (by_parts and not is_shard)
+        if RANK == 1:
+            assert message in told, told
+        elif concerns:
+            assert told.startswith("another rank cannot take this step"), told
+        else:
+            assert not told, told
+        if RANK == 1 or concerns:
+            own = p.to_local() if is_shard else p
+            assert torch.equal(own, torch.ones_like(own)) and not opt.state
+            opt.param_groups[0]["lr"] = 0.1
+        if concerns:
+            step()
+            assert opt.last_step.step == 1
+
+    for case in itertools.product(rows, kinds, (True, False), (True, False)):
+        message, kind, *more = case
+        try:
+            run(message, *kind, *more)
+        except Exception as exc:
+            raise AssertionError(case) from exc
+
+    # gradients that are redistributed by all, between and beside faults of one
+    wrongs = ["rate", *itertools.product(("state", "copy"), range(4))]
+    for wrong, by_parts in itertools.product(wrongs, (True, False)):
+        params = [torch.nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Replicate()]))
+                  for _ in range(4)]  # fmt: skip
+        for p in params:
+            p.grad = DTensor.from_local(torch.ones(4), mesh, [Partial()])
+        opt, copies, where = fo.SGD(params, lr=0.5, momentum=0.9), None, "lr: expected a number"
+        if RANK == 1 and wrong == "rate":
+            opt.param_groups[0]["lr"] = "small"
+        elif RANK == 1:
+            kind, k = wrong
+            if kind == "state":  # found before the gradient is redistributed
+                opt.state[params[k]] = where = "its state is a str"
+            else:  # and after that
+                copies, where = {params[k]: torch.ones(4, dtype=torch.int32)}, "copy_out of param"
+        given = {} if copies is None else {"copy_out": copies}
+        step = functools.partial(opt.step_params, params) if by_parts else opt.step
+        told = tried(functools.partial(step, **given))
+        assert (where in told) if RANK == 1 else not told, (wrong, told)
+        changed = torch.full((4,), 1 - 0.5 * WORLD if RANK == 0 else 1.0)
+        assert all(torch.equal(p.to_local(), changed) for p in params), wrong
+
+    # groups, and state dicts
+    p = torch.nn.Parameter(torch.ones(4))
+    for group, error, match in (
+        ("gloo", TypeError, "process_group: expected a torch.distributed.ProcessGroup, got str"),
+        (dist.GroupMember.NON_GROUP_MEMBER, ValueError, "process_group: this rank is not in it"),
+    ):
+        try:
+            fo.AdamW([p], process_group=group)
+            raise AssertionError("made")
+        except error as exc:
+            assert match in str(exc), exc
+    params = {}
+    for place in ([Shard(0)], [Shard(1)], [Replicate()], None):
+        x = torch.ones(64, 128)
+        params[str(place)] = p = torch.nn.Parameter(
+            x if place is None else distribute_tensor(x, mesh, place)
+        )
+        p.grad = torch.ones_like(p)
+    for theirs, ours in itertools.permutations(params, 2):
+        for options in ({}, {"state_dtype": "int8"}):
+            opt, other = (fo.AdamW([params[k]], **options) for k in (theirs, ours))
+            opt.step()
+            told = tried(lambda opt=opt, other=other: other.load_state_dict(opt.state_dict()))
+            if theirs == "None" and "Replicate" in ours:
+                other.step()  # each rank has all of it
+                continue
+            where = "param_groups[0]['params'][0].exp_avg"
+            fault = "is a DTensor, its parameter is not" if ours == "None" else "lies on the ranks"
+            fault = "is a whole tensor, its parameter a shard" if theirs == "None" else fault
+            assert told.startswith(where) and fault in told, (theirs, ours, told)
+            assert not other.state
 
 
 def trust_ratios():

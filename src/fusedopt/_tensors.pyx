@@ -352,9 +352,9 @@ cdef class TensorList(LeafList):
             Called where needed are its ``_is_elsewhere``, ``_check_elsewhere``,
             ``_step_elsewhere``, ``_make_state``, ``_make_extras``, ``_stand_in``, ``_copy``,
             ``_count``, ``_refuse_both``, ``_refuse_state``, ``_shared``, ``_origin``,
-            ``_constants``, ``_name``, ``_reduction``, ``_new_direction`` and ``_replace``: see
-            `fusedopt.torch`. For sparse gradients ``_rows``, ``_refuse_dense``, ``_refuse_strange``
-            and ``_refuse_all_rows``.
+            ``_constants``, ``_name``, ``_reduction``, ``_move_rest``, ``_new_direction`` and
+            ``_replace``: see `fusedopt.torch`. For sparse gradients ``_rows``, ``_refuse_dense``,
+            ``_refuse_strange`` and ``_refuse_all_rows``.
         groups : list of (list, GroupPlan)
             The parameters of each group, and what a step must know of it; with `chosen`, the
             owner's ``param_groups``.
@@ -395,6 +395,8 @@ cdef class TensorList(LeafList):
             self.done = False
             self.rule_counts, self.needs_rows = owner._rule.counts, owner._needs_rows
             self.has_rows = False
+            if self.has_others:
+                owner._moved = 0
             self.has_others = False
             self.zeroes = options is not None and options.zero_grads
             reduction = stats = fault = None
@@ -420,6 +422,7 @@ cdef class TensorList(LeafList):
                 options = self.prepare(options, &how)
             except Exception as exc:
                 fault = exc
+                owner._move_rest(chosen)
             if (fault is not None or self.has_others or process_group is not None) and (
                     self.kind >= FO_LAYERWISE or (options is not None and options.concerns_ranks)):
                 reduction = owner._reduction(process_group)
@@ -494,13 +497,22 @@ cdef class TensorList(LeafList):
         """Whether this is a new step, not a part of one that has begun; record the parameters
         stepped."""
         cdef ptrdiff_t i
-        cdef bint new = of_all or not self.turn
-        cdef set numbers = set()
-        if not of_all:
-            numbers = {self.records[i].number for i in range(self.n) if self.has_grad(i)}
-            numbers.update([place[2] for place in self.elsewhere])
-            new |= not self.turn.isdisjoint(numbers)
-        self.turn = numbers if new else self.turn | numbers
+        cdef bint new
+        cdef list numbers
+        if of_all:
+            if self.turn:
+                self.turn = set()
+            return True
+        numbers = [self.records[i].number for i in range(self.n) if self.has_grad(i)]
+        if self.elsewhere:
+            numbers += [place[2] for place in self.elsewhere]
+        if not numbers:
+            return False
+        new = not self.turn or not self.turn.isdisjoint(numbers)
+        if new:
+            self.turn = set(numbers)
+        else:
+            self.turn.update(numbers)  # in place: a new set would cost as much as there are in it
         return new
 
     cdef inline void join_shape(self, ptrdiff_t i) noexcept:

@@ -1,10 +1,11 @@
 """How many threads a step may use, and the reason.
 
 The default is the smallest limit on this process: the CPUs of its affinity mask, the CPU quota of
-its control groups (a container's ``--cpus``), rounded up, and ``OMP_NUM_THREADS``. Ranks that
-torchrun or MPICH start on one host share the first two equally (``LOCAL_WORLD_SIZE``,
-``MPI_LOCALNRANKS``; Open MPI binds its ranks, which shows in the mask), and an ``OMP_NUM_THREADS``
-of 1 that a launcher sets by default is no limit.
+its control groups (a container's ``--cpus``), rounded up, and ``OMP_NUM_THREADS``. Ranks that a
+launcher starts on one host share the first two equally (see `_RANKS`). Where each is bound to some
+of the CPUs, as by Open MPI, ``numactl`` or torchrun's ``--numa-binding``, the launcher's own mask
+is what they share, and a rank's mask its limit. An ``OMP_NUM_THREADS`` of 1 that a launcher sets by
+default is no limit.
 ``FUSEDOPT_NUM_THREADS`` overrides it, `set_num_threads` both, and an optimizer's ``threads=`` all.
 """
 
@@ -19,6 +20,8 @@ from typing import Any
 from fusedopt import _check, _core
 
 MOST = 256
+# how many ranks are on this host, as said by: MPICH, DeepSpeed, verl's workers of Ray, torchrun
+_RANKS = ("MPI_LOCALNRANKS", "LOCAL_SIZE", "RAY_LOCAL_WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
 def _read(path: Path) -> str:
@@ -53,10 +56,14 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
     return min(quotas, default=None)
 
 
-def _affinity() -> int:
+def _affinity(pid: int = 0) -> int:
+    """Return the number of CPUs that a process may run on; 0 if it cannot be known of another."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        try:
+            return len(os.sched_getaffinity(pid))
+        except OSError:
+            return 0
+    return 0 if pid else os.cpu_count() or 1
 
 
 def default_threads(
@@ -81,18 +88,23 @@ def default_threads(
     if quota is not None:
         limits.append((max(1, math.ceil(quota)), "CPU quota of the control group"))
     shared = ""
-    for name in ("MPI_LOCALNRANKS", "LOCAL_WORLD_SIZE"):  # on this host, set by mpiexec, torchrun
+    for name in _RANKS:
         ranks = environ.get(name, "")
+        if name == "LOCAL_SIZE" and "LOCAL_RANK" not in environ:
+            continue  # a name that others may use too
         if ranks.isascii() and ranks.isdigit() and int(ranks) > 1:
             shared = name
     if shared:
-        count, why = min(limits, key=lambda limit: limit[0])
+        (own, why), *others = limits
+        whole = [(max(own, _affinity(os.getppid())), why), *others]
+        count, why = min(whole, key=lambda limit: limit[0])
         limits.append((max(1, count // int(environ[shared])), f"{why}, divided by {shared}"))
     openmp = environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # may list one per level
-    # Where it is not set, torchrun sets it to 1 for more than one rank, and accelerate for any
-    # number. That cannot be told from a user's own 1; any other number is a user's.
+    # Where it is not set, torchrun sets it to 1 for more than one rank, and accelerate and Ray for
+    # any number. That cannot be told from a user's own 1; any other number is a user's.
     ignored = openmp == "1" and (
-        shared == "LOCAL_WORLD_SIZE" or "ACCELERATE_MIXED_PRECISION" in environ
+        shared == "LOCAL_WORLD_SIZE"
+        or not {"ACCELERATE_MIXED_PRECISION", "RAY_LOCAL_WORLD_SIZE"}.isdisjoint(environ)
     )
     if openmp.isascii() and openmp.isdigit() and int(openmp) > 0 and not ignored:
         limits.append((int(openmp), "OMP_NUM_THREADS"))

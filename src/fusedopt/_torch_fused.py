@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any, ClassVar, NoReturn
 
 import torch
 
-from fusedopt import _check, _copies, _options, _storage, _tensors, _threads
+from fusedopt import _check, _copies, _core, _options, _storage, _tensors, _threads
 from fusedopt import _torch_plain as _plain
 from fusedopt import _torch_ranks as _ranks
 from fusedopt import _torch_rows as _sparse
@@ -74,6 +75,7 @@ class Fused(StateKeeper):
     _threads: int | None = None
     _groups: dict[int, _Group]  # by number
     _process_group: Any = None
+    _moved = 0  # gradients that were redistributed in this step
     _is_lazy = _needs_rows = False  # of a class for sparse gradients: see `SparseAdam`
     _has_new_options = True  # of a group, for `Rule.row`
     _advanced: Sequence[Options] = ()  # of the groups, in this step
@@ -110,7 +112,7 @@ class Fused(StateKeeper):
             "zero_grads": zero_grads,
         }  # fmt: skip
         _options.step_options(_options.DEFAULTS | given)
-        self._process_group = process_group
+        self._process_group = _ranks.checked_group(process_group)
         if state_dict_dtype not in (None, "float32"):
             raise ValueError(
                 f"state_dict_dtype: expected None or 'float32', got {state_dict_dtype!r}"
@@ -215,11 +217,15 @@ class Fused(StateKeeper):
             loss = copier.call(True, closure)
         if self._leaves is None:
             self._leaves, self._groups = _new_list(self._rule, self._disk), {}
-        groups = self._renew()
-        how = self._step_options(options, copy_out)
-        copies = None if copy_out is None else self._copies(copy_out)
-        if self._rule.remembers:
-            self._advance()
+        try:
+            groups = self._renew()
+            how = self._step_options(options, copy_out)
+            copies = None if copy_out is None else self._copies(copy_out)
+            if self._rule.remembers:
+                self._advance()
+        except Exception as exc:
+            self._tell_ranks(exc, options)
+            raise
         self._leaves.step(
             self, groups, self._is_counted(), self.state, _threads.of(self._threads), how, copies
         )
@@ -262,10 +268,14 @@ class Fused(StateKeeper):
             )
         if self._leaves is None:
             self._leaves, self._groups = _new_list(self._rule, self._disk), {}
-        how = self._step_options(options, copy_out)
-        if how is not None:
-            refuse_of_all(how)
-        copies = None if copy_out is None else self._copies(copy_out)
+        try:
+            how = self._step_options(options, copy_out)
+            if how is not None:
+                refuse_of_all(how)
+            copies = None if copy_out is None else self._copies(copy_out)
+        except Exception as exc:
+            self._tell_ranks(exc, options, params)
+            raise
         self._leaves.step(
             self, self.param_groups, self._is_counted(), self.state, _threads.of(self._threads),
             how, copies, params,
@@ -353,6 +363,46 @@ class Fused(StateKeeper):
                 f"{len(params)} parameters"
             )
         return {number: copy for number, copy in enumerate(given) if copy is not None}
+
+    def _tell_ranks(self, fault: Exception, given: Mapping[str, Any], chosen: Any = None) -> None:
+        """Raise a fault that was found before the list's own checks; on other ranks too.
+
+        Ranks whose step depends on this one wait for it. They are taken to have the same options.
+        """
+        if not isinstance(chosen, (list, tuple, type(None))):
+            return
+        self._moved = 0
+        self._move_rest(chosen)
+        params = self._params_there()
+        if chosen is not None and not any(map(_plain.is_shared, chosen)):
+            return
+        asked = {**_options.DEFAULTS, **self.defaults, **given}
+        concerns = getattr(self, "found_inf", None) is not None or any(
+            type(asked[name]) is not type(default) or asked[name] != default
+            for name, default in _options.DEFAULTS.items()
+            if name in ("max_grad_norm", "nonfinite", "stats")
+        )
+        kind = _core.RULES[self._rule.row(self.param_groups)][3]
+        concerns |= _core.KINDS.index(kind) >= _core.KINDS.index("layerwise")
+        if concerns:
+            group = self._process_group if chosen is None else None
+            reduction = _ranks.reduction(params, group)
+            if reduction is not None:
+                reduction.agree(len(params), fault, False)
+
+    def _params_there(self) -> list[Any]:
+        """Return the parameters of all groups, one of which may be without its list."""
+        return [param for group in self.param_groups for param in group.get("params", ())]
+
+    def _move_rest(self, chosen: Any = None) -> None:
+        """Redistribute the gradients for which other ranks wait, where this one cannot step."""
+        if not isinstance(chosen, (list, tuple, type(None))):
+            return
+        with contextlib.suppress(Exception):  # the fault is the one to tell
+            params = self._params_there() if chosen is None else chosen
+            moving = [p for p in params if _plain.is_shared(p) and _plain.must_move(p, p.grad)]
+            for param in moving[self._moved :]:
+                param.grad.redistribute(placements=param.placements)
 
     def _reduction(self, group: Any) -> Reduction | None:
         """Return what sums over the ranks that have other parts of the parameters, if any."""
@@ -522,7 +572,10 @@ class Fused(StateKeeper):
             for state, shape in self._shapes(group, tensors[0]).items()
             if shape not in (None, tuple(tensors[0].shape))
         }
-        return _plain.stand_ins(where, tensors, extras, residual, zeroes, shapes)
+        grad = tensors[1]
+        tensors = _plain.placed(where, tensors)
+        self._moved += tensors[1] is not grad
+        return _plain.stand_ins(where, tensors, grad, extras, residual, zeroes, shapes)
 
     def _restore(self, tensors: list[Any], extras: list[Any], k: int, codes: str) -> None:
         """Put 8-bit state back into its dtype, where a loader has cast it."""

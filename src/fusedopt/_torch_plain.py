@@ -114,11 +114,17 @@ def part(
 
 
 def saved_tensor(where: str, value: Any, param: Any, known: tuple[Any, ...]) -> Any:
-    """Return a saved tensor beside its parameter, if it is of its shape and a known dtype."""
+    """Return a saved tensor beside its parameter, if it is such a one and of a known dtype."""
     same_shape(where, value, param)
+    same_place(where, value, param)
     if value.device.type != "meta":
         value = value.to(param.device)
-    local(where, value, known)
+    own = local(where, value, known)
+    if is_shared(param) and not is_shared(value) and own.shape != param.to_local().shape:
+        raise ValueError(
+            f"{where}: is a whole tensor, its parameter a shard; distribute it first, as "
+            "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict does"
+        )
     value = value.detach() if value.requires_grad else value
     return value.resolve_neg()
 
@@ -288,6 +294,7 @@ def repeats(tensor: Any) -> bool:
 def stand_ins(
     where: list[str],
     tensors: list[Any],
+    given: Any,
     extras: list[Any],
     residual: Any,
     zeroes: bool,
@@ -296,10 +303,10 @@ def stand_ins(
     """Return for [parameter, gradient, copy, *state] plain tensors of one shape, in any order.
 
     Those that are plain already, or hold such a tensor, are used as they are; others are copied.
-    Gradient and copy may be None. Also returns, alike, what belongs to their codes (`extras`; of
-    the parameter, residual bits of dtype `residual`), and what to write back, as (tensor, its copy,
-    name); the gradient too if the step sets it to zero (`zeroes`). `shapes` has, by name, that of
-    state with one of its own.
+    Gradient and copy may be None. `given` is the gradient before it was `placed`. Also returns,
+    alike, what belongs to their codes (`extras`; of the parameter, residual bits of dtype
+    `residual`), and what to write back, as (tensor, its copy, name); the gradient too if the step
+    sets it to zero (`zeroes`). `shapes` has, by name, that of state with one of its own.
 
     Raises
     ------
@@ -307,8 +314,6 @@ def stand_ins(
         Saying `where` it is, if there can be none.
     """
     back = []
-    given = tensors[1]
-    tensors = placed(where, tensors)
     known = [(torch.uint8,) if name.endswith(CODES) else STATE_DTYPES for name in where[3:]]
     own: list[Any] = [
         tensor if tensor is None else local(name, tensor, dtypes)
@@ -388,21 +393,39 @@ def placed(where: list[str], tensors: list[Any]) -> list[Any]:
         If the gradient cannot be, or another tensor lies on the ranks in another way.
     """
     param, grad, *others = tensors
-    ours = getattr(param, "placements", None)
     for name, tensor in zip(where[1:], tensors[1:], strict=True):
-        theirs = getattr(tensor, "placements", None)
-        if theirs is None:
-            continue
-        if ours is None:
-            raise TypeError(f"{name}: is a DTensor, its parameter is not; pass its full_tensor()")
-        if tensor.device_mesh != param.device_mesh or (theirs != ours and tensor is not grad):
-            raise ValueError(
-                f"{name}: lies on the ranks as {theirs} of {tensor.device_mesh}, its parameter as "
-                f"{ours} of {param.device_mesh}; redistribute it"
-            )
-    if getattr(grad, "placements", ours) != ours:
-        grad = grad.redistribute(placements=ours)
+        if tensor is not grad or not must_move(param, grad):
+            same_place(name, tensor, param)
+    if must_move(param, grad):
+        grad = grad.redistribute(placements=param.placements)
     return [param, grad, *others]
+
+
+def is_shared(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor, of which each rank has a part, or all."""
+    return hasattr(type(tensor), "to_local")
+
+
+def must_move(param: Any, grad: Any) -> bool:
+    """Whether a gradient is a DTensor that lies on its parameter's mesh in another way."""
+    theirs, ours = getattr(grad, "placements", None), getattr(param, "placements", None)
+    if theirs is None or ours is None or theirs == ours:
+        return False
+    return bool(grad.device_mesh == param.device_mesh)
+
+
+def same_place(where: str, tensor: Any, param: Any) -> None:
+    """Raise TypeError or ValueError if a DTensor lies on the ranks otherwise than its parameter."""
+    theirs, ours = getattr(tensor, "placements", None), getattr(param, "placements", None)
+    if theirs is None:
+        return
+    if ours is None:
+        raise TypeError(f"{where}: is a DTensor, its parameter is not; pass its full_tensor()")
+    if tensor.device_mesh != param.device_mesh or theirs != ours:
+        raise ValueError(
+            f"{where}: lies on the ranks as {theirs} of {tensor.device_mesh}, its parameter as "
+            f"{ours} of {param.device_mesh}; redistribute it"
+        )
 
 
 def shared(members: list[tuple[Any, ...]], n_written: int) -> tuple[int, int] | None:

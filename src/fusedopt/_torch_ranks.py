@@ -14,6 +14,20 @@ from fusedopt._options import Reduction
 _Sum = Callable[[Array], None]
 
 
+def checked_group(group: Any) -> Any:
+    """Return a process group, or None; raise TypeError or ValueError for anything else."""
+    distributed = torch.distributed
+    if group is None or (
+        distributed.is_available() and isinstance(group, distributed.ProcessGroup)
+    ):
+        return group
+    if isinstance(group, int) and group == distributed.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError("process_group: this rank is not in it; give a group that it is in")
+    raise TypeError(
+        f"process_group: expected a torch.distributed.ProcessGroup, got {type(group).__name__}"
+    )
+
+
 def reduction(params: Sequence[Any], process_group: Any) -> Reduction | None:
     """Return what sums over ranks, or None if each parameter is whole here and no others are.
 
