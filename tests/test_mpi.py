@@ -127,7 +127,7 @@ def test_one_rank_by_the_protocol():
 @pytest.mark.parametrize("sizes", [[1], [0, 5000, 3], [512 * 40], [100] * 300, [7, 10**9, 7]])
 def test_cuts(sizes, ranks):
     """Parts follow one another, begin at multiples of the unit, and are about equal."""
-    cuts = _parts.cut(sizes, [4] * len(sizes), [512] * len(sizes), ranks)
+    cuts, _ = _parts.cut(sizes, [4] * len(sizes), [512] * len(sizes), [0] * ranks)
     own = [0] * ranks
     for n, places in zip(sizes, cuts, strict=True):
         assert (places[0], places[-1], len(places)) == (0, n, ranks + 1)
