@@ -95,6 +95,11 @@ class Mover:
         size = (comm.size, 8 * BUCKET if comm.size > 1 else 0)
         self._out, self._in = np.empty(size, np.uint8), np.empty(size, np.uint8)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return self._out.nbytes + self._in.nbytes
+
     def _bucket(self, rank: int, turn: int) -> list[Segment]:
         return self._buckets[rank][turn] if turn < len(self._buckets[rank]) else []
 

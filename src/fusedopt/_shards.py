@@ -284,7 +284,13 @@ def _read_part(path: Path, params: Mapping[str, Array]) -> Source:
     arrays, meta = _checkpoint.read(path)
     about = meta.get("parts")
     if not isinstance(about, dict) or about.keys() != params.keys():
-        raise ValueError("its parameters are not those of this optimizer")
+        about = about if isinstance(about, dict) else {}
+        missing = [name for name in params if name not in about]
+        unexpected = [name for name in about if name not in params]
+        raise ValueError(
+            "its parameters are not those of this optimizer; "
+            f"missing {missing[:3]}, unexpected {unexpected[:3]}"
+        )
     ranges = {}
     for name, (start, stop, shape, order) in about.items():
         mine, own = list(params[name].shape), memory_order(params[name])

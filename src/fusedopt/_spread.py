@@ -111,6 +111,13 @@ class Spread:
             return flat(array)[low:high]
         return array if low < high else array.reshape(array.shape or (1,))[:0]
 
+    def sum_bytes(self) -> int:
+        """Return the bytes of what `sums` allocates in the first step."""
+        if self._comm.size == 1:
+            return 0
+        parts = (self.part(i, param) for i, param in enumerate(self.params))
+        return sum(part.size * _sum_dtype(part).itemsize for part in parts)
+
     def sums(self, grads: Sequence[Array | None]) -> list[Array | None]:
         """Return where this rank's part of the gradients' sums goes, None without a gradient."""
         if self._comm.size == 1:

@@ -30,6 +30,7 @@ from fusedopt import (
     _options,
     _parts,
     _shards,
+    _storage,
     _threads,
     _tree,
 )  # fmt: skip
@@ -131,8 +132,8 @@ class Sharded:
         self._spread.add(sum(leaves, []), unit, begin)
         self._spread.mover = self._spread.plan()
 
-    def _described(self) -> dict[str, str]:
-        """Return what must be equal on all ranks."""
+    def _described(self, *new: Options) -> dict[str, str]:
+        """Return what must be equal on all ranks; `new` are options of groups that are added."""
         about = [
             f"{name} {param.dtype} {param.shape}, strides {param.strides}"
             for name, param in zip(self._whole.names, self._spread.params, strict=True)
@@ -141,15 +142,15 @@ class Sharded:
             "cls": self._inner._class_name(),
             "wire_dtype": self._wire,
             "params": "\n".join(about),
-            "options": self._group_options(),
+            "options": self._group_options(*new),
             "state_dir": "none" if self._inner._disk is None else "a folder",
         }
 
-    def _group_options(self) -> str:
+    def _group_options(self, *new: Options) -> str:
         return "\n".join(
             f"{name}={'a schedule' if callable(value) else value!r}"
-            for group in self._inner._groups
-            for name, value in group.options.items()
+            for options in (*(group.options for group in self._inner._groups), *new)
+            for name, value in options.items()
         )
 
     def _together(
@@ -177,6 +178,66 @@ class Sharded:
 
     # -------------------------------------------------------------- what there is
 
+    def add_param_group(self, group: Mapping[str, Any]) -> None:
+        """Add parameters with options of their own, the same on all ranks.
+
+        The parts of other leaves stay where they are. The new leaves are cut so that ranks have
+        about equally much of all.
+
+        Parameters
+        ----------
+        group : dict
+            As for `Optimizer.add_param_group`; no `Stored`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `Optimizer.add_param_group`; and naming what is not the same on all ranks.
+        RuntimeError
+            With the message of another rank that cannot add the group.
+        """
+        inner, mover, is_alone = self._inner, self._spread.mover, True
+
+        def begin(parts: Parts) -> None:
+            before = inner._parts
+            inner._parts = {**(before or {}), **parts}
+            try:
+                with inner._work:
+                    inner._add_param_group(group, settle)
+            except BaseException:
+                inner._parts = before
+                raise
+
+        def settle(options: Options) -> None:
+            nonlocal mover, is_alone
+            mover, said = self._spread.plan(), self._described(options)
+            signals.check()
+            is_alone = False  # from here on all ranks raise, or none
+            agree(self._comm, None, said)
+
+        with self._whole, DeferredSignals(True) as signals:
+            try:
+                leaves, unit = [], _core.TILE
+                if isinstance(group, Mapping) and "params" in group:  # else the class refuses it
+                    leaves = _leaves(len(inner._groups), group["params"])
+                    unit = _unit(inner.rule, inner.defaults, group)
+                self._spread.add(leaves, unit, begin)
+            except BaseException as exc:
+                if is_alone:
+                    agree(self._comm, exc)
+                raise
+            self._spread.mover = mover
+
+    @property
+    def rule(self) -> Rule:
+        """The rule of the class."""
+        return self._inner.rule
+
+    @property
+    def defaults(self) -> Options:
+        """The options of a group that gives none."""
+        return self._inner.defaults
+
     @property
     def param_groups(self) -> list[Options]:
         """The groups, as those of the class itself; changes must be made on all ranks."""
@@ -191,6 +252,33 @@ class Sharded:
     def parts(self) -> dict[str, range]:
         """The elements of each leaf, in memory order, that are this rank's part."""
         return self._spread.ranges()
+
+    def memory(self, grad_itemsize: int | None = None) -> dict[str, dict[str, float]]:
+        """Return bytes on this rank per parameter of all ranks; it needs no other rank.
+
+        Parameters
+        ----------
+        grad_itemsize : int, optional
+            Bytes of an element of the gradients; by default those of the parameters.
+
+        Returns
+        -------
+        dict
+            As of `Optimizer.memory`. The residual bits and the state are those of this rank's part.
+            ``param`` are the whole parameters, of which a step reads the part and writes all;
+            ``grad`` the whole gradients, which are read once. With more ranks than one, ``sums``
+            is the part of the gradients' sums, kept from the first step on, and ``buffers`` what
+            data goes through on its way to other ranks, which does not count as moved.
+        """
+        params, kept = self._spread.params, self._inner._kept()
+        whole = sum(param.nbytes for param in params)
+        rows = {name: (size, 2 * size) for name, size in kept.items()}
+        rows["param"] = whole, kept["param"] + whole
+        rows["grad"] = 0, sum(param.size * (grad_itemsize or param.itemsize) for param in params)
+        if self._comm.size > 1:
+            sums = self._spread.sum_bytes()
+            rows |= {"sums": (sums, 2 * sums), "buffers": (self._spread.mover.nbytes, 0)}
+        return _storage.memory(rows, sum(param.size for param in params))
 
     def __repr__(self) -> str:
         """Say what is sharded, and over how many ranks."""
