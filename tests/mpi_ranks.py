@@ -658,12 +658,26 @@ def faults():
         [] if RANK == last else plain.state_dict()), [last])  # fmt: skip
     if WORLD > 1:
         flag = RANK == last
+        raises(RuntimeError, "different calls", lambda: sharded.save(path) if flag else
+               sharded.step(wrong()))  # fmt: skip
         raises(ValueError, "by_rank: ranks 0 and", lambda: sharded.save(path, by_rank=flag))
         raises(ValueError, "params: ranks 0 and",
                lambda: sharded.load(path, params=None if flag else False))  # fmt: skip
         raises(ValueError, "step of the state: ranks 0 and", lambda: sharded.load_state_dict(
             plain.state_dict() | {"step": RANK}))  # fmt: skip
     same_as_before()
+    sharded.save(path, by_rank=True)
+    mine = path.with_name(f"faults.{RANK}-of-{WORLD}.npz")
+    kept, saved = mine.read_bytes(), repr(sharded.state_dict())
+    same_as_before()
+    if RANK == last:
+        mine.chmod(0o444)
+    raises(OSError if RANK < last else PermissionError, "a read-only file",
+           lambda: sharded.save(path, by_rank=True), [last])  # fmt: skip
+    assert mine.read_bytes() == kept  # on all ranks: the files stay those of one step
+    sharded.load(path, by_rank=True)
+    assert repr(sharded.state_dict()) == saved
+    assert not [its for its in FOLDER.iterdir() if its.name.endswith(".tmp")]
     a = np.zeros(600, np.float32)
     raises(ValueError, "share memory", lambda: Sharded(fusedopt.Adam, [a, a[300:]], COMM))
 

@@ -173,6 +173,28 @@ class Sharded:
         agree(self._comm, fault, about)
         return value  # type: ignore[no-any-return]
 
+    def _settled(
+        self, act: Callable[[Callable[..., None]], object], signals: DeferredSignals
+    ) -> None:
+        """Call `act`, which calls its argument behind all that can fail and before it changes much.
+
+        There the ranks agree: one that raises before, and texts that differ, raise on all.
+        """
+        is_alone = True
+
+        def settle(said: Mapping[str, str] | None = None) -> None:
+            nonlocal is_alone
+            signals.check()
+            is_alone = False
+            agree(self._comm, None, said)
+
+        try:
+            act(settle)
+        except BaseException as exc:
+            if is_alone:
+                agree(self._comm, exc)
+            raise
+
     def _deferring(self) -> DeferredSignals:
         return DeferredSignals(self._comm.size > 1)
 
@@ -196,36 +218,33 @@ class Sharded:
         RuntimeError
             With the message of another rank that cannot add the group.
         """
-        inner, mover, is_alone = self._inner, self._spread.mover, True
+        inner, mover = self._inner, self._spread.mover
 
-        def begin(parts: Parts) -> None:
-            before = inner._parts
-            inner._parts = {**(before or {}), **parts}
-            try:
-                with inner._work:
-                    inner._add_param_group(group, settle)
-            except BaseException:
-                inner._parts = before
-                raise
+        def add(settle: Callable[[Mapping[str, str]], None]) -> None:
+            leaves, unit = [], _core.TILE
+            if isinstance(group, Mapping) and "params" in group:  # else the class refuses it
+                leaves = _leaves(len(inner._groups), group["params"])
+                unit = _unit(inner.rule, inner.defaults, group)
 
-        def settle(options: Options) -> None:
-            nonlocal mover, is_alone
-            mover, said = self._spread.plan(), self._described(options)
-            signals.check()
-            is_alone = False  # from here on all ranks raise, or none
-            agree(self._comm, None, said)
+            def plan(options: Options) -> None:
+                nonlocal mover
+                mover = self._spread.plan()
+                settle(self._described(options))
+
+            def begin(parts: Parts) -> None:
+                before = inner._parts
+                inner._parts = {**(before or {}), **parts}
+                try:
+                    with inner._work:
+                        inner._add_param_group(group, plan)
+                except BaseException:
+                    inner._parts = before
+                    raise
+
+            self._spread.add(leaves, unit, begin)
 
         with self._whole, DeferredSignals(True) as signals:
-            try:
-                leaves, unit = [], _core.TILE
-                if isinstance(group, Mapping) and "params" in group:  # else the class refuses it
-                    leaves = _leaves(len(inner._groups), group["params"])
-                    unit = _unit(inner.rule, inner.defaults, group)
-                self._spread.add(leaves, unit, begin)
-            except BaseException as exc:
-                if is_alone:
-                    agree(self._comm, exc)
-                raise
+            self._settled(add, signals)
             self._spread.mover = mover
 
     @property
@@ -376,16 +395,20 @@ class Sharded:
                     for i, copy in enumerate(copies)
                 ]
             reduction = None if size == 1 else _Sums(begin, add, partial(add, most=True))
-            scaled = replace(how, grad_scale=how.grad_scale / size, zero_grads=False)
+            if size > 1:  # the gradients of the inner step are sums
+                its = replace(how, grad_scale=how.grad_scale / size, zero_grads=False)
+            else:
+                its = how if accumulator is None else replace(how, zero_grads=True)
             bare = inner._bare and len(inner._groups) == 1
             nothing: Any = None if bare else [None] * len(inner._groups)
             result = inner._work.step(
                 lambda own: (own, inner._prepare(nothing)[1]),
                 sums,
                 _threads.of(inner._threads),
-                scaled,
+                its,
                 pieces,
                 reduction,
+                accumulator._work if accumulator is not None and size == 1 else None,
             )
         except BaseException as exc:
             if size > 1 and is_alone:
@@ -394,21 +417,23 @@ class Sharded:
                 else:
                     agree(self._comm, exc)
             raise
-        if size > 1:
-            agree_on_disk()
-            if not result.skipped:
-                mover.gather(
-                    [
-                        None if grad is None else flat(self._spread.part(i, self._spread.params[i]))
-                        for i, grad in enumerate(taken)
-                    ],
-                    [flat(param) for param in self._spread.params],
-                )
-            if copies is not None and pieces is not None:
-                mover.gather(
-                    [None if piece is None else flat(piece) for piece in pieces],
-                    [None if copy is None else flat(copy) for copy in copies],
-                )
+        if size == 1:
+            return result
+        agree_on_disk()
+        spread = self._spread
+        if not result.skipped:
+            mover.gather(
+                [
+                    None if grad is None else flat(spread.part(i, spread.params[i]))
+                    for i, grad in enumerate(taken)
+                ],
+                [flat(param) for param in spread.params],
+            )
+        if copies is not None and pieces is not None:
+            mover.gather(
+                [None if piece is None else flat(piece) for piece in pieces],
+                [None if copy is None else flat(copy) for copy in copies],
+            )
         if accumulator is not None:
             accumulator.zero()
         elif how.zero_grads:
@@ -593,8 +618,10 @@ class Sharded:
             Write the parameters too; not with `by_rank`, as all ranks have the same.
         by_rank : bool, default False
             Let each rank write its part, to ``<path without ending>.<rank>-of-<ranks><ending>``, in
-            a folder that all ranks see when they load. A save to the same path that is killed may
-            leave files of two steps, which `load` refuses: use another path for each save.
+            a folder that all ranks see when they load. With `state_dir` this alone needs no memory
+            for the whole state. The files replace older ones when all are written; a save to the
+            same path that is killed at that moment may leave files of two steps, which `load`
+            refuses: use another path for each save.
 
         Raises
         ------
@@ -618,7 +645,7 @@ class Sharded:
             rank, size = self._comm.rank, self._comm.size
             if by_rank:
 
-                def write() -> None:
+                def write_part(settle: Callable[..., None]) -> None:
                     arrays, meta = _checkpoint.pack(self._inner.state_dict())
                     about = {
                         name: [its.start, its.stop, list(param.shape), memory_order(param)]
@@ -627,7 +654,10 @@ class Sharded:
                         )
                     }
                     target = _shards.file_of(Path(path), rank, size)
-                    _checkpoint.write(target, arrays, meta | {"parts": about})
+                    _checkpoint.write(target, arrays, meta | {"parts": about}, settle)
+
+                def write() -> None:
+                    self._settled(write_part, signals)
 
             else:
                 whole = self._collected(0, signals)
@@ -635,9 +665,9 @@ class Sharded:
                 def write() -> None:
                     if rank == 0:
                         own = self._spread.named() if params else None
-                        _checkpoint.write(path, *_checkpoint.pack(whole, own))
+                        _checkpoint.write(path, *_checkpoint.pack(whole, own), signals.check)
 
-            self._together(write, signals=signals)
+            self._together(write)  # a signal that comes when files are there changes no outcome
 
     def load(
         self,
@@ -664,9 +694,10 @@ class Sharded:
         """
 
         def read() -> list[_shards.Source]:
+            named, disk = self._spread.named(), self._inner._disk
             if _check.flag("by_rank", by_rank):
-                return _shards.read_by_rank(Path(path), self.parts, self._spread.named())
-            return _shards.read(Path(path), self._spread.named())
+                return _shards.read_by_rank(Path(path), self.parts, named, disk)
+            return _shards.read(Path(path), named, disk)
 
         with self._whole, self._deferring() as signals:
             self._load(read, convert, signals, path, params)

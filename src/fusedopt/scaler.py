@@ -71,9 +71,8 @@ class GradScaler:
         if self.backoff_factor >= 1:
             raise ValueError(f"backoff_factor: must be < 1, got {backoff_factor}")
         self._good = 0
-        self._stepped: list[
-            tuple[Optimizer | Sharded, bool]
-        ] = []  # since the last update; whether skipped
+        # since the last update; whether skipped
+        self._stepped: list[tuple[Optimizer | Sharded, bool]] = []
 
     @ieee
     def step(self, optimizer: Optimizer | Sharded, grads: Any, **options: Any) -> StepResult:
