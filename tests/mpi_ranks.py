@@ -549,6 +549,23 @@ def faults_of_groups():
     same(extra, other, WORLD <= 2, "groups")
     same_state(sharded, plain, WORLD <= 2, "groups")
     raises(ValueError, "expected a list with one entry for each of the 2", lambda: sharded.step(p))
+    comm = Interrupted(last)
+    sharded = Sharded(fusedopt.AdamW, arrays(0), comm)
+
+    def gather(value):
+        every = PAIR.gather(value)
+        if RANK == last:
+            signal.raise_signal(signal.SIGINT)
+        return every
+
+    comm.gather = gather  # from here on one rank is interrupted when ranks agree
+    if RANK == last:
+        raises(KeyboardInterrupt, "", lambda: sharded.add_param_group({"params": extra}))
+    else:
+        sharded.add_param_group({"params": extra})
+    comm.gather = PAIR.gather
+    assert len(sharded.param_groups) == 2  # on all ranks
+    assert len(sharded.parts) == 2 * len(SHAPES)
 
 
 class Interrupted:
@@ -691,6 +708,30 @@ def disks():
     broken_disk(fusedopt.LAMB, path, reads_first=True)
     broken_disk(fusedopt.Prodigy, path, reads_first=True)
     broken_disk(fusedopt.Muon, path, lambda seed: arrays(seed, MATRICES), reads_first=True)
+    loads_to_disk()
+
+
+def loads_to_disk():
+    """Files are read as they are used."""
+    p, q, mapped = arrays(0), arrays(0), []
+    options = {"state_dtype": "int8", "min_8bit_size": 1, "ema": 0.9}
+    sharded = Sharded(fusedopt.AdamW, p, COMM, state_dir=FOLDER, **options)
+    plain = fusedopt.AdamW(q, **options)
+    each, average = grads_of_ranks(0)
+    sharded.step(each[RANK])
+    plain.step(average)
+    map_file = _disk.Disk.map_file
+    _disk.Disk.map_file = lambda disk, path: mapped.append(path) or map_file(disk, path)
+    try:
+        for ending, by_rank in itertools.product(("npz", "safetensors"), (False, True)):
+            path = FOLDER / f"large.{ending}"
+            sharded.save(path, by_rank=by_rank)
+            sharded.step(each[RANK])
+            sharded.load(path, by_rank=by_rank)
+            same_state(sharded, plain, WORLD <= 2, (ending, by_rank))
+    finally:
+        _disk.Disk.map_file = map_file
+    assert len(mapped) == 2 * (1 + WORLD)
 
 
 def broken_disk(cls, path, make=arrays, reads_first=False, **options):

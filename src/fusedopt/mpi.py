@@ -176,9 +176,9 @@ class Sharded:
     def _settled(
         self, act: Callable[[Callable[..., None]], object], signals: DeferredSignals
     ) -> None:
-        """Call `act`, which calls its argument behind all that can fail and before it changes much.
+        """Call `act(settle)`, which calls `settle` when nothing more can fail.
 
-        There the ranks agree: one that raises before, and texts that differ, raise on all.
+        There the ranks agree: what one raises before raises on all, and so do texts that differ.
         """
         is_alone = True
 
@@ -485,7 +485,10 @@ class Sharded:
             return self._named(self._gathered(by_leaf, signals))
 
     def swap_ema(self) -> AbstractContextManager[None]:
-        """Put the averages in the place of the parameters for a block; see `Optimizer`."""
+        """Put the averages in the place of the parameters for a block; see `Optimizer`.
+
+        All ranks have such a block, and make no other call of the optimizer within it.
+        """
 
         def show() -> list[Array | None]:
             with self._deferring() as signals:
