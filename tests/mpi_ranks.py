@@ -250,7 +250,7 @@ def groups():
     import ml_dtypes  # noqa: F401  (names bfloat16 for NumPy)
 
     _disk.LEAST = 1  # bytes, of arrays on disk
-    for row in GROWN:
+    for row in GROWN if WORLD < 4 else GROWN[::4]:  # ranks take turns on few CPUs
         grow(*row)
     matrices = {"dtype": np.float32}
     grow("Muon", {}, {"momentum": 0.5}, matrices, [{"a": (30, 40)}, {"b": (50, 20), "c": (8, 9)}])
