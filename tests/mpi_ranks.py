@@ -500,7 +500,7 @@ def faults_of_groups():
         group.bomb = call if RANK == last else int
         return group
 
-    def fail():
+    def fail(*_):
         raise MemoryError("bomb")
 
     frozen = np.zeros(3, np.float32)
@@ -528,6 +528,11 @@ def faults_of_groups():
         good = {"params": extra}
         raises(kind, text, lambda: sharded.add_param_group(group if RANK == last else good), [last])  # noqa: B023
         assert (repr(sharded), repr(sharded.param_groups), sharded.parts, sharded.memory()) == about
+    planned = _parts.Mover  # the last that needs memory
+    _parts.Mover = fail if RANK == last else planned
+    raises(MemoryError, "bomb", lambda: sharded.add_param_group({"params": extra}), [last])
+    _parts.Mover = planned
+    assert (repr(sharded), repr(sharded.param_groups), sharded.parts, sharded.memory()) == about
     if WORLD > 1:
         for text, group in (
             ("params: ranks 0 and", {"params": small if RANK == last else extra}),
