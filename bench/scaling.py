@@ -190,7 +190,7 @@ def rank_turn(sizes: list[int], rounds: int) -> None:
         grads = [np.full(n, 0.25, np.float32)]
         opt = Sharded(fusedopt.AdamW, params, comm)
         times: dict[str, list[float]] = {"step": [], "travel": []}
-        total = opt._own_sums(list(grads))
+        total = opt._spread.sums(list(grads))
         own = [opt._part(0, params[0])]
         for turn in range(rounds + 1):
             for name in times:
@@ -199,8 +199,8 @@ def rank_turn(sizes: list[int], rounds: int) -> None:
                 if name == "step":
                     opt.step(grads)
                 elif comm.size > 1:
-                    opt._mover.add([grads[0]], total, "")
-                    opt._mover.gather([own[0]], [params[0]])
+                    opt._spread.mover.add([grads[0]], total, "")
+                    opt._spread.mover.gather([own[0]], [params[0]])
                 comm.Barrier()
                 if turn:
                     times[name].append(time.perf_counter() - begin)

@@ -225,6 +225,98 @@ def mixed():
     same_state(sharded, plain, True, "mixed")
 
 
+def grown(seed, dtype=np.float32, order="C"):
+    """What is added later: more than a tile for each rank, a scalar, and next to nothing."""
+    shapes = [{"w": (60, 70), "s": ()}, {"tiny": (3,), "none": (0,)}]
+    return [arrays(seed + i, its, dtype, order) for i, its in enumerate(shapes)]
+
+
+# of a class and its options: options of the groups that are added, and how their arrays are
+GROWN = [
+    ("AdamW", {"state_dtype": "int8", "min_8bit_size": 1}, {"lr": falling, "seed": 3}, {}),
+    ("AdamW", {"ema": 0.9, "state_dir": FOLDER}, {"ema": None, "state_dtype": "bfloat16"}, {}),
+    ("Adam", {}, {"amsgrad": True, "ema": 0.5}, {"dtype": np.float64, "order": "F"}),
+    ("AdamW", {"master_bits": 24}, {"weight_decay": 0.3}, {"dtype": "bfloat16"}),
+    ("SGD", {"momentum": 0.0}, {"momentum": 0.9, "maximize": True}, {"dtype": np.float16}),
+    ("Prodigy", {}, {"slice_p": 7}, {}),
+    ("LAMB", {}, {"weight_decay": 0.3}, {}),
+    ("ASGD", {"lr": falling}, {"alpha": 0.5}, {}),
+    ("ScheduleFreeAdamW", {}, {"betas": (0.8, 0.99)}, {}),
+]
+
+
+def groups():
+    """Groups that are added between steps, and checkpoints before and behind that."""
+    import ml_dtypes  # noqa: F401  (names bfloat16 for NumPy)
+
+    _disk.LEAST = 1  # bytes, of arrays on disk
+    for row in GROWN if WORLD < 4 else GROWN[::4]:  # ranks take turns on few CPUs
+        grow(*row)
+    matrices = {"dtype": np.float32}
+    grow("Muon", {}, {"momentum": 0.5}, matrices, [{"a": (30, 40)}, {"b": (50, 20), "c": (8, 9)}])
+    grow("Adafactor", {}, {"weight_decay": 0.1}, matrices)
+
+
+def grow(name, options, more, how, shapes=None):
+    cls, where = getattr(fusedopt, name), (name, options, more)
+    how = {k: np.dtype(v) if k == "dtype" else v for k, v in how.items()}
+    first = MATRICES if shapes else SHAPES
+
+    def added(seed):
+        if shapes is None:
+            return grown(seed, **how)
+        return [arrays(seed + i, its, **how) for i, its in enumerate(shapes)]
+
+    def make(seed):
+        return [arrays(seed, first, **how), *added(50 + seed)]
+
+    def both_step(count):
+        """Step with gradients for as many groups as there are."""
+        n = len(plain.param_groups)
+        each = [make(700 + 10 * count + rank)[:n] for rank in range(WORLD)]
+        average = [{k: mean([its[i][k] for its in each]) for k in each[0][i]} for i in range(n)]
+        same_result(sharded.step(each[RANK]), plain.step(average), where)
+        same_all()
+
+    def same_all():
+        for a, b in zip(p, q, strict=True):
+            same(a, b, exact, where)
+            same_on_all_ranks(a, where)
+        same_state(sharded, plain, exact, where)
+
+    exact = WORLD <= 2 and (WORLD == 1 or name not in ("Prodigy", "LAMB", "Muon"))
+    p, q = make(0), make(0)
+    sharded = Sharded(cls, [{"params": p[0]}], COMM, **options)
+    plain = cls([{"params": q[0]}], **options)
+    both_step(0)
+    before = sharded.parts
+    saved = sharded.state_dict()
+    sharded.save(FOLDER / "grow.npz", by_rank=True)
+    for i in (1, 2):
+        for opt, its in ((sharded, p), (plain, q)):
+            opt.add_param_group({"params": its[i], **(more if i == 1 else {})})
+        assert sharded.parts.items() >= before.items(), where
+        both_step(i)
+    for opt in (sharded, plain):
+        opt.add_param_group({"params": []})  # of no leaves
+    sizes = PAIR.gather(sum(map(len, sharded.parts.values())))
+    total = sum(a.size for its in p for a in its.values())
+    if sharded._spread.is_cut:
+        unit = 512 * more.get("slice_p", 1)  # at whose multiples leaves are cut
+        assert max(sizes) - min(sizes) <= 2 * unit, (where, sizes)
+    assert sum(sizes) == total
+    raises(ValueError, "param_groups for this", lambda: sharded.load_state_dict(saved))
+    raises(ValueError, "grow", lambda: sharded.load(FOLDER / "grow.npz", by_rank=True))
+    sharded.save(FOLDER / "grown.npz", by_rank=True)
+    sharded.save(FOLDER / "whole.npz")
+    given = [{"params": its, **(more if i == 1 else {})} for i, its in enumerate(p)]
+    given.append({"params": []})
+    for by_rank, path in ((True, "grown.npz"), (False, "whole.npz")):
+        sharded = Sharded(cls, given, COMM, **options)  # cut elsewhere
+        sharded.load(FOLDER / path, by_rank=by_rank)
+        same_all()
+
+
 def around():
     """Copies, accumulators, a loss scale, gradients in bfloat16 on the wire."""
     for options in ({}, {"max_grad_norm": 0.1}, {"nonfinite": "skip"}):
@@ -386,6 +478,101 @@ def raises(kind, text, call, ranks=None, outcome="nothing has changed"):
         raise AssertionError(f"{kind} was not raised")
 
 
+def faults_of_groups():
+    """A group that one rank cannot add, none adds; all is as before, and the next one is right."""
+    last = WORLD - 1
+    p, q, extra, other = arrays(0), arrays(0), arrays(1), arrays(1)
+    sharded, plain = Sharded(fusedopt.AdamW, p, COMM, ema=0.9), fusedopt.AdamW(q, ema=0.9)
+    about = repr(sharded), repr(sharded.param_groups), sharded.parts, sharded.memory()
+
+    class Name(int):
+        def __repr__(self):
+            return "one name"
+
+    class Bomb(dict):
+        def __getitem__(self, key):
+            if key == "params":
+                self.bomb()
+            return super().__getitem__(key)
+
+    def bombed(call):
+        group = Bomb(params=extra)
+        group.bomb = call if RANK == last else int
+        return group
+
+    def fail(*_):
+        raise MemoryError("bomb")
+
+    frozen = np.zeros(3, np.float32)
+    frozen.flags.writeable = False
+    small = {"w": np.zeros(4, np.float32)}
+    stored = Stored("bfloat16", np.zeros(4, np.uint16))
+    half, twice = arrays(0, dtype=np.float16), {Name(0): extra["w"], Name(1): extra["v"]}
+    rows = [
+        (TypeError, "params[1]: expected a dict with 'params'", extra["w"]),
+        (TypeError, "params[1]: expected a dict with 'params'", {"lr": 1.0}),
+        (TypeError, "params[1]: unknown option 'rate'", {"params": extra, "rate": 1}),
+        (ValueError, "params[1].lr: must be", {"params": extra, "lr": -1}),
+        (ValueError, "params[1]['params']['x']: read-only", {"params": {"x": frozen}}),
+        (TypeError, "params[1]['params']['x']", {"params": {"x": "text"}}),
+        (TypeError, "params[1]['params']['x']: Sharded takes", {"params": {"x": stored}}),
+        (ValueError, "share memory", {"params": p}),
+        (ValueError, "two parameters have this name", {"params": twice}),
+        (ValueError, "master_bits=24 needs bfloat16", {"params": half, "master_bits": 24}),
+        (ValueError, "row_steps: keeps a number", {"params": extra, "row_steps": True}),
+        (MemoryError, "bomb", bombed(fail)),
+    ]  # fmt: skip
+    if WORLD > 1:
+        rows.append((KeyboardInterrupt, "", bombed(lambda: signal.raise_signal(signal.SIGINT))))
+    for kind, text, group in rows:
+        good = {"params": extra}
+        raises(kind, text, lambda: sharded.add_param_group(group if RANK == last else good), [last])  # noqa: B023
+        assert (repr(sharded), repr(sharded.param_groups), sharded.parts, sharded.memory()) == about
+    planned = _parts.Mover  # the last that needs memory
+    _parts.Mover = fail if RANK == last else planned
+    raises(MemoryError, "bomb", lambda: sharded.add_param_group({"params": extra}), [last])
+    _parts.Mover = planned
+    assert (repr(sharded), repr(sharded.param_groups), sharded.parts, sharded.memory()) == about
+    if WORLD > 1:
+        for text, group in (
+            ("params: ranks 0 and", {"params": small if RANK == last else extra}),
+            ("params: ranks 0 and", {"params": [] if RANK == last else extra}),
+            ("params: ranks 0 and", {"params": list(extra.values()) if RANK == last else extra}),
+            ("options: ranks 0 and", {"params": extra, "lr": 0.1 + (RANK == last)}),
+        ):
+            raises(ValueError, text, lambda: sharded.add_param_group(group))  # noqa: B023
+            assert (repr(sharded), repr(sharded.param_groups), sharded.parts) == about[:3]
+    with sharded.swap_ema():
+        raises(RuntimeError, "averages are in the place", lambda: sharded.add_param_group({}))
+    for opt, its in ((sharded, extra), (plain, other)):
+        opt.add_param_group({"params": its})
+    for step in (1, 2):
+        each = [[arrays(10 * step + rank), arrays(10 * step + rank + 5)] for rank in range(WORLD)]
+        average = [{k: mean([its[i][k] for its in each]) for k in p} for i in range(2)]
+        same_result(sharded.step(each[RANK]), plain.step(average), "groups")
+    same(p, q, WORLD <= 2, "groups")
+    same(extra, other, WORLD <= 2, "groups")
+    same_state(sharded, plain, WORLD <= 2, "groups")
+    raises(ValueError, "expected a list with one entry for each of the 2", lambda: sharded.step(p))
+    comm = Interrupted(last)
+    sharded = Sharded(fusedopt.AdamW, arrays(0), comm)
+
+    def gather(value):
+        every = PAIR.gather(value)
+        if RANK == last:
+            signal.raise_signal(signal.SIGINT)
+        return every
+
+    comm.gather = gather  # from here on one rank is interrupted when ranks agree
+    if RANK == last:
+        raises(KeyboardInterrupt, "", lambda: sharded.add_param_group({"params": extra}))
+    else:
+        sharded.add_param_group({"params": extra})
+    comm.gather = PAIR.gather
+    assert len(sharded.param_groups) == 2  # on all ranks
+    assert len(sharded.parts) == 2 * len(SHAPES)
+
+
 class Interrupted:
     """Ranks of which one is interrupted whenever data travels: the step ends on all."""
 
@@ -493,12 +680,26 @@ def faults():
         [] if RANK == last else plain.state_dict()), [last])  # fmt: skip
     if WORLD > 1:
         flag = RANK == last
+        raises(RuntimeError, "different calls", lambda: sharded.save(path) if flag else
+               sharded.step(wrong()))  # fmt: skip
         raises(ValueError, "by_rank: ranks 0 and", lambda: sharded.save(path, by_rank=flag))
         raises(ValueError, "params: ranks 0 and",
                lambda: sharded.load(path, params=None if flag else False))  # fmt: skip
         raises(ValueError, "step of the state: ranks 0 and", lambda: sharded.load_state_dict(
             plain.state_dict() | {"step": RANK}))  # fmt: skip
     same_as_before()
+    sharded.save(path, by_rank=True)
+    mine = path.with_name(f"faults.{RANK}-of-{WORLD}.npz")
+    kept, saved = mine.read_bytes(), repr(sharded.state_dict())
+    same_as_before()
+    if RANK == last:
+        mine.chmod(0o444)
+    raises(OSError if RANK < last else PermissionError, "a read-only file",
+           lambda: sharded.save(path, by_rank=True), [last])  # fmt: skip
+    assert mine.read_bytes() == kept  # on all ranks: the files stay those of one step
+    sharded.load(path, by_rank=True)
+    assert repr(sharded.state_dict()) == saved
+    assert not [its for its in FOLDER.iterdir() if its.name.endswith(".tmp")]
     a = np.zeros(600, np.float32)
     raises(ValueError, "share memory", lambda: Sharded(fusedopt.Adam, [a, a[300:]], COMM))
 
@@ -512,6 +713,30 @@ def disks():
     broken_disk(fusedopt.LAMB, path, reads_first=True)
     broken_disk(fusedopt.Prodigy, path, reads_first=True)
     broken_disk(fusedopt.Muon, path, lambda seed: arrays(seed, MATRICES), reads_first=True)
+    loads_to_disk()
+
+
+def loads_to_disk():
+    """Files are read as they are used."""
+    p, q, mapped = arrays(0), arrays(0), []
+    options = {"state_dtype": "int8", "min_8bit_size": 1, "ema": 0.9}
+    sharded = Sharded(fusedopt.AdamW, p, COMM, state_dir=FOLDER, **options)
+    plain = fusedopt.AdamW(q, **options)
+    each, average = grads_of_ranks(0)
+    sharded.step(each[RANK])
+    plain.step(average)
+    map_file = _disk.Disk.map_file
+    _disk.Disk.map_file = lambda disk, path: mapped.append(path) or map_file(disk, path)
+    try:
+        for ending, by_rank in itertools.product(("npz", "safetensors"), (False, True)):
+            path = FOLDER / f"large.{ending}"
+            sharded.save(path, by_rank=by_rank)
+            sharded.step(each[RANK])
+            sharded.load(path, by_rank=by_rank)
+            same_state(sharded, plain, WORLD <= 2, (ending, by_rank))
+    finally:
+        _disk.Disk.map_file = map_file
+    assert len(mapped) == 2 * (1 + WORLD)
 
 
 def broken_disk(cls, path, make=arrays, reads_first=False, **options):
@@ -552,8 +777,24 @@ def parts():
         assert sum(its[f"params['{name}']"] for its in sizes) == param.size
     total = sum(a.size for a in p.values())
     assert abs(sum(own.values()) - total / WORLD) <= 512
-    for name, its in sharded.state.items():
-        assert its["exp_avg"].size == its["exp_avg_sq"].size == own[name]
+    ours, theirs = sharded.memory(grad_itemsize=2), fusedopt.AdamW(p).memory(grad_itemsize=2)
+    assert ours["grad"] == theirs["grad"] == {"resident": 0, "moved": 2}
+    assert ours["param"]["resident"] == 4
+    if WORLD == 1:
+        assert ours == theirs
+        assert sharded.memory() == fusedopt.AdamW(p).memory()
+        return
+    assert list(ours) == ["param", "exp_avg", "exp_avg_sq", "grad", "sums", "buffers", "total"]
+    kept = {name: round(total * row["resident"]) for name, row in ours.items()}
+    moved = {name: round(total * row["moved"]) for name, row in ours.items()}
+    n = sum(own.values())
+    assert kept["exp_avg"] == kept["exp_avg_sq"] == kept["sums"] == 4 * n
+    assert moved["exp_avg"] == moved["sums"] == 8 * n
+    assert moved["param"] == 4 * (n + total)
+    sharded.step(arrays(0, {"w": (300, 512), "b": (77,)}))
+    assert sum(a.nbytes for a in sharded._spread.sums(list(p.values()))) == kept["sums"]
+    assert kept["buffers"] == 2 * WORLD * 8 * _parts.BUCKET
+    assert kept["total"] == sum(kept.values()) - kept["total"]
 
 
 def buckets():

@@ -1,6 +1,7 @@
 """`fusedopt.mpi.Sharded` on 1, 2 and 4 ranks: equal to the plain class on the mean gradient."""
 
 import importlib.util
+import inspect
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 import fusedopt
-from fusedopt import _parts
+from fusedopt import _options, _parts
 from fusedopt.mpi import Comm, Sharded
 
 SCRIPT = Path(__file__).with_name("mpi_ranks.py")
@@ -27,7 +28,7 @@ ENV = {
 }
 SCENARIOS = (
     "rules", "step_options", "storage", "mixed", "around", "averages", "faults", "disks", "parts",
-    "buckets",
+    "buckets", "groups", "faults_of_groups",
 )  # fmt: skip
 
 
@@ -71,7 +72,7 @@ def mpi(world, folder, *scenarios):
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_ranks(world, tmp_path):
     """On four ranks what depends on how many there are, as they take turns on few CPUs."""
-    of_all = ("step_options", "mixed", "faults", "disks", "parts")
+    of_all = ("step_options", "mixed", "faults", "disks", "parts", "groups", "faults_of_groups")
     mpi(world, tmp_path, *(SCENARIOS if world < 4 else of_all))
 
 
@@ -87,7 +88,7 @@ def test_torch_distributed(tmp_path):
     torch = pytest.importorskip("torch", reason="torch: extra `peers`")
     if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
         pytest.skip("this torch has no gloo")
-    names = ("mixed", "around", "faults", "save", "load")
+    names = ("mixed", "around", "faults", "save", "load", "faults_of_groups")
     command = [sys.executable, "-W", "ignore", SCRIPT, tmp_path, *names]
     processes = [start(command, {"RANK": str(rank), "WORLD": "2"}) for rank in range(2)]
     finish(processes, 2, names)
@@ -123,11 +124,43 @@ def test_one_rank_by_the_protocol():
         Sharded(fusedopt.Adam, [p], "world")
 
 
+# what an optimizer has and Sharded does not: of a method, an argument
+LACKS = {("step", "reduce"): "it sums over ranks itself"}
+
+
+def test_sharded_has_all_that_an_optimizer_has():
+    p = np.ones(600, np.float32)
+    plain, sharded = fusedopt.AdamW([p.copy()]), Sharded(fusedopt.AdamW, [p], Alone())
+    lacking = set()
+    for name in dir(plain):
+        if name.startswith("_"):
+            continue
+        assert hasattr(sharded, name), name
+        assert getattr(Sharded, name).__doc__, name
+        if not inspect.isfunction(getattr(fusedopt.Optimizer, name, None)):
+            continue
+        theirs, ours = (
+            inspect.signature(getattr(cls, name)).parameters
+            for cls in (fusedopt.Optimizer, Sharded)
+        )
+        more = _options.CHECKS if "options" in ours else ()
+        lacking |= {(name, its) for its in theirs if its not in ours and its not in more}
+        for its in theirs.keys() & ours.keys():
+            assert theirs[its].kind == ours[its].kind, (name, its)
+            assert theirs[its].default == ours[its].default, (name, its)
+    assert lacking == LACKS.keys()
+    for name, value in _options.DEFAULTS.items():
+        assert sharded.step([p * 2], **{name: value}) == plain.step([p * 2], **{name: value})
+    assert (sharded.rule, sharded.defaults) == (plain.rule, plain.defaults)
+    with pytest.raises(TypeError, match=r"^step: unknown option 'reduce'"):
+        sharded.step([p], reduce=lambda array: None)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8, 64])
 @pytest.mark.parametrize("sizes", [[1], [0, 5000, 3], [512 * 40], [100] * 300, [7, 10**9, 7]])
 def test_cuts(sizes, ranks):
     """Parts follow one another, begin at multiples of the unit, and are about equal."""
-    cuts = _parts.cut(sizes, [4] * len(sizes), [512] * len(sizes), ranks)
+    cuts, _ = _parts.cut(sizes, [4] * len(sizes), [512] * len(sizes), [0] * ranks)
     own = [0] * ranks
     for n, places in zip(sizes, cuts, strict=True):
         assert (places[0], places[-1], len(places)) == (0, n, ranks + 1)
@@ -136,6 +169,22 @@ def test_cuts(sizes, ranks):
         for rank in range(ranks):
             own[rank] += places[rank + 1] - places[rank]
     assert max(own) <= sum(sizes) / ranks + 512
+
+
+@pytest.mark.parametrize("loads", [[0, 0], [900, 0, 300], [0, 7000, 0, 2000], [10**9, 0, 0, 0]])
+@pytest.mark.parametrize("sizes", [[], [1], [3000, 0, 5000], [100] * 60, [7, 10**7, 7]])
+@pytest.mark.parametrize("unit", [1, 512])
+def test_cuts_level_the_loads(sizes, loads, unit):
+    """What is added goes to ranks that have less, up to one level that those have in common."""
+    cuts, after = _parts.cut(sizes, [4] * len(sizes), [unit] * len(sizes), loads)
+    given = [sum(its[r + 1] - its[r] for its in cuts) * 4 for r in range(len(loads))]
+    assert [a - b for a, b in zip(after, loads, strict=True)] == given
+    assert sum(given) == 4 * sum(sizes)
+    level = max((its for its, more in zip(after, given, strict=True) if more), default=0)
+    error = 2 * unit * 4
+    for its, more in zip(after, given, strict=True):
+        assert its >= level - error
+        assert not more or its <= min(after) + error
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -19,7 +19,7 @@ import re
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from math import prod
@@ -134,8 +134,13 @@ def _param(array: Array, dtype: str, order: list[int] | None) -> Array:
     return array if order is None else array.transpose(np.argsort(order))
 
 
-def write(path: StrPath, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -> None:
-    """Write a file, atomically.
+def write(
+    path: StrPath,
+    arrays: Mapping[str, Array],
+    meta: Mapping[str, Any],
+    settle: Callable[[], object] | None = None,
+) -> None:
+    """Write a file, atomically; with `settle`, which is called before it appears, unless it raises.
 
     Raises
     ------
@@ -152,7 +157,7 @@ def write(path: StrPath, arrays: Mapping[str, Array], meta: Mapping[str, Any]) -
     arrays, small = _join(arrays)
     text = json.dumps({"version": _VERSION, "small": small, **meta})
     try:
-        with _replacing(target) as file:
+        with _replacing(target, settle) as file:
             _WRITERS[target.suffix](file, arrays, text)
     except OSError as exc:  # a write to a full disk raises one that names no file
         raise OSError(exc.errno, exc.strerror, str(target)) from exc
@@ -411,8 +416,10 @@ def known(path: StrPath) -> Path:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
+def _replacing(path: Path, settle: Callable[[], object] | None = None) -> Iterator[IO[bytes]]:
     """Yield a temporary file; on success sync it and rename it to `path`, else remove it.
+
+    What `settle` raises, when it is complete and before the rename, counts as a failure.
 
     Symbolic links stay. A file that is read-only, or not a regular one, is refused.
     """
@@ -429,6 +436,8 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
             if os.name == "nt":  # Windows cannot rename an open file
                 file.close()
+            if settle is not None:
+                settle()
             temporary.replace(target)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from fusedopt._check import Array
 from fusedopt._parts import Comm
 
 _TAG = 17512  # of messages, which are the package's alone
+_SIGNALS = tuple(map(int, signal.valid_signals()))  # once: the call takes longer than all the rest
 
 
 class MPI:
@@ -113,7 +114,7 @@ class DeferredSignals:
     def __enter__(self) -> DeferredSignals:
         """Replace each handler by one that only notes the signal."""
         if self._wanted:
-            handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+            handlers = {number: signal.getsignal(number) for number in _SIGNALS}
             self._handlers = {number: its for number, its in handlers.items() if callable(its)}
             try:
                 for number in self._handlers:
@@ -164,7 +165,7 @@ def agree(
     BaseException
         The `fault`, on its rank.
     RuntimeError
-        On the others, with its message.
+        On the others, with its message; and if ranks are in different calls.
     ValueError
         Naming the line in which the texts of ranks differ.
     """
@@ -175,8 +176,14 @@ def agree(
     for rank, (text, _) in enumerate(every):
         if text is not None:
             raise RuntimeError(f"rank {rank} has failed, and {outcome}: {text}")
+    first = every[0][1] or {}
     for rank, (_, its) in enumerate(every):
-        for name, value in (every[0][1] or {}).items():
+        if (its or {}).keys() != first.keys():
+            raise RuntimeError(
+                f"ranks 0 and {rank} are in different calls, and nothing has changed: all ranks "
+                "call the same methods, in the same order"
+            )
+        for name, value in first.items():
             if its[name] != value:
                 lines = zip_longest(value.splitlines(), its[name].splitlines())
                 a, b = next(pair for pair in lines if pair[0] != pair[1])

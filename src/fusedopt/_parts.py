@@ -9,6 +9,7 @@ taken in the order of the ranks: they do not depend on the order in which messag
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,17 +41,35 @@ class Comm(Protocol):
 
 
 def cut(
-    sizes: Sequence[int], itemsizes: Sequence[int], units: Sequence[int], ranks: int
-) -> list[list[int]]:
-    """Return for each leaf the elements at which the parts of the ranks begin, and its end."""
+    sizes: Sequence[int], itemsizes: Sequence[int], units: Sequence[int], loads: Sequence[int]
+) -> tuple[list[list[int]], list[int]]:
+    """Cut leaves so that the ranks have as many bytes as each other, of these and of `loads`.
+
+    `loads` are the bytes that each rank has already. Return for each leaf the elements at which the
+    parts of the ranks begin, and its end; and what each rank has then.
+    """
     total = sum(n * width for n, width in zip(sizes, itemsizes, strict=True))
-    start, cuts = 0, []
+    borders = _borders(total, loads)
+    start, cuts, after = 0, [], list(loads)
     for n, width, unit in zip(sizes, itemsizes, units, strict=True):
-        places = [(total * rank // ranks - start) // width for rank in range(1, ranks)]
+        places = [(border - start) // width for border in borders]
         inner = [min(max(place + unit // 2, 0) // unit * unit, n) for place in places]
         cuts.append([0, *inner, n])
         start += n * width
-    return cuts
+        for rank in range(len(loads)):
+            after[rank] += (cuts[-1][rank + 1] - cuts[-1][rank]) * width
+    return cuts, after
+
+
+def _borders(total: int, loads: Sequence[int]) -> list[int]:
+    """Return where to cut `total` bytes, so that ranks of small load are filled to one level."""
+    rising = sorted(loads)
+    for n in range(1, len(loads) + 1):
+        level = total + sum(rising[:n])  # n times it: n is the number of ranks that it reaches
+        if n == len(loads) or level <= n * rising[n]:
+            break
+    sums = accumulate(max(0, level - n * load) for load in loads)
+    return [its // n for its in sums][:-1]
 
 
 def scaled(cuts: Sequence[int], per: int, total: int) -> list[int]:
@@ -75,6 +94,11 @@ class Mover:
         self._turns = max(map(len, self._buckets))
         size = (comm.size, 8 * BUCKET if comm.size > 1 else 0)
         self._out, self._in = np.empty(size, np.uint8), np.empty(size, np.uint8)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return self._out.nbytes + self._in.nbytes
 
     def _bucket(self, rank: int, turn: int) -> list[Segment]:
         return self._buckets[rank][turn] if turn < len(self._buckets[rank]) else []

@@ -19,6 +19,7 @@ import numpy as np
 
 from fusedopt import _checkpoint, _core, _parts
 from fusedopt._check import Array
+from fusedopt._disk import Disk
 from fusedopt.formats import FORMATS, Stored, flat, memory_order
 from fusedopt.rule import Options, Rule
 
@@ -234,13 +235,13 @@ def file_of(path: Path, rank: int, size: int) -> Path:
     return path.with_name(f"{path.stem}.{rank}-of-{size}{path.suffix}")
 
 
-def read(path: Path, params: Mapping[str, Array]) -> list[Source]:
-    """Read a file of the class itself."""
-    return [_named(path, partial(_read_whole, path, params))]
+def read(path: Path, params: Mapping[str, Array], disk: Disk | None) -> list[Source]:
+    """Read a file of the class itself; with `disk` its arrays are read as they are used."""
+    return [_named(path, partial(_read_whole, path, params, disk))]
 
 
 def read_by_rank(
-    path: Path, parts: Mapping[str, range], params: Mapping[str, Array]
+    path: Path, parts: Mapping[str, range], params: Mapping[str, Array], disk: Disk | None
 ) -> list[Source]:
     """Read the files of ranks, one after the other; return those that have elements of `parts`."""
     files = sorted(path.parent.glob(f"{glob.escape(path.stem)}.*-of-*{path.suffix}"))
@@ -255,7 +256,7 @@ def read_by_rank(
         )
     kept: list[Source] = []
     for file in files:
-        source, ranges = _named(file, partial(_read_part, file, params))
+        source, ranges = _named(file, partial(_read_part, file, params, disk))
         if kept and source["step"] != kept[0][0]["step"]:
             raise ValueError(f"{file}: of step {source['step']}, others {kept[0][0]['step']}")
         shared = (_common(parts[name], ranges[name]) for name in parts)
@@ -276,15 +277,21 @@ def _named(path: Path, load: Callable[[], Source]) -> Source:
         raise ValueError(text if text.startswith(str(path)) else f"{path}: {text}") from exc
 
 
-def _read_whole(path: Path, params: Mapping[str, Array]) -> Source:
-    return whole_source(_checkpoint.unpack(*_checkpoint.read(path)), params)
+def _read_whole(path: Path, params: Mapping[str, Array], disk: Disk | None) -> Source:
+    return whole_source(_checkpoint.unpack(*_checkpoint.read(path, disk)), params)
 
 
-def _read_part(path: Path, params: Mapping[str, Array]) -> Source:
-    arrays, meta = _checkpoint.read(path)
+def _read_part(path: Path, params: Mapping[str, Array], disk: Disk | None) -> Source:
+    arrays, meta = _checkpoint.read(path, disk)
     about = meta.get("parts")
     if not isinstance(about, dict) or about.keys() != params.keys():
-        raise ValueError("its parameters are not those of this optimizer")
+        about = about if isinstance(about, dict) else {}
+        missing = [name for name in params if name not in about]
+        unexpected = [name for name in about if name not in params]
+        raise ValueError(
+            "its parameters are not those of this optimizer; "
+            f"missing {missing[:3]}, unexpected {unexpected[:3]}"
+        )
     ranges = {}
     for name, (start, stop, shape, order) in about.items():
         mine, own = list(params[name].shape), memory_order(params[name])

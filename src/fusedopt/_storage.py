@@ -343,30 +343,29 @@ def _take(form: str, arrays: Any) -> Array | Stored:
     return Stored(form, data, None if FORMATS[form][1] is None else next(arrays))
 
 
-def memory(
+def kept(
     params: Sequence[Array | Stored],
     states: Sequence[Sequence[Array | Stored | None]],
     state_names: Sequence[str],
-    grad_itemsize: int | None,
-) -> dict[str, dict[str, float]]:
-    """See `Optimizer.memory`."""
-    kept: dict[str, int] = {"param": 0}
-    grad = 0
+) -> dict[str, int]:
+    """Return the bytes of parameters, of their residual bits and of each state."""
+    found: dict[str, int] = {"param": 0}
     for param, arrays in zip(params, states, strict=True):
-        data = param.data if isinstance(param, Stored) else param
-        kept["param"] += data.nbytes
-        grad += data.size * (grad_itemsize or data.itemsize)
+        found["param"] += (param.data if isinstance(param, Stored) else param).nbytes
         if isinstance(param, Stored) and param.extra is not None:
-            kept["residual"] = kept.get("residual", 0) + param.extra.nbytes
+            found["residual"] = found.get("residual", 0) + param.extra.nbytes
         for name, array in zip(state_names, arrays, strict=True):
             if array is not None:
-                kept[name] = kept.get(name, 0) + array.nbytes
-    size = max(1, sum(prod(param.shape) for param in params))
+                found[name] = found.get(name, 0) + array.nbytes
+    return found
+
+
+def memory(rows: Mapping[str, tuple[int, int]], size: int) -> dict[str, dict[str, float]]:
+    """Return the table of `Optimizer.memory` from bytes, resident and moved, of `size` elements."""
     table = {
-        name: {"resident": nbytes / size, "moved": 2 * nbytes / size}
-        for name, nbytes in kept.items()
+        name: {"resident": kept / max(1, size), "moved": moved / max(1, size)}
+        for name, (kept, moved) in rows.items()
     }
-    table["grad"] = {"resident": 0.0, "moved": grad / size}
     table["total"] = {
         column: sum(row[column] for row in table.values()) for column in ("resident", "moved")
     }

@@ -30,6 +30,7 @@ from fusedopt import (
     _options,
     _parts,
     _shards,
+    _storage,
     _threads,
     _tree,
 )  # fmt: skip
@@ -38,8 +39,9 @@ from fusedopt._comms import MPI, DeferredSignals, TorchDistributed, agree, comm_
 from fusedopt._options import Reduction, StepResult
 from fusedopt._parts import Comm
 from fusedopt._rows import Rows
+from fusedopt._spread import Named, Parts, Spread
 from fusedopt.accumulate import GradAccumulator
-from fusedopt.formats import Stored, flat, memory_order
+from fusedopt.formats import flat, memory_order
 from fusedopt.optimizer import Optimizer
 from fusedopt.rule import Options, Rule
 
@@ -114,62 +116,42 @@ class Sharded:
         if wire_dtype not in (None, "bfloat16"):
             raise ValueError(f"wire_dtype: expected None or 'bfloat16', got {wire_dtype!r}")
         self._wire: str = wire_dtype or ""
-        groups = params if _tree.is_groups(params) else None
-        roots = [("params", params)] if groups is None else [
-            (f"params[{i}]['params']", group["params"]) for i, group in enumerate(groups)
-        ]  # fmt: skip
-        named = [pair for root in roots for pair in _tree.leaves(*root)]
-        names = [name for name, _ in named]
-        self._params = [_whole(name, param) for name, param in named]
-        units = _units(cls.rule, options, groups or [])
-        size, rank = self._comm.size, self._comm.rank
-        self._is_cut = not cls.rule.needs_whole
-        self._cuts = _parts.cut(
-            [param.size for param in self._params],
-            [param.itemsize for param in self._params],
-            [units or max(1, param.size) for param in self._params],
-            size,
-        )
-        self._whole = _arrays.ArrayList("add", ())  # for checks: all leaves, without state
-        grads = [_grad_name(name, groups is not None) for name in names]
-        none = [None] * len(names)
-        self._whole.add(names, grads, self._params, [[]] * len(names), none, 0, False, 1)
+        self._spread = Spread(self._comm, not cls.rule.needs_whole)
+        self._whole = self._spread.whole
         self._inner: Optimizer = cls.__new__(cls)
-        self._inner._parts = {
-            name: (self._part(i, param), self._cuts[i][rank], param.size)
-            for i, (name, param) in enumerate(zip(names, self._params, strict=True))
-        }
-        cls.__init__(self._inner, params, **options)
-        self._mover = _parts.Mover(self._comm, self._cuts)
-        self._sums: list[Array] | None = None
 
-    def _described(self) -> dict[str, str]:
-        """Return what must be equal on all ranks."""
+        def begin(parts: Parts) -> None:
+            self._inner._parts = parts
+            cls.__init__(self._inner, params, **options)
+
+        if _tree.is_groups(params):
+            leaves = [_leaves(i, group["params"]) for i, group in enumerate(params)]
+            unit = _unit(cls.rule, options, *params)
+        else:
+            leaves, unit = [_leaves(None, params)], _unit(cls.rule, options)
+        self._spread.add(sum(leaves, []), unit, begin)
+        self._spread.mover = self._spread.plan()
+
+    def _described(self, *new: Options) -> dict[str, str]:
+        """Return what must be equal on all ranks; `new` are options of groups that are added."""
         about = [
             f"{name} {param.dtype} {param.shape}, strides {param.strides}"
-            for name, param in zip(self._whole.names, self._params, strict=True)
+            for name, param in zip(self._whole.names, self._spread.params, strict=True)
         ]
         return {
             "cls": self._inner._class_name(),
             "wire_dtype": self._wire,
             "params": "\n".join(about),
-            "options": self._group_options(),
+            "options": self._group_options(*new),
             "state_dir": "none" if self._inner._disk is None else "a folder",
         }
 
-    def _group_options(self) -> str:
+    def _group_options(self, *new: Options) -> str:
         return "\n".join(
             f"{name}={'a schedule' if callable(value) else value!r}"
-            for group in self._inner._groups
-            for name, value in group.options.items()
+            for options in (*(group.options for group in self._inner._groups), *new)
+            for name, value in options.items()
         )
-
-    def _part(self, leaf: int, array: Array) -> Array:
-        """Return this rank's part of an array that lies as a leaf does, as a view."""
-        low, high = self._cuts[leaf][self._comm.rank :][:2]
-        if self._is_cut:
-            return flat(array)[low:high]
-        return array if low < high else array.reshape(array.shape or (1,))[:0]
 
     def _together(
         self,
@@ -191,10 +173,89 @@ class Sharded:
         agree(self._comm, fault, about)
         return value  # type: ignore[no-any-return]
 
+    def _settled(
+        self, act: Callable[[Callable[..., None]], object], signals: DeferredSignals
+    ) -> None:
+        """Call `act(settle)`, which calls `settle` when nothing more can fail.
+
+        There the ranks agree: what one raises before raises on all, and so do texts that differ.
+        """
+        is_alone = True
+
+        def settle(said: Mapping[str, str] | None = None) -> None:
+            nonlocal is_alone
+            signals.check()
+            is_alone = False
+            agree(self._comm, None, said)
+
+        try:
+            act(settle)
+        except BaseException as exc:
+            if is_alone:
+                agree(self._comm, exc)
+            raise
+
     def _deferring(self) -> DeferredSignals:
         return DeferredSignals(self._comm.size > 1)
 
     # -------------------------------------------------------------- what there is
+
+    def add_param_group(self, group: Mapping[str, Any]) -> None:
+        """Add parameters with options of their own, the same on all ranks.
+
+        The parts of other leaves stay where they are. The new leaves are cut so that ranks have
+        about equally much of all.
+
+        Parameters
+        ----------
+        group : dict
+            As for `Optimizer.add_param_group`; no `Stored`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `Optimizer.add_param_group`; and naming what is not the same on all ranks.
+        RuntimeError
+            With the message of another rank that cannot add the group.
+        """
+        inner, mover = self._inner, self._spread.mover
+
+        def add(settle: Callable[[Mapping[str, str]], None]) -> None:
+            leaves, unit = [], _core.TILE
+            if isinstance(group, Mapping) and "params" in group:  # else the class refuses it
+                leaves = _leaves(len(inner._groups), group["params"])
+                unit = _unit(inner.rule, inner.defaults, group)
+
+            def plan(options: Options) -> None:
+                nonlocal mover
+                mover = self._spread.plan()
+                settle(self._described(options))
+
+            def begin(parts: Parts) -> None:
+                before = inner._parts
+                inner._parts = {**(before or {}), **parts}
+                try:
+                    with inner._work:
+                        inner._add_param_group(group, plan)
+                except BaseException:
+                    inner._parts = before
+                    raise
+
+            self._spread.add(leaves, unit, begin)
+
+        with self._whole, DeferredSignals(True) as signals:
+            self._settled(add, signals)
+            self._spread.mover = mover
+
+    @property
+    def rule(self) -> Rule:
+        """The rule of the class."""
+        return self._inner.rule
+
+    @property
+    def defaults(self) -> Options:
+        """The options of a group that gives none."""
+        return self._inner.defaults
 
     @property
     def param_groups(self) -> list[Options]:
@@ -209,15 +270,38 @@ class Sharded:
     @property
     def parts(self) -> dict[str, range]:
         """The elements of each leaf, in memory order, that are this rank's part."""
-        rank = self._comm.rank
-        return {
-            name: range(*cuts[rank : rank + 2])
-            for name, cuts in zip(self._whole.names, self._cuts, strict=True)
-        }
+        return self._spread.ranges()
+
+    def memory(self, grad_itemsize: int | None = None) -> dict[str, dict[str, float]]:
+        """Return bytes on this rank per parameter of all ranks; it needs no other rank.
+
+        Parameters
+        ----------
+        grad_itemsize : int, optional
+            Bytes of an element of the gradients; by default those of the parameters.
+
+        Returns
+        -------
+        dict
+            As of `Optimizer.memory`. The residual bits and the state are those of this rank's part.
+            ``param`` are the whole parameters, of which a step reads the part and writes all;
+            ``grad`` the whole gradients, which are read once. With more ranks than one, ``sums``
+            is the part of the gradients' sums, kept from the first step on, and ``buffers`` what
+            data goes through on its way to other ranks, which does not count as moved.
+        """
+        params, kept = self._spread.params, self._inner._kept()
+        whole = sum(param.nbytes for param in params)
+        rows = {name: (size, 2 * size) for name, size in kept.items()}
+        rows["param"] = whole, kept["param"] + whole
+        rows["grad"] = 0, sum(param.size * (grad_itemsize or param.itemsize) for param in params)
+        if self._comm.size > 1:
+            sums = self._spread.sum_bytes()
+            rows |= {"sums": (sums, 2 * sums), "buffers": (self._spread.mover.nbytes, 0)}
+        return _storage.memory(rows, sum(param.size for param in params))
 
     def __repr__(self) -> str:
         """Say what is sharded, and over how many ranks."""
-        total = sum(param.size for param in self._params)
+        total = sum(param.size for param in self._spread.params)
         own = sum(map(len, self.parts.values()))
         return (
             f"Sharded({self._inner._class_name()}, {total:,} elements, {own:,} of them on rank "
@@ -257,7 +341,7 @@ class Sharded:
     def _step(
         self, grads: Any, copy_out: Any, given: Options, signals: DeferredSignals
     ) -> StepResult:
-        inner, mover, size = self._inner, self._mover, self._comm.size
+        inner, mover, size = self._inner, self._spread.mover, self._comm.size
         sources: list[Array | None] = []
         sums: list[Array | None] = []
         has_begun, is_alone = False, True  # whether the others do not know of an exception
@@ -299,27 +383,32 @@ class Sharded:
             taken = [
                 None if grad is None else _check.gradient(name, grad, param)
                 for name, grad, param in zip(
-                    self._whole.grad_names, whole, self._params, strict=True
+                    self._whole.grad_names, whole, self._spread.params, strict=True
                 )
             ]
             sources += [None if grad is None else flat(grad) for grad in taken]
-            sums += self._own_sums(taken)
+            sums += self._spread.sums(taken)
             pieces = None
             if copies is not None:
                 pieces = [
-                    None if copy is None else self._part(i, copy) for i, copy in enumerate(copies)
+                    None if copy is None else self._spread.part(i, copy)
+                    for i, copy in enumerate(copies)
                 ]
             reduction = None if size == 1 else _Sums(begin, add, partial(add, most=True))
-            scaled = replace(how, grad_scale=how.grad_scale / size, zero_grads=False)
+            if size > 1:  # the gradients of the inner step are sums
+                its = replace(how, grad_scale=how.grad_scale / size, zero_grads=False)
+            else:
+                its = how if accumulator is None else replace(how, zero_grads=True)
             bare = inner._bare and len(inner._groups) == 1
             nothing: Any = None if bare else [None] * len(inner._groups)
             result = inner._work.step(
                 lambda own: (own, inner._prepare(nothing)[1]),
                 sums,
                 _threads.of(inner._threads),
-                scaled,
+                its,
                 pieces,
                 reduction,
+                accumulator._work if accumulator is not None and size == 1 else None,
             )
         except BaseException as exc:
             if size > 1 and is_alone:
@@ -328,21 +417,23 @@ class Sharded:
                 else:
                     agree(self._comm, exc)
             raise
-        if size > 1:
-            agree_on_disk()
-            if not result.skipped:
-                mover.gather(
-                    [
-                        None if grad is None else flat(self._part(i, self._params[i]))
-                        for i, grad in enumerate(taken)
-                    ],
-                    [flat(param) for param in self._params],
-                )
-            if copies is not None and pieces is not None:
-                mover.gather(
-                    [None if piece is None else flat(piece) for piece in pieces],
-                    [None if copy is None else flat(copy) for copy in copies],
-                )
+        if size == 1:
+            return result
+        agree_on_disk()
+        spread = self._spread
+        if not result.skipped:
+            mover.gather(
+                [
+                    None if grad is None else flat(spread.part(i, spread.params[i]))
+                    for i, grad in enumerate(taken)
+                ],
+                [flat(param) for param in spread.params],
+            )
+        if copies is not None and pieces is not None:
+            mover.gather(
+                [None if piece is None else flat(piece) for piece in pieces],
+                [None if copy is None else flat(copy) for copy in copies],
+            )
         if accumulator is not None:
             accumulator.zero()
         elif how.zero_grads:
@@ -369,22 +460,6 @@ class Sharded:
                 disk.lost = disk.lost or exc
             raise
 
-    def _own_sums(self, grads: Sequence[Array | None]) -> list[Array | None]:
-        """Return where this rank's part of the gradients' sums goes, None without a gradient."""
-        if self._comm.size == 1:
-            return [None if grad is None else self._part(i, grad) for i, grad in enumerate(grads)]
-        if self._sums is None:
-            parts = [self._part(i, param) for i, param in enumerate(self._params)]
-            self._sums = [
-                np.empty_like(
-                    part, np.float64 if part.dtype == np.float64 else np.float32, subok=False
-                )
-                for part in parts
-            ]
-        return [
-            None if grad is None else total for total, grad in zip(self._sums, grads, strict=True)
-        ]
-
     def _said(
         self,
         sources: Sequence[Array | None],
@@ -410,7 +485,10 @@ class Sharded:
             return self._named(self._gathered(by_leaf, signals))
 
     def swap_ema(self) -> AbstractContextManager[None]:
-        """Put the averages in the place of the parameters for a block; see `Optimizer`."""
+        """Put the averages in the place of the parameters for a block; see `Optimizer`.
+
+        All ranks have such a block, and make no other call of the optimizer within it.
+        """
 
         def show() -> list[Array | None]:
             with self._deferring() as signals:
@@ -437,11 +515,11 @@ class Sharded:
         wholes = self._together(
             lambda: [
                 None if part is None else np.empty_like(param, part.dtype, subok=False)
-                for part, param in zip(parts, self._params, strict=True)
+                for part, param in zip(parts, self._spread.params, strict=True)
             ],
             signals=signals,
         )
-        self._mover.gather(
+        self._spread.mover.gather(
             [None if part is None else flat(part) for part in parts],
             [None if whole is None else flat(whole) for whole in wholes],
         )
@@ -471,13 +549,13 @@ class Sharded:
                 self._inner.rule,
                 [group.options for group in self._inner._groups for _ in group.leaves],
                 found["state"],
-                self._params,
-                self._cuts,
+                self._spread.params,
+                self._spread.cuts,
                 has_wholes,
             )
 
         found, parts = self._together(allocate, signals=signals)
-        self._mover.gather(parts.parts, parts.wholes, parts.cuts, root)
+        self._spread.mover.gather(parts.parts, parts.wholes, parts.cuts, root)
         return found | {"state": parts.state}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *, convert: bool = False) -> None:
@@ -490,11 +568,8 @@ class Sharded:
         """
         with self._whole, self._deferring() as signals:
             self._load(
-                lambda: [_shards.whole_source(state_dict, self._named_params())], convert, signals
+                lambda: [_shards.whole_source(state_dict, self._spread.named())], convert, signals
             )
-
-    def _named_params(self) -> dict[str, Array]:
-        return dict(zip(self._whole.names, self._params, strict=True))
 
     def _load(
         self,
@@ -511,13 +586,15 @@ class Sharded:
             _check.optional(_check.flag)("params", params)
             sources = read()
             try:
-                given = _shards.part_of(sources, inner.rule, inner.state, self.parts, self._is_cut)
+                given = _shards.part_of(
+                    sources, inner.rule, inner.state, self.parts, self._spread.is_cut
+                )
                 own = given.pop("params", None)
                 if params and own is None:
                     raise ValueError("has no parameters; it was saved without params=True")
                 pairs, step, *rest = inner._fit_state_dict(given, convert)
                 if own is not None and params is not False:
-                    pairs += _fitting.fit_params(self._whole.names, self._params, own)
+                    pairs += _fitting.fit_params(self._whole.names, self._spread.params, own)
                 return pairs, step, *rest
             except (TypeError, ValueError) as exc:
                 if not path:
@@ -544,8 +621,10 @@ class Sharded:
             Write the parameters too; not with `by_rank`, as all ranks have the same.
         by_rank : bool, default False
             Let each rank write its part, to ``<path without ending>.<rank>-of-<ranks><ending>``, in
-            a folder that all ranks see when they load. A save to the same path that is killed may
-            leave files of two steps, which `load` refuses: use another path for each save.
+            a folder that all ranks see when they load. With `state_dir` this alone needs no memory
+            for the whole state. The files replace older ones when all are written; a save to the
+            same path that is killed at that moment may leave files of two steps, which `load`
+            refuses: use another path for each save.
 
         Raises
         ------
@@ -569,24 +648,29 @@ class Sharded:
             rank, size = self._comm.rank, self._comm.size
             if by_rank:
 
-                def write() -> None:
+                def write_part(settle: Callable[..., None]) -> None:
                     arrays, meta = _checkpoint.pack(self._inner.state_dict())
                     about = {
                         name: [its.start, its.stop, list(param.shape), memory_order(param)]
-                        for (name, its), param in zip(self.parts.items(), self._params, strict=True)
+                        for (name, its), param in zip(
+                            self.parts.items(), self._spread.params, strict=True
+                        )
                     }
                     target = _shards.file_of(Path(path), rank, size)
-                    _checkpoint.write(target, arrays, meta | {"parts": about})
+                    _checkpoint.write(target, arrays, meta | {"parts": about}, settle)
+
+                def write() -> None:
+                    self._settled(write_part, signals)
 
             else:
                 whole = self._collected(0, signals)
 
                 def write() -> None:
                     if rank == 0:
-                        own = self._named_params() if params else None
-                        _checkpoint.write(path, *_checkpoint.pack(whole, own))
+                        own = self._spread.named() if params else None
+                        _checkpoint.write(path, *_checkpoint.pack(whole, own), signals.check)
 
-            self._together(write, signals=signals)
+            self._together(write)  # a signal that comes when files are there changes no outcome
 
     def load(
         self,
@@ -613,9 +697,10 @@ class Sharded:
         """
 
         def read() -> list[_shards.Source]:
+            named, disk = self._spread.named(), self._inner._disk
             if _check.flag("by_rank", by_rank):
-                return _shards.read_by_rank(Path(path), self.parts, self._named_params())
-            return _shards.read(Path(path), self._named_params())
+                return _shards.read_by_rank(Path(path), self.parts, named, disk)
+            return _shards.read(Path(path), named, disk)
 
         with self._whole, self._deferring() as signals:
             self._load(read, convert, signals, path, params)
@@ -637,39 +722,30 @@ class _Sums(Reduction):
         self._begin()
 
 
-def _whole(name: str, param: Any) -> Array:
-    if isinstance(param, Stored):
-        raise TypeError(f"{name}: Sharded takes arrays; pass the bfloat16 array and master_bits")
-    checked = _check.parameter(name, param)
-    return checked.data if isinstance(checked, Stored) else checked
+def _leaves(group: int | None, tree: Any) -> list[Named]:
+    """Return the leaves of a group, with the names that `Optimizer` gives them."""
+    where = "" if group is None else f"[{group}]"
+    root = f"params{where}['params']" if where else "params"
+    grads = [name for name, _ in _tree.leaves(f"grads{where}", tree)]
+    named = zip(_tree.leaves(root, tree), grads, strict=True)
+    return [(name, grad, leaf) for (name, leaf), grad in named]
 
 
-def _grad_name(name: str, has_groups: bool) -> str:
-    """Return the name of the gradient of a leaf, as `Optimizer` has it."""
-    inner = name.removeprefix("params")
-    if has_groups:
-        number, _, inner = inner.partition("['params']")
-        inner = number + inner
-    return "grads" + inner
-
-
-def _units(rule: Rule, options: Options, groups: Sequence[Mapping[str, Any]]) -> int:
-    """Return the number at whose multiples leaves are cut; 0 if they are not cut.
+def _unit(rule: Rule, *options: Mapping[str, Any]) -> int:
+    """Return the number at whose multiples leaves are cut, if they may be, for options of groups.
 
     It is a multiple of a tile, so that blocks, noise and sums are as in the whole leaf, and of the
     distance of samples.
     """
-    if rule.needs_whole:
-        return 0
-    for state in rule.states:
-        if any(state.is_by_row(its) for its in (options, *groups)):
-            raise ValueError(
-                f"{state.by_row}: keeps a number for each row, and Sharded cuts parameters within "
-                "rows; leave it out, or step whole parameters on each rank"
-            )
     unit = _core.TILE
-    for name in rule.fixed:
-        for its in (options, *groups):
+    for its in options:
+        for state in rule.states:
+            if state.is_by_row(its):
+                raise ValueError(
+                    f"{state.by_row}: keeps a number for each row, and Sharded cuts parameters "
+                    "within rows; leave it out, or step whole parameters on each rank"
+                )
+        for name in rule.fixed:
             every = its.get(name, 1)
             if isinstance(every, int) and every > 0:  # the class refuses all others
                 unit = lcm(unit, every)

@@ -186,7 +186,10 @@ class Optimizer:
         with self._work:
             self._add_param_group(group)
 
-    def _add_param_group(self, group: Mapping[str, Any]) -> None:
+    def _add_param_group(
+        self, group: Mapping[str, Any], settle: Callable[[Options], None] | None = None
+    ) -> None:
+        """Add a group; or none, if `settle` raises, the last that can fail: it gets the options."""
         number = len(self._groups)
         self._check_groups()
         where = "" if self._bare and number == 0 else f"params[{number}]"
@@ -219,9 +222,15 @@ class Optimizer:
         made = _groups.Group(tree, _tree.reader(tree), nodes, leaves, self.rule.uses(options))
         made.note(self.rule, shown, options)
         known, threads = [*self._groups, made], _threads.of(self._threads)
-        begin = partial(
-            _storage.begin_all, names, stored, states, self.rule, first, leaves.start, origins
-        )
+        is_settled = False  # which the number of leaves does not say of a group without any
+
+        def begin() -> None:
+            nonlocal is_settled
+            _storage.begin_all(names, stored, states, self.rule, first, leaves.start, origins)
+            if settle is not None:
+                settle(options)
+            is_settled = True
+
         self._has_new_options = True
         self.param_groups.append(shown)
         try:
@@ -229,7 +238,7 @@ class Optimizer:
                 names, grads, stored, states, layouts, number, True, threads, begin, origins
             )
         finally:  # a signal's exception may come right after the call; nothing here can fail
-            if len(self._work) == leaves.stop:
+            if is_settled and len(self._work) == leaves.stop:
                 self._groups, self._plans = known, None
                 self._reader = made.reader if self._bare and number == 0 else None
             else:
@@ -300,7 +309,14 @@ class Optimizer:
             written by a step that finds nothing in the cache. Gradients are the caller's and count
             as moved only.
         """
-        return _storage.memory(self._work.stored, self._work.states, self.rule.slots, grad_itemsize)
+        params = self._work.params
+        grads = sum(param.size * (grad_itemsize or param.itemsize) for param in params)
+        rows = {name: (size, 2 * size) for name, size in self._kept().items()}
+        return _storage.memory(rows | {"grad": (0, grads)}, sum(param.size for param in params))
+
+    def _kept(self) -> dict[str, int]:
+        """Return the bytes of the parameters, their residual bits and each state."""
+        return _storage.kept(self._work.stored, self._work.states, self.rule.slots)
 
     def __repr__(self) -> str:
         """Name, options of the groups, and size."""

@@ -11,6 +11,7 @@ from fusedopt._ieee import ieee
 
 if TYPE_CHECKING:
     from fusedopt._options import StepResult
+    from fusedopt.mpi import Sharded
     from fusedopt.optimizer import Optimizer
 
 
@@ -70,15 +71,16 @@ class GradScaler:
         if self.backoff_factor >= 1:
             raise ValueError(f"backoff_factor: must be < 1, got {backoff_factor}")
         self._good = 0
-        self._stepped: list[tuple[Optimizer, bool]] = []  # since the last update; whether skipped
+        # since the last update; whether skipped
+        self._stepped: list[tuple[Optimizer | Sharded, bool]] = []
 
     @ieee
-    def step(self, optimizer: Optimizer, grads: Any, **options: Any) -> StepResult:
+    def step(self, optimizer: Optimizer | Sharded, grads: Any, **options: Any) -> StepResult:
         """Step with gradients of the scaled loss; `update` adapts the scale afterwards.
 
         Parameters
         ----------
-        optimizer : Optimizer
+        optimizer : Optimizer or mpi.Sharded
         grads
             As for `Optimizer.step`: gradients of ``scale * loss``.
         **options
