@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -412,6 +413,20 @@ def command(*arguments: Any) -> subprocess.CompletedProcess[str]:
         except SystemExit as exc:
             status = exc.code
     return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
+
+
+def swapped(opt: Any, flags: Callable[[int], tuple[str, int]]) -> Callable[[], None]:
+    """Exchange the file of the state for another view of it; return what undoes that."""
+    number = opt._disk._file.fileno()
+    kept, other = os.dup(number), os.open(*flags(number))
+    os.dup2(other, number)
+    os.close(other)
+
+    def undo() -> None:
+        os.dup2(kept, number)
+        os.close(kept)
+
+    return undo
 
 
 SPLIT = 400_000  # elements: enough to be split over threads

@@ -14,7 +14,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import ALL_STEP_OPTIONS, EVERY_CLASS, assert_same
+from cases import ALL_STEP_OPTIONS, EVERY_CLASS, assert_same, swapped
 
 import fusedopt
 from fusedopt import _core, _disk, _storage, reference
@@ -340,20 +340,6 @@ def test_a_limit_of_the_system(tmp_path):
             print("refused")
         """)
     assert done.stdout == "refused\n", done
-
-
-def swapped(opt, flags):
-    """Exchange the file of the state for another view of it; return what undoes that."""
-    number = opt._disk._file.fileno()
-    kept, other = os.dup(number), os.open(*flags(number))
-    os.dup2(other, number)
-    os.close(other)
-
-    def undo():
-        os.dup2(kept, number)
-        os.close(kept)
-
-    return undo
 
 
 @pytest.mark.parametrize("cls", [fusedopt.Adam, fusedopt.LAMB, fusedopt.Prodigy])

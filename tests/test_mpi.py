@@ -68,18 +68,14 @@ def mpi(world, folder, *scenarios):
 
 
 @pytest.mark.slow("starts MPI's processes")
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_ranks(world, tmp_path):
-    """On four ranks what depends on how many there are, as they take turns on few CPUs."""
-    of_all = ("step_options", "mixed", "faults", "disks", "parts")
-    mpi(world, tmp_path, *(SCENARIOS if world < 4 else of_all))
+def test_ranks(tmp_path):
+    """One rank and four load what two have saved.
 
-
-@pytest.mark.slow("starts MPI's processes")
-def test_checkpoints_on_other_numbers_of_ranks(tmp_path):
-    mpi(2, tmp_path, "save", "load")
-    mpi(4, tmp_path, "load")
-    mpi(1, tmp_path, "load")
+    On four ranks also what depends on how many there are, as they take turns on few CPUs.
+    """
+    mpi(2, tmp_path, "save", "load", *SCENARIOS)
+    mpi(4, tmp_path, "load", "step_options", "mixed", "faults", "disks", "parts")
+    mpi(1, tmp_path, "load", *SCENARIOS)
 
 
 def test_torch_distributed(tmp_path):
