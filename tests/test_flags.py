@@ -30,8 +30,9 @@ def is_gcc():
 def compile_with(source, flags):
     """Whether a file of the library compiles with some flags, and the compiler's first error."""
     command = [
-        "cc", "-std=c11", "-O3", "-fsyntax-only", "-Wfatal-errors", *flags.split(), "-ffp-contract=off",
-        "-fno-math-errno", "-fno-trapping-math", "-D_DEFAULT_SOURCE", "-DFO_ISA=any", source,
+        "cc", "-std=c11", "-O3", "-fsyntax-only", "-Wfatal-errors", *flags.split(),
+        "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-D_DEFAULT_SOURCE",
+        "-DFO_ISA=any", source,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.returncode == 0, done.stderr

@@ -37,6 +37,7 @@ except BaseException as exc:  # NumPy, and CPython where it makes a class, raise
     print("interrupted")
 """
 
+
 def run(code, **kwargs):
     """The result of a fresh interpreter, which must not be ended by a signal other than SIGINT."""
     command = [sys.executable, "-c", code]
