@@ -473,7 +473,7 @@ def test_guide_runs():
 
 
 @pytest.mark.slow("trains a network")
-def test_example_trains_alike_by_rows():
+def test_example_trains_alike_by_rows(one_blas_thread):
     """bench/embeddings.py: the same losses, to the bit, by rows and by dense gradients."""
     path = Path(__file__).parent.parent / "bench" / "embeddings.py"
     spec = importlib.util.spec_from_file_location("embeddings", path)
