@@ -61,9 +61,14 @@ def pytest_collection_finish():
             torch.ones(1, dtype=dtype).sqrt()
 
 
+@pytest.fixture(scope="session")
+def thread_pools():
+    """The libraries that have threads, searched for once: a search takes 3 ms."""
+    return pytest.importorskip("threadpoolctl").ThreadpoolController()
+
+
 @pytest.fixture
-def one_blas_thread():
+def one_blas_thread(thread_pools):
     """Products of small matrices take long where busy processes keep BLAS's threads waiting."""
-    threadpoolctl = pytest.importorskip("threadpoolctl")
-    with threadpoolctl.threadpool_limits(1, user_api="blas"):
+    with thread_pools.limit(limits=1, user_api="blas"):
         yield
