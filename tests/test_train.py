@@ -53,11 +53,16 @@ LEAST = {"lion": 88, "muon": 88, "adafactor": 96, "lamb": 96, "lars": 96, "yogi"
             (["--optimizer", name, "--epochs", str(EPOCHS.get(name, SHORT))], LEAST.get(name, 92))
             for name in train.OPTIMIZERS
         ],
-        (["--optimizer", "lars", "--momentum", "0", "--lr", "10", "--l2", "1e-3"], 95),
-        (["--optimizer", "sgd", "--momentum", "0.5", "--l1", "1e-5", "--l2", "1e-4"], 95),
+        *[
+            (words + ["--epochs", str(SHORT)], 90)
+            for words in (
+                ["--optimizer", "lars", "--momentum", "0", "--lr", "10", "--l2", "1e-3"],
+                ["--optimizer", "sgd", "--momentum", "0.5", "--l1", "1e-5", "--l2", "1e-4"],
+                ["--warmup", "50", "--batch-size", "64"],
+                ["--optimizer", "sgd", "--momentum", "0.9", "--lr", "0.1"],
+            )
+        ],
         *[(["--schedule", name, "--epochs", "3"], 90) for name in train.SCHEDULES],
-        (["--warmup", "50", "--batch-size", "64"], 95),
-        (["--optimizer", "sgd", "--momentum", "0.9", "--lr", "0.1"], 95),
         (["--data", "iris", "--epochs", "30"], 90),
         (["--data", "wine"], 95),
         (["--data", "breast_cancer"], 93),
