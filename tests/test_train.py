@@ -42,7 +42,10 @@ def test_defaults_reach_96_percent(capsys, seed):
 
 SHORT = 4  # epochs: less than the default 10, and enough to see that a rate is right
 EPOCHS = {"rprop": 30, "gd": 60}  # of one step; SHORT for others
-LEAST = {"lion": 88, "muon": 88, "adafactor": 96, "lamb": 96, "lars": 96, "yogi": 96}  # or 92%
+LEAST = {  # per cent; 94 for others
+    "adafactor": 96, "gd": 92, "lamb": 96, "lars": 96, "lion": 88, "muon": 88, "radam": 92,
+    "signsgd": 92, "yogi": 96,
+}  # fmt: skip
 
 
 @pytest.mark.slow("trains networks")
@@ -50,7 +53,7 @@ LEAST = {"lion": 88, "muon": 88, "adafactor": 96, "lamb": 96, "lars": 96, "yogi"
     ("options", "least"),
     [
         *[
-            (["--optimizer", name, "--epochs", str(EPOCHS.get(name, SHORT))], LEAST.get(name, 92))
+            (["--optimizer", name, "--epochs", str(EPOCHS.get(name, SHORT))], LEAST.get(name, 94))
             for name in train.OPTIMIZERS
         ],
         *[
