@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
+import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
@@ -396,6 +399,34 @@ def isa(name: str) -> Iterator[None]:
         yield
     finally:
         _core.select_isa(before)
+
+
+def command(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command of fusedopt in this process: its imports take longer than most commands."""
+    from fusedopt import cli
+
+    words = list(map(str, arguments))
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            status = cli.main(words)
+        except SystemExit as exc:
+            status = exc.code
+    return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
+
+
+def swapped(opt: Any, flags: Callable[[int], tuple[str, int]]) -> Callable[[], None]:
+    """Exchange the file of the state for another view of it; return what undoes that."""
+    number = opt._disk._file.fileno()
+    kept, other = os.dup(number), os.open(*flags(number))
+    os.dup2(other, number)
+    os.close(other)
+
+    def undo() -> None:
+        os.dup2(kept, number)
+        os.close(kept)
+
+    return undo
 
 
 SPLIT = 400_000  # elements: enough to be split over threads

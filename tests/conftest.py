@@ -5,7 +5,10 @@ several threads: a first `sqrt` there may compute one thread's share to 12 bits,
 processes (pytorch/pytorch#188792). A first call of one element in one thread makes the choice for
 all.
 
-Steps use threads that are asleep or late too, so that threads are tested on any machine.
+Steps use threads that are asleep or late too, so that threads are tested on any machine. OpenMP's
+threads sleep as soon as they have no work. By default they look for more for some milliseconds, on
+CPUs that tests in other processes need: on two busy ones, tests of many small steps took five times
+as long. An OMP_WAIT_POLICY in the environment is kept.
 
 A shell starts background jobs with SIGINT ignored, and children inherit that, so the tests that
 interrupt themselves or a child would wait for ever. With a handler here, children have the default.
@@ -22,7 +25,9 @@ from collections import defaultdict
 
 import pytest
 
-from fusedopt import _core
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read as the library is loaded
+
+from fusedopt import _core  # noqa: E402
 
 os.environ.setdefault("KERAS_BACKEND", "torch")  # Keras reads it as it is imported
 
@@ -56,9 +61,14 @@ def pytest_collection_finish():
             torch.ones(1, dtype=dtype).sqrt()
 
 
+@pytest.fixture(scope="session")
+def thread_pools():
+    """The libraries that have threads, searched for once: a search takes 3 ms."""
+    return pytest.importorskip("threadpoolctl").ThreadpoolController()
+
+
 @pytest.fixture
-def one_blas_thread():
+def one_blas_thread(thread_pools):
     """Products of small matrices take long where busy processes keep BLAS's threads waiting."""
-    threadpoolctl = pytest.importorskip("threadpoolctl")
-    with threadpoolctl.threadpool_limits(1, user_api="blas"):
+    with thread_pools.limit(limits=1, user_api="blas"):
         yield

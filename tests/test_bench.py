@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import command
 
 import fusedopt
 from fusedopt import _core, cli
@@ -23,12 +24,20 @@ from fusedopt.bench.recording import Entry, Recording
 COMMAND = [sys.executable, "-m", "fusedopt", "bench"]
 
 
-def run(*arguments, command=COMMAND, before=None):
-    """Run the command; modules in the folder `before` hide installed ones."""
-    paths = [str(before)] * (before is not None) + [os.environ.get("PYTHONPATH", "")]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    command = [*command, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=env)
+# as little as measures each contender: few placements of small arrays, on one thread
+LEAST = ("--quick", "--threads", "1", "--seconds", "0.1")
+
+
+def run(*arguments):
+    return command("bench", *arguments)
+
+
+def run_before(folder, arguments, program=COMMAND):
+    """Run a program in a process where modules in a folder hide installed ones."""
+    paths = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
+    env = os.environ | {"PYTHONPATH": paths}
+    words = [*program, *arguments]
+    return subprocess.run(words, capture_output=True, text=True, timeout=200, env=env)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +85,7 @@ def test_shapes_of_ones_own():
     """An array of a shape, beside the named cases; 400x250 remains the name of many."""
     bytes_of = {}
     options = ("--optimizer", "adafactor", "--case", "30x40, 9x3x3", "--contender", "numpy")
-    done = run(*options, "--seconds", "0.1", "--cache", "warm")
+    done = run(*options, *LEAST)
     assert done.returncode == 0, done.stderr
     for name in ("one array of 30 x 40", "one array of 9 x 3 x 3"):
         assert name in done.stdout
@@ -133,8 +142,8 @@ def test_comparison_names_what_became_slower(tmp_path):
 def test_several_optimizers_beside_a_busy_process(tmp_path):
     """A row for each, whose busy process is not what disturbs a round."""
     path = tmp_path / "x.json"
-    options = ("--optimizer", "sgd,adam", "--busy", "1", "--case", "1k", "--seconds", "0.2")
-    done = run(*options, "--quick", "--threads", "1", "--contender", "numpy", "--json", path)
+    options = ("--optimizer", "sgd,adam", "--busy", "1", "--case", "1k", "--contender", "numpy")
+    done = run(*options, *LEAST, "--json", path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("beside 1 busy process; noise") == 2
     rows = done.stdout.partition("optimizers:")[2].splitlines()[2:4]
@@ -151,8 +160,8 @@ def test_run_writes_what_it_measured(tmp_path):
     (tmp_path / "numba.py").write_text("raise ModuleNotFoundError('No module named numba')")
     path = tmp_path / "x.json"
     contenders = "numpy,numba,fusedopt-bf16,fusedopt-int8,fusedopt-short"
-    options = ("--seconds", "0.3", "--case", "30k", "--contender", contenders)
-    done = run(*options, "--json", path, before=tmp_path)
+    options = ("--cache", "both", "--case", "30k", "--contender", contenders, "--json", path)
+    done = run_before(tmp_path, [*LEAST, *options])
     assert done.returncode == 0, done.stderr
     assert "Numba, parallel loop: ModuleNotFoundError: No module named numba" in done.stdout
     recorded = json.loads(path.read_text())
@@ -175,8 +184,8 @@ def test_developers_contenders_run_by_the_same_command(tmp_path):
     for name in ("torch", "tensorflow"):
         (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('no {name}')")
     script = Path(__file__).parents[1] / "bench" / "compare.py"
-    options = ("--contender", "deepspeed,tensorflow", "--cache", "warm", "--seconds", "0.1")
-    done = run(*options, "--case", "1k", command=[sys.executable, script], before=tmp_path)
+    options = ("--contender", "deepspeed,tensorflow", "--case", "1k")
+    done = run_before(tmp_path, [*LEAST, *options], [sys.executable, script])
     assert done.returncode == 0, done.stderr
     assert "DeepSpeedCPUAdam: ModuleNotFoundError: no torch" in done.stdout
     assert "TensorFlow, raw operation: ModuleNotFoundError: no tensorflow" in done.stdout
@@ -185,7 +194,7 @@ def test_developers_contenders_run_by_the_same_command(tmp_path):
 @pytest.mark.slow("runs the benchmark")
 def test_interrupted_run_keeps_what_it_measured(tmp_path):
     path = tmp_path / "x.json"
-    options = ("--case", "1k,1M", "--cache", "warm", "--contender", "numpy", "--seconds", "60")
+    options = ("--case", "1k,1M", "--quick", "--contender", "numpy", "--seconds", "1")
     process = subprocess.Popen(
         [*COMMAND, *options, "--json", path], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -257,8 +266,7 @@ def test_report_is_complete(tmp_path):
     folder = tmp_path / "report"
     folder.mkdir()
     (folder / "notes.md").write_text("another file")
-    options = ("--case", "mlp", "--contender", "numpy", "--cache", "warm", "--seconds", "0.2")
-    done = run(*options, "--threads", "1", "--report", folder)
+    done = run("--case", "mlp", "--contender", "numpy", *LEAST, "--report", folder)
     assert done.returncode == 0, done.stderr
     page = (folder / "README.md").read_text()
     pictures = [path.name for path in folder.glob("*.png")]

@@ -1,6 +1,5 @@
 """The command line: bad input gives one line and status 2, before any work."""
 
-import io
 import json
 import os
 import pickle
@@ -11,10 +10,10 @@ import sys
 import sysconfig
 import tempfile
 import zipfile
-from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
 import pytest
+from cases import command as run
 
 import fusedopt
 from fusedopt import cli
@@ -25,18 +24,6 @@ pytest.importorskip("matplotlib", reason="draws by matplotlib: extra `demo`")
 
 COMMAND = [sys.executable, "-m", "fusedopt"]
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX shells, pipes or signals")
-
-
-def run(*arguments):
-    """Run a command in this process: the import takes longer than most commands."""
-    words = list(map(str, arguments))
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        try:
-            status = cli.main(words)
-        except SystemExit as exc:
-            status = exc.code
-    return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
 
 
 def data(path, **changes):

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import textwrap
 import zlib
+from functools import lru_cache
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import ALL_STEP_OPTIONS, EVERY_CLASS, assert_same
+from cases import ALL_STEP_OPTIONS, EVERY_CLASS, assert_same, swapped
 
 import fusedopt
 from fusedopt import _core, _disk, _storage, reference
@@ -45,21 +46,23 @@ def small(monkeypatch):
 
 def start(dtype=np.float32):
     """Parameters, of which the first is several pieces of a pass."""
-    rng = np.random.default_rng(0)
-    params = {
-        "large": rng.standard_normal((300, 1000), np.float32).astype(dtype),
-        "columns": np.asfortranarray(rng.standard_normal((33, 70), np.float32).astype(dtype)),
-        "tiny": np.ones((3, 5), dtype),
-    }
-    return params
+    large, columns = drawn(0, dtype, (300, 1000), (33, 70))
+    tiny = np.ones((3, 5), dtype)
+    return {"large": large.copy(), "columns": np.asfortranarray(columns), "tiny": tiny}
 
 
 def gradients(params, seed):
+    values = drawn(seed, params["large"].dtype.type, *(p.shape for p in params.values()))
+    out = {k: np.empty_like(p) for k, p in params.items()}
+    for g, its in zip(out.values(), values, strict=True):
+        g[...] = its
+    return out
+
+
+@lru_cache(maxsize=64)
+def drawn(seed, dtype, *shapes):
     rng = np.random.default_rng(seed)
-    return {
-        k: np.copyto(g := np.empty_like(p), rng.standard_normal(p.shape, np.float32), "unsafe") or g
-        for k, p in params.items()
-    }
+    return [rng.standard_normal(shape, np.float32).astype(dtype) for shape in shapes]
 
 
 def parts(opt):
@@ -340,20 +343,6 @@ def test_a_limit_of_the_system(tmp_path):
             print("refused")
         """)
     assert done.stdout == "refused\n", done
-
-
-def swapped(opt, flags):
-    """Exchange the file of the state for another view of it; return what undoes that."""
-    number = opt._disk._file.fileno()
-    kept, other = os.dup(number), os.open(*flags(number))
-    os.dup2(other, number)
-    os.close(other)
-
-    def undo():
-        os.dup2(kept, number)
-        os.close(kept)
-
-    return undo
 
 
 @pytest.mark.parametrize("cls", [fusedopt.Adam, fusedopt.LAMB, fusedopt.Prodigy])

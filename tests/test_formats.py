@@ -1,6 +1,7 @@
 """Narrow formats: the reference's bits, no bias, and no element damaged or lost."""
 
 import itertools
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -39,11 +40,14 @@ def make(name, n, fill=None, offset=0):
     return made
 
 
+def parts_of(array):
+    return array.parts() if isinstance(array, Stored) else [array]
+
+
 def raw(array):
     """The parts of an array as a list, 16-bit floats as float32."""
-    parts = array.parts() if isinstance(array, Stored) else [array]
     out = []
-    for x in parts:
+    for x in parts_of(array):
         out.append(x.astype(np.float32) if x.dtype in (BF16, np.float16) else x)
     return out
 
@@ -58,9 +62,17 @@ def state_format(case, k, kind):
     )
 
 
+@lru_cache(maxsize=200)
+def begun(name, n, hostile):
+    """The parts of a parameter before a run, which many rows begin with."""
+    return parts_of(make(name, n, values(n, np.float32, 1, hostile)))
+
+
 def run(case, step_of, n, param, grad, state, steps=4, offset=0, hostile=True):
-    p = make(param, n, values(n, np.float32, 1, hostile), offset)
-    g = make_grad(n, grad, hostile)
+    p = make(param, n, offset=offset)
+    for part, start in zip(parts_of(p), begun(param, n, hostile), strict=True):
+        part[...] = start
+    g = make_grad(n, grad, hostile).copy()
     states = [make(state_format(case, k, state), n, offset=offset) for k in range(len(case.states))]
     with np.errstate(all="ignore"):
         for step in range(case.first_step, case.first_step + steps):
@@ -68,6 +80,7 @@ def run(case, step_of, n, param, grad, state, steps=4, offset=0, hostile=True):
     return [part for array in [p, *states] for part in raw(array)]
 
 
+@lru_cache(maxsize=100)
 def make_grad(n, dtype, hostile):
     with np.errstate(all="ignore"):
         return values(n, np.float64, 2, hostile).astype(np.float32).astype(dtype)
@@ -117,12 +130,13 @@ def test_steps_from_zero_are_finite(cls, param, state):
 )
 def test_bits(case, state):
     """Every parameter and gradient format with every state format, near borders of blocks."""
-    sizes = [0, 1, 2, BLOCK - 1, BLOCK, BLOCK + 1, TILE - 1, TILE, TILE + 1, 3 * TILE + 77]
     every, isas = list(itertools.product(PARAMS, GRADS)), _core.available_isas()
-    mixes = itertools.cycle(every)
-    rows = [(n, *mix) for n in sizes for mix in itertools.islice(mixes, 3)]
+    large = itertools.cycle([BLOCK - 1, BLOCK, BLOCK + 1, TILE - 1, TILE, TILE + 1, 3 * TILE + 77])
+    sizes = itertools.islice(large, CASES.index(case), None)  # each mix has each, over the cases
+    rows = list(zip(sizes, every, strict=False))
+    rows += zip([0, 1, 2] * 3, every[STATES.index(state) :: 3], strict=False)
     with threads(1):
-        for n, param, grad in rows + [(2 * BLOCK + 5, *mix) for mix in every]:
+        for n, (param, grad) in rows:
             compare(case, n, param, grad, state, isas=isas, steps=2)
 
 

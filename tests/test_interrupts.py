@@ -107,7 +107,8 @@ opt.load_state_dict(dicts[0])
     ),
     "save": (
         """
-folder = tempfile.TemporaryDirectory()
+fast = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a save waits for its disk
+folder = tempfile.TemporaryDirectory(dir=fast)
 path = Path(folder.name, "run.npz")
 opt, other = (fusedopt.Adam({f"k{i}": np.zeros(2000, np.float32) for i in range(20)}) for _ in "12")
 os.umask(0o022)
@@ -209,13 +210,26 @@ print(alarms)
 """
 
 
-def interrupted_at(when, call):
-    """Whether Ctrl-C came, at the `when`-th line of Python code that the call runs.
+def traced(call, trace):
+    """Call, and trace the lines of Python code that the call runs.
 
     Without collections of garbage: an exception in a callback of the collector, of which
     hypothesis has one, is lost.
     """
-    lines, before, collects = 0, sys.gettrace(), gc.isenabled()
+    before, collects = sys.gettrace(), gc.isenabled()
+    gc.disable()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+        if collects:
+            gc.enable()
+
+
+def interrupted_at(when, call):
+    """Whether Ctrl-C came, at the `when`-th line of Python code that the call runs."""
+    lines = 0
 
     def trace(frame, event, arg):
         nonlocal lines
@@ -224,17 +238,29 @@ def interrupted_at(when, call):
             raise KeyboardInterrupt
         return trace
 
-    gc.disable()
-    sys.settrace(trace)
     try:
-        call()
+        traced(call, trace)
     except KeyboardInterrupt:
         return True
-    finally:
-        sys.settrace(before)
-        if collects:
-            gc.enable()
     return False
+
+
+def moments(call, every):
+    """Numbers of lines at which to interrupt a call, by `interrupted_at`.
+
+    Those at which a line of code runs first, and of all lines that run, one of `every`.
+    """
+    first, lines = {}, 0
+
+    def trace(frame, event, arg):
+        nonlocal lines
+        if event == "line":
+            lines += 1
+            first.setdefault((frame.f_code, frame.f_lineno), lines)
+        return trace
+
+    traced(call, trace)
+    return sorted({*first.values(), *range(1, lines, every)})
 
 
 @pytest.mark.slow("interrupts a call again and again")

@@ -68,23 +68,31 @@ def rate(step):
     return 0.1 / (step + 2) ** 0.7
 
 
-def trained(case, context, module, dtype, storage, sizes):
-    """The results of three steps of a class, each taken in a mode."""
+def trained(case, contexts, module, dtype, storage, sizes):
+    """The results of steps of a class, each taken in a context."""
     params = [some(n, dtype, i) for i, n in enumerate(sizes)]
-    grads = [[some(n, dtype, 10 * k + i) for i, n in enumerate(sizes)] for k in range(3)]
     copies = [np.zeros_like(p, np.float16) for p in params]
     options = case.options | case.class_options | {"lr": rate} | storage
     opt = getattr(module, case.cls)(params, **options)
     results = []
-    for some_grads in grads:
-        with context():
+    for k, context in enumerate(contexts):
+        grads = [some(n, dtype, 10 * k + i) for i, n in enumerate(sizes)]
+        with context:
             result = opt.step(
-                some_grads, grad_scale=1 / 3, max_grad_norm=0.7, stats=True, copy_out=copies
+                grads, grad_scale=1 / 3, max_grad_norm=0.7, stats=True, copy_out=copies
             )
         results.append(list(result))
     return tree_bytes([params, opt.state, copies, results])
 
 
+def each_mode(case, storage):
+    """A context for each step: all modes, of which other rows begin with another."""
+    names = list(MODES)
+    first = CASES.index(case) + STORAGE.index(storage)
+    return [in_mode(names[(first + k) % len(names)]) for k in range(len(names))]
+
+
+NO_MODES = [nullcontext() for _ in MODES]
 STORAGE = [
     (np.float32, {"ema": 0.9}),
     (np.float64, {"ema": 0.9, "ema_warmup": True}),
@@ -102,23 +110,20 @@ ROWS = [
 
 @pytest.mark.parametrize(("case", "dtype", "storage"), ROWS, ids=str)
 def test_classes(case, dtype, storage):
-    """In two of the modes, on one thread or two; other storages of a case have the others."""
+    """Each step in another mode, on one thread or two."""
     count = 1 + STORAGE.index((dtype, storage)) // 2 % 2
-    sizes = [BIG if count > 1 else 5000, 700, 3]
-    right = trained(case, nullcontext, fusedopt, dtype, storage, sizes)
+    row = fusedopt, dtype, storage, [BIG if count > 1 else 5000, 700, 3]
     with threads(count):
-        for name in list(MODES)[STORAGE.index((dtype, storage)) % 2 :: 2]:
-            ours = trained(case, lambda name=name: in_mode(name), fusedopt, dtype, storage, sizes)
-            assert ours == right, name
+        ours = trained(case, each_mode(case, (dtype, storage)), *row)
+    assert ours == trained(case, NO_MODES, *row)
 
 
 @pytest.mark.parametrize(("case", "dtype", "storage"), ROWS, ids=str)
 def test_references(case, dtype, storage):
-    sizes = [700, 3]
-    right = trained(case, nullcontext, fusedopt, dtype, storage, sizes)
-    for name in MODES:
-        theirs = trained(case, lambda name=name: in_mode(name), reference, dtype, storage, sizes)
-        assert theirs == right, name
+    """Each step in another mode."""
+    row = dtype, storage, [700, 3]
+    theirs = trained(case, each_mode(case, (dtype, storage)), reference, *row)
+    assert theirs == trained(case, NO_MODES, fusedopt, *row)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -69,18 +69,15 @@ def mpi(world, folder, *scenarios):
 
 
 @pytest.mark.slow("starts MPI's processes")
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_ranks(world, tmp_path):
-    """On four ranks what depends on how many there are, as they take turns on few CPUs."""
+def test_ranks(tmp_path):
+    """One rank and four load what two have saved.
+
+    On four ranks also what depends on how many there are, as they take turns on few CPUs.
+    """
+    mpi(2, tmp_path, "save", "load", *SCENARIOS)
     of_all = ("step_options", "mixed", "faults", "disks", "parts", "groups", "faults_of_groups")
-    mpi(world, tmp_path, *(SCENARIOS if world < 4 else of_all))
-
-
-@pytest.mark.slow("starts MPI's processes")
-def test_checkpoints_on_other_numbers_of_ranks(tmp_path):
-    mpi(2, tmp_path, "save", "load")
-    mpi(4, tmp_path, "load")
-    mpi(1, tmp_path, "load")
+    mpi(4, tmp_path, "load", *of_all)
+    mpi(1, tmp_path, "load", *SCENARIOS)
 
 
 def test_torch_distributed(tmp_path):

@@ -49,6 +49,9 @@ def test_an_optimizers_own(cls):
         cls([p], threads=True)
 
 
+# children wait for work as in a user's process, not as tests do (conftest.py)
+USUAL = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+
 OWN = """
 import os, sys
 import numpy as np, fusedopt
@@ -73,7 +76,8 @@ print(*counts)
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="counts threads in Linux's /proc")
 @pytest.mark.skipif(_core.backend() == "serial", reason="a serial build starts no thread")
 def test_an_optimizers_own_are_used():
-    done = subprocess.run([sys.executable, "-c", OWN], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-c", OWN]
+    done = subprocess.run(command, env=USUAL, capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ["0", "0", "1", "1", "3", "3"], done.stderr
 
 
@@ -293,7 +297,7 @@ print(at_rest())
 def test_more_threads_than_cpus(cpus):
     """All steps are right, threads keep the CPUs they may use, and sleep when all is done."""
     command = [sys.executable, "-c", PLACES, str(cpus)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=USUAL, capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == ["True", "2", "True"], done
 
 
@@ -305,9 +309,9 @@ try:
     fusedopt.set_num_threads(2)
     p, g = np.zeros(200_000, np.float32), np.ones(200_000, np.float32)
     opt = fusedopt.SGD([p], lr=1.0)
-    for _ in range(1000):
+    for _ in range(300):
         opt.step([g])
-    print((p == -1000).all(), fusedopt.info()["late"])
+    print((p == -300).all(), fusedopt.info()["late"])
 finally:
     for other in others:
         other.kill()
@@ -317,7 +321,8 @@ finally:
 @pytest.mark.slow("waits beside busy processes")
 def test_beside_busy_processes():
     """Steps are right whether threads come late or not, and info tells of it."""
-    done = subprocess.run([sys.executable, "-c", BUSY], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", BUSY]
+    done = subprocess.run(command, env=USUAL, capture_output=True, text=True, timeout=120)
     right, _, told = done.stdout.strip().partition(" ")
     assert right == "True", done.stderr
     late = r"threads, \d+ times; so \d+ passes ran on one thread; now on (one thread|all threads)"
