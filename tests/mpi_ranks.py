@@ -41,6 +41,8 @@ else:
     COMM = MPI.COMM_WORLD
     RANK, WORLD = COMM.Get_rank(), COMM.Get_size()
 
+OWN = FOLDER / f"of-{WORLD}"  # what no other number of ranks loads
+OWN.mkdir(exist_ok=True)
 PAIR = Sharded(fusedopt.SGD, [np.zeros(1)], COMM)._comm  # to compare what ranks have
 
 
@@ -292,7 +294,7 @@ def grow(name, options, more, how, shapes=None):
     both_step(0)
     before = sharded.parts
     saved = sharded.state_dict()
-    sharded.save(FOLDER / "grow.npz", by_rank=True)
+    sharded.save(OWN / "grow.npz", by_rank=True)
     for i in (1, 2):
         for opt, its in ((sharded, p), (plain, q)):
             opt.add_param_group({"params": its[i], **(more if i == 1 else {})})
@@ -307,14 +309,14 @@ def grow(name, options, more, how, shapes=None):
         assert max(sizes) - min(sizes) <= 2 * unit, (where, sizes)
     assert sum(sizes) == total
     raises(ValueError, "param_groups for this", lambda: sharded.load_state_dict(saved))
-    raises(ValueError, "grow", lambda: sharded.load(FOLDER / "grow.npz", by_rank=True))
-    sharded.save(FOLDER / "grown.npz", by_rank=True)
-    sharded.save(FOLDER / "whole.npz")
+    raises(ValueError, "grow", lambda: sharded.load(OWN / "grow.npz", by_rank=True))
+    sharded.save(OWN / "grown.npz", by_rank=True)
+    sharded.save(OWN / "whole.npz")
     given = [{"params": its, **(more if i == 1 else {})} for i, its in enumerate(p)]
     given.append({"params": []})
     for by_rank, path in ((True, "grown.npz"), (False, "whole.npz")):
         sharded = Sharded(cls, given, COMM, **options)  # cut elsewhere
-        sharded.load(FOLDER / path, by_rank=by_rank)
+        sharded.load(OWN / path, by_rank=by_rank)
         same_all()
 
 
@@ -670,7 +672,7 @@ def faults():
     raises(ValueError, "wire_dtype: expected",
            lambda: Sharded(fusedopt.Adam, arrays(0), COMM, wire_dtype="int8"))  # fmt: skip
     raises(TypeError, "unknown option", lambda: Sharded(fusedopt.Adam, arrays(0), COMM, x=1))
-    path = FOLDER / "faults.npz"
+    path = OWN / "faults.npz"
     other = path.with_suffix(".txt" if RANK == last else ".npz")
     raises(ValueError, "must end in", lambda: sharded.save(other), [last])
     flag = "yes" if RANK == last else True
@@ -700,7 +702,7 @@ def faults():
     assert mine.read_bytes() == kept  # on all ranks: the files stay those of one step
     sharded.load(path, by_rank=True)
     assert repr(sharded.state_dict()) == saved
-    assert not [its for its in FOLDER.iterdir() if its.name.endswith(".tmp")]
+    assert not [its for its in OWN.iterdir() if its.name.endswith(".tmp")]
     a = np.zeros(600, np.float32)
     raises(ValueError, "share memory", lambda: Sharded(fusedopt.Adam, [a, a[300:]], COMM))
 
@@ -708,7 +710,7 @@ def faults():
 def disks():
     """What a disk refuses within a step raises on all, before any rank has stepped or behind."""
     _disk.LEAST = 1  # bytes, of arrays on disk
-    path = FOLDER / "disks.npz"
+    path = OWN / "disks.npz"
     broken_disk(fusedopt.Adam, path, max_grad_norm=0.5, stats=True)
     broken_disk(fusedopt.Prodigy, path, reads_first=True)
     if WORLD > 2:  # the same passes, each of which takes long on few CPUs
@@ -723,7 +725,7 @@ def loads_to_disk():
     """Files are read as they are used."""
     p, q, mapped = arrays(0), arrays(0), []
     options = {"state_dtype": "int8", "min_8bit_size": 1, "ema": 0.9}
-    sharded = Sharded(fusedopt.AdamW, p, COMM, state_dir=FOLDER, **options)
+    sharded = Sharded(fusedopt.AdamW, p, COMM, state_dir=OWN, **options)
     plain = fusedopt.AdamW(q, **options)
     each, average = grads_of_ranks(0)
     sharded.step(each[RANK])
@@ -732,7 +734,7 @@ def loads_to_disk():
     _disk.Disk.map_file = lambda disk, path: mapped.append(path) or map_file(disk, path)
     try:
         for ending, by_rank in itertools.product(("npz", "safetensors"), (False, True)):
-            path = FOLDER / f"large.{ending}"
+            path = OWN / f"large.{ending}"
             sharded.save(path, by_rank=by_rank)
             sharded.step(each[RANK])
             sharded.load(path, by_rank=by_rank)
