@@ -4,6 +4,7 @@ Hypothesis chooses the calls, including invalid ones. After each one all paramet
 counts are compared. FUSEDOPT_EXAMPLES sets how many sequences are tried.
 """
 
+import contextlib
 import copy
 import os
 import tempfile
@@ -168,7 +169,9 @@ class Lockstep(RuleBasedStateMachine):
         for opt in self.opts:
             options = opt.param_groups[group % len(opt.param_groups)]
             if name in options and np.shape(value) == np.shape(options[name]):
-                options[name] = value
+                with contextlib.suppress(ValueError):  # a rule may not take it beside the others
+                    self.opts[0].rule.check(dict(options) | {name: value})
+                    options[name] = value
 
     @precondition(lambda self: len(self.groups[0]) < 4)
     @rule(sizes=st.lists(SIZES, max_size=2), lr=RATES, data=st.data())
