@@ -10,6 +10,9 @@ Steps use threads that are asleep or late too, so that threads are tested on any
 A shell starts background jobs with SIGINT ignored, and children inherit that, so the tests that
 interrupt themselves or a child would wait for ever. With a handler here, children have the default.
 
+OpenMP's threads sleep while they wait: where they spin, as is the default, those of two workers and
+of their children keep the CPUs from one another, and the tests with torch take twice the time.
+
 `-m "not slow"` leaves out what takes long: tests that are marked with the reason, and of a table of
 more than QUICK rows all but a fixed sample. Rules, formats and options are crossed in thousands.
 """
@@ -22,10 +25,10 @@ from collections import defaultdict
 
 import pytest
 
-from fusedopt import _core
-
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read as a library of OpenMP is loaded
 os.environ.setdefault("KERAS_BACKEND", "torch")  # Keras reads it as it is imported
 
+from fusedopt import _core  # noqa: E402 (loads OpenMP)
 
 QUICK = 7
 
