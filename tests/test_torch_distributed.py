@@ -16,6 +16,7 @@ from fusedopt import _core, _threads
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("this torch has no gloo", allow_module_level=True)
 
+pytestmark = pytest.mark.slow("starts processes that import torch")
 SCRIPT = Path(__file__).with_name("torch_ranks.py")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow("trains in processes that import torch")
 BENCH = Path(__file__).parent.parent / "bench"
 pytest.importorskip("torch", reason="tests the PyTorch adapter: extra `torch`")
 
