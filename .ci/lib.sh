@@ -3,11 +3,14 @@
 set -euo pipefail
 say() { printf '\n== %s\n' "$*"; }
 
-# need PACKAGE...: installs Debian packages, if this user may.
+# need PACKAGE...: installs Debian packages, if this user may; one stage at a time.
 need() {
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! dpkg -s "$@" >/dev/null 2>&1; then
-    apt-get update -qq >/dev/null
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$@" >/dev/null
+    (
+      flock 9
+      apt-get update -qq >/dev/null
+      DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "$@" >/dev/null
+    ) 9>/tmp/fusedopt-packages
   fi
 }
 
@@ -32,6 +35,24 @@ interpreter() {
 # install ARGUMENT...: pip install, quietly unless it fails.
 install() {
   pip install -q "$@" 2>&1 | { grep -v 'WARNING: Location' || true; }
+}
+
+# at_once FUNCTION...: calls functions side by side, in the background, where a shell ignores SIGINT. Prints what
+# each has printed when it has ended, in this order, and fails if one has failed.
+at_once() {
+  local name status=0 logs
+  logs=$(mktemp -d)
+  declare -A processes
+  for name in "$@"; do
+    "$name" >"$logs/$name" 2>&1 &
+    processes[$name]=$!
+  done
+  for name in "$@"; do
+    wait "${processes[$name]}" || status=1
+    cat "$logs/$name"
+  done
+  rm -rf "$logs"
+  return $status
 }
 
 # prefix of commands with sanitizers, whose runtimes need a range of addresses that randomisation may give to

@@ -8,7 +8,7 @@ all.
 Steps use threads that are asleep or late too, so that threads are tested on any machine. OpenMP's
 threads sleep as soon as they have no work. By default they look for more for some milliseconds, on
 CPUs that tests in other processes need: on two busy ones, tests of many small steps took five times
-as long. An OMP_WAIT_POLICY in the environment is kept.
+as long, and those with torch twice. An OMP_WAIT_POLICY in the environment is kept.
 
 A shell starts background jobs with SIGINT ignored, and children inherit that, so the tests that
 interrupt themselves or a child would wait for ever. With a handler here, children have the default.
@@ -25,12 +25,10 @@ from collections import defaultdict
 
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read as the library is loaded
-
-from fusedopt import _core  # noqa: E402
-
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read as a library of OpenMP is loaded
 os.environ.setdefault("KERAS_BACKEND", "torch")  # Keras reads it as it is imported
 
+from fusedopt import _core  # noqa: E402 (loads OpenMP)
 
 QUICK = 7
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from torch_cases import since, torch
 
+pytestmark = pytest.mark.slow("starts processes that import torch and trainers")
 SCRIPT = Path(__file__).with_name("torch_clients.py")
 
 

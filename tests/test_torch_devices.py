@@ -11,6 +11,7 @@ SCRIPT = Path(__file__).with_name("torch_device.py")
 MAKES = "_setup_privateuseone_for_python_backend"
 
 
+@pytest.mark.slow("starts a process that imports torch")
 @pytest.mark.skipif(
     not hasattr(torch.utils.backend_registration, MAKES), reason="this torch makes no device"
 )

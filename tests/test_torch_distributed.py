@@ -1,6 +1,9 @@
 """torch's distributed engines with our step, in 2 gloo processes: equal to torch.optim's."""
 
+import contextlib
+import itertools
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,60 +16,51 @@ from fusedopt import _core, _threads
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("this torch has no gloo", allow_module_level=True)
 
+pytestmark = pytest.mark.slow("starts processes that import torch")
 SCRIPT = Path(__file__).with_name("torch_ranks.py")
 
 
-def ranks(world, folder, *scenarios):
-    """Run scenarios on `world` processes; each process must report that each has passed."""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", SCRIPT, str(rank), str(world), folder, *scenarios],
-            env=os.environ | {"LOCAL_WORLD_SIZE": str(world)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
+def ranks(folder, *groups):
+    """Run groups such as "2:ddp,zero" after one another: each rank must report each scenario."""
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", SCRIPT, folder, *groups],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
     try:
-        texts = [process.communicate(timeout=120)[0] for process in processes]
+        text, _ = process.communicate(timeout=240)
     finally:
-        for process in processes:
-            process.kill()
-    for rank, (process, text) in enumerate(zip(processes, texts, strict=True)):
-        assert process.returncode == 0, f"rank {rank} of {world}:\n{text}"
-        assert all(f"{name}: passed" in text for name in scenarios), text
+        with contextlib.suppress(ProcessLookupError):  # the ranks too, where one waits for another
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, text
+    for group in groups:
+        world, names = group.split(":")
+        for i, name in itertools.product(range(int(world)), names.split(",")):
+            assert f"rank {i} of {world}: {name}: passed" in text, text
 
 
 def test_engines(tmp_path):
     """DDP, also with gradients that are views of its buckets; ZeRO."""
-    ranks(2, tmp_path, "ddp", "ddp_buckets", "zero", "norms_of_parts")
-
-
-def test_memory_of_one_rank(tmp_path):
-    ranks(2, tmp_path, "memory")
+    ranks(tmp_path, "2:ddp,ddp_buckets,zero,norms_of_parts", "2:memory")
 
 
 @since("2.6")  # on CPUs
 def test_fully_sharded(tmp_path):
-    ranks(2, tmp_path, "fsdp", "averages", "modes", "norms_of_shards", "trust_ratios", "placements")
-    ranks(2, tmp_path, "matrices", "decisions", "faults")
+    ranks(
+        tmp_path,
+        "2:fsdp,averages,modes,norms_of_shards,trust_ratios,placements,matrices,decisions,faults",
+    )
 
 
 @since("2.6")
 def test_shards_in_few_bytes(tmp_path):
     """8-bit and 16-bit state of shards, and how it goes through torch.distributed.checkpoint."""
-    ranks(2, tmp_path, "few_bytes", "few_save")
-    ranks(1, tmp_path, "few_load")
-    ranks(4, tmp_path, "few_bytes", "few_load", "hybrid")
+    ranks(tmp_path, "2:few_bytes,few_save", "1:few_load", "4:few_bytes,few_load,hybrid")
 
 
 @since("2.6")
 def test_checkpoints_reshard(tmp_path):
     """torch.distributed.checkpoint: saved by 2 ranks, loaded and saved by 1, loaded by 2."""
-    ranks(2, tmp_path, "begin")
-    ranks(1, tmp_path, "middle")
-    ranks(2, tmp_path, "end")
+    ranks(tmp_path, "2:begin", "1:middle", "2:end")
 
 
 def test_threads_under_torchrun():

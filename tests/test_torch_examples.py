@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from torch_cases import since
 
+pytestmark = pytest.mark.slow("trains in processes that import torch")
 BENCH = Path(__file__).parent.parent / "bench"
 
 

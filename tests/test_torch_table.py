@@ -85,8 +85,12 @@ def test_bits(name, options, dtype, storage, shapes):
 
 
 def check_bits(name, options, dtype, storage, shapes, turn):
-    """Options of a step are given to the constructor, or to the step; with copies or without."""
-    for row, (averages, step_options) in list(enumerate(OPTION_ROWS))[turn % 4 :: 4]:
+    """Options of a step are given to the constructor, or to the step; with copies or without.
+
+    One model has other rows of options than the other.
+    """
+    turn += 4 * (len(shapes) == 1)
+    for row, (averages, step_options) in list(enumerate(OPTION_ROWS))[turn % 8 :: 8]:
         if not takes(name, averages):
             averages = {}
         generator = torch.Generator().manual_seed(0)

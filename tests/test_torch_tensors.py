@@ -773,6 +773,7 @@ def test_a_signal_in_the_first_step(options, monkeypatch):
 @pytest.mark.parametrize("options", [{}, {"ema": 0.9}, {"state_dtype": "int8", "min_8bit_size": 1}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("outside", [torch.enable_grad, torch.no_grad])
+@pytest.mark.slow("interrupts a call again and again")
 def test_autograd_after_a_first_step_that_was_interrupted(outside, dtype, options):
     """At each line of the Python code that makes the state."""
     when, interrupted = 0, True
@@ -780,7 +781,7 @@ def test_autograd_after_a_first_step_that_was_interrupted(outside, dtype, option
         mode = torch.is_grad_enabled()
         while interrupted:
             when += 1
-            opt = fo.AdamW([leaf(70, dtype=dtype), leaf(3, dtype=dtype)], **options)
+            opt = fo.AdamW([leaf(70, dtype=dtype)], **options)
             interrupted = interrupted_at(when, opt.step)
             now = torch.is_grad_enabled()
             torch.set_grad_enabled(mode)

@@ -1,8 +1,9 @@
-"""Run by tests/test_torch_distributed.py: one rank of a gloo group, one scenario after another.
+"""Run by tests/test_torch_distributed.py: the ranks of gloo groups, one group after another.
 
-    python tests/torch_ranks.py RANK WORLD FOLDER SCENARIO...
+    python tests/torch_ranks.py FOLDER WORLD:SCENARIO,SCENARIO...
 
-Each scenario trains the same net with fusedopt.torch and with torch.optim, in the same engine, and
+Each group has WORLD ranks, which are forks of this process: torch takes seconds to import. Each
+scenario trains the same net with fusedopt.torch and with torch.optim, in the same engine, and
 asserts that the parameters agree within 1e-6. FOLDER has the rendezvous and the checkpoints.
 """
 
@@ -13,8 +14,10 @@ import itertools
 import math
 import os
 import resource
+import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,9 +30,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
+import fusedopt
 import fusedopt.torch as fo
 
-RANK, WORLD, FOLDER = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+FOLDER = Path(sys.argv[1])
+RANK = WORLD = 0  # each rank sets its own
 OPTIONS = {"lr": 0.01, "weight_decay": 0.1}
 MODULES = {"fusedopt": fo, "torch": torch.optim}
 
@@ -40,10 +45,10 @@ def net():
     return torch.nn.Sequential(*layers)  # 33 rows: the shards of two ranks differ in size
 
 
-def batch(seed, world=WORLD):
+def batch(seed, world=None):
     """This rank's part of a batch; the whole batch is the same for any number of ranks."""
     x = torch.randn(8, 10, generator=torch.Generator().manual_seed(seed))
-    return x.chunk(world)[RANK if world > 1 else 0]
+    return x if world == 1 else x.chunk(WORLD)[RANK]
 
 
 def train(model, opt, seeds):
@@ -939,21 +944,51 @@ def train_whole(model, opt, seeds):
         opt.step()
 
 
-def main():
+def rank(number, world, scenarios):
+    """One rank of a group, from its first scenario to its last."""
+    global RANK, WORLD
+    RANK, WORLD = number, world
     torch.set_num_threads(1)
-    # a file for each run: the addresses of a run that has ended stay in its file
-    store = dist.FileStore(str(FOLDER / "-".join(["store", str(WORLD), *sys.argv[4:]])), WORLD)
-    dist.init_process_group("gloo", store=store, rank=RANK, world_size=WORLD)
-    for name in sys.argv[4:]:
+    fusedopt.set_num_threads(max(1, fusedopt.get_num_threads() // world))
+    # a file for each group: the addresses of a group that has ended stay in its file
+    store = dist.FileStore(str(FOLDER / "-".join(["store", str(world), *scenarios])), world)
+    dist.init_process_group("gloo", store=store, rank=number, world_size=world)
+    for name in scenarios:
         start = time.perf_counter()
         globals()[name]()
         dist.barrier()
-        print(f"{name}: passed in {time.perf_counter() - start:.1f} s", flush=True)
+        seconds = time.perf_counter() - start
+        print(f"rank {number} of {world}: {name}: passed in {seconds:.1f} s", flush=True)
     dist.destroy_process_group()
+
+
+def fork(*arguments):
+    """Start a rank; its process."""
+    if process := os.fork():
+        return process
+    status = 1
+    try:
+        rank(*arguments)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    # gloo's threads may hold work with tensors, and abort while the interpreter shuts down
+    # (pytorch/pytorch#179291); test_processes.py tests how we end
+    os._exit(status)
+
+
+def main():
+    for group in sys.argv[2:]:
+        world, names = group.split(":")
+        processes = {fork(i, int(world), names.split(",")) for i in range(int(world))}
+        while processes:
+            process, status = os.wait()
+            processes.remove(process)
+            if status:  # the others may wait for it
+                for other in processes:
+                    os.kill(other, signal.SIGKILL)
+                sys.exit(f"{group}: a rank ended with status {status}")
 
 
 if __name__ == "__main__":
     main()
-    # gloo's threads may hold work with tensors, and abort while the interpreter shuts down
-    # (pytorch/pytorch#179291); test_processes.py tests how we end
-    os._exit(0)
