@@ -60,14 +60,6 @@ enum { FO_PIECE = 128, FO_AHEAD = 768, FO_LINE = 64 };
 #include "codec.h"
 #include "sets.h"
 
-#if defined(__SSE2__) && !defined(__AVX2__) /* old CPUs: smaller before faster */
-#define FO_SUMS(X, rule, states)
-#define FO_SUMS_NAME whole /* which takes statistics after each piece */
-#else
-#define FO_SUMS(X, rule, states) X(rule, states)
-#define FO_SUMS_NAME native_sums
-#endif
-
 #define REAL float
 #define FO_TYPE f32
 #define FO_NATIVE FO_F32
@@ -79,10 +71,13 @@ enum { FO_PIECE = 128, FO_AHEAD = 768, FO_LINE = 64 };
 #if defined(__SSE2__) && !defined(__AVX2__) /* old CPUs: smaller before faster */
 #define FO_SETS(X, rule)
 #else
-#define FO_SETS(X, rule) /* formats with a loop of their own: parameter, gradient, two states */   \
-    X(rule, bf16_state_blocks, FO_F32, FO_F32, FO_BF16_STOCHASTIC, FO_BF16_STOCHASTIC)             \
-    X(rule, int8_state_blocks, FO_F32, FO_F32, FO_S8, FO_U8)                                       \
-    X(rule, int8_state_bf16_param_blocks, FO_BF16_LOW8, FO_BF16, FO_S8, FO_U8)
+#define FO_SETS(X, rule) /* formats with a loop of their own: parameter, two states */             \
+    X(rule, bf16_state_blocks, FO_F32, FO_BF16_STOCHASTIC, FO_BF16_STOCHASTIC)                     \
+    X(rule, int8_state_blocks, FO_F32, FO_S8, FO_U8)                                               \
+    X(rule, int8_state_bf16_param_blocks, FO_BF16_LOW8, FO_S8, FO_U8)                              \
+    X(rule, bf16_state_bf16_param_blocks, FO_BF16_STOCHASTIC, FO_BF16_STOCHASTIC,                  \
+      FO_BF16_STOCHASTIC)                                                                          \
+    X(rule, f32_state_bf16_param_blocks, FO_BF16_LOW16, FO_F32, FO_F32)
 #endif
 #define FO_ABS fabsf
 #define FO_SQRT sqrtf

@@ -14,9 +14,10 @@
 _Static_assert(0 FO_EACH_STATE(FO_ONE) == FO_MAX_STATES, "FO_EACH_STATE lists all states");
 #undef FO_ONE
 
-/* The formats of a leaf's arrays, of which `states` are state arrays. */
+/* The formats of a leaf's arrays that a step writes, of which `states` are state arrays. The
+ * gradient's is the compute type or FO_BF16: loops ask which for each block. */
 typedef struct set {
-    fo_format param, grad;
+    fo_format param;
     int states;
     fo_format state[FO_MAX_STATES];
 } set;
@@ -30,7 +31,7 @@ static inline int is_array_of(const fo_array *array, fo_format format)
 /* Whether a leaf has exactly these arrays, all of them aligned. */
 static inline int is_of(const fo_leaf *leaf, const set *formats)
 {
-    int fits = is_array_of(&leaf->param, formats->param) && is_array_of(&leaf->grad, formats->grad);
+    int fits = is_array_of(&leaf->param, formats->param);
     for (int k = 0; k < FO_MAX_STATES; k++)
         fits = fits && (k < formats->states ? is_array_of(&leaf->state[k], formats->state[k])
                                             : leaf->state[k].data == NULL);

@@ -63,7 +63,7 @@ def is_avx(instruction):
 def test_names_are_there(functions):
     """The wheel keeps its symbols, so that this file can distinguish kernels."""
     for isa in WIDEST:
-        for rule, kind, loop in product(_core.RULES, ("f32", "f64"), ("whole", "blocks")):
+        for rule, kind, loop in product(_core.RULES, ("f32", "f64"), ("whole", "native_sums")):
             name = f"{rule}_{kind}_{isa}_{loop}"
             assert any(f.startswith(name) for f in functions), name
 
@@ -117,9 +117,7 @@ def test_rules_are_vectorised(functions, rule, kind, isa, loop, register):
 def test_formats_are_vectorised(functions, isa):
     """Decoding and encoding use packed integers, but for SSE2 within the loop of a rule."""
     known = [[f"adam_f32_{isa}_bf16_state"], [f"adam_f32_{isa}_int8_state"]]
-    parts = [
-        [f"{name}_f32_{isa}" for name in ("load_any", "store_any")] + [f"adam_f32_{isa}_blocks"]
-    ]
+    parts = [[f"{name}_f32_{isa}" for name in ("load_tile", "store_tile", "step_apart")]]
     for names in parts if isa == "sse2" else known:
         code = [i for name in names for i in code_of(functions, name)]
         widening = [i for i in code if re.match(r"v?(pmov[sz]x(bd|wd)|punpck[lh](bw|wd))", i)]
