@@ -65,7 +65,10 @@ def test_checkpoints_reshard(tmp_path):
 
 def test_threads_under_torchrun():
     """Two ranks share the CPUs: torchrun's own OMP_NUM_THREADS=1 is no limit."""
-    told = "import os, fusedopt; print(os.environ['OMP_NUM_THREADS'], fusedopt.info()['threads'])"
+    told = (  # in one write, which does not mix with that of the other rank
+        "import os, sys, fusedopt;"
+        "sys.stdout.write(f\"{os.environ['OMP_NUM_THREADS']} {fusedopt.info()['threads']}\\n\")"
+    )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [*launch, "--no-python", sys.executable, "-c", told],
