@@ -43,7 +43,7 @@ MUTANTS = [  # what is wrong; the right text; the wrong one; tests that should s
     ("the first momentum is damped", "if (first != 0)", "if (first > 1)", BITS),
     ("L1 pushes the wrong way", "x < 0 ? (REAL)-1 : x == 0", "x < 0 ? (REAL)1 : x == 0", BITS),
     ("products and sums are fused", "-ffp-contract=off",
-     "-O2 -ffp-contract=fast -mfma -DFUSEDOPT_ANY_DISPATCH -U__GCC_IEC_559", BITS),
+     "-O2 -ffp-contract=fast -mavx2 -mfma -DFUSEDOPT_ANY_DISPATCH -U__GCC_IEC_559", BITS),
     ("an additive term where there is none", "const int has_l2 = plan->l2 != 0",
      "const int has_l2 = 1 | (plan->l2 != 0)", BITS),
     ("padding decides the base of a block", "memset(&tail, 0, sizeof tail);",
