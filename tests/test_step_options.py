@@ -96,7 +96,14 @@ def test_bits(case, options):
 
 
 @pytest.mark.parametrize("copies", [np.float16, BF16, np.float32])
-@pytest.mark.parametrize("dtypes", [(np.float32, BF16), (BF16, BF16), (np.float16, np.float32)])
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        *((np.float32, grad) for grad in (BF16, np.float16, np.float64)),
+        (BF16, BF16),
+        (np.float16, np.float32),
+    ],
+)
 @pytest.mark.parametrize(
     ("case", "storage"),
     [(c, s) for c in (CASES[0], CASES[-1]) for s in STORAGE if takes(c.cls, s)],
