@@ -360,11 +360,23 @@ def kept(
     return found
 
 
-def memory(rows: Mapping[str, tuple[int, int]], size: int) -> dict[str, dict[str, float]]:
-    """Return the table of `Optimizer.memory` from bytes, resident and moved, of `size` elements."""
+def memory(
+    params: Sequence[Array],
+    kept: Mapping[str, int],
+    grad_itemsize: int | None,
+    more: Mapping[str, tuple[int, int]],
+) -> dict[str, dict[str, float]]:
+    """Return the table of `Optimizer.memory`.
+
+    `kept` is what a step reads and writes; `more` the bytes, resident and moved, of rows that are
+    otherwise.
+    """
+    grads = sum(param.size * (grad_itemsize or param.itemsize) for param in params)
+    rows = {name: (size, 2 * size) for name, size in kept.items()} | {"grad": (0, grads), **more}
+    size = max(1, sum(param.size for param in params))
     table = {
-        name: {"resident": kept / max(1, size), "moved": moved / max(1, size)}
-        for name, (kept, moved) in rows.items()
+        name: {"resident": resident / size, "moved": moved / size}
+        for name, (resident, moved) in rows.items()
     }
     table["total"] = {
         column: sum(row[column] for row in table.values()) for column in ("resident", "moved")

@@ -291,13 +291,11 @@ class Sharded:
         """
         params, kept = self._spread.params, self._inner._kept()
         whole = sum(param.nbytes for param in params)
-        rows = {name: (size, 2 * size) for name, size in kept.items()}
-        rows["param"] = whole, kept["param"] + whole
-        rows["grad"] = 0, sum(param.size * (grad_itemsize or param.itemsize) for param in params)
+        more = {"param": (whole, kept["param"] + whole)}
         if self._comm.size > 1:
             sums = self._spread.sum_bytes()
-            rows |= {"sums": (sums, 2 * sums), "buffers": (self._spread.mover.nbytes, 0)}
-        return _storage.memory(rows, sum(param.size for param in params))
+            more |= {"sums": (sums, 2 * sums), "buffers": (self._spread.mover.nbytes, 0)}
+        return _storage.memory(params, kept, grad_itemsize, more)
 
     def __repr__(self) -> str:
         """Say what is sharded, and over how many ranks."""

@@ -309,10 +309,7 @@ class Optimizer:
             written by a step that finds nothing in the cache. Gradients are the caller's and count
             as moved only.
         """
-        params = self._work.params
-        grads = sum(param.size * (grad_itemsize or param.itemsize) for param in params)
-        rows = {name: (size, 2 * size) for name, size in self._kept().items()}
-        return _storage.memory(rows | {"grad": (0, grads)}, sum(param.size for param in params))
+        return _storage.memory(self._work.params, self._kept(), grad_itemsize, {})
 
     def _kept(self) -> dict[str, int]:
         """Return the bytes of the parameters, their residual bits and each state."""
