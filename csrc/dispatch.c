@@ -64,17 +64,16 @@ static int list_kernels(const fo_kernels **list)
 {
     int n = 0, avx2 = 0, avx512 = 0;
     detect(&avx2, &avx512);
+    if (avx512) {
 #if FO_HAS_WIDE
-    const int wide_first = avx512 && is_wide_better();
-    if (wide_first)
-        list[n++] = &fo_kernels_avx512_wide;
-#endif
-    if (avx512)
+        const int is_wide_first = is_wide_better();
+        list[n + !is_wide_first] = &fo_kernels_avx512_wide;
+        list[n + is_wide_first] = &fo_kernels_avx512;
+        n += 2;
+#else
         list[n++] = &fo_kernels_avx512;
-#if FO_HAS_WIDE
-    if (avx512 && !wide_first)
-        list[n++] = &fo_kernels_avx512_wide;
 #endif
+    }
     if (avx2)
         list[n++] = &fo_kernels_avx2;
     list[n++] = &fo_kernels_sse2;
