@@ -196,6 +196,25 @@ def main():
         assert where + ", and its state in 8-bit codes" in str(exc)
     assert not other.state
 
+    params, opt = make(fo, "AdamW", {"max_grad_norm": 1.0}, False)
+    peers, peer = make(fo, "AdamW", {"max_grad_norm": 1.0}, False)
+    sums = fo.GradAccumulator(params)
+    for p, q in zip(params, peers, strict=True):  # gradients that come from the device
+        parts = torch.randn(2, *p.shape)
+        q.grad = parts.sum(0)
+        for part in parts:
+            sums.add({p: disguise(part)})
+    opt.step(grads=sums)
+    peer.step()
+    for a, b in zip(contents(opt), contents(peer), strict=True):
+        assert torch.equal(a, b)
+    assert opt.last_step == peer.last_step and sums.count == 0
+    try:
+        fo.GradAccumulator(make(fo, "AdamW", {}, True)[1].param_groups)
+        raise AssertionError("no error")
+    except TypeError as exc:
+        assert where in str(exc)
+
 
 if __name__ == "__main__":
     warnings.simplefilter("error")

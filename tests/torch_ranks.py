@@ -202,11 +202,19 @@ def whole_norm(run):
 def norms_of_shards():
     """FSDP2: the clip's norm, statistics and decisions are of whole tensors by default."""
 
-    def run(**options):
+    def run(accumulates, **options):
         model, opt = sharded(fo, stats=True, **options)
+        sums = fo.GradAccumulator(model.parameters())
         norms = []
         for seed in range(4):
-            train(model, opt, [seed])
+            if accumulates:
+                for part in batch(seed).tensor_split(2):  # of 4 rows, or of 8
+                    model(part).square().mean().backward()
+                    sums.add(scale=0.5)
+                opt.step(grads=sums)
+                assert sums.count == 0 and sums.grads == [None] * 4
+            else:
+                train(model, opt, [seed])
             norms.append(opt.last_step.grad_norm)
             stats = opt.last_step.stats
             for p, norm in zip(full(model), stats.param_norm, strict=True):
@@ -217,7 +225,8 @@ def norms_of_shards():
                 torch.testing.assert_close(total, norms[-1], rtol=1e-9, atol=0)
         return model, norms
 
-    whole_norm(run)
+    for accumulates in (False, True):
+        whole_norm(functools.partial(run, accumulates))
     model, opt = sharded(fo, nonfinite="skip", zero_grads=True)
     train(model, opt, [0])
     before = full(model)
@@ -348,7 +357,7 @@ def decisions():
 
     plain = ("AdamW", {})
 
-    def run(rule, options, sharded, event):
+    def run(rule, options, sharded, event, accumulates):
         torch.manual_seed(0)
         start, grads = ([torch.randn(5, 4), torch.randn(7)] for _ in range(2))
         theirs = grads[0].chunk(WORLD)[1] if sharded else grads[1]  # of rank 1
@@ -380,7 +389,15 @@ def decisions():
                     p.grad = None
 
         give()
-        if event == "fault" and RANK == 1:
+        given = {}
+        if accumulates:
+            sums = fo.GradAccumulator(params)
+            sums.add()
+            given["grads"] = sums
+            if event == "fault" and RANK == 1:
+                other = [torch.nn.Parameter(torch.ones(3))]
+                given["grads"] = fo.GradAccumulator(other) if sharded else other
+        elif event == "fault" and RANK == 1:
             if sharded:
                 params[1].grad._local_tensor = torch.zeros(3, dtype=torch.int32)
             else:
@@ -388,14 +405,16 @@ def decisions():
         if event == "found_inf":  # as GradScaler
             opt.grad_scale, opt.found_inf = None, torch.tensor(float(RANK == 1))
         measures = {"max_grad_norm", "nonfinite", "stats"} & options.keys()
-        concerns = bool(measures) or rule != plain
+        concerns = bool(measures) or rule != plain or accumulates
         raises = fault = None
         if event == "nan" and options.get("nonfinite") == "raise":
             raises = FloatingPointError
         elif event == "fault" and (RANK == 1 or concerns):
             raises = TypeError if RANK == 1 else RuntimeError
+            if raises is TypeError and accumulates and sharded:
+                raises = ValueError
         try:
-            opt.step(**options)
+            opt.step(**given, **options)
         except Exception as exc:
             fault = exc
         assert type(fault) is (raises or type(None)), fault
@@ -404,6 +423,7 @@ def decisions():
             assert not opt.state and opt.last_step[:2] == (0, 0)
             for a, b in zip(local(params), here(start, sharded), strict=True):
                 assert torch.equal(a, b)
+            assert not accumulates or sums.count == (event != "found_inf")
         if event == "found_inf":
             assert opt.last_step.skipped
         if raises is FloatingPointError or event == "found_inf":
@@ -412,7 +432,7 @@ def decisions():
             if not concerns:
                 return  # then each rank is on its own
             give()
-            opt.step(**options)
+            opt.step(**({"grads": sums} if accumulates else {}), **options)
         peer.step(**options)
         mine, its = opt.last_step, peer.last_step
         known = slice(
@@ -433,9 +453,10 @@ def decisions():
     rules = [plain, ("AdamW", {"cautious": True}), ("LAMB", {}), ("Prodigy", {"d0": 0.1})]
     rows = [*STEP_OPTIONS, {"nonfinite": "raise"}, {"nonfinite": "raise", "stats": True}]
     events = ["none", "no gradient", "nan", "fault", "found_inf"]
-    for case in itertools.product(rules, [{}, *rows], [True, False], events):
+    cases = itertools.product(rules, [{}, *rows], [True, False], events)
+    for number, case in enumerate(cases):
         try:
-            run(*case)
+            run(*case, accumulates=number % 3 == 1)
         except Exception as exc:
             raise AssertionError(case) from exc
 

@@ -259,7 +259,6 @@ cdef class ArrayList(LeafList):
     cdef list held            # during a step: of leaves of rows, their arrays
     cdef dict directions      # during a step of a matrix rule: by leaf, what it goes along
     cdef bint has_counts      # whether rows of a leaf may count their steps
-    cdef fo_stats *kept       # of an accumulator: what was measured of each leaf, or NULL
     cdef readonly object count  # steps of the whole list, a Python int
     cdef bint swapped         # whether `Swap` has it
 
@@ -275,7 +274,6 @@ cdef class ArrayList(LeafList):
         for i in range(self.n):
             release(&self.records[i])
         free(self.records)
-        free(self.kept)
 
     def __len__(self):
         return self.n
@@ -843,17 +841,6 @@ cdef class ArrayList(LeafList):
             check(status)
         finally:
             self.let_go()
-
-    def keep_sums(self):
-        """Make this the list of an accumulator, which keeps the measured sums from step to step."""
-        self.kept = <fo_stats *>grow(self.kept, self.n, sizeof(fo_stats))
-
-    def drop_sums(self):
-        """Stop keeping sums, since others may write to the leaves."""
-        self.claim()
-        free(self.kept)
-        self.kept = NULL
-        self.release()
 
     def knows(self, list grads):
         """Whether the sums of these gradients are kept: they are the leaves, in the same order."""

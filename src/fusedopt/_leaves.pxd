@@ -5,7 +5,7 @@ from libc.stdint cimport uintptr_t
 
 from fusedopt._c cimport (
     FO_MAX_STATES, fo_array, fo_count, fo_disk, fo_format_info, fo_kind, fo_leaf, fo_region, fo_run,
-    fo_status,
+    fo_stats, fo_status,
 )
 from fusedopt._core cimport Hypers, Sums
 from fusedopt._spans cimport Span, Spans
@@ -77,6 +77,7 @@ cdef class LeafList:
     cdef Spans spans          # of all arrays that any step writes
     cdef Spans others         # of what one step writes beside them: copies, zeroed gradients
     cdef Sums sums            # what is measured of each leaf
+    cdef fo_stats *kept       # of an accumulator: what was measured of each of its leaves, or NULL
     cdef public list writes   # (dict, key, value): what a step that succeeds writes, keys it has
     cdef public object disk   # `_disk.Disk`, where state is on one, or None
     cdef fo_region *regions   # its regions, during a call

@@ -77,6 +77,7 @@ cdef class LeafList:
         free(self.others.of)
         free(self.sums.stats)
         free(self.sums.tiles)
+        free(self.kept)
         free(self.scratch)
         free(self.regions)
 
@@ -142,6 +143,19 @@ cdef class LeafList:
         self.claim()
 
     def __exit__(self, kind, value, trace):
+        self.release()
+
+    # ---------------------------------------------------------------- of an accumulator
+
+    def keep_sums(self, ptrdiff_t n):
+        """Make this the list of an accumulator of n leaves, which keeps the sums of steps."""
+        self.kept = <fo_stats *>grow(self.kept, n, sizeof(fo_stats))
+
+    def drop_sums(self):
+        """Stop keeping sums, since others may write to the leaves."""
+        self.claim()
+        free(self.kept)
+        self.kept = NULL
         self.release()
 
     # ---------------------------------------------------------------- names and memory

@@ -27,6 +27,10 @@ def is_known(checked: dict[int, Any], i: int, group: dict[str, Any]) -> bool: ..
 
 @final
 class TensorList(LeafList):
+    filled: Any  # of an accumulator: dict[int, tensor]
+    counted: bool
+    @property
+    def grads(self) -> dict[int, Any] | None: ...
     def __new__(
         cls,
         rule: str,
@@ -38,15 +42,20 @@ class TensorList(LeafList):
         export: Callable[[Any], object],
         mark: Callable[[list[Any]], object],
         copier: Copier,
+        counts: bool,
+        needs_rows: bool,
     ) -> TensorList: ...
     def step(
         self,
         owner: Any,
         groups: list[Any],
-        counted: bool,
         state: Any,
         threads: int,
         options: StepOptions | None = None,
         copies: dict[int, Any] | None = None,
         chosen: Any = None,
+        grads: dict[int, Any] | None = None,
+        consumed: list[Any] | None = None,
+        accumulator: Any = None,
     ) -> None: ...
+    def zero(self, owner: Any, buffers: list[Any], value: Any) -> None: ...

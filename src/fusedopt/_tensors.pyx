@@ -251,6 +251,10 @@ cdef class TensorList(LeafList):
         Raises their version counters; a builtin function.
     copier : Copier
         Writes back what was stepped on copies.
+    counts : bool
+        Whether the rule asks for the number of the step.
+    needs_rows : bool
+        Whether each gradient must be sparse.
     """
     cdef object mark
     cdef object tensor, parameter, export, is_plain_type
@@ -266,14 +270,18 @@ cdef class TensorList(LeafList):
     cdef ptrdiff_t capacity, n_arrays
     cdef ptrdiff_t n_asked    # how many, by the number of the parameter
     cdef bint done            # whether the last step succeeded
+    cdef public bint counted  # whether the state of a leaf has its number of steps
+    cdef bint rule_counts     # whether the rule asks for the number of the step
+    cdef bint needs_rows      # whether each gradient must be sparse
+    cdef public dict filled   # of an accumulator: buffers that hold gradients, by number; or None
     # of one step
     cdef object owner
+    cdef readonly dict grads  # gradients by the number of a parameter; None: those in `.grad`
     cdef GroupPlan plan       # of the group
     cdef ptrdiff_t number     # of the parameter, in all groups
     cdef Py_ssize_t at        # of the entry of the state that is tried first
     cdef bint zeroes          # whether gradients are set to zero
     cdef bint has_rows        # whether some gradient is sparse
-    cdef bint needs_rows      # whether each must be
     cdef bint has_others      # whether a parameter, with a gradient or not, is of another type
     cdef list capsules        # what must live until the step is over
     cdef list written         # parameters
@@ -283,7 +291,6 @@ cdef class TensorList(LeafList):
     cdef list directions       # of a matrix rule: by leaf, what it goes along, or None
     cdef list made            # (parameter, its new state)
     cdef list elsewhere       # (group, place in it, number) of parameters that torch steps
-    cdef bint rule_counts     # whether the rule asks for the number of the step
     cdef ptrdiff_t index, last, last_count  # of the constants of the leaf before; -1: none
     # of more than one, while some parameters are stepped at a time
     cdef dict seen            # (plan, step, count) -> index of its constants
@@ -291,11 +298,11 @@ cdef class TensorList(LeafList):
     cdef set turn             # numbers of the parameters that have taken this step
 
     def __cinit__(self, str rule, tuple state_names, tuple kinds, is_plain, is_neg, exchange,
-                  export, mark, Copier copier not None):
+                  export, mark, Copier copier not None, bint counts, bint needs_rows):
         self.set_rule(rule, state_names)
         self.tensor, self.parameter = kinds
         self.export, self.is_plain_type, self.copier = export, is_plain, copier
-        self.mark = mark
+        self.mark, self.rule_counts, self.needs_rows = mark, counts, needs_rows
         self.types, self.places, self.turn = {}, {}, set()
         self.capsules, self.written, self.touched, self.made = [], [], [], []
         self.targets, self.copies, self.labels, self.directions = [], [], [], []
@@ -342,8 +349,8 @@ cdef class TensorList(LeafList):
     cdef ptrdiff_t count_rows(self) noexcept:
         return self.number + 1
 
-    def step(self, owner, list groups, bint counted, state, int threads, options=None,
-             dict copies=None, chosen=None):
+    def step(self, owner, list groups, state, int threads, options=None, dict copies=None,
+             chosen=None, dict grads=None, list consumed=None, accumulator=None):
         """One step of all tensors that have a gradient; either all of it happens or none.
 
         Parameters
@@ -358,8 +365,6 @@ cdef class TensorList(LeafList):
         groups : list of (list, GroupPlan)
             The parameters of each group, and what a step must know of it; with `chosen`, the
             owner's ``param_groups``.
-        counted : bool
-            Whether the state of a leaf has its number of steps.
         state : dict of dict
             The optimizer's state; of a new leaf it is added when the step has succeeded.
         threads : int
@@ -369,6 +374,13 @@ cdef class TensorList(LeafList):
             By the number of a parameter, a tensor that gets a rounded copy of it; with `options`.
         chosen : list of tensor, optional
             Some parameters, if only these are stepped; then the owner's ``_renew`` is called.
+        grads : dict of int -> tensor, optional
+            Gradients by the number of a parameter, in the place of those in ``.grad``.
+        consumed : list of tensor, optional
+            Whose ``.grad`` is None after a step that succeeds.
+        accumulator : optimizer, optional
+            Whose sums are the gradients, see the owner's ``_sums_of``: its list is claimed as well,
+            and empty afterwards.
 
         With `chosen` this also sets the owner's ``last_step``, together with the version counters,
         because a signal's exception may come as soon as this returns.
@@ -378,7 +390,8 @@ cdef class TensorList(LeafList):
         cdef fo_run how
         cdef ptrdiff_t i
         cdef fo_mode before
-        cdef bint of_all = chosen is None
+        cdef bint of_all = chosen is None, knows = False, is_claimed = False
+        cdef TensorList source = None if accumulator is None else accumulator._leaves
         self.claim()
         before = fo_enter_ieee()
         grad = self.copier.is_grad()
@@ -386,6 +399,10 @@ cdef class TensorList(LeafList):
             if grad:
                 self.copier.enable_grad(False)
             self.owner, number = owner, owner.last_step.step
+            self.grads = grads
+            if source is not None:
+                source.claim()
+                is_claimed = True
             self.n = self.n_arrays = self.at = 0
             if of_all or self.hypers.n > 64:
                 self.hypers.n, self.seen = 0, {}
@@ -393,7 +410,6 @@ cdef class TensorList(LeafList):
             if not self.done and self.n_asked:
                 memset(self.asked, 0, self.n_asked * sizeof(Asked))
             self.done = False
-            self.rule_counts, self.needs_rows = owner._rule.counts, owner._needs_rows
             self.has_rows = False
             if self.has_others:
                 owner._moved = 0
@@ -405,11 +421,13 @@ cdef class TensorList(LeafList):
             try:
                 if self.disk is not None:
                     self.disk.refuse_lost()
+                if source is not None:
+                    self.grads, knows = owner._sums_of(accumulator)
                 if of_all:
                     for group, (params, plan) in enumerate(groups):
-                        self.gather(group, params, plan, counted, state, copies)
+                        self.gather(group, params, plan, state, copies)
                 else:
-                    self.choose(groups, chosen, counted, state, copies)
+                    self.choose(groups, chosen, state, copies)
                 if self.kind in (FO_ROWWISE, FO_FACTORED, FO_SUMMING):
                     for i in range(self.n):  # records have their place in memory now
                         self.join_shape(i)
@@ -420,11 +438,14 @@ cdef class TensorList(LeafList):
                     owner._check_elsewhere(self.elsewhere, options is not None)
                 self.use_disk(&how)  # that of new state too
                 options = self.prepare(options, &how)
+                if knows and source.kept != NULL:
+                    self.take_sums(source, &how)
             except Exception as exc:
                 fault = exc
                 owner._move_rest(chosen)
             if (fault is not None or self.has_others or process_group is not None) and (
-                    self.kind >= FO_LAYERWISE or (options is not None and options.concerns_ranks)):
+                    self.kind >= FO_LAYERWISE or source is not None
+                    or (options is not None and options.concerns_ranks)):
                 reduction = owner._reduction(process_group)
             if reduction is not None:
                 options = options or _options.PLAIN
@@ -440,6 +461,8 @@ cdef class TensorList(LeafList):
                     self.zero_values()
                 if verdict.skipped:
                     self.write_back()
+                    if source is not None:
+                        source.forget(accumulator)
                     self.mark(self.touched)
                     owner.last_step = step_result(
                         number, 0, True, verdict.grad_norm, verdict.clip_factor, None)
@@ -452,6 +475,13 @@ cdef class TensorList(LeafList):
                 self.check_step(status)
             self.done = True
             self.finish(state)
+            if self.filled is not None:
+                self.keep()
+            if source is not None:
+                source.forget(accumulator)
+            if consumed is not None:
+                for param in consumed:
+                    param.grad = None
             updated = len(self.written) + len(self.elsewhere)
             number += self.begins(of_all)
             self.mark(self.written + self.touched if self.touched else self.written)
@@ -460,21 +490,58 @@ cdef class TensorList(LeafList):
                 return
             owner.last_step = step_result(
                 number, updated, False, verdict.grad_norm, verdict.clip_factor, None)
-            if options.measure:  # which may ask other ranks, and fail
+            if options.measure == _options.LEAF:  # which may ask other ranks, and fail
                 stats = self.statistics(options, reduction)
                 owner.last_step = step_result(
                     number, updated, False, verdict.grad_norm, verdict.clip_factor, stats)
         finally:
             for i in range(self.n):
                 let_go(&self.records[i])
-            self.forget()
-            self.owner = self.plan = None
+            self.clear_lists()
+            self.owner = self.plan = self.grads = None
             fo_leave_ieee(before)
+            if is_claimed:
+                source.release()
             self.release()
-            if self.copier.is_grad() is not grad:
-                self.copier.enable_grad(grad)
+            if grad:
+                self.copier.enable_grad(True)
 
-    cdef int forget(self) except -1:
+    cdef int take_sums(self, TensorList source, fo_run *how) except -1:
+        """Take over what an accumulator has measured of the gradients."""
+        cdef ptrdiff_t i
+        for i in range(self.n):
+            if self.has_grad(i):
+                self.sums.stats[i] = source.kept[self.records[i].number]
+        how.has_grad = 1
+        return 0
+
+    cdef int keep(self) except -1:
+        """Keep what was measured of the buffers that a step has written, and which these are."""
+        cdef ptrdiff_t i, k = 0
+        for i in range(self.n):
+            if self.has_grad(i):
+                if self.kept != NULL:
+                    self.kept[self.records[i].number] = self.sums.stats[i]
+                self.filled[self.records[i].number] = self.written[k]
+                k += 1
+        return 0
+
+    cdef int forget(self, owner) except -1:
+        """Start anew with the buffers of an accumulator, which are zero."""
+        self.filled.clear()
+        owner.last_step = step_result(0, 0, False, None, 1.0, None)
+        return 0
+
+    def zero(self, owner, list buffers, value):
+        """Do so, after a copy of a value into each."""
+        self.claim()
+        try:
+            self.copier.run(buffers, [value] * len(buffers))
+            self.forget(owner)
+        finally:
+            self.release()
+
+    cdef int clear_lists(self) except -1:
         """Empty the lists of one step: making new ones would take a tenth of a step of one
         tensor."""
         if self.capsules:
@@ -498,21 +565,24 @@ cdef class TensorList(LeafList):
         stepped."""
         cdef ptrdiff_t i
         cdef bint new
-        cdef list numbers
         if of_all:
             if self.turn:
                 self.turn = set()
             return True
-        numbers = [self.records[i].number for i in range(self.n) if self.has_grad(i)]
-        if self.elsewhere:
-            numbers += [place[2] for place in self.elsewhere]
-        if not numbers:
+        if not self.written and not self.elsewhere:
             return False
-        new = not self.turn or not self.turn.isdisjoint(numbers)
+        new = not self.turn
+        for i in range(self.n):
+            new = new or (self.has_grad(i) and self.records[i].number in self.turn)
+        for place in self.elsewhere:
+            new = new or place[2] in self.turn
         if new:
-            self.turn = set(numbers)
-        else:
-            self.turn.update(numbers)  # in place: a new set would cost as much as there are in it
+            self.turn = set()
+        for i in range(self.n):
+            if self.has_grad(i):
+                self.turn.add(self.records[i].number)
+        for place in self.elsewhere:
+            self.turn.add(place[2])
         return new
 
     cdef inline void join_shape(self, ptrdiff_t i) noexcept:
@@ -596,7 +666,7 @@ cdef class TensorList(LeafList):
 
     # -------------------------------------------------------------- leaves
 
-    cdef int gather(self, ptrdiff_t group, list params, GroupPlan plan, bint counted, state,
+    cdef int gather(self, ptrdiff_t group, list params, GroupPlan plan, state,
                     dict copies) except -1:
         """Add the leaves of a group that have a gradient, or a copy to be written."""
         cdef ptrdiff_t i = -1
@@ -605,10 +675,10 @@ cdef class TensorList(LeafList):
         for param in params:
             i += 1
             self.number += 1
-            self.add(group, i, param, counted, state, copies)
+            self.add(group, i, param, state, copies)
         return 0
 
-    cdef int choose(self, list groups, chosen, bint counted, state, dict copies) except -1:
+    cdef int choose(self, list groups, chosen, state, dict copies) except -1:
         """Do so for some parameters, each of which is in a group."""
         cdef ptrdiff_t n, g, i
         cdef list places = []
@@ -636,12 +706,11 @@ cdef class TensorList(LeafList):
             g, i = places[n]
             self.number = count_params(groups, g) + i
             self.plan, self.index = checked[g].plan, -1
-            self.add(g, i, chosen[n], counted, state, copies)
+            self.add(g, i, chosen[n], state, copies)
         self.number = count_params(groups, len(groups)) - 1
         return 0
 
-    cdef inline int add(self, ptrdiff_t group, ptrdiff_t i, param, bint counted, state,
-                        dict copies) except -1:
+    cdef inline int add(self, ptrdiff_t group, ptrdiff_t i, param, state, dict copies) except -1:
         """Add a leaf, if it is one of those."""
         cdef ptrdiff_t step, count
         cdef LeafRecord *record
@@ -649,7 +718,7 @@ cdef class TensorList(LeafList):
         own = self.state_of(state, param)
         if own is not None and not isinstance(own, dict):
             self.owner._refuse_state(group, i, own)
-        grad = param.grad
+        grad = param.grad if self.grads is None else self.grads.get(self.number)
         if grad is None and (copies is None or self.number not in copies):
             return 0
         record = self.new_leaf(group, i)
@@ -668,7 +737,7 @@ cdef class TensorList(LeafList):
         elif self.plan.has_maps:
             record.row_major = True
         step = 2  # of a rule that does not count: its first, or another
-        if not self.read_state(record, own, counted):
+        if not self.read_state(record, own):
             if self.leave(record):
                 return 0
             if own is None and param in state:
@@ -677,7 +746,7 @@ cdef class TensorList(LeafList):
             self.made.append((param, made))
             own = {**own, **made} if own else made
             step = 1 if begins else 2
-            if not self.read_state(record, own, counted):
+            if not self.read_state(record, own):
                 raise SystemError("fusedopt: incomplete state; please report")
         if self.fill(record):
             return 0
@@ -693,7 +762,7 @@ cdef class TensorList(LeafList):
                 self.leaves[self.n - 1].origin = self.owner._origin(param)
         if self.rule_counts:
             step = count
-        if not counted:
+        if not self.counted:
             count = 0
         if self.index < 0 or step != self.last or count != self.last_count:
             self.index, self.last, self.last_count = (
@@ -715,7 +784,7 @@ cdef class TensorList(LeafList):
             return <object>value
         return state.get(param)
 
-    cdef bint read_state(self, LeafRecord *record, own, bint counted) except -1:
+    cdef bint read_state(self, LeafRecord *record, own) except -1:
         """Hold the tensor that counts steps, and the state arrays in use; False if one is missing.
         """
         cdef GroupPlan plan = self.plan
@@ -724,15 +793,15 @@ cdef class TensorList(LeafList):
         cdef int k, used = plan.n
         record.coded = 0
         if own is None:
-            return not plan.n and not counted
+            return not plan.n and not self.counted
         if plan.has_rest:
             for k in range(plan.n):
                 used -= not is_used(plan, record, plan.places[k])
-        if counted or PyDict_Size(own) > used:
+        if self.counted or PyDict_Size(own) > used:
             value = entry(own, "step", &at)
             if value != NULL:
                 hold(record, COUNT, <object>value)
-            elif counted:
+            elif self.counted:
                 return False
         for k in range(plan.n):
             if not is_used(plan, record, plan.places[k]):
@@ -744,7 +813,7 @@ cdef class TensorList(LeafList):
             if value == NULL or <object>value is None:
                 return False
             hold(record, plan.places[k], <object>value)
-        if PyDict_Size(own) > used + counted:
+        if PyDict_Size(own) > used + self.counted:
             for k in range(plan.n):
                 if plan.codes[k] is not None and not record.coded >> plan.places[k] & 1:
                     value = entry(own, plan.codes[k], &at)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -68,6 +69,7 @@ class Fused(StateKeeper):
 
     _rule: ClassVar[Rule]
     _leaves: _tensors.TensorList | None = None
+    found_inf: Any = None  # GradScaler sets it for a step, and then deletes it, as grad_scale
     last_step = StepResult(0, 0)  # what the last step did; also if GradScaler had it skipped
 
     _own: ClassVar[Mapping[str, Option]]  # options that a class of torch's does not have
@@ -172,7 +174,12 @@ class Fused(StateKeeper):
 
     @torch.compiler.disable
     def step(
-        self, closure: Callable[[], Any] | None = None, *, copy_out: Any = None, **options: Any
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        grads: Any = None,
+        copy_out: Any = None,
+        **options: Any,
     ) -> Any:
         """Take one step on all parameters that have a gradient, in one call of C.
 
@@ -182,6 +189,10 @@ class Fused(StateKeeper):
         ----------
         closure : callable, optional
             Reevaluates the model and returns the loss.
+        grads : GradAccumulator, optional
+            Its sums are the gradients, in the place of those in ``.grad``. The step consumes them,
+            and reads none of them twice. Their norm is known, unless other ranks have parts of
+            them and no option asks for it.
         copy_out : dict or sequence of tensor, optional
             Tensors that get the parameters after the step, rounded to nearest: by parameter, or one
             (or None) for each parameter in the order of the groups. float16, bfloat16, or the dtype
@@ -216,18 +227,19 @@ class Fused(StateKeeper):
         if closure is not None:
             loss = copier.call(True, closure)
         if self._leaves is None:
-            self._leaves, self._groups = _new_list(self._rule, self._disk), {}
+            self._leaves, self._groups = new_list(self._rule, self._disk, self._needs_rows), {}
         try:
             groups = self._renew()
-            how = self._step_options(options, copy_out)
+            adder = None if grads is None else _adder(grads)
+            how = self._step_options(options, copy_out, adder is not None)
             copies = None if copy_out is None else self._copies(copy_out)
             if self._rule.remembers:
                 self._advance()
         except Exception as exc:
-            self._tell_ranks(exc, options)
+            self._tell_ranks(exc, options, agrees=grads is not None)
             raise
         self._leaves.step(
-            self, groups, self._is_counted(), self.state, _threads.of(self._threads), how, copies
+            self, groups, self.state, _threads.of(self._threads), how, copies, accumulator=adder
         )
         return loss
 
@@ -261,13 +273,14 @@ class Fused(StateKeeper):
             As `step` does; nothing of `params` has changed. ValueError also for such an option, for
             a tensor that is no parameter, and for a rule that remembers numbers of a whole step.
         """
-        _copies.refuse_within_swap(self)
+        if self._is_swapped:
+            _copies.refuse_within_swap(self)
         if self._rule.remembers:
             raise ValueError(
                 f"step_params: {type(self).__name__} remembers numbers of a whole step; use step"
             )
         if self._leaves is None:
-            self._leaves, self._groups = _new_list(self._rule, self._disk), {}
+            self._leaves, self._groups = new_list(self._rule, self._disk, self._needs_rows), {}
         try:
             how = self._step_options(options, copy_out)
             if how is not None:
@@ -277,9 +290,8 @@ class Fused(StateKeeper):
             self._tell_ranks(exc, options, params)
             raise
         self._leaves.step(
-            self, self.param_groups, self._is_counted(), self.state, _threads.of(self._threads),
-            how, copies, params,
-        )  # fmt: skip
+            self, self.param_groups, self.state, _threads.of(self._threads), how, copies, params
+        )
         self._opt_called = True  # for torch's schedulers, which note a call of `step`
 
     def _renew(self) -> list[tuple[list[Any], _tensors.GroupPlan]]:
@@ -289,6 +301,7 @@ class Fused(StateKeeper):
         if self._has_new_options:
             known = [self._groups[i].options for i in range(len(groups))]
             self._leaves.use_row(self._rule.row(known))
+            self._leaves.counted = self._is_counted()
             self._has_new_options = False
         return groups
 
@@ -320,13 +333,16 @@ class Fused(StateKeeper):
             if remembers:
                 self._leaves.writes += self._rule.writes(options, group, known.options, known.seen)
 
-    def _step_options(self, given: Mapping[str, Any], copy_out: Any) -> StepOptions | None:
-        """Return what this step does around the rule; None if nothing."""
-        if (
-            given
-            or getattr(self, "found_inf", None) is not None  # GradScaler sets these two
-            or getattr(self, "grad_scale", None) is not None
-        ):
+    def _step_options(
+        self, given: Mapping[str, Any], copy_out: Any, knows_norm: bool = False
+    ) -> StepOptions | None:
+        """Return what this step does around the rule; None if nothing.
+
+        `knows_norm` says that the gradients are the sums of an accumulator, which are consumed.
+        """
+        if knows_norm:
+            return self._checked_step({**given, "zero_grads": True}, True)
+        if given or self.found_inf is not None or getattr(self, "grad_scale", None) is not None:
             return self._checked_step(given)
         seen, how = self._own_step
         if not _tensors.is_same(seen, self.defaults):
@@ -337,8 +353,8 @@ class Fused(StateKeeper):
         return _options.PLAIN if how is None and copy_out is not None else how
 
     @ieee
-    def _checked_step(self, given: Mapping[str, Any]) -> StepOptions:
-        scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+    def _checked_step(self, given: Mapping[str, Any], knows_norm: bool = False) -> StepOptions:
+        scale, found_inf = getattr(self, "grad_scale", None), self.found_inf
         own = {name: self.defaults[name] for name in OF_NO_GROUP if name in self.defaults}
         _check.refuse_unknown("step", sorted(given), [*_options.DEFAULTS, "copy_out"])
         options = {**_options.DEFAULTS, **own, **given}
@@ -346,28 +362,49 @@ class Fused(StateKeeper):
             options["grad_scale"] = _options.CHECKS["grad_scale"](
                 "grad_scale", options["grad_scale"]
             ) * (1 / scale.item())
-        how = _options.step_options(options)
+        how = _options.step_options(options, knows_norm=knows_norm)
         return how if found_inf is None else replace(how, skip=bool(found_inf.item()))
 
     def _copies(self, given: Any) -> dict[int, Any]:
         """Return the tensor that gets the copy of each parameter, by the parameter's number."""
-        params = self._all_params()
-        if isinstance(given, Mapping):
-            numbers = {param: number for number, param in enumerate(params)}
-            if any(param not in numbers for param in given):
-                raise ValueError("copy_out: has a key that is no parameter of this optimizer")
-            return {numbers[param]: copy for param, copy in given.items() if copy is not None}
-        if not isinstance(given, Sequence) or len(given) != len(params):
-            raise ValueError(
-                f"copy_out: expected a dict, or a list with a tensor or None for each of the "
-                f"{len(params)} parameters"
-            )
-        return {number: copy for number, copy in enumerate(given) if copy is not None}
+        numbers = {param: number for number, param in enumerate(self._all_params())}
+        return _plain.by_number("copy_out", given, numbers)
 
-    def _tell_ranks(self, fault: Exception, given: Mapping[str, Any], chosen: Any = None) -> None:
+    def _sums_of(self, adder: Any) -> tuple[dict[int, Any], bool]:
+        """Return the sums that an accumulator has, by the number of a parameter.
+
+        And whether the accumulator's numbers are the same.
+        """
+        ours, filled = self._all_params(), adder._leaves.filled
+        if len(ours) == len(adder.params) and all(map(operator.is_, ours, adder.params)):
+            return filled, True
+        numbers = {param: number for number, param in enumerate(adder.params)}
+        for g, group in enumerate(self.param_groups):
+            for i, param in enumerate(group["params"]):
+                if param not in numbers:
+                    raise ValueError(
+                        f"{self._name(g, i)}: the accumulator has no buffer for it; make it of "
+                        "this optimizer's parameters"
+                    )
+        if len(numbers) > len(ours):
+            raise ValueError(
+                f"grads: the accumulator has buffers for {len(numbers)} parameters, of which this "
+                f"optimizer has {len(ours)}; make one for each optimizer"
+            )
+        sums = {number: filled.get(numbers[param]) for number, param in enumerate(ours)}
+        return {number: total for number, total in sums.items() if total is not None}, False
+
+    def _tell_ranks(
+        self,
+        fault: Exception,
+        given: Mapping[str, Any],
+        chosen: Any = None,
+        agrees: bool = False,
+    ) -> None:
         """Raise a fault that was found before the list's own checks; on other ranks too.
 
         Ranks whose step depends on this one wait for it. They are taken to have the same options.
+        With `agrees` they always depend on one another.
         """
         if not isinstance(chosen, (list, tuple, type(None))):
             return
@@ -377,7 +414,8 @@ class Fused(StateKeeper):
         if chosen is not None and not any(map(_plain.is_shared, chosen)):
             return
         asked = {**_options.DEFAULTS, **self.defaults, **given}
-        concerns = getattr(self, "found_inf", None) is not None or any(
+        concerns = agrees or self.found_inf is not None
+        concerns |= any(
             type(asked[name]) is not type(default) or asked[name] != default
             for name, default in _options.DEFAULTS.items()
             if name in ("max_grad_norm", "nonfinite", "stats")
@@ -682,10 +720,11 @@ class Fused(StateKeeper):
         return tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
 
 
-_increment_version = torch.autograd.graph.increment_version
+# in C: a signal could interrupt torch.autograd.graph.increment_version, which calls it
+_increment_version: Any = torch._C._increment_version
 try:
     _increment_version([])
-except RuntimeError:  # before torch 2.5 it takes one tensor
+except (RuntimeError, TypeError):  # before torch 2.5 it takes one tensor
 
     def mark_written(params: list[Any]) -> None:
         for param in params:
@@ -695,13 +734,23 @@ else:
     mark_written = _increment_version
 
 
+def _adder(grads: Any) -> Any:
+    """Return the optimizer in an accumulator, which adds to the sums."""
+    adder = getattr(grads, "_adder", None)
+    if adder is None:
+        raise TypeError(
+            f"grads: expected a GradAccumulator of fusedopt.torch, got {type(grads).__name__}"
+        )
+    return adder
+
+
 @cache
 def _taken(cls: type[Fused]) -> tuple[str, ...]:
     """Return the names of all arguments of a class; cached, as many optimizers may be made."""
     return tuple(inspect.signature(cls).parameters)
 
 
-def _new_list(rule: Rule, disk: Disk | None) -> _tensors.TensorList:
+def new_list(rule: Rule, disk: Disk | None, needs_rows: bool = False) -> _tensors.TensorList:
     made = _tensors.TensorList(
         rule.name,
         rule.state_names,
@@ -712,6 +761,8 @@ def _new_list(rule: Rule, disk: Disk | None) -> _tensors.TensorList:
         export=lambda tensor: torch.utils.dlpack.to_dlpack(tensor.detach()),
         mark=mark_written,
         copier=copier,
+        counts=rule.counts,
+        needs_rows=needs_rows,
     )
     made.disk = disk
     return made

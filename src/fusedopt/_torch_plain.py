@@ -6,7 +6,7 @@ Also the stand-ins for a leaf whose tensors are not plain.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -283,6 +283,28 @@ def restored(codes: Any) -> Any:
         return codes
     made = codes.nan_to_num(nan=256.0).clamp(0, 255).to(torch.uint8)
     return made if torch.equal(made.to(codes.dtype), codes) else codes
+
+
+def by_number(where: str, given: Any, numbers: Mapping[Any, int]) -> dict[int, Any]:
+    """Return tensors that are given by parameter, or for each one, by the parameter's number.
+
+    Raises
+    ------
+    ValueError
+        If a key is no parameter, or if there is not one tensor, or None, for each.
+    """
+    if isinstance(given, Mapping):
+        if any(param not in numbers for param in given):
+            raise ValueError(f"{where}: has a key that is none of the parameters")
+        pairs = [(numbers[param], tensor) for param, tensor in given.items()]
+    elif isinstance(given, Sequence) and len(given) == len(numbers):
+        pairs = list(enumerate(given))
+    else:
+        raise ValueError(
+            f"{where}: expected a dict, or a list with a tensor or None for each of the "
+            f"{len(numbers)} parameters"
+        )
+    return {number: tensor for number, tensor in pairs if tensor is not None}
 
 
 def repeats(tensor: Any) -> bool:

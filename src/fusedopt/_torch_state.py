@@ -115,7 +115,7 @@ class StateKeeper:
             made["step"] = _new_count()
         for state in missing:
             if state == "ema":
-                made[state] = param.detach().to(_wide(param), copy=True)
+                made[state] = param.detach().to(wide(param), copy=True)
                 continue
             dtype = self._state_dtype(group, param, rows[state])
             if shapes[state] != tuple(param.shape):
@@ -392,7 +392,7 @@ class StateKeeper:
                     continue
                 own.update(_plain.stored(name, param, state.name, state.squared, saved, dtype))
         if saved.get("ema") is not None:
-            own.update(_plain.stored(name, param, "ema", False, saved, _wide(param)))
+            own.update(_plain.stored(name, param, "ema", False, saved, wide(param)))
         residual = saved.get("residual")
         if residual is not None:
             known = (*_plain.DTYPES, torch.int16, torch.int8)
@@ -487,7 +487,7 @@ def _has(own: Mapping[str, Any], state: str) -> bool:
     return own.get(state) is not None or own.get(state + _plain.CODES) is not None
 
 
-def _wide(param: Any) -> Any:
+def wide(param: Any) -> Any:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 

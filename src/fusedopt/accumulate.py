@@ -12,8 +12,8 @@ from fusedopt._rows import Rows
 from fusedopt.formats import Stored
 from fusedopt.rule import Rule
 
-_ADD = Rule(name="add", options=(), states=(), constants=lambda step, options: {})
-_ADD_PLAN = _ADD.at({})
+ADD = Rule(name="add", options=(), states=(), constants=lambda step, options: {}, counts=False)
+_ADD_PLAN = ADD.at({})
 
 
 class GradAccumulator:
@@ -62,13 +62,13 @@ class GradAccumulator:
         self._buffers: list[Array] = _core.allocate(specs)
         names = [name for name, _ in named]
         self._grad_names = ["grads" + name.removeprefix("params") for name in names]
-        self._work = _arrays.ArrayList(_ADD.name, _ADD.state_names)
+        self._work = _arrays.ArrayList(ADD.name, ADD.state_names)
         none: list[Any] = [None] * len(names)
         self._work.add(
             names, self._grad_names, self._buffers, [[]] * len(names), none, 0, False,
             _threads.get_num_threads(),
         )  # fmt: skip
-        self._work.keep_sums()
+        self._work.keep_sums(len(names))
         self._rebuild = _tree.rebuilder(tree)
         self.zero()
 

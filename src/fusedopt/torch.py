@@ -15,7 +15,8 @@ what works with torch's works with these (schedulers, GradScaler, checkpoints, D
 run can change from one to the other and back. The others are subclasses of `torch.optim.Optimizer`
 with the arguments of their namesake in `fusedopt`.
 
-`range_test` sweeps over learning rates, undoes its steps and suggests a rate.
+`GradAccumulator` adds up gradients of micro-batches in host memory. `range_test` sweeps over
+learning rates, undoes its steps and suggests a rate.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ except ModuleNotFoundError as exc:
     ) from exc
 
 import fusedopt
+from fusedopt._torch_accumulate import GradAccumulator as GradAccumulator
 from fusedopt._torch_average import Averaging
 from fusedopt._torch_fused import Fused
 from fusedopt._torch_options import plain_base
