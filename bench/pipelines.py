@@ -18,13 +18,17 @@ import numpy as np
 import torch
 
 import fusedopt
+import fusedopt.torch as fo
 from fusedopt.bench import machine
 from fusedopt.bench.cases import CASES, Problem, own_case
 
 DECAY = 0.999
 # step: read p g m v, write p m v; clip: read g, read and write g; unscale: read g twice (once for
-# the finite check), write g; EMA: read p and e, write e
-BYTES = {"step": (28, 28), "clip + step": (32, 40), "all": (40, 64), "stats": (28, 28)}
+# the finite check), write g; EMA: read p and e, write e; add: read g in 2 bytes, read and write sum
+BYTES = {
+    "step": (28, 28), "clip + step": (32, 40), "all": (40, 64), "stats": (28, 28),
+    "micro-batches": (4 * 10 + 32, 4 * 10 + 44),
+}  # fmt: skip
 
 
 class Torch:
@@ -39,6 +43,7 @@ class Torch:
         self.averages = [p.clone() for p in self.data]
         self.optimizer = torch.optim.Adam(self.params, fused=True)
         self.found, self.one = torch.zeros(()), torch.ones(())
+        self.narrow = [g.bfloat16() for g in self.grads]
 
     def step(self) -> None:
         """Step without options."""
@@ -57,9 +62,32 @@ class Torch:
             self.optimizer.step()
             torch._foreach_lerp_(self.averages, self.data, 1 - DECAY)
 
+    def micro_batches(self) -> None:
+        """Add four times to ``.grad``, in float32; clip, step, and set it to zero."""
+        for _ in range(4):
+            torch._foreach_add_(self.grads, self.narrow)
+        self.clip_step()
+        torch._foreach_zero_(self.grads)
+
+
+class OurSums:
+    """The same with fusedopt.torch.Adam and its GradAccumulator."""
+
+    def __init__(self, problem: Problem) -> None:
+        params = [torch.nn.Parameter(torch.tensor(p)) for p in problem.params()]
+        self.narrow = [torch.tensor(g).bfloat16() for g in problem.grads()]
+        self.optimizer = fo.Adam(params, max_grad_norm=1e6)
+        self.sums = fo.GradAccumulator(params)
+
+    def micro_batches(self) -> None:
+        """Add four times, and step with a clip."""
+        for _ in range(4):
+            self.sums.add(self.narrow)
+        self.optimizer.step(grads=self.sums)
+
 
 class Ours:
-    """The same with fusedopt.Adam, on NumPy's arrays."""
+    """The others with fusedopt.Adam, on NumPy's arrays."""
 
     def __init__(self, problem: Problem, **options: float) -> None:
         self.grads = problem.grads()
@@ -117,6 +145,10 @@ def rows(case: str, rounds: int, threads: int) -> list[tuple[str, str, str, str]
         "clip + step": (ours.clip_step, theirs.clip_step),
         "unscale + finite check + clip + step + EMA": (averaged.everything, theirs.everything),
         "step with stats, against our own without": (ours.stats, ours.step),
+        "4 micro-batches in bfloat16 + clip + step": (
+            OurSums(problem).micro_batches,
+            Torch(problem).micro_batches,
+        ),
     }
     return [
         (case, name, ratio(*acts, rounds, each), "{} / {}".format(*moved))

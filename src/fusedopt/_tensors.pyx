@@ -782,7 +782,7 @@ cdef class TensorList(LeafList):
         if PyDict_Next(state, &at, &key, &value) and key == <PyObject *>param:
             self.at = at
             return <object>value
-        return state.get(param)
+        return state.get(param) if PyDict_Size(state) > 0 else None
 
     cdef bint read_state(self, LeafRecord *record, own) except -1:
         """Hold the tensor that counts steps, and the state arrays in use; False if one is missing.
@@ -917,7 +917,7 @@ cdef class TensorList(LeafList):
         """Make a leaf of the rows of its gradient, if that is sparse."""
         cdef fo_rows *by = &record.by_rows
         grad = held(record, GRAD)
-        if grad is None or not grad.is_sparse:
+        if grad is None or not getattr(grad, "is_sparse", False):
             return 0
         if record.tensors[EMA] != NULL or record.tensors[COPY] != NULL:
             self.owner._refuse_all_rows(

@@ -32,14 +32,6 @@ class Adder(Fused, plain_base(ADD)):  # type: ignore[misc]
         self._leaves.keep_sums(len(params))
         self._leaves.filled = {}
 
-    def name(self, number: int) -> str:
-        """Return the name of a parameter."""
-        group = 0
-        while number >= len(self.param_groups[group]["params"]):
-            number -= len(self.param_groups[group]["params"])
-            group += 1
-        return self._name(group, number)
-
     def add(self, given: dict[int, Any], chosen: Any, consumed: Any, how: StepOptions) -> None:
         """Add gradients to some buffers, or to all."""
         groups = self.param_groups if chosen is not None else self._renew()
@@ -58,6 +50,12 @@ class Adder(Fused, plain_base(ADD)):  # type: ignore[misc]
             moving = [pair for pair in pairs if _plain.must_move(*pair)]
             for buffer, grad in moving[self._moved :]:
                 grad.redistribute(placements=buffer.placements)
+
+    def _stand_in(self, group: int, i: int, names: Any, tensors: list[Any], *others: Any) -> Any:
+        """Return plain tensors, as a step does; of a gradient on another device a copy."""
+        if isinstance(tensors[1], torch.Tensor):
+            tensors = [tensors[0], tensors[1].to("cpu"), *tensors[2:]]
+        return super()._stand_in(group, i, names, tensors, *others)
 
     def _rows(self, group: int, i: int, zeroes: bool) -> NoReturn:
         raise ValueError(
@@ -161,11 +159,6 @@ class GradAccumulator:
         params = self._adder.params
         values = [param.grad for param in params] if grads is None else grads
         given = _plain.by_number("grads", values, self._numbers)
-        for number, grad in given.items():
-            if not isinstance(grad, torch.Tensor):
-                name = self._adder.name(number)
-                raise TypeError(f"{name}.grad: is a {type(grad).__name__}; expected a tensor")
-            given[number] = grad.to("cpu")
         chosen = [self._buffers[n] for n in given] if isinstance(grads, Mapping) else None
         how = StepOptions(
             grad_scale=scale,
