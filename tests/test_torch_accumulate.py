@@ -1,9 +1,11 @@
 """fusedopt.torch.GradAccumulator: sums of micro-batches, with the bits of the NumPy interface."""
 
+import contextlib
 import copy
 import math
 import pickle
 import re
+import sys
 import threading
 from functools import partial
 
@@ -249,6 +251,7 @@ def test_bad_input():
         ([good, torch.ones(4).int()], TypeError, rf"^{name}\.grad: is of dtype torch.int32"),
         ([good, torch.ones(4).to_sparse()], ValueError, rf"^{name}\.grad: is sparse, and a Grad"),
         ([good, sums._buffers[1]], ValueError, rf"^{name}\.grad.* share"),
+        ([good, torch.ones(4, device="meta")], TypeError, rf"^{name}\.grad: is on device meta"),
     ]
     for given, error, match in rows:
         refused(partial(sums.add, given), error, match, sums, params)
@@ -270,6 +273,8 @@ def test_bad_input():
         refused(partial(opt.step, grads=wrong), TypeError, match, sums, params)
     refused(partial(opt.step_params, params, grads=sums), TypeError, "grads", sums, params)
     refused(partial(opt.step, grads=sums, copy_out=[]), ValueError, "copy_out", sums, params)
+    refused(partial(opt.step, grads=sums, zero_grads=5), TypeError, "^zero_grads", sums, params)
+    refused(partial(opt.step, sums), TypeError, "^step: closure: .* given as grads=", sums, params)
     for made in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="cannot be copied or pickled"):
             made(sums)
@@ -306,7 +311,7 @@ def test_interrupted_at_any_moment(set_to_none, options):
     def once(when):
         for p, g in zip(params, grads, strict=True):
             p.grad = g.clone()
-        sums, opt = fo.GradAccumulator(params), fo.SGD(params, lr=0.0, **options)
+        sums, opt = fo.GradAccumulator(params), fo.AdamW(params, lr=0.0, **options)
         interrupted = interrupted_at(when, partial(sums.add, set_to_none=set_to_none))
         added = [b.any() for b in sums._buffers]
         consumed = [p.grad is None or not p.grad.any() for p in params]
@@ -316,6 +321,7 @@ def test_interrupted_at_any_moment(set_to_none, options):
             interrupted = interrupted_at(when, partial(step, opt, grads=sums))
             left = [b.any() for b in sums._buffers]
             assert left == [opt.last_step.step == 0] * 2 == [sums.count == 1] * 2
+            assert len(opt.state) == 2 * opt.last_step.step
             sums.add(grads)
             interrupted |= interrupted_at(when, sums.zero)
             assert [b.any() for b in sums._buffers] == [sums.count > 0] * 2
@@ -350,6 +356,141 @@ def test_two_threads():
     assert all("another thread" in text for text in faults)
     opt.step(grads=sums)
     assert (p == -float(len(done))).all()
+
+
+def test_two_threads_take_gradients():
+    """One of them consumes what is in `.grad`, once."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(60):
+            params = [torch.nn.Parameter(torch.zeros(4)) for _ in range(50)]
+            sums = fo.GradAccumulator(params)
+            for p in params:
+                p.grad = torch.ones(4)
+            barrier = threading.Barrier(2)
+
+            def work(barrier=barrier, sums=sums):
+                barrier.wait()
+                with contextlib.suppress(RuntimeError):
+                    sums.add()
+
+            threads = [threading.Thread(target=work) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert all((b == 1).all() for b in sums._buffers)
+    finally:
+        sys.setswitchinterval(interval)
+
+
+class Mode(torch.overrides.TorchFunctionMode):
+    """Runs Python code wherever torch allows it, with a signal at one moment."""
+
+    def __init__(self, when):
+        super().__init__()
+        self.when, self.calls = when, 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.calls += 1
+        if self.calls == self.when:
+            raise KeyboardInterrupt
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_interrupted_in_a_mode(set_to_none):
+    """As of `with torch.device(...)`, which sees what is set to `.grad`."""
+    when, interrupted = 0, True
+    while interrupted:
+        when += 1
+        params = [leaf(3, seed=k) for k in range(3)]
+        sums, interrupted = fo.GradAccumulator(params), False
+        try:
+            with Mode(when):
+                sums.add(set_to_none=set_to_none)
+        except KeyboardInterrupt:
+            interrupted = True
+        added = [b.any() for b in sums._buffers]
+        consumed = [p.grad is None or not p.grad.any() for p in params]
+        assert added == consumed == [sums.count == 1] * 3
+    assert when > 1
+
+
+def test_counts_of_partial_micro_batches():
+    """After a step, or zeros, any gradient begins a new count."""
+    p, q = leaf(3), leaf(4)
+    sums, opt = fo.GradAccumulator([p, q]), fo.SGD([p, q])
+    for empty in (lambda: opt.step(grads=sums), sums.zero):
+        for one in (p, q, p):
+            sums.add({one: one.grad})
+            assert sums.count == 1
+            empty()
+            assert sums.count == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda p: fo.AdamW(p, state_dtype="int8", min_8bit_size=1), (64, 70)),
+        (fo.Adafactor, (100, 70)),
+        (fo.AdamW, (100, 70)),
+        (partial(fo.Adagrad, rowwise=True), (100, 70)),
+    ],
+    ids=["int8", "Adafactor", "AdamW", "rowwise"],
+)
+def test_steps_in_another_memory_order(make, shape):
+    """The norm has the bits of a step on the sums, whatever order they were added in."""
+    for seed in range(40):
+        torch.manual_seed(seed)
+        t = torch.randn(shape, dtype=torch.float64).t()
+        p, q = torch.nn.Parameter(t.clone()), torch.nn.Parameter(t.clone())
+        g = torch.randn(t.shape, dtype=torch.float64)
+        ours, theirs, sums = make([p]), make([q]), fo.GradAccumulator([p])
+        sums.add([g])
+        q.grad = g.clone()
+        ours.step(grads=sums, max_grad_norm=0.5, stats=True)
+        theirs.step(max_grad_norm=0.5, stats=True)
+        assert torch.equal(p, q)
+        assert ours.last_step[:-1] == theirs.last_step[:-1]
+        for column in ("grad_norm", "param_norm"):
+            stats = (getattr(opt.last_step.stats, column) for opt in (ours, theirs))
+            np.testing.assert_array_equal(*stats, column)
+
+
+def test_grad_scaler():
+    """torch's looks at `.grad`: an error says what to do, and leaves the optimizer usable."""
+    p, q = leaf(30), leaf(30)
+    opt, peer, sums = fo.AdamW([p], fused=True), fo.AdamW([q]), fo.GradAccumulator([p])
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(1))
+    sums.add([p.grad * 4])
+    p.grad = None
+    with pytest.raises(ValueError, match="^grads: torch's GradScaler looks for overflow in .grad"):
+        scaler.step(opt, grads=sums)
+    assert sums.count == 1 and opt.last_step.step == 0
+    opt.step(grads=sums, grad_scale=1 / 4, nonfinite="skip")
+    peer.step()
+    assert torch.equal(p, q) and opt.last_step[:2] == (1, 1)
+    fo.AdamW([torch.nn.Parameter(torch.ones(3))], fused=True)  # without gradients, as torch's
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(1))
+    opt.zero_grad()
+    scaler.step(opt)
+    assert opt.last_step[:2] == (2, 0)
+
+
+def test_inference_mode():
+    """Buffers outlive the block in which they were made."""
+    with torch.inference_mode():
+        p = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+        sums = fo.GradAccumulator([p])
+        sums.add([torch.ones(3)])
+    sums.add([torch.ones(3)])
+    assert sums.grads[0].tolist() == [2.0] * 3
+    sums.zero()
+    assert sums.grads == [None]
 
 
 def test_version_counters():

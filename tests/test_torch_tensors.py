@@ -741,7 +741,7 @@ def test_two_threads():
 
 @pytest.mark.parametrize("options", [{}, {"ema": 0.9}, {"state_dtype": "int8", "min_8bit_size": 1}])
 def test_a_signal_in_the_first_step(options, monkeypatch):
-    """At any moment at which Python code runs: nothing is written, or everything."""
+    """At any moment at which Python code runs, which is before the first write."""
     original = torch.Tensor.__hash__
     outcomes = set()
     for when in range(1, 20):
@@ -765,9 +765,38 @@ def test_a_signal_in_the_first_step(options, monkeypatch):
         written = [not torch.equal(a, b) for a, b in zip(before, [p, q], strict=True)]
         assert written in ([True] * 2, [False] * 2)
         assert len(opt.state) == sum(written) and all(opt.state.values())
+        assert [p._version, q._version] == [opt.last_step.step] * 2 == [int(written[0])] * 2
         assert torch.is_grad_enabled()
         outcomes.add((written[0], len(calls) >= when))
-    assert outcomes == {(False, True), (True, True), (True, False)}
+    assert outcomes == {(False, True), (True, False)}
+
+
+def test_options_change_while_another_thread_steps():
+    """A call that is refused leaves the constants of the step that is running."""
+    p, q = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    groups = [{"params": [p], "lr": 1.0}, {"params": [q], "lr": 0.125}]
+    opt = fo.SGD(groups, momentum=0.5)
+    p.grad, q.grad = torch.ones(2), torch.ones(2)
+    make, faults = opt._make_state, []
+
+    def other():
+        opt.param_groups[0]["weight_decay"] = float("0")  # equal, another object
+        try:
+            opt.step()
+        except RuntimeError as exc:
+            faults.append(str(exc))
+
+    def slow(group, i, param, own):
+        if param is q:
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+        return make(group, i, param, own)
+
+    opt._make_state = slow
+    opt.step()
+    assert p.tolist() == [-1.0] * 2 and q.tolist() == [-0.125] * 2
+    assert len(faults) == 1 and "another thread" in faults[0]
 
 
 @pytest.mark.parametrize("options", [{}, {"ema": 0.9}, {"state_dtype": "int8", "min_8bit_size": 1}])

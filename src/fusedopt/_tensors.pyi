@@ -27,8 +27,9 @@ def is_known(checked: dict[int, Any], i: int, group: dict[str, Any]) -> bool: ..
 
 @final
 class TensorList(LeafList):
-    filled: Any  # of an accumulator: dict[int, tensor]
     counted: bool
+    @property
+    def filled(self) -> Any: ...  # of an accumulator: dict[int, tensor]
     @property
     def grads(self) -> dict[int, Any] | None: ...
     def __new__(
@@ -48,14 +49,14 @@ class TensorList(LeafList):
     def step(
         self,
         owner: Any,
-        groups: list[Any],
         state: Any,
         threads: int,
         options: StepOptions | None = None,
         copies: dict[int, Any] | None = None,
         chosen: Any = None,
         grads: dict[int, Any] | None = None,
-        consumed: list[Any] | None = None,
+        sources: list[Any] | None = None,
+        drops: bool = False,
         accumulator: Any = None,
     ) -> None: ...
     def zero(self, owner: Any, buffers: list[Any], value: Any) -> None: ...

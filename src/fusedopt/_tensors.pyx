@@ -273,10 +273,12 @@ cdef class TensorList(LeafList):
     cdef public bint counted  # whether the state of a leaf has its number of steps
     cdef bint rule_counts     # whether the rule asks for the number of the step
     cdef bint needs_rows      # whether each gradient must be sparse
-    cdef public dict filled   # of an accumulator: buffers that hold gradients, by number; or None
+    cdef readonly dict filled  # of an accumulator: buffers that hold gradients, by number; or None
+    cdef void **kept_at       # and where the buffer was that `kept` is of
     # of one step
     cdef object owner
     cdef readonly dict grads  # gradients by the number of a parameter; None: those in `.grad`
+    cdef list sources         # tensors that have them, by the same number; None: the parameters
     cdef GroupPlan plan       # of the group
     cdef ptrdiff_t number     # of the parameter, in all groups
     cdef Py_ssize_t at        # of the entry of the state that is tried first
@@ -289,7 +291,9 @@ cdef class TensorList(LeafList):
     cdef list targets, copies  # tensors, and what was stepped in the place of each
     cdef list labels           # of the former: names, or (leaf, place)
     cdef list directions       # of a matrix rule: by leaf, what it goes along, or None
-    cdef list made            # (parameter, its new state)
+    cdef dict fresh           # new state by parameter, of those that had none
+    cdef list made            # (state of a parameter, what is new in it)
+    cdef dict own             # state of the last leaf's parameter, or None
     cdef list elsewhere       # (group, place in it, number) of parameters that torch steps
     cdef ptrdiff_t index, last, last_count  # of the constants of the leaf before; -1: none
     # of more than one, while some parameters are stepped at a time
@@ -305,6 +309,7 @@ cdef class TensorList(LeafList):
         self.mark, self.rule_counts, self.needs_rows = mark, counts, needs_rows
         self.types, self.places, self.turn = {}, {}, set()
         self.capsules, self.written, self.touched, self.made = [], [], [], []
+        self.fresh = {}
         self.targets, self.copies, self.labels, self.directions = [], [], [], []
         self.elsewhere = []
         if PyCFunction_GetFlags(<PyObject *>is_neg) != METH_NOARGS:
@@ -325,6 +330,7 @@ cdef class TensorList(LeafList):
     def __dealloc__(self):
         free(self.records)
         free(self.asked)
+        free(self.kept_at)
         free(self.targets_spans.of)
 
     cdef str leaf_name(self, ptrdiff_t i):
@@ -349,8 +355,8 @@ cdef class TensorList(LeafList):
     cdef ptrdiff_t count_rows(self) noexcept:
         return self.number + 1
 
-    def step(self, owner, list groups, state, int threads, options=None, dict copies=None,
-             chosen=None, dict grads=None, list consumed=None, accumulator=None):
+    def step(self, owner, state, int threads, options=None, dict copies=None, chosen=None,
+             dict grads=None, list sources=None, bint drops=False, accumulator=None):
         """One step of all tensors that have a gradient; either all of it happens or none.
 
         Parameters
@@ -359,12 +365,10 @@ cdef class TensorList(LeafList):
             Called where needed are its ``_is_elsewhere``, ``_check_elsewhere``,
             ``_step_elsewhere``, ``_make_state``, ``_make_extras``, ``_stand_in``, ``_copy``,
             ``_count``, ``_refuse_both``, ``_refuse_state``, ``_shared``, ``_origin``,
-            ``_constants``, ``_name``, ``_reduction``, ``_move_rest``, ``_new_direction`` and
+            ``_constants``, ``_name``, ``_reduction``, ``_move_rest``, ``_prepare``,
+            ``_new_direction`` and
             ``_replace``: see `fusedopt.torch`. For sparse gradients ``_rows``, ``_refuse_dense``,
             ``_refuse_strange`` and ``_refuse_all_rows``.
-        groups : list of (list, GroupPlan)
-            The parameters of each group, and what a step must know of it; with `chosen`, the
-            owner's ``param_groups``.
         state : dict of dict
             The optimizer's state; of a new leaf it is added when the step has succeeded.
         threads : int
@@ -376,8 +380,9 @@ cdef class TensorList(LeafList):
             Some parameters, if only these are stepped; then the owner's ``_renew`` is called.
         grads : dict of int -> tensor, optional
             Gradients by the number of a parameter, in the place of those in ``.grad``.
-        consumed : list of tensor, optional
-            Whose ``.grad`` is None after a step that succeeds.
+        sources : list of tensor, optional
+            Whose ``.grad`` are the gradients, by the number of a parameter; None after a step that
+            succeeds if `drops`.
         accumulator : optimizer, optional
             Whose sums are the gradients, see the owner's ``_sums_of``: its list is claimed as well,
             and empty afterwards.
@@ -390,7 +395,7 @@ cdef class TensorList(LeafList):
         cdef fo_run how
         cdef ptrdiff_t i
         cdef fo_mode before
-        cdef bint of_all = chosen is None, knows = False, is_claimed = False
+        cdef bint of_all = chosen is None, is_claimed = False
         cdef TensorList source = None if accumulator is None else accumulator._leaves
         self.claim()
         before = fo_enter_ieee()
@@ -399,10 +404,10 @@ cdef class TensorList(LeafList):
             if grad:
                 self.copier.enable_grad(False)
             self.owner, number = owner, owner.last_step.step
-            self.grads = grads
-            if source is not None:
-                source.claim()
-                is_claimed = True
+            self.grads, self.sources = grads, sources
+            if of_all:
+                groups = owner._prepare(
+                    source is not None or (options is not None and options.concerns_ranks))
             self.n = self.n_arrays = self.at = 0
             if of_all or self.hypers.n > 64:
                 self.hypers.n, self.seen = 0, {}
@@ -422,12 +427,14 @@ cdef class TensorList(LeafList):
                 if self.disk is not None:
                     self.disk.refuse_lost()
                 if source is not None:
-                    self.grads, knows = owner._sums_of(accumulator)
+                    source.claim()
+                    is_claimed = True
+                    self.grads, numbers = owner._sums_of(accumulator)
                 if of_all:
                     for group, (params, plan) in enumerate(groups):
                         self.gather(group, params, plan, state, copies)
                 else:
-                    self.choose(groups, chosen, state, copies)
+                    self.choose(owner.param_groups, chosen, state, copies)
                 if self.kind in (FO_ROWWISE, FO_FACTORED, FO_SUMMING):
                     for i in range(self.n):  # records have their place in memory now
                         self.join_shape(i)
@@ -438,8 +445,8 @@ cdef class TensorList(LeafList):
                     owner._check_elsewhere(self.elsewhere, options is not None)
                 self.use_disk(&how)  # that of new state too
                 options = self.prepare(options, &how)
-                if knows and source.kept != NULL:
-                    self.take_sums(source, &how)
+                if source is not None:
+                    self.take_sums(source, numbers, &how)
             except Exception as exc:
                 fault = exc
                 owner._move_rest(chosen)
@@ -479,9 +486,10 @@ cdef class TensorList(LeafList):
                 self.keep()
             if source is not None:
                 source.forget(accumulator)
-            if consumed is not None:
-                for param in consumed:
-                    param.grad = None
+            if drops:
+                with self.copier.plainly():  # modes and subclasses are Python code
+                    for param in sources:
+                        param.grad = None
             updated = len(self.written) + len(self.elsewhere)
             number += self.begins(of_all)
             self.mark(self.written + self.touched if self.touched else self.written)
@@ -498,7 +506,7 @@ cdef class TensorList(LeafList):
             for i in range(self.n):
                 let_go(&self.records[i])
             self.clear_lists()
-            self.owner = self.plan = self.grads = None
+            self.owner = self.plan = self.grads = self.sources = None
             fo_leave_ieee(before)
             if is_claimed:
                 source.release()
@@ -506,14 +514,33 @@ cdef class TensorList(LeafList):
             if grad:
                 self.copier.enable_grad(True)
 
-    cdef int take_sums(self, TensorList source, fo_run *how) except -1:
-        """Take over what an accumulator has measured of the gradients."""
-        cdef ptrdiff_t i
+    cdef int take_sums(self, TensorList source, list numbers, fo_run *how) except -1:
+        """Take over what an accumulator has measured, if it is what this step would measure.
+
+        That is the case if the step reads each buffer in its own memory order. `numbers` are those
+        of its buffers by the numbers here, None if they are the same.
+        """
+        cdef ptrdiff_t i, k
+        cdef fo_leaf *leaf
+        if source.kept == NULL:
+            return 0
         for i in range(self.n):
             if self.has_grad(i):
-                self.sums.stats[i] = source.kept[self.records[i].number]
+                leaf = &self.leaves[i]
+                k = self.records[i].number
+                if numbers is not None:
+                    k = numbers[k]
+                if leaf.n > 0 and (leaf.grad.data != source.kept_at[k] or leaf.by_rows != NULL):
+                    return 0
+                self.sums.stats[i] = source.kept[k]
         how.has_grad = 1
         return 0
+
+    def keep_sums(self, ptrdiff_t n):
+        """Make this the list of an accumulator of n buffers, see `LeafList`."""
+        LeafList.keep_sums(self, n)
+        self.kept_at = <void **>grow(self.kept_at, n, sizeof(void *))
+        self.filled = {}
 
     cdef int keep(self) except -1:
         """Keep what was measured of the buffers that a step has written, and which these are."""
@@ -522,6 +549,7 @@ cdef class TensorList(LeafList):
             if self.has_grad(i):
                 if self.kept != NULL:
                     self.kept[self.records[i].number] = self.sums.stats[i]
+                    self.kept_at[self.records[i].number] = self.leaves[i].param.data
                 self.filled[self.records[i].number] = self.written[k]
                 k += 1
         return 0
@@ -529,6 +557,7 @@ cdef class TensorList(LeafList):
     cdef int forget(self, owner) except -1:
         """Start anew with the buffers of an accumulator, which are zero."""
         self.filled.clear()
+        self.turn = set()
         owner.last_step = step_result(0, 0, False, None, 1.0, None)
         return 0
 
@@ -550,6 +579,9 @@ cdef class TensorList(LeafList):
             self.written = []
         if self.touched:
             self.touched = []
+        self.own = None
+        if self.fresh:
+            self.fresh = {}
         if self.made:
             self.made = []
         if self.targets:
@@ -632,11 +664,13 @@ cdef class TensorList(LeafList):
         return None if is_row_major(&axes) else tuple([strides[k] for k in range(t.ndim)])
 
     cdef int finish(self, state) except -1:
-        """Count the step, write what was done on copies, and take over new state."""
+        """Count the step, write what was done on copies, and take over new state.
+
+        No Python code runs here, in which a signal could raise an exception: a dict takes over
+        another's keys without asking for their hash, which of a tensor is a function in Python.
+        """
         cdef ptrdiff_t i
-        cdef int _
         cdef LeafRecord *record
-        fault = None
         for i in range(self.n):
             record = &self.records[i]
             if record.counter == NULL:
@@ -649,15 +683,18 @@ cdef class TensorList(LeafList):
                 (<double *>record.counter)[0] += 1
         self.write_back()
         self.make_writes()
-        for param, own in self.made:
-            for _ in range(3):
-                try:
-                    state.setdefault(param, {}).update(own)
-                    break
-                except BaseException as exc:  # of a signal: Tensor.__hash__ is Python code
-                    fault = exc
-        if fault is not None:
-            raise fault
+        if self.fresh:
+            state.update(self.fresh)
+        for own, made in self.made:
+            own.update(made)
+        return 0
+
+    cdef int add_state(self, param, dict made) except -1:
+        """Note new state of the last leaf's parameter."""
+        if self.own is None:
+            self.fresh.setdefault(param, {}).update(made)
+        else:
+            self.made.append((self.own, made))
         return 0
 
     cdef int write_back(self) except -1:
@@ -718,7 +755,11 @@ cdef class TensorList(LeafList):
         own = self.state_of(state, param)
         if own is not None and not isinstance(own, dict):
             self.owner._refuse_state(group, i, own)
-        grad = param.grad if self.grads is None else self.grads.get(self.number)
+        self.own = own
+        if self.grads is not None:
+            grad = self.grads.get(self.number)
+        else:
+            grad = param.grad if self.sources is None else self.sources[self.number].grad
         if grad is None and (copies is None or self.number not in copies):
             return 0
         record = self.new_leaf(group, i)
@@ -743,7 +784,7 @@ cdef class TensorList(LeafList):
             if own is None and param in state:
                 self.owner._refuse_state(group, i, own)
             made, begins = self.owner._make_state(group, i, param, own)
-            self.made.append((param, made))
+            self.add_state(param, made)
             own = {**own, **made} if own else made
             step = 1 if begins else 2
             if not self.read_state(record, own):
@@ -986,7 +1027,7 @@ cdef class TensorList(LeafList):
             record.group, record.i, param, states, record.tensors[ARRAYS + PARAM] != NULL,
             record.tensors[COUNT] != NULL)
         if made:
-            self.made.append((param, made))
+            self.add_state(param, made)
             if "residual" in made:
                 hold(record, ARRAYS + PARAM, made["residual"])
             if "step" in made:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -11,8 +11,7 @@ import torch
 from fusedopt import _check, _options, _threads
 from fusedopt import _torch_plain as _plain
 from fusedopt._options import StepOptions
-from fusedopt._tensors import TensorList
-from fusedopt._torch_fused import Fused, new_list
+from fusedopt._torch_fused import Fused
 from fusedopt._torch_options import plain_base
 from fusedopt._torch_state import wide
 from fusedopt.accumulate import ADD
@@ -22,38 +21,40 @@ class Adder(Fused, plain_base(ADD)):  # type: ignore[misc]
     """An optimizer whose parameters are buffers, and whose step adds gradients to them."""
 
     _rule, _is_torchs, _extras = ADD, False, {}
-    _leaves: TensorList
 
     def __init__(self, groups: list[dict[str, Any]], params: list[Any]) -> None:
         """Make the list; `params` are those of which the buffers are."""
         super().__init__(groups)
         self.params = params
-        self._leaves, self._groups = new_list(ADD, None), {}
         self._leaves.keep_sums(len(params))
-        self._leaves.filled = {}
 
-    def add(self, given: dict[int, Any], chosen: Any, consumed: Any, how: StepOptions) -> None:
-        """Add gradients to some buffers, or to all."""
-        groups = self.param_groups if chosen is not None else self._renew()
-        self._leaves.step(
-            self, groups, self.state, _threads.get_num_threads(), how, None, chosen, given, consumed
-        )
+    def add(self, given: dict[int, Any] | None, chosen: Any, drops: bool, how: StepOptions) -> None:
+        """Add gradients to some buffers, or to all: those given, or in ``.grad``."""
+        sources = self.params if given is None else None
+        threads = _threads.get_num_threads()
+        self._leaves.step(self, self.state, threads, how, None, chosen, given, sources, drops)
 
     def _reduction(self, group: Any) -> None:
         """Return that nothing is summed over ranks: the step which takes the sums does that."""
 
     def _move_rest(self, chosen: Any = None) -> None:
         """Redistribute the gradients for which other ranks wait, where this one cannot add."""
+        given = self._leaves.grads
+        self.move(
+            enumerate(param.grad for param in self.params) if given is None else given.items()
+        )
+
+    def move(self, grads: Iterable[tuple[int, Any]]) -> None:
+        """Redistribute gradients, given by number, from the first that was not on."""
         with contextlib.suppress(Exception):  # the fault is the one to tell
-            buffers, given = self._all_params(), self._leaves.grads or {}
-            pairs = [(buffers[number], grad) for number, grad in given.items()]
+            pairs = [(self.params[number], grad) for number, grad in grads]
             moving = [pair for pair in pairs if _plain.must_move(*pair)]
-            for buffer, grad in moving[self._moved :]:
-                grad.redistribute(placements=buffer.placements)
+            for param, grad in moving[self._moved :]:
+                grad.redistribute(placements=param.placements)
 
     def _stand_in(self, group: int, i: int, names: Any, tensors: list[Any], *others: Any) -> Any:
         """Return plain tensors, as a step does; of a gradient on another device a copy."""
-        if isinstance(tensors[1], torch.Tensor):
+        if isinstance(tensors[1], torch.Tensor) and tensors[1].device.type != "meta":
             tensors = [tensors[0], tensors[1].to("cpu"), *tensors[2:]]
         return super()._stand_in(group, i, names, tensors, *others)
 
@@ -73,11 +74,14 @@ class GradAccumulator:
     pass that reads them. Worth it where gradients are narrower than float32, or come from another
     device; float32 gradients on the CPU add up in ``.grad`` too.
 
+    A step that skips (``nonfinite="skip"``) consumes the sum too; one that raises keeps it.
+
     Parameters
     ----------
     params : iterable of tensor, or list of groups
         As given to the optimizer, such as ``model.parameters()`` or ``opt.param_groups``; on the
-        CPU. Buffers are float32, of float64 parameters float64, and DTensors of DTensors.
+        CPU, and exactly those of the optimizer that will step. Buffers are float32, of float64
+        parameters float64, and DTensors of DTensors.
 
     Raises
     ------
@@ -154,22 +158,38 @@ class GradAccumulator:
         RuntimeError
             If another thread is adding to the same buffers, or steps with them.
         """
-        scale = _check.number("scale", scale)
-        drops = _check.flag("set_to_none", set_to_none) and grads is None
-        params = self._adder.params
-        values = [param.grad for param in params] if grads is None else grads
-        given = _plain.by_number("grads", values, self._numbers)
-        chosen = [self._buffers[n] for n in given] if isinstance(grads, Mapping) else None
-        how = StepOptions(
-            grad_scale=scale,
-            measure=_options.PARAM,
-            zero_grads=grads is None and not drops,
-        )
-        self._adder.add(given, chosen, params if drops else None, how)
+        given = chosen = None
+        try:
+            if grads is not None:
+                given = _plain.by_number("grads", grads, self._numbers)
+            scale = _check.number("scale", scale)
+            drops = _check.flag("set_to_none", set_to_none) and grads is None
+        except Exception:
+            self._tell_ranks(grads)
+            raise
+        if isinstance(grads, Mapping):
+            chosen = [self._buffers[number] for number in given or ()]
+        zeroes = grads is None and not drops
+        how = StepOptions(grad_scale=scale, measure=_options.PARAM, zero_grads=zeroes)
+        self._adder.add(given, chosen, drops, how)
+
+    def _tell_ranks(self, grads: Any) -> None:
+        """Redistribute gradients of a wrong call, as far as they are known, for other ranks."""
+        self._adder._moved = 0
+        if grads is None:
+            self._adder.move(enumerate(param.grad for param in self._adder.params))
+        elif isinstance(grads, Mapping):
+            known = [param for param in grads if param in self._numbers]
+            self._adder.move((self._numbers[param], grads[param]) for param in known)
+        elif isinstance(grads, Sequence):
+            self._adder.move(enumerate(grads[: len(self._numbers)]))
 
     @property
     def count(self) -> int:
-        """Number of micro-batches in the sum."""
+        """Number of micro-batches in the sum: the most that a parameter has had, added in turns.
+
+        Gradients of some parameters alone begin another where one of them has been added before.
+        """
         return self._adder.last_step.step
 
     @property
@@ -177,8 +197,8 @@ class GradAccumulator:
         """The sums, one for each parameter in the order of the groups; None without gradients.
 
         They are the live buffers, and may be written, for example to add those of other ranks.
-        After this has been read, a step does not use what `add` measured, and reads the buffers if
-        it needs a norm.
+        From then on, steps do not use what `add` measures: they read the buffers where they need a
+        norm.
         """
         leaves = self._adder._leaves
         leaves.drop_sums()
@@ -206,6 +226,7 @@ def _only_params(group: Any) -> Any:
 def _buffer(name: str, param: Any) -> Any:
     """Return zeros for the sum of the gradients of a parameter."""
     _plain.local(name, param)
-    return torch.zeros_like(
-        param, dtype=wide(param), memory_format=torch.preserve_format, requires_grad=False
-    )
+    with torch.inference_mode(False):  # such a tensor could only be written within it
+        return torch.zeros_like(
+            param, dtype=wide(param), memory_format=torch.preserve_format, requires_grad=False
+        )

@@ -68,7 +68,7 @@ class Fused(StateKeeper):
     """
 
     _rule: ClassVar[Rule]
-    _leaves: _tensors.TensorList | None = None
+    _leaves: _tensors.TensorList
     found_inf: Any = None  # GradScaler sets it for a step, and then deletes it, as grad_scale
     last_step = StepResult(0, 0)  # what the last step did; also if GradScaler had it skipped
 
@@ -144,12 +144,12 @@ class Fused(StateKeeper):
         self.defaults.update(self._own_given)
         # in defaults, which torch copies and pickles; of no group, as a norm is of all
         self.defaults.update({k: v for k, v in given.items() if v != _options.DEFAULTS[k]})
+        self._leaves, self._groups = self._new_list(), {}
         self._replace_state()
 
     def _replace_state(self) -> None:
         """Convert state that torch's constructor has made to our formats."""
         if self.state:
-            self._groups = {}
             for i, group in enumerate(self.param_groups):
                 self._plan(i, group)
                 for k, param in enumerate(group["params"]):
@@ -191,8 +191,9 @@ class Fused(StateKeeper):
             Reevaluates the model and returns the loss.
         grads : GradAccumulator, optional
             Its sums are the gradients, in the place of those in ``.grad``. The step consumes them,
-            and reads none of them twice. Their norm is known, unless other ranks have parts of
-            them and no option asks for it.
+            also if it skips, and needs no further read for a norm or a search for what is not
+            finite. Not within GradScaler, which looks at ``.grad``: give `grad_scale` and
+            `nonfinite`.
         copy_out : dict or sequence of tensor, optional
             Tensors that get the parameters after the step, rounded to nearest: by parameter, or one
             (or None) for each parameter in the order of the groups. float16, bfloat16, or the dtype
@@ -225,22 +226,21 @@ class Fused(StateKeeper):
         _copies.refuse_within_swap(self)
         loss = None
         if closure is not None:
+            if not callable(closure):
+                raise TypeError(
+                    f"step: closure: expected a callable, got {type(closure).__name__}; an "
+                    "accumulator is given as grads=..."
+                )
             loss = copier.call(True, closure)
-        if self._leaves is None:
-            self._leaves, self._groups = new_list(self._rule, self._disk, self._needs_rows), {}
         try:
-            groups = self._renew()
-            adder = None if grads is None else _adder(grads)
+            adder = None if grads is None else self._adder_of(grads)
             how = self._step_options(options, copy_out, adder is not None)
             copies = None if copy_out is None else self._copies(copy_out)
-            if self._rule.remembers:
-                self._advance()
         except Exception as exc:
-            self._tell_ranks(exc, options, agrees=grads is not None)
+            self._tell_ranks(exc, grads is not None or self._concerns_ranks(options))
             raise
-        self._leaves.step(
-            self, groups, self.state, _threads.of(self._threads), how, copies, accumulator=adder
-        )
+        threads = _threads.of(self._threads)
+        self._leaves.step(self, self.state, threads, how, copies, accumulator=adder)
         return loss
 
     def step_params(self, params: Sequence[Any], *, copy_out: Any = None, **options: Any) -> None:
@@ -279,24 +279,51 @@ class Fused(StateKeeper):
             raise ValueError(
                 f"step_params: {type(self).__name__} remembers numbers of a whole step; use step"
             )
-        if self._leaves is None:
-            self._leaves, self._groups = new_list(self._rule, self._disk, self._needs_rows), {}
         try:
             how = self._step_options(options, copy_out)
             if how is not None:
                 refuse_of_all(how)
             copies = None if copy_out is None else self._copies(copy_out)
         except Exception as exc:
-            self._tell_ranks(exc, options, params)
+            self._tell_ranks(exc, self._concerns_ranks(options), params)
             raise
-        self._leaves.step(
-            self, self.param_groups, self.state, _threads.of(self._threads), how, copies, params
-        )
+        self._leaves.step(self, self.state, _threads.of(self._threads), how, copies, params)
         self._opt_called = True  # for torch's schedulers, which note a call of `step`
+
+    def _new_list(self) -> _tensors.TensorList:
+        """Return a list for the leaves of steps, which needs new `_groups`."""
+        made = _tensors.TensorList(
+            self._rule.name,
+            self._rule.state_names,
+            kinds=(torch.Tensor, torch.nn.Parameter),
+            is_plain=_plain.is_plain,
+            is_neg=torch.empty(0, device="cpu").is_neg,
+            exchange=getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
+            export=lambda tensor: torch.utils.dlpack.to_dlpack(tensor.detach()),
+            mark=mark_written,
+            copier=copier,
+            counts=self._rule.counts,
+            needs_rows=self._needs_rows,
+        )
+        made.disk = self._disk
+        return made
+
+    def _prepare(self, concerns: bool) -> list[tuple[list[Any], _tensors.GroupPlan]]:
+        """Return the result of `_plan` for each group, in a step; the list is claimed.
+
+        `concerns` says whether the options of the step are such that ranks wait for one another.
+        """
+        try:
+            groups = self._renew()
+            if self._rule.remembers:
+                self._advance()
+        except Exception as exc:
+            self._tell_ranks(exc, concerns)
+            raise
+        return groups
 
     def _renew(self) -> list[tuple[list[Any], _tensors.GroupPlan]]:
         """Take over the options of all groups; return the result of `_plan` for each."""
-        assert self._leaves is not None
         groups = [self._plan(i, group) for i, group in enumerate(self.param_groups)]
         if self._has_new_options:
             known = [self._groups[i].options for i in range(len(groups))]
@@ -325,7 +352,6 @@ class Fused(StateKeeper):
 
     def _take_over(self, advanced: list[Options], remembers: bool) -> None:
         """Make the constants of groups in this step, and note what they then remember."""
-        assert self._leaves is not None
         self._advanced, self._leaves.writes = advanced, []
         for i, (group, options) in enumerate(zip(self.param_groups, advanced, strict=True)):
             known = self._groups[i]
@@ -341,7 +367,7 @@ class Fused(StateKeeper):
         `knows_norm` says that the gradients are the sums of an accumulator, which are consumed.
         """
         if knows_norm:
-            return self._checked_step({**given, "zero_grads": True}, True)
+            return replace(self._checked_step(given, True), zero_grads=True)
         if given or self.found_inf is not None or getattr(self, "grad_scale", None) is not None:
             return self._checked_step(given)
         seen, how = self._own_step
@@ -363,21 +389,38 @@ class Fused(StateKeeper):
                 "grad_scale", options["grad_scale"]
             ) * (1 / scale.item())
         how = _options.step_options(options, knows_norm=knows_norm)
-        return how if found_inf is None else replace(how, skip=bool(found_inf.item()))
+        return how if found_inf is None else replace(how, skip=bool(found_inf))
 
     def _copies(self, given: Any) -> dict[int, Any]:
         """Return the tensor that gets the copy of each parameter, by the parameter's number."""
         numbers = {param: number for number, param in enumerate(self._all_params())}
         return _plain.by_number("copy_out", given, numbers)
 
-    def _sums_of(self, adder: Any) -> tuple[dict[int, Any], bool]:
+    def _adder_of(self, grads: Any) -> Any:
+        """Return the optimizer in an accumulator, which adds to the sums."""
+        adder = getattr(grads, "_adder", None)
+        if adder is None:
+            raise TypeError(
+                f"grads: expected a GradAccumulator of fusedopt.torch, got {type(grads).__name__}"
+            )
+        if self.found_inf is not None:
+            for name in ("found_inf", "grad_scale"):  # GradScaler leaves them after an error
+                vars(self).pop(name, None)
+            raise ValueError(
+                "grads: torch's GradScaler looks for overflow in .grad, not in the sums of an "
+                "accumulator; call step(grads=..., grad_scale=1 / scale, nonfinite='skip') "
+                "yourself, and read last_step.skipped"
+            )
+        return adder
+
+    def _sums_of(self, adder: Any) -> tuple[dict[int, Any], list[int] | None]:
         """Return the sums that an accumulator has, by the number of a parameter.
 
-        And whether the accumulator's numbers are the same.
+        And its own numbers, by the same, if they differ.
         """
         ours, filled = self._all_params(), adder._leaves.filled
         if len(ours) == len(adder.params) and all(map(operator.is_, ours, adder.params)):
-            return filled, True
+            return filled, None
         numbers = {param: number for number, param in enumerate(adder.params)}
         for g, group in enumerate(self.param_groups):
             for i, param in enumerate(group["params"]):
@@ -391,20 +434,14 @@ class Fused(StateKeeper):
                 f"grads: the accumulator has buffers for {len(numbers)} parameters, of which this "
                 f"optimizer has {len(ours)}; make one for each optimizer"
             )
-        sums = {number: filled.get(numbers[param]) for number, param in enumerate(ours)}
-        return {number: total for number, total in sums.items() if total is not None}, False
+        theirs = [numbers[param] for param in ours]
+        return {number: filled[k] for number, k in enumerate(theirs) if k in filled}, theirs
 
-    def _tell_ranks(
-        self,
-        fault: Exception,
-        given: Mapping[str, Any],
-        chosen: Any = None,
-        agrees: bool = False,
-    ) -> None:
+    def _tell_ranks(self, fault: Exception, concerns: bool, chosen: Any = None) -> None:
         """Raise a fault that was found before the list's own checks; on other ranks too.
 
-        Ranks whose step depends on this one wait for it. They are taken to have the same options.
-        With `agrees` they always depend on one another.
+        Ranks whose step depends on this one wait for it. `concerns` says whether the options of the
+        step are such that they do.
         """
         if not isinstance(chosen, (list, tuple, type(None))):
             return
@@ -413,13 +450,6 @@ class Fused(StateKeeper):
         params = self._params_there()
         if chosen is not None and not any(map(_plain.is_shared, chosen)):
             return
-        asked = {**_options.DEFAULTS, **self.defaults, **given}
-        concerns = agrees or self.found_inf is not None
-        concerns |= any(
-            type(asked[name]) is not type(default) or asked[name] != default
-            for name, default in _options.DEFAULTS.items()
-            if name in ("max_grad_norm", "nonfinite", "stats")
-        )
         kind = _core.RULES[self._rule.row(self.param_groups)][3]
         concerns |= _core.KINDS.index(kind) >= _core.KINDS.index("layerwise")
         if concerns:
@@ -427,6 +457,18 @@ class Fused(StateKeeper):
             reduction = _ranks.reduction(params, group)
             if reduction is not None:
                 reduction.agree(len(params), fault, False)
+
+    def _concerns_ranks(self, given: Mapping[str, Any]) -> bool:
+        """Whether options that may be wrong make ranks wait for one another.
+
+        Other ranks are taken to have the same.
+        """
+        asked = {**_options.DEFAULTS, **self.defaults, **given}
+        return self.found_inf is not None or any(
+            type(asked[name]) is not type(default) or asked[name] != default
+            for name, default in _options.DEFAULTS.items()
+            if name in ("max_grad_norm", "nonfinite", "stats")
+        )
 
     def _params_there(self) -> list[Any]:
         """Return the parameters of all groups, one of which may be without its list."""
@@ -513,6 +555,12 @@ class Fused(StateKeeper):
         state: Any = super().__getstate__()
         own = ("_threads", "_state_dict_dtype", "last_step")
         return {**state, **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over such data; a copy has a list of its own."""
+        super().__setstate__(state)  # type: ignore[misc]
+        if "_leaves" not in vars(self):
+            self._leaves, self._groups = self._new_list(), {}
 
     # -------------------------------------------------------------- asked by TensorList.step
 
@@ -734,35 +782,7 @@ else:
     mark_written = _increment_version
 
 
-def _adder(grads: Any) -> Any:
-    """Return the optimizer in an accumulator, which adds to the sums."""
-    adder = getattr(grads, "_adder", None)
-    if adder is None:
-        raise TypeError(
-            f"grads: expected a GradAccumulator of fusedopt.torch, got {type(grads).__name__}"
-        )
-    return adder
-
-
 @cache
 def _taken(cls: type[Fused]) -> tuple[str, ...]:
     """Return the names of all arguments of a class; cached, as many optimizers may be made."""
     return tuple(inspect.signature(cls).parameters)
-
-
-def new_list(rule: Rule, disk: Disk | None, needs_rows: bool = False) -> _tensors.TensorList:
-    made = _tensors.TensorList(
-        rule.name,
-        rule.state_names,
-        kinds=(torch.Tensor, torch.nn.Parameter),
-        is_plain=_plain.is_plain,
-        is_neg=torch.empty(0, device="cpu").is_neg,
-        exchange=getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
-        export=lambda tensor: torch.utils.dlpack.to_dlpack(tensor.detach()),
-        mark=mark_written,
-        copier=copier,
-        counts=rule.counts,
-        needs_rows=needs_rows,
-    )
-    made.disk = disk
-    return made

@@ -155,7 +155,7 @@ def _rehearsal(opt: Any) -> tuple[Undo, Callable[[], None]]:
     groups = [{**group, "params": list(group["params"])} for group in opt.param_groups]
     exchanged = {"state": state, "param_groups": groups}
     if hasattr(opt, "_leaves"):
-        exchanged |= {"_leaves": None, "_groups": {}}
+        exchanged |= {"_leaves": opt._new_list(), "_groups": {}}
     undo: Undo = []
     for g, group in enumerate(opt.param_groups):
         for i, param in enumerate(group["params"]):
