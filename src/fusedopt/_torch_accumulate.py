@@ -186,9 +186,9 @@ class GradAccumulator:
 
     @property
     def count(self) -> int:
-        """Number of micro-batches in the sum: the most that a parameter has had, added in turns.
+        """Number of micro-batches in the sum.
 
-        Gradients of some parameters alone begin another where one of them has been added before.
+        Where some parameters are added at a time, another begins when one of them comes again.
         """
         return self._adder.last_step.step
 
