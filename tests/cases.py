@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
@@ -389,6 +390,15 @@ def threads(n: int) -> Iterator[None]:
         yield
     finally:
         fusedopt.set_num_threads(before)
+
+
+def in_two_threads(work: Callable[[], object]) -> None:
+    """Call a function in two threads at once, and wait for both."""
+    pair = [threading.Thread(target=work) for _ in range(2)]
+    for thread in pair:
+        thread.start()
+    for thread in pair:
+        thread.join()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from cases import assert_same, values
+from cases import assert_same, in_two_threads, values
 
 import fusedopt
 from fusedopt import _arrays, _check, _functional, _storage, formats
@@ -489,11 +489,7 @@ def test_concurrent_threads_remember_each_step_once():
             except RuntimeError:
                 pass
 
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_two_threads(work)
     assert memory(opt)["k"] == opt.state_dict()["step"] == len(set(taken)) == len(taken) > 0
 
 

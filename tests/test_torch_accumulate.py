@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from cases import takes
+from cases import in_two_threads, takes
 from test_interrupts import interrupted_at
 from test_torch_table import MODELS, OPTION_ROWS, ROWS, as_numpy, check_state, raw
 from torch_cases import fo, leaf, model, since, torch, training
@@ -347,11 +347,7 @@ def test_two_threads():
             except RuntimeError as exc:
                 faults.append(str(exc))
 
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_two_threads(work)
     assert len(done) + len(faults) == 100 and sums.count == len(done)
     assert all("another thread" in text for text in faults)
     opt.step(grads=sums)
@@ -375,11 +371,7 @@ def test_two_threads_take_gradients():
                 with contextlib.suppress(RuntimeError):
                     sums.add()
 
-            threads = [threading.Thread(target=work) for _ in range(2)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            in_two_threads(work)
             assert all((b == 1).all() for b in sums._buffers)
     finally:
         sys.setswitchinterval(interval)

@@ -7,6 +7,7 @@ import weakref
 from collections import UserDict
 
 import pytest
+from cases import in_two_threads
 from test_interrupts import interrupted_at
 from torch_cases import fo, leaf, since, torch, twins
 
@@ -730,11 +731,7 @@ def test_two_threads():
             except RuntimeError as exc:
                 errors.append(str(exc))
 
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_two_threads(work)
     assert all("another thread" in text for text in errors)
     assert int(opt.state[p]["step"]) == 41 - len(errors)
 

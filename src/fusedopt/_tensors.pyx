@@ -365,10 +365,9 @@ cdef class TensorList(LeafList):
             Called where needed are its ``_is_elsewhere``, ``_check_elsewhere``,
             ``_step_elsewhere``, ``_make_state``, ``_make_extras``, ``_stand_in``, ``_copy``,
             ``_count``, ``_refuse_both``, ``_refuse_state``, ``_shared``, ``_origin``,
-            ``_constants``, ``_name``, ``_reduction``, ``_move_rest``, ``_prepare``,
-            ``_new_direction`` and
-            ``_replace``: see `fusedopt.torch`. For sparse gradients ``_rows``, ``_refuse_dense``,
-            ``_refuse_strange`` and ``_refuse_all_rows``.
+            ``_constants``, ``_name``, ``_reduction``, ``_move_rest``, ``_prepare``, ``_sums_of``,
+            ``_new_direction`` and ``_replace``: see `fusedopt.torch`. For sparse gradients
+            ``_rows``, ``_refuse_dense``, ``_refuse_strange`` and ``_refuse_all_rows``.
         state : dict of dict
             The optimizer's state; of a new leaf it is added when the step has succeeded.
         threads : int

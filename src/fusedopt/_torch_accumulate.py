@@ -15,6 +15,7 @@ from fusedopt._torch_fused import Fused
 from fusedopt._torch_options import plain_base
 from fusedopt._torch_state import wide
 from fusedopt.accumulate import ADD
+from fusedopt.accumulate import GradAccumulator as GradAccumulatorOfArrays
 
 
 class Adder(Fused, plain_base(ADD)):  # type: ignore[misc]
@@ -40,17 +41,11 @@ class Adder(Fused, plain_base(ADD)):  # type: ignore[misc]
     def _move_rest(self, chosen: Any = None) -> None:
         """Redistribute the gradients for which other ranks wait, where this one cannot add."""
         given = self._leaves.grads
-        self.move(
-            enumerate(param.grad for param in self.params) if given is None else given.items()
-        )
-
-    def move(self, grads: Iterable[tuple[int, Any]]) -> None:
-        """Redistribute gradients, given by number, from the first that was not on."""
         with contextlib.suppress(Exception):  # the fault is the one to tell
-            pairs = [(self.params[number], grad) for number, grad in grads]
-            moving = [pair for pair in pairs if _plain.must_move(*pair)]
-            for param, grad in moving[self._moved :]:
-                grad.redistribute(placements=param.placements)
+            if given is None:
+                self._move((param, param.grad) for param in self.params)
+            else:
+                self._move((self.params[number], grad) for number, grad in given.items())
 
     def _stand_in(self, group: int, i: int, names: Any, tensors: list[Any], *others: Any) -> Any:
         """Return plain tensors, as a step does; of a gradient on another device a copy."""
@@ -128,12 +123,7 @@ class GradAccumulator:
         if len(self._numbers) < len(own):
             raise ValueError("params: has a parameter twice")
 
-    def __reduce__(self) -> NoReturn:
-        """Refuse to be pickled or copied: two would share the buffers."""
-        raise TypeError(
-            "GradAccumulator cannot be copied or pickled; make another one and add copies of "
-            "`grads` to it"
-        )
+    __reduce__ = GradAccumulatorOfArrays.__reduce__
 
     @torch.compiler.disable
     def add(self, grads: Any = None, *, scale: float = 1.0, set_to_none: bool = True) -> None:
@@ -175,14 +165,15 @@ class GradAccumulator:
 
     def _tell_ranks(self, grads: Any) -> None:
         """Redistribute gradients of a wrong call, as far as they are known, for other ranks."""
+        params: Iterable[Any] = self._adder.params
         self._adder._moved = 0
-        if grads is None:
-            self._adder.move(enumerate(param.grad for param in self._adder.params))
-        elif isinstance(grads, Mapping):
-            known = [param for param in grads if param in self._numbers]
-            self._adder.move((self._numbers[param], grads[param]) for param in known)
-        elif isinstance(grads, Sequence):
-            self._adder.move(enumerate(grads[: len(self._numbers)]))
+        with contextlib.suppress(Exception):  # the fault is the one to tell
+            if grads is None:
+                self._adder._move((param, param.grad) for param in params)
+            elif isinstance(grads, Mapping):
+                self._adder._move(pair for pair in grads.items() if pair[0] in self._numbers)
+            elif isinstance(grads, Sequence):
+                self._adder._move(zip(params, grads, strict=False))
 
     @property
     def count(self) -> int:

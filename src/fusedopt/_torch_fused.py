@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import operator
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, ClassVar, NoReturn
@@ -480,9 +480,13 @@ class Fused(StateKeeper):
             return
         with contextlib.suppress(Exception):  # the fault is the one to tell
             params = self._params_there() if chosen is None else chosen
-            moving = [p for p in params if _plain.is_shared(p) and _plain.must_move(p, p.grad)]
-            for param in moving[self._moved :]:
-                param.grad.redistribute(placements=param.placements)
+            self._move((param, param.grad) for param in params if _plain.is_shared(param))
+
+    def _move(self, pairs: Iterable[tuple[Any, Any]]) -> None:
+        """Redistribute gradients, given with their parameters, from the first that was not on."""
+        moving = [pair for pair in pairs if _plain.must_move(*pair)]
+        for param, grad in moving[self._moved :]:
+            grad.redistribute(placements=param.placements)
 
     def _reduction(self, group: Any) -> Reduction | None:
         """Return what sums over the ranks that have other parts of the parameters, if any."""
